@@ -1,0 +1,46 @@
+"""Kimi Linear for Hugging Face Transformers.
+
+Importing the package registers its configuration and models with the Auto classes, in place of the
+classes that Transformers itself has for `model_type="kimi_linear"`; those stay importable and keep working.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .cache_kimi_linear import KimiLinearCache
+from .configuration_kimi_linear import KimiLinearConfig
+from .modeling_kimi_linear import (
+    KimiLinearBackbone,
+    KimiLinearForCausalLM,
+    KimiLinearForSequenceClassification,
+    KimiLinearForTokenClassification,
+    KimiLinearPreTrainedModel,
+)
+from .presets import PRESETS
+
+__version__ = "0.1.0"
+
+AutoConfig.register(KimiLinearConfig.model_type, KimiLinearConfig, exist_ok=True)
+for _auto, _model in (
+    (AutoModel, KimiLinearBackbone),
+    (AutoModelForCausalLM, KimiLinearForCausalLM),
+    (AutoModelForSequenceClassification, KimiLinearForSequenceClassification),
+    (AutoModelForTokenClassification, KimiLinearForTokenClassification),
+):
+    _auto.register(KimiLinearConfig, _model, exist_ok=True)
+
+__all__ = [
+    "PRESETS",
+    "KimiLinearBackbone",
+    "KimiLinearCache",
+    "KimiLinearConfig",
+    "KimiLinearForCausalLM",
+    "KimiLinearForSequenceClassification",
+    "KimiLinearForTokenClassification",
+    "KimiLinearPreTrainedModel",
+]

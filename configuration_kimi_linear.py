@@ -1,0 +1,511 @@
+"""Configuration of Kimi Linear: the official field names, checked.
+
+Source: arXiv 2510.26692 (section 4, figure 3) and the `config.json` of the released 48B-A3B
+checkpoints. The values of the 48B model are the defaults. Layer lists in `linear_attn_config` count
+from 1, as in the released file; everything in Python (`layer_types`, `layer_idx`) counts from 0.
+"""
+
+import copy
+import difflib
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+from .presets import PRESETS
+
+logger = logging.get_logger(__name__)
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
+LINEAR_ATTN_KEYS = (
+    "full_attn_layers",
+    "head_dim",
+    "kda_layers",
+    "num_heads",
+    "short_conv_kernel_size",
+)
+LINEAR_ATTN_SIZES = {"head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4}
+# FLA's KDA kernels hold one head's keys in one block of at most 256 channels; a tile is 16 wide.
+MIN_KDA_HEAD_DIM, MAX_KDA_HEAD_DIM = 16, 256
+
+# Fields of related architectures that would change the computation. They are refused, not ignored.
+UNSUPPORTED_FIELDS = {
+    "activation_situ_beta": "Kimi K3's activation",
+    "activation_situ_linear_beta": "Kimi K3's activation",
+    "attn_res_block_size": "Kimi K3's attention residuals",
+    "latent_moe_use_norm": "Kimi K3's latent experts",
+    "mla_use_output_gate": "Kimi K3's gated MLA",
+    "routed_expert_hidden_size": "Kimi K3's latent experts",
+}
+# Other spellings of the linear attention sizes and layer lists, as Transformers' own class writes
+# them.
+NATIVE_SIZES = {
+    "linear_head_dim": "head_dim",
+    "linear_num_heads": "num_heads",
+    "linear_conv_kernel_dim": "short_conv_kernel_size",
+}
+
+
+class KimiLinearConfig(PreTrainedConfig):
+    """Configuration of a Kimi Linear model.
+
+    Args:
+        vocab_size: Number of token ids.
+        hidden_size: Width D of the residual stream.
+        head_dim: `hidden_size // num_attention_heads` by convention; not used in the computation,
+            kept since inference engines read it.
+        intermediate_size: Width of the dense MLPs.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Heads of the MLA layers.
+        num_key_value_heads: Equals `num_attention_heads`; None means so.
+        q_lora_rank: Rank of the query projection in MLA layers, or None for a full one.
+        kv_lora_rank: Width of the latent that an MLA layer caches.
+        qk_nope_head_dim: Per-head key width made from the latent.
+        qk_rope_head_dim: Key width shared by all heads. It carries no positions here, only its name
+            does.
+        v_head_dim: Per-head value width of MLA layers.
+        mla_use_nope: Always True: MLA without positions.
+        linear_attn_config: Dict with `kda_layers` and `full_attn_layers` (layer numbers from 1),
+            `num_heads`, `head_dim` (key and value size) and `short_conv_kernel_size` of the KDA
+            layers. Lists left out are filled with three KDA layers to one MLA layer, the last layer
+            MLA.
+        num_experts: Routed experts per MoE layer.
+        num_experts_per_token: Routed experts that one token uses.
+        num_shared_experts: Experts that every token uses, as one MLP of that many times the width.
+            0: none.
+        moe_intermediate_size: Width of one expert.
+        first_k_dense_replace: Layers before this index have a dense MLP.
+        moe_layer_freq: From there on, layers whose index it divides have experts.
+        moe_router_activation_func: "sigmoid" or "softmax".
+        moe_renormalize: Whether the weights of the chosen experts are divided by their sum.
+        routed_scaling_factor: Factor on the routed experts' weights.
+        use_grouped_topk, num_expert_group, topk_group: The experts stand in `num_expert_group`
+            groups, of which the best `topk_group` take part in the choice.
+        rms_norm_eps: Epsilon of the layer norms and of KDA's output norm.
+        model_max_length: Longest context the model is meant for, in tokens.
+        rope_theta, rope_scaling: Carried for other engines; there are no rotary positions.
+            `rope_scaling` must be None.
+        num_nextn_predict_layers: Must be 0.
+        attention_dropout: Dropout probability on attention weights of MLA layers in training.
+        output_router_logits: Whether outputs carry the router logits of each MoE layer.
+
+    Raises:
+        ValueError: For a value that is wrong, contradicts another, or asks for something not
+            implemented; the message names field, value and what is allowed.
+    """
+
+    model_type = "kimi_linear"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "max_position_embeddings": "model_max_length",
+        "n_group": "num_expert_group",
+        "n_routed_experts": "num_experts",
+        "n_shared_experts": "num_shared_experts",
+        "norm_topk_prob": "moe_renormalize",
+        "num_experts_per_tok": "num_experts_per_token",
+        "num_local_experts": "num_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 163840
+    hidden_size: int = 2304
+    head_dim: int | None = None
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = 163839
+    bos_token_id: int | None = 163584
+    eos_token_id: int | list[int] | None = 163586
+    model_max_length: int = 1048576
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    attention_dropout: float = 0.0
+
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    mla_use_nope: bool = True
+    linear_attn_config: dict[str, Any] | None = None
+
+    num_experts: int = 256
+    num_experts_per_token: int = 8
+    num_shared_experts: int | None = 1
+    moe_intermediate_size: int = 1024
+    first_k_dense_replace: int = 1
+    moe_layer_freq: int = 1
+    moe_router_activation_func: str = "sigmoid"
+    moe_renormalize: bool = True
+    routed_scaling_factor: float = 2.446
+    use_grouped_topk: bool = True
+    num_expert_group: int = 1
+    topk_group: int = 1
+    output_router_logits: bool = False
+
+    num_nextn_predict_layers: int = 0
+
+    def __post_init__(self, **kwargs: Any):
+        self._check_extra_fields(kwargs)
+        count = self.num_hidden_layers
+        _require(
+            _is_int(count) and count >= 1, "num_hidden_layers", count, "an integer of at least 1"
+        )
+        mlp_layer_types = kwargs.pop("mlp_layer_types", None)
+        if kwargs.get(
+            "auto_map"
+        ):  # another implementation's files are not saved along with this one's
+            kwargs["auto_map"] = {
+                k: v for k, v in kwargs["auto_map"].items() if "_kimi_linear." in v
+            }
+        # before the base class, which reads layer_types
+        self.linear_attn_config = self._full_linear_attn_config(kwargs)
+        super().__post_init__(**kwargs)
+        self._check_sizes()
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if mlp_layer_types is not None:
+            self._read_mlp_layer_types(mlp_layer_types)
+        self.check()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "KimiLinearConfig":
+        """Configuration of one of the sizes in `presets.py`, with single fields replaced.
+
+        Args:
+            name: A key of `PRESETS`, for instance "20m".
+            **overrides: Fields that replace the preset's.
+
+        Raises:
+            ValueError: If there is no such preset; the message lists them.
+        """
+        _require(name in PRESETS, "preset", name, "one of " + ", ".join(PRESETS))
+        return cls(**{**copy.deepcopy(PRESETS[name]), **overrides})
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Per layer, "linear_attention" (KDA) or "full_attention" (MLA); derived from the 1-counted lists."""
+        full = set(self.linear_attn_config["full_attn_layers"])
+        return [
+            "full_attention" if number in full else "linear_attention"
+            for number in range(1, self.num_hidden_layers + 1)
+        ]
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Per-head query and key width of MLA layers."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` (from 0) has routed experts."""
+        return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Check again, for fields that were changed after construction; `save_pretrained` calls this."""
+        super().validate(*args, **kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: With the field, its value and what is allowed.
+        """
+        self._check_sizes()
+        self._check_choices()
+        self._check_attention()
+        self._check_experts()
+        self._check_layers()
+
+    # ---- reading
+    # --------------------------------------------------------------------------------------------
+
+    def _check_extra_fields(self, kwargs: dict[str, Any]) -> None:
+        """Refuse fields that change the computation elsewhere, aliases that contradict, and likely typos."""
+        for field, owner in UNSUPPORTED_FIELDS.items():
+            if kwargs.get(field) not in (None, False):
+                raise ValueError(
+                    f"{field}={kwargs[field]!r} is not supported ({owner}): leave it out"
+                )
+        _require(
+            kwargs.get("topk_method", "noaux_tc") == "noaux_tc",
+            "topk_method",
+            kwargs.get("topk_method"),
+            "'noaux_tc'",
+        )
+        known = set(type(self).__dataclass_fields__)
+        for key, value in kwargs.items():
+            if key in self.attribute_map:
+                field = self.attribute_map[key]
+                given, default = getattr(self, field), getattr(type(self), field)
+                if given != default and given != value:
+                    raise ValueError(
+                        f"{key}={value!r} contradicts {field}={given!r}: give one of the two"
+                    )
+            elif not hasattr(type(self), key) and key not in NATIVE_SIZES:
+                close = difflib.get_close_matches(
+                    key, known | set(self.attribute_map), n=1, cutoff=0.85
+                )
+                if close:
+                    raise ValueError(f"unknown field {key}={value!r}: did you mean {close[0]!r}?")
+
+    def _full_linear_attn_config(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The official dict with sizes and both layer lists, keys sorted as in the released file.
+
+        Takes Transformers' own spelling (`linear_*` sizes, a 0-counted `layer_types` list) out of
+        `kwargs`.
+        """
+        given = (
+            copy.deepcopy(self.linear_attn_config) if self.linear_attn_config is not None else {}
+        )
+        _require(isinstance(given, dict), "linear_attn_config", given, "a dict")
+        for key in given:
+            _require(
+                key in LINEAR_ATTN_KEYS,
+                "linear_attn_config",
+                key,
+                f"a dict with the keys {LINEAR_ATTN_KEYS}",
+            )
+        other = {NATIVE_SIZES[key]: kwargs.pop(key) for key in NATIVE_SIZES if key in kwargs}
+        other |= self._layer_lists(kwargs.pop("layer_types", None))
+        for key, value in other.items():
+            if given.setdefault(key, value) != value:
+                raise ValueError(
+                    f"linear_attn_config[{key!r}]={given[key]!r} contradicts the {value!r} given elsewhere"
+                )
+        numbers = range(1, self.num_hidden_layers + 1)
+        if "kda_layers" not in given:
+            default = [n for n in numbers if n % 4 == 0 or n == self.num_hidden_layers]
+            full = given.setdefault("full_attn_layers", default)
+            given["kda_layers"] = [n for n in numbers if n not in full]
+        elif "full_attn_layers" not in given:
+            given["full_attn_layers"] = [n for n in numbers if n not in given["kda_layers"]]
+        return dict(sorted({**LINEAR_ATTN_SIZES, **given}.items()))
+
+    def _layer_lists(self, layer_types: list[str] | None) -> dict[str, list[int]]:
+        """The two lists, counted from 1, that a 0-counted list of layer types stands for."""
+        if layer_types is None:
+            return {}
+        lists = {"linear_attention": "kda_layers", "full_attention": "full_attn_layers"}
+        _require(
+            len(layer_types) == self.num_hidden_layers
+            and all(kind in lists for kind in layer_types),
+            "layer_types",
+            layer_types,
+            f"one of {tuple(lists)} for each of num_hidden_layers={self.num_hidden_layers} layers",
+        )
+        return {
+            key: [number for number, entry in enumerate(layer_types, start=1) if entry == kind]
+            for kind, key in lists.items()
+        }
+
+    def _read_mlp_layer_types(self, mlp_layer_types: list[str]) -> None:
+        """Accept Transformers' per-layer list where the official two fields can express it."""
+        leading = next(
+            (i for i, kind in enumerate(mlp_layer_types) if kind != "dense"), len(mlp_layer_types)
+        )
+        self.first_k_dense_replace = leading
+        expected = [
+            "sparse" if self.is_moe_layer(i) else "dense" for i in range(self.num_hidden_layers)
+        ]
+        _require(
+            list(mlp_layer_types) == expected,
+            "mlp_layer_types",
+            mlp_layer_types,
+            f"{expected}, which first_k_dense_replace={leading} and moe_layer_freq={self.moe_layer_freq} describe",
+        )
+
+    # ---- checks
+    # ---------------------------------------------------------------------------------------------
+
+    def _check_sizes(self) -> None:
+        positive = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_lora_rank "
+            "qk_nope_head_dim v_head_dim num_experts num_experts_per_token moe_intermediate_size moe_layer_freq "
+            "num_expert_group topk_group model_max_length"
+        )
+        for field in positive.split():
+            value = getattr(self, field)
+            _require(_is_int(value) and value >= 1, field, value, "an integer of at least 1")
+        for field in ("qk_rope_head_dim", "first_k_dense_replace"):
+            value = getattr(self, field)
+            _require(_is_int(value) and value >= 0, field, value, "an integer of at least 0")
+        for field in ("q_lora_rank", "head_dim"):
+            value = getattr(self, field)
+            _require(
+                value is None or (_is_int(value) and value >= 1),
+                field,
+                value,
+                "None or an integer of at least 1",
+            )
+        shared = self.num_shared_experts
+        _require(
+            shared is None or (_is_int(shared) and shared >= 0),
+            "num_shared_experts",
+            shared,
+            "None or an integer of at least 0",
+        )
+        for field in ("rms_norm_eps", "routed_scaling_factor", "initializer_range"):
+            value = getattr(self, field)
+            _require(_is_number(value) and value > 0, field, value, "a number above 0")
+        dropout = self.attention_dropout
+        _require(
+            _is_number(dropout) and 0 <= dropout < 1,
+            "attention_dropout",
+            dropout,
+            "a number in [0, 1)",
+        )
+
+    def _check_choices(self) -> None:
+        _require(
+            self.hidden_act in ACTIVATIONS, "hidden_act", self.hidden_act, f"one of {ACTIVATIONS}"
+        )
+        functions = ("sigmoid", "softmax")
+        name = self.moe_router_activation_func
+        _require(name in functions, "moe_router_activation_func", name, f"one of {functions}")
+        _require(
+            self.mla_use_nope is True,
+            "mla_use_nope",
+            self.mla_use_nope,
+            "True (MLA without positions)",
+        )
+        _require(
+            self.rope_scaling is None,
+            "rope_scaling",
+            self.rope_scaling,
+            "None (there are no positions to scale)",
+        )
+        layers = self.num_nextn_predict_layers
+        _require(
+            layers == 0,
+            "num_nextn_predict_layers",
+            layers,
+            "0 (multi-token prediction is not implemented)",
+        )
+        for field in ("moe_renormalize", "use_grouped_topk", "tie_word_embeddings", "use_cache"):
+            value = getattr(self, field)
+            _require(isinstance(value, bool), field, value, "True or False")
+        for field in ("pad_token_id", "bos_token_id"):
+            value = getattr(self, field)
+            _require(value is None or _is_int(value), field, value, "None or an integer")
+
+    def _check_attention(self) -> None:
+        heads = self.num_key_value_heads
+        _require(
+            heads == self.num_attention_heads,
+            "num_key_value_heads",
+            heads,
+            f"num_attention_heads={self.num_attention_heads} (MLA shares one latent among all heads)",
+        )
+        linear = self.linear_attn_config
+        for key in ("num_heads", "short_conv_kernel_size"):
+            _require(
+                _is_int(linear[key]) and linear[key] >= 1,
+                f"linear_attn_config[{key!r}]",
+                linear[key],
+                ">= 1",
+            )
+        _require(
+            2 <= linear["short_conv_kernel_size"] <= 4,
+            "linear_attn_config['short_conv_kernel_size']",
+            linear["short_conv_kernel_size"],
+            "2, 3 or 4",
+        )
+        size = linear["head_dim"]
+        _require(
+            _is_int(size) and MIN_KDA_HEAD_DIM <= size <= MAX_KDA_HEAD_DIM and size % 8 == 0,
+            "linear_attn_config['head_dim']",
+            size,
+            f"a multiple of 8 from {MIN_KDA_HEAD_DIM} to {MAX_KDA_HEAD_DIM}, which the KDA kernels take",
+        )
+
+    def _check_experts(self) -> None:
+        for field in ("hidden_size", "moe_intermediate_size"):
+            size = getattr(self, field)
+            _require(
+                size % 8 == 0, field, size, "a multiple of 8, which grouped matrix products need"
+            )
+        experts, groups, top_k = self.num_experts, self.num_expert_group, self.num_experts_per_token
+        _require(
+            experts % groups == 0, "num_expert_group", groups, f"a divisor of num_experts={experts}"
+        )
+        _require(
+            self.topk_group <= groups,
+            "topk_group",
+            self.topk_group,
+            f"at most num_expert_group={groups}",
+        )
+        reachable = experts // groups * self.topk_group
+        _require(
+            top_k <= reachable,
+            "num_experts_per_token",
+            top_k,
+            f"at most the {reachable} experts of topk_group groups",
+        )
+        if groups > 1:
+            _require(
+                self.use_grouped_topk,
+                "use_grouped_topk",
+                False,
+                f"True with num_expert_group={groups}",
+            )
+            _require(
+                experts // groups >= 2, "num_expert_group", groups, "groups of at least 2 experts"
+            )
+
+    def _check_layers(self) -> None:
+        linear, count = self.linear_attn_config, self.num_hidden_layers
+        seen: dict[int, str] = {}
+        for key in ("kda_layers", "full_attn_layers"):
+            field = f"linear_attn_config[{key!r}]"
+            _require(
+                isinstance(linear[key], (list, tuple)),
+                field,
+                linear[key],
+                "a list of layer numbers from 1",
+            )
+            for number in linear[key]:
+                in_range = _is_int(number) and 1 <= number <= count
+                _require(
+                    in_range, field, number, f"layer numbers from 1 to num_hidden_layers={count}"
+                )
+                if number in seen:
+                    raise ValueError(
+                        f"{field} holds layer {number}, which {seen[number]} holds already: name it once"
+                    )
+                seen[number] = field
+        missing = sorted(set(range(1, count + 1)) - set(seen))
+        _require(
+            not missing,
+            "linear_attn_config",
+            linear,
+            f"every layer in one of the two lists; missing: {missing}",
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value!r} is not allowed: it must be {allowed}")
+
+
+__all__ = ["KimiLinearConfig"]

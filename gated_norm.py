@@ -1,0 +1,40 @@
+"""RMS norm over the head, times a sigmoid gate: what stands between KDA and its output projection.
+
+Source: arXiv 2510.26692, section 4 (output gate). FLA's fused kernel on a GPU, torch elsewhere.
+Shapes: H heads, V value size; leading dimensions are free.
+"""
+
+import torch
+from torch import Tensor
+
+from .kda import resolve_backend
+
+try:
+    from fla.modules.fused_norm_gate import rms_norm_gated
+except (ImportError, RuntimeError):
+    rms_norm_gated = None
+
+
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, backend: str = "auto"
+) -> Tensor:
+    """RMSNorm(x) * weight * sigmoid(gate), computed in float32 (float64 for float64 input).
+
+    Args:
+        x: [..., H, V].
+        gate: [..., H, V], before the sigmoid.
+        weight: [V].
+        eps: Added to the mean square.
+        backend: "auto", "fla" or "torch".
+
+    Returns:
+        [..., H, V] in x's dtype.
+    """
+    if resolve_backend(x, backend) == "fla":
+        return rms_norm_gated(x, gate, weight, None, activation="sigmoid", eps=eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = torch.nn.functional.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
+    return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
+
+
+__all__ = ["gated_rms_norm"]

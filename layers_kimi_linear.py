@@ -1,0 +1,335 @@
+"""The layers of Kimi Linear without its experts: norms, Kimi Delta Attention, latent attention,
+gated MLP.
+
+Source: arXiv 2510.26692, sections 3 and 4. Attribute names are the released checkpoints' names.
+
+Shapes: B batch, T tokens of this call, S tokens of cache and call, R real tokens of a packed call
+(B = 1), D hidden size, H heads, K key size, V value size, L latent rank, P shared key part,
+W convolution width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_kimi_linear import KDALayerCache, LatentLayerCache
+from .configuration_kimi_linear import KimiLinearConfig
+from .gated_norm import gated_rms_norm
+from .kda import kda_attention
+from .sequence_layout import SequenceLayout
+from .short_conv import short_convolution
+
+LATENT_NORM_EPS = 1e-6
+
+
+class KimiLinearRMSNorm(nn.Module):
+    """RMS norm over the last dimension, computed in float32, scaled in the input's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.weight * F.rms_norm(x.to(wide), self.weight.shape, eps=self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class KimiLinearGatedRMSNorm(KimiLinearRMSNorm):
+    """RMS norm over the head, times a sigmoid gate, in float32."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return gated_rms_norm(x, gate, self.weight, self.eps)
+
+
+class KimiLinearShortConv(nn.Module):
+    """Causal depthwise convolution over the last W tokens, followed by SiLU."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, 1, width))
+
+    def forward(
+        self, x: Tensor, state: Tensor | None, output_state: bool, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return short_convolution(
+            x,
+            self.weight,
+            initial_state=state,
+            output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, width={self.weight.shape[2]}"
+
+
+class KimiLinearDeltaAttention(nn.Module):
+    """Kimi Delta Attention: a delta rule whose state decays per key channel (section 3, equation 1)."""
+
+    def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        linear = config.linear_attn_config
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = linear["num_heads"], linear["head_dim"]
+        hidden, inner, width = (
+            config.hidden_size,
+            self.num_heads * self.head_dim,
+            linear["short_conv_kernel_size"],
+        )
+        self.q_proj = nn.Linear(hidden, inner, bias=False)
+        self.k_proj = nn.Linear(hidden, inner, bias=False)
+        self.v_proj = nn.Linear(hidden, inner, bias=False)
+        self.q_conv1d = KimiLinearShortConv(inner, width)
+        self.k_conv1d = KimiLinearShortConv(inner, width)
+        self.v_conv1d = KimiLinearShortConv(inner, width)
+        self.A_log = nn.Parameter(torch.empty(1, 1, self.num_heads, 1, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(inner, dtype=torch.float32))
+        self.f_a_proj = nn.Linear(hidden, self.head_dim, bias=False)
+        self.f_b_proj = nn.Linear(self.head_dim, inner, bias=False)
+        self.b_proj = nn.Linear(hidden, self.num_heads, bias=False)
+        self.g_a_proj = nn.Linear(hidden, self.head_dim, bias=False)
+        self.g_b_proj = nn.Linear(self.head_dim, inner, bias=False)
+        self.o_norm = KimiLinearGatedRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, D]
+        layout: SequenceLayout,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        batch_size, num_tokens = hidden_states.shape[:2]
+        cache: KDALayerCache | None = (
+            None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        )
+        x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
+        q, k, v, conv_state = self._project(x, layout, cache)
+        gate = self._heads(self.g_b_proj(self.g_a_proj(x)))
+        out, state = kda_attention(
+            q,
+            k,
+            v,
+            self._heads(self.f_b_proj(self.f_a_proj(x))),
+            self.b_proj(x),
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            initial_state=None if cache is None else layout.initial_states(cache.recurrent_state),
+            output_final_state=cache is not None,
+            cu_seqlens=layout.cu_seqlens,
+        )
+        if cache is not None:
+            cache.update(conv_state, layout.row_states(state), num_tokens)
+        out = self.o_proj(self.o_norm(out, gate).flatten(-2))
+        return layout.unpack(out, batch_size), None
+
+    def _project(
+        self, x: Tensor, layout: SequenceLayout, cache: KDALayerCache | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v [.., .., H, K] after convolution and SiLU, and the convolutions' state [B, 3, H * K, W - 1]."""
+        states = None if cache is None else layout.initial_states(cache.conv_state)
+        outputs, tails = [], []
+        for i, (proj, conv) in enumerate(
+            (
+                (self.q_proj, self.q_conv1d),
+                (self.k_proj, self.k_conv1d),
+                (self.v_proj, self.v_conv1d),
+            )
+        ):
+            y, tail = conv(
+                proj(x),
+                None if states is None else states[:, i],
+                cache is not None,
+                layout.cu_seqlens,
+            )
+            outputs.append(self._heads(y))
+            tails.append(tail)
+        conv_state = None if cache is None else layout.row_states(torch.stack(tails, dim=1))
+        return outputs[0], outputs[1], outputs[2], conv_state
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def _apply(self, fn, recurse: bool = True):
+        """Casting the model to 16 bits moves the decay parameters but leaves them in float32."""
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor not in decay or moved.dtype not in (torch.float16, torch.bfloat16):
+                return moved
+            return tensor.to(moved.device)
+
+        decay = _IdentitySet(self.A_log, self.dt_bias, self.A_log.grad, self.dt_bias.grad)
+        return super()._apply(keep_wide, recurse)
+
+
+class _IdentitySet:
+    """Membership by identity: `in` on a list of tensors would compare values."""
+
+    def __init__(self, *items: Any) -> None:
+        self._ids = {id(item) for item in items if item is not None}
+
+    def __contains__(self, item: Any) -> bool:
+        return id(item) in self._ids
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, T, K]
+    key: Tensor,  # [B, H, S, K]
+    value: Tensor,  # [B, H, S, V]
+    attention_mask: Tensor | None,  # [B, 1, T, S], added to the scores
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention by plain matrix products: [B, T, H, V] and the weights [B, H, T, S]."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+        query.dtype
+    )
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class KimiLinearLatentAttention(nn.Module):
+    """Multi-head latent attention without positions: keys and values of all heads come from one latent per token."""
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.key_dim, self.shared_key_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.latent_dim, self.value_dim = config.kv_lora_rank, config.v_head_dim
+        self.scaling = config.qk_head_dim**-0.5
+        hidden, query = config.hidden_size, self.num_heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = KimiLinearRMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(
+            hidden, self.latent_dim + self.shared_key_dim, bias=False
+        )
+        self.kv_a_layernorm = KimiLinearRMSNorm(self.latent_dim, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(
+            self.latent_dim, self.num_heads * (self.key_dim + self.value_dim), bias=False
+        )
+        self.o_proj = nn.Linear(self.num_heads * self.value_dim, hidden, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, D]
+        layout: SequenceLayout,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch_size = hidden_states.shape[0]
+        use_flash = is_flash_attention(self.config)
+        # flash attention takes sequences end to end; the other backends take rows and a mask
+        packed = use_flash and layout.cu_seqlens is not None and past_key_values is None
+        x = layout.pack(hidden_states) if packed else hidden_states
+        query = self._query(x).transpose(1, 2)  # [B, H, T, K]
+        latent = self._latent(x)  # [B, T, L + P]
+        if past_key_values is not None:
+            cache: LatentLayerCache = past_key_values.layers[self.layer_idx]
+            latent = cache.update(latent)  # [B, S, L + P]
+        key, value = self._expand(latent)
+        if use_flash and self.value_dim != key.shape[-1]:
+            value = F.pad(value, (0, key.shape[-1] - self.value_dim))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        out, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            None if packed else attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **(_flash_lengths(layout) if packed else {}),
+            **kwargs,
+        )
+        out = self.o_proj(out[..., : self.value_dim].flatten(-2))
+        return (layout.unpack(out, batch_size) if packed else out), weights
+
+    def _query(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, H, K]."""
+        query = (
+            self.q_proj(x)
+            if hasattr(self, "q_proj")
+            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        )
+        return query.unflatten(-1, (self.num_heads, self.key_dim + self.shared_key_dim))
+
+    def _latent(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, L + P]: normalised latent and shared key part, what the cache keeps."""
+        latent, shared_key = self.kv_a_proj_with_mqa(x).split(
+            [self.latent_dim, self.shared_key_dim], dim=-1
+        )
+        return torch.cat([self.kv_a_layernorm(latent), shared_key], dim=-1)
+
+    def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, L + P] to keys [B, H, S, K] and values [B, H, S, V]."""
+        latent, shared_key = latent.split([self.latent_dim, self.shared_key_dim], dim=-1)
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key, value = expanded.split([self.key_dim, self.value_dim], dim=-1)
+        shared_key = shared_key.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        return torch.cat([key, shared_key], dim=-1), value
+
+
+def is_flash_attention(config: KimiLinearConfig) -> bool:
+    return "flash" in (config._attn_implementation or "")
+
+
+def _flash_lengths(layout: SequenceLayout) -> dict[str, Any]:
+    """What Transformers' flash attention takes for sequences that stand end to end."""
+    longest = int(layout.cu_seqlens.diff().max())
+    return {
+        "cu_seq_lens_q": layout.cu_seqlens,
+        "cu_seq_lens_k": layout.cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+class KimiLinearMLP(nn.Module):
+    """Gated MLP."""
+
+    def __init__(self, config: KimiLinearConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+__all__ = [
+    "KimiLinearDeltaAttention",
+    "KimiLinearLatentAttention",
+    "KimiLinearMLP",
+    "KimiLinearRMSNorm",
+    "KimiLinearShortConv",
+    "is_flash_attention",
+]

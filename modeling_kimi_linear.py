@@ -1,0 +1,525 @@
+"""Kimi Linear: three Kimi Delta Attention (KDA) layers to one MLA layer without positions, and
+mixture of experts.
+
+Source: arXiv 2510.26692; the released 48B-A3B checkpoints fix every parameter's name and shape.
+
+Shapes: B batch, T tokens of this call, S tokens of cache and call, N sequences, D hidden size,
+I expert width, E experts, k experts of one token.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_kimi_linear import KimiLinearCache, prepare_cache
+from .configuration_kimi_linear import KimiLinearConfig
+from .layers_kimi_linear import (
+    KimiLinearDeltaAttention,
+    KimiLinearLatentAttention,
+    KimiLinearMLP,
+    KimiLinearRMSNorm,
+    KimiLinearShortConv,
+    is_flash_attention,
+)
+from .sequence_layout import SequenceLayout, sequence_layout
+from .weight_conversion import check_checkpoint, other_spellings, register_conversion
+
+logger = logging.get_logger(__name__)
+
+BACKBONE = "KimiLinearBackbone"
+AUTO_MAP = {
+    "AutoConfig": "configuration_kimi_linear.KimiLinearConfig",
+    "AutoModel": f"modeling_kimi_linear.{BACKBONE}",
+    "AutoModelForCausalLM": "modeling_kimi_linear.KimiLinearForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_kimi_linear.KimiLinearForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_kimi_linear.KimiLinearForTokenClassification",
+}
+# The mapping must not be registered under "kimi_linear": Transformers' own class of that type would
+# pick it up.
+register_conversion(BACKBONE)
+
+
+class KimiLinearRouter(nn.Module):
+    """Choice and weights of each token's experts, in float32."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        # moves the choice only, and has no gradient; a buffer so that optimizers leave it alone
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens, D] to logits [tokens, E] (float32), weights [tokens, k] (float32), experts [tokens, k] (int64)."""
+        config = self.config
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.weight.to(wide))
+        scores = (
+            logits.sigmoid()
+            if config.moe_router_activation_func == "sigmoid"
+            else logits.softmax(dim=-1)
+        )
+        choice = self._within_best_groups(scores + self.e_score_correction_bias.to(wide))
+        experts = choice.topk(config.num_experts_per_token, dim=-1, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if config.moe_renormalize and config.num_experts_per_token > 1:  # as in the released code
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits, weights * config.routed_scaling_factor, experts
+
+    def _within_best_groups(self, scores: Tensor) -> Tensor:
+        """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""
+        groups, kept = self.config.num_expert_group, self.config.topk_group
+        if kept == groups:
+            return scores
+        grouped = scores.unflatten(-1, (groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1, sorted=False).indices
+        outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
+        return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+@use_experts_implementation
+class KimiLinearExperts(nn.Module):
+    """The routed experts' weights, fused over experts; Transformers' experts interface picks the forward."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        size = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(self.num_experts, 2 * size, config.hidden_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, D], experts and weights [tokens, k] to [tokens, D]: one expert after the other."""
+        out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # another rank's, under expert parallelism
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            out = out.index_add(0, token, expert_out * top_k_weights[token, slot, None])
+        return out.to(hidden_states.dtype)
+
+
+class KimiLinearMoE(nn.Module):
+    """Routed experts plus the experts that every token uses."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.gate = KimiLinearRouter(config)
+        self.experts = KimiLinearExperts(config)
+        if config.num_shared_experts:
+            self.shared_experts = KimiLinearMLP(
+                config, config.moe_intermediate_size * config.num_shared_experts
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        _, weights, experts = self.gate(tokens)
+        out = self.experts(tokens, experts, weights).view_as(x)
+        return out + self.shared_experts(x) if hasattr(self, "shared_experts") else out
+
+
+class KimiLinearDecoderLayer(GradientCheckpointingLayer):
+    """Attention of either kind, then a dense MLP or experts, each on a pre-normed residual branch."""
+
+    def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        is_kda = config.layer_types[layer_idx] == "linear_attention"
+        attention = KimiLinearDeltaAttention if is_kda else KimiLinearLatentAttention
+        self.self_attn = attention(config, layer_idx)
+        self.is_moe = config.is_moe_layer(layer_idx)
+        if self.is_moe:
+            self.block_sparse_moe = KimiLinearMoE(config)
+        else:
+            self.mlp = KimiLinearMLP(config, config.intermediate_size)
+        self.input_layernorm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
+        hidden_states = (
+            hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        )
+        return hidden_states + feed_forward(self.post_attention_layernorm(hidden_states))
+
+
+class KimiLinearPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving."""
+
+    config_class = KimiLinearConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KimiLinearDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # assisted decoding would need to roll KDA states back
+    _is_stateful = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(KimiLinearRouter, index=0),
+        "hidden_states": KimiLinearDecoderLayer,
+        "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the report and FLA do; `init` skips what a checkpoint has already filled."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, KimiLinearDeltaAttention):
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
+            step = (
+                torch.empty_like(module.dt_bias)
+                .uniform_(math.log(1e-3), math.log(1e-1))
+                .exp()
+                .clamp(min=1e-4)
+            )
+            init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        elif isinstance(module, KimiLinearShortConv):
+            bound = module.weight.shape[2] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, KimiLinearExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, KimiLinearRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, KimiLinearRMSNorm):
+            init.ones_(module.weight)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as Transformers does, with the official names, this code beside the weights, and all
+        its classes
+        in `auto_map`."""
+        self.config.auto_map = dict(AUTO_MAP)
+        if getattr(self, "hf_quantizer", None) is None:
+            # else Transformers repeats the layout that was loaded, which need not be the official
+            # one
+            self._weight_conversions = None
+        return super().save_pretrained(*args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Check the files before loading: Transformers would fill what is missing with random numbers."""
+        files = checkpoint_files or []
+        plain = not load_config.is_quantized and not load_config.ignore_mismatched_sizes
+        if (
+            state_dict is None
+            and plain
+            and all(str(file).endswith(".safetensors") for file in files)
+        ):
+            check_checkpoint(files, model, optional=model._new_heads)
+        load_config.weight_mapping = [*(load_config.weight_mapping or []), *other_spellings()]
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    # prefixes of tensors that a checkpoint may lack when a new head is put on a trained backbone
+    _new_heads: tuple[str, ...] = ()
+
+
+class KimiLinearBackbone(KimiLinearPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            KimiLinearDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: [B, T] int64; either this or `inputs_embeds`.
+            attention_mask: [B, S], non-zero at real tokens, cached ones included. Padding may stand
+                anywhere.
+            position_ids: [B or 1, T]. There are no positional encodings; only restarts matter,
+                which begin a new sequence within a row (packing).
+            past_key_values: A `KimiLinearCache`, or an empty `DynamicCache`.
+            inputs_embeds: [B, T, D].
+            use_cache: Whether to return a cache. None: as the configuration says, never in training
+                and never for packed rows.
+            cu_seq_lens_q: [N + 1] boundaries of packed sequences in the flattened [B * T].
+            seq_idx: [B or 1, T] number of the sequence that each token belongs to.
+
+        Returns:
+            `last_hidden_state` [B, T, D], `past_key_values`, and on request `hidden_states`,
+            `attentions` (of MLA layers, eager attention only) and `router_logits` (of MoE layers,
+            [B * T, E]).
+
+        Raises:
+            ValueError: If inputs contradict each other; the message names the argument.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_size, num_tokens = hidden_states.shape[:2]
+        layout = sequence_layout(
+            batch_size,
+            num_tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens=cu_seq_lens_q,
+            device=hidden_states.device,
+        )
+        past_key_values = self._cache_for(layout, past_key_values, use_cache)
+        mask = self._causal_mask(hidden_states, attention_mask, past_key_values, layout)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                layout=layout,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _cache_for(
+        self, layout: SequenceLayout, past_key_values: Cache | None, use_cache: bool | None
+    ) -> Cache | None:
+        """The cache to read and write, or None."""
+        if use_cache and self.gradient_checkpointing and self.training:
+            logger.warning_once("use_cache=True has no effect under gradient checkpointing")
+            return None
+        if layout.is_packed:
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    "packed sequences cannot be combined with a cache: pass use_cache=False and no past_key_values"
+                )
+            return None
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        return prepare_cache(past_key_values, self.config) if use_cache else None
+
+    def _causal_mask(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        layout: SequenceLayout,
+    ) -> Any:
+        """The mask that the attention backend of the MLA layers wants; None if it needs none."""
+        if "full_attention" not in self.config.layer_types:
+            return None
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        expected = past + hidden_states.shape[1]
+        if attention_mask is not None and attention_mask.shape[1] != expected:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it must cover the {past} "
+                f"cached and the {hidden_states.shape[1]} new tokens"
+            )
+        if is_flash_attention(self.config) and past_key_values is None:
+            return None  # the layout's boundaries say it all
+        inside = packed_sequence_mask_function(layout.sequence_ids) if layout.is_packed else None
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=None,
+            and_mask_function=inside,
+        )
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+
+class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
+    """Kimi Linear as a language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__(config)
+        self.model = KimiLinearBackbone(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Run the model; see `KimiLinearBackbone.forward` for the arguments not named here.
+
+        Args:
+            labels: [B, T] token ids, -100 where there is no loss. They are shifted here; a packed
+                sequence's first token has no predecessor and counts for nothing.
+            use_cache: None: as the backbone decides, but never together with labels.
+            logits_to_keep: Logits of only the last so many tokens; 0 for all; or the token indices
+                wanted.
+
+        Returns:
+            `loss`, `logits` [B, kept, vocab_size], and the backbone's outputs.
+        """
+        if labels is not None and use_cache is None and past_key_values is None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            if position_ids is not None or cu_seq_lens_q is not None or seq_idx is not None:
+                labels = _without_first_tokens(
+                    labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q
+                )
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, *args, **kwargs
+    ) -> None:
+        """Give `generate()` a hybrid cache."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r} is not supported: it must be None or 'dynamic'"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _without_first_tokens(
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | None,
+) -> Tensor:
+    """Labels with -100 at the first token of every packed sequence, which the token before it must not predict."""
+    layout = sequence_layout(
+        *labels.shape,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        seq_idx=seq_idx,
+        cu_seq_lens=cu_seq_lens,
+        device=labels.device,
+    )
+    if not layout.is_packed:
+        return labels
+    first = F.pad(layout.sequence_ids.diff(dim=1) > 0, (1, 0))
+    return labels.masked_fill(first, -100)
+
+
+class KimiLinearForSequenceClassification(
+    GenericForSequenceClassification, KimiLinearPreTrainedModel
+):
+    """Kimi Linear with a label per sequence, read at its last token that is not padding."""
+
+    _new_heads = ("score.",)
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        KimiLinearPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = KimiLinearBackbone(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class KimiLinearForTokenClassification(GenericForTokenClassification, KimiLinearPreTrainedModel):
+    """Kimi Linear with a label per token."""
+
+    _new_heads = ("score.",)
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        KimiLinearPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = KimiLinearBackbone(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+KimiLinearConfig.register_for_auto_class()
+KimiLinearBackbone.register_for_auto_class("AutoModel")
+KimiLinearForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+KimiLinearForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+KimiLinearForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+
+__all__ = [
+    "KimiLinearBackbone",
+    "KimiLinearForCausalLM",
+    "KimiLinearForSequenceClassification",
+    "KimiLinearForTokenClassification",
+    "KimiLinearPreTrainedModel",
+]

@@ -1,0 +1,210 @@
+"""Where sequences begin and which tokens are real, worked out once per forward from whatever the
+caller gives.
+
+Padding (left, right or interior) and packing (several sequences in one row) reach convolution, KDA
+and attention
+in one form: the real tokens of all rows laid end to end, and the boundaries between sequences in
+that line.
+
+Shapes: B batch, T tokens of this call, S tokens of cache and call, R real tokens of this call, N
+sequences.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Padding and packing of one call. A field is None where there is nothing to say.
+
+    Attributes:
+        token_index: [R] int64, places of the real tokens in the flattened [B * T]; None if all are
+            real.
+        cu_seqlens: [N + 1] int32, sequence boundaries among the real tokens; None if each row is
+            one sequence without padding. A sequence may be empty: every row opens one, which
+            continues that row's cache.
+        row_first, row_last: [B] int64, the first and the last of each row's sequences.
+        sequence_ids: [B, T] int64, number of each token's sequence within its row; None unless rows
+            are packed.
+    """
+
+    token_index: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    row_first: Tensor | None = None
+    row_last: Tensor | None = None
+    sequence_ids: Tensor | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some row holds more than one sequence."""
+        return self.sequence_ids is not None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] to [1, R, ...]: real tokens end to end. Unchanged where rows are plain sequences."""
+        if self.cu_seqlens is None:
+            return x
+        flat = x.flatten(0, 1)
+        return (flat if self.token_index is None else flat[self.token_index]).unsqueeze(0)
+
+    def unpack(self, x: Tensor, batch_size: int) -> Tensor:
+        """[1, R, ...] to [B, T, ...], zeros at padding; the inverse of `pack`."""
+        if self.cu_seqlens is None:
+            return x
+        if self.token_index is None:
+            return x.reshape(batch_size, -1, *x.shape[2:])
+        flat = x.new_zeros(self._num_places, *x.shape[2:]).index_copy(0, self.token_index, x[0])
+        return flat.reshape(batch_size, -1, *x.shape[2:])
+
+    def initial_states(self, row_states: Tensor | None) -> Tensor | None:
+        """[B, ...] cached states to [N, ...]: a row's first sequence continues its state, others start at zero."""
+        if self.cu_seqlens is None or row_states is None:
+            return row_states
+        if not self.is_packed:
+            return row_states
+        states = row_states.new_zeros(self.cu_seqlens.numel() - 1, *row_states.shape[1:])
+        return states.index_copy(0, self.row_first, row_states)
+
+    def row_states(self, states: Tensor | None) -> Tensor | None:
+        """[N, ...] final states to [B, ...]: that of each row's last sequence."""
+        if self.row_last is None or states is None or not self.is_packed:
+            return states
+        return states[self.row_last]
+
+    _num_places: int = 0
+
+
+def sequence_layout(
+    batch_size: int,
+    num_tokens: int,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+    device: torch.device | None = None,
+) -> SequenceLayout:
+    """Find padding and sequence boundaries. Sources that agree may be given together.
+
+    Args:
+        batch_size, num_tokens: B and T of this call.
+        attention_mask: [B, S], non-zero at real tokens; the last T columns are those of this call.
+        position_ids: [B or 1, T]; a real token whose position does not exceed that of the real
+            token before it begins a sequence.
+        seq_idx: [B or 1, T] integers; a change between real tokens begins a sequence.
+        cu_seq_lens: [N + 1] boundaries in the flattened [B * T], from 0 to B * T.
+        device: Where the layout's tensors live.
+
+    Returns:
+        The layout; an empty one if there is neither padding nor packing.
+
+    Raises:
+        ValueError: If an argument has a wrong shape or `cu_seq_lens` does not run from 0 to B * T.
+    """
+    places = batch_size * num_tokens
+    real = _real_tokens(attention_mask, batch_size, num_tokens, device)
+    starts = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+    # the place of the real token before each token; itself at the first
+    previous = _previous_real(real, batch_size, num_tokens, device)
+    for name, ids, is_start in (
+        ("position_ids", position_ids, torch.le),
+        ("seq_idx", seq_idx, torch.ne),
+    ):
+        if ids is not None and num_tokens > 1:
+            ids = _expand(name, ids, batch_size, num_tokens, device)
+            before = ids.gather(1, previous.clamp(min=0))
+            starts |= is_start(ids, before) & (previous >= 0)
+    if cu_seq_lens is not None:
+        starts |= _starts_from_cu_seq_lens(cu_seq_lens, batch_size, num_tokens, device)
+    if real is not None:
+        starts &= real
+    packed = bool(_begins_inside(starts, previous).any())
+    if not packed and real is None:
+        return SequenceLayout()
+    starts = _begins_inside(starts, previous)
+    sequence_ids = starts.long().cumsum(1)
+    per_row = sequence_ids[:, -1] + 1
+    row_last = per_row.cumsum(0) - 1
+    row_first = row_last - per_row + 1
+    token_sequence = (sequence_ids + row_first[:, None]).flatten()
+    token_index = None
+    if real is not None:
+        token_index = real.flatten().nonzero()[:, 0]
+        token_sequence = token_sequence[token_index]
+    lengths = torch.bincount(token_sequence, minlength=int(row_last[-1]) + 1)
+    return SequenceLayout(
+        token_index=token_index,
+        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        row_first=row_first,
+        row_last=row_last,
+        sequence_ids=sequence_ids if packed else None,
+        _num_places=places,
+    )
+
+
+def _real_tokens(
+    attention_mask: Tensor | None, batch_size: int, num_tokens: int, device: torch.device | None
+) -> Tensor | None:
+    """[B, T] bool, or None if every token of this call is real."""
+    if attention_mask is None:
+        return None
+    if (
+        attention_mask.ndim != 2
+        or attention_mask.shape[0] != batch_size
+        or attention_mask.shape[1] < num_tokens
+    ):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: it must be [batch, tokens] "
+            f"= [{batch_size}, at least {num_tokens}] with zeros at padding (KDA layers cannot use a 4D mask)"
+        )
+    real = attention_mask[:, -num_tokens:].to(device) != 0
+    return None if bool(real.all()) else real
+
+
+def _previous_real(
+    real: Tensor | None, batch_size: int, num_tokens: int, device: torch.device | None
+) -> Tensor:
+    """[B, T] int64: column of the last real token before each column, -1 if there is none."""
+    columns = torch.arange(num_tokens, device=device).expand(batch_size, -1)
+    last = columns if real is None else torch.where(real, columns, -1).cummax(1).values
+    return torch.nn.functional.pad(last, (1, 0), value=-1)[:, :-1]
+
+
+def _begins_inside(starts: Tensor, previous: Tensor) -> Tensor:
+    """Drop starts that have no real token of this call before them: a row's first sequence is open anyway."""
+    return starts & (previous >= 0)
+
+
+def _expand(
+    name: str, ids: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
+) -> Tensor:
+    if ids.ndim != 2 or ids.shape[0] not in (1, batch_size) or ids.shape[1] != num_tokens:
+        raise ValueError(
+            f"{name} has shape {tuple(ids.shape)}, which is not allowed: it must be [batch or 1, tokens] = "
+            f"[{batch_size} or 1, {num_tokens}]"
+        )
+    return ids.to(device).expand(batch_size, -1)
+
+
+def _starts_from_cu_seq_lens(
+    cu_seq_lens: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
+) -> Tensor:
+    places = batch_size * num_tokens
+    ends = cu_seq_lens.flatten().long().to(device)
+    if (
+        ends.numel() < 2
+        or int(ends[0]) != 0
+        or int(ends[-1]) != places
+        or bool((ends.diff() < 0).any())
+    ):
+        raise ValueError(
+            f"cu_seq_lens_q={cu_seq_lens.tolist()} is not allowed: it must rise from 0 to batch * tokens = {places}"
+        )
+    starts = torch.zeros(places + 1, dtype=torch.bool, device=device)
+    starts[ends] = True
+    return starts[:-1].reshape(batch_size, num_tokens)
+
+
+__all__ = ["SequenceLayout", "sequence_layout"]

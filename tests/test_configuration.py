@@ -1,0 +1,174 @@
+"""`KimiLinearConfig`: the official fields, their round trip, and what is refused."""
+
+import json
+
+import pytest
+from builders import tiny_config
+from kimi_linear import PRESETS, KimiLinearConfig
+from official import CONFIG as OFFICIAL
+
+# what describes the writer of a file, not the model
+WRITER_KEYS = {"transformers_version", "auto_map", "architectures", "dtype"}
+
+
+def saved(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    return json.loads((tmp_path / "config.json").read_text())
+
+
+def test_official_file_round_trip(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL))
+    again = saved(KimiLinearConfig.from_pretrained(tmp_path), tmp_path / "again")
+    for key in set(OFFICIAL) - {"transformers_version", "auto_map"}:
+        assert json.dumps(again[key]) == json.dumps(OFFICIAL[key]), key
+
+
+def test_auto_map_of_another_implementation_is_not_carried_over(tmp_path):
+    again = saved(KimiLinearConfig(**OFFICIAL), tmp_path)
+    assert again["auto_map"] == {"AutoConfig": "configuration_kimi_linear.KimiLinearConfig"}
+
+
+def test_defaults_are_the_48b_model(tmp_path):
+    written = saved(KimiLinearConfig(), tmp_path)
+    for key in set(OFFICIAL) - WRITER_KEYS:
+        assert json.dumps(written[key]) == json.dumps(OFFICIAL[key]), key
+
+
+def test_layer_types_count_from_zero():
+    kinds = KimiLinearConfig().layer_types
+    assert [i for i, kind in enumerate(kinds) if kind == "full_attention"] == [
+        3,
+        7,
+        11,
+        15,
+        19,
+        23,
+        26,
+    ]
+    assert len(kinds) == 27
+
+
+@pytest.mark.parametrize(
+    ("full", "expected"),
+    [([], "KKKK"), ([1, 2, 3, 4], "MMMM"), ([2, 4], "KMKM"), ([1], "MKKK")],
+)
+def test_any_pattern(full, expected):
+    config = KimiLinearConfig(num_hidden_layers=4, linear_attn_config={"full_attn_layers": full})
+    assert "".join("KM"[kind == "full_attention"] for kind in config.layer_types) == expected
+
+
+def test_default_pattern_ends_in_mla():
+    config = KimiLinearConfig(num_hidden_layers=6)
+    assert config.linear_attn_config["full_attn_layers"] == [4, 6]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name):
+    config = KimiLinearConfig.from_preset(name)
+    assert config.layer_types[-1] == "full_attention"
+    assert KimiLinearConfig.from_preset(name, vocab_size=300).vocab_size == 300
+
+
+def test_presets_do_not_share_state():
+    KimiLinearConfig.from_preset("2m").linear_attn_config["num_heads"] = 99
+    assert KimiLinearConfig.from_preset("2m").linear_attn_config["num_heads"] != 99
+
+
+def test_moe_layers():
+    config = tiny_config(first_k_dense_replace=1, moe_layer_freq=2)
+    assert [config.is_moe_layer(i) for i in range(4)] == [False, False, True, False]
+
+
+def test_aliases_of_transformers():
+    config = KimiLinearConfig(
+        num_experts=6, n_group=3, topk_group=2, num_experts_per_tok=3, max_position_embeddings=77
+    )
+    assert (config.num_expert_group, config.num_experts_per_token, config.model_max_length) == (
+        3,
+        3,
+        77,
+    )
+    assert config.num_local_experts == config.n_routed_experts == config.num_experts
+
+
+def test_spelling_of_the_native_class():
+    config = KimiLinearConfig(
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        mlp_layer_types=["dense", "dense", "sparse"],
+        linear_head_dim=64,
+        linear_num_heads=5,
+        linear_conv_kernel_dim=3,
+    )
+    assert config.linear_attn_config == {
+        "full_attn_layers": [2], "head_dim": 64, "kda_layers": [1, 3], "num_heads": 5, "short_conv_kernel_size": 3,
+    }  # fmt: skip
+    assert config.first_k_dense_replace == 2
+
+
+REFUSED = {
+    "num_key_value_heads": dict(num_key_value_heads=8),
+    "mla_use_nope": dict(mla_use_nope=False),
+    "num_expert_group": dict(num_experts=10, num_expert_group=3),
+    "topk_group": dict(num_expert_group=2, topk_group=3),
+    "num_experts_per_token": dict(num_experts=8, num_experts_per_token=9),
+    "use_grouped_topk": dict(num_expert_group=2, use_grouped_topk=False),
+    "hidden_act": dict(hidden_act="situ"),
+    "moe_router_activation_func": dict(moe_router_activation_func="tanh"),
+    "activation_situ_beta": dict(activation_situ_beta=4.0),
+    "attn_res_block_size": dict(attn_res_block_size=12),
+    "mla_use_output_gate": dict(mla_use_output_gate=True),
+    "routed_expert_hidden_size": dict(routed_expert_hidden_size=3584),
+    "topk_method": dict(topk_method="greedy"),
+    "gate_lower_bound": dict(linear_attn_config={"gate_lower_bound": -5.0}),
+    "use_full_rank_gate": dict(linear_attn_config={"use_full_rank_gate": True}),
+    "rope_scaling": dict(rope_scaling={"type": "yarn"}),
+    "num_nextn_predict_layers": dict(num_nextn_predict_layers=1),
+    "full_attn_layers": dict(
+        num_hidden_layers=2, linear_attn_config={"kda_layers": [1, 2], "full_attn_layers": [2]}
+    ),
+    r"missing: \[3\]": dict(
+        num_hidden_layers=3, linear_attn_config={"kda_layers": [1], "full_attn_layers": [2]}
+    ),
+    "layer numbers from 1": dict(
+        num_hidden_layers=2, linear_attn_config={"full_attn_layers": [0, 2]}
+    ),
+    "layer_types": dict(layer_types=["full_attention"]),
+    "mlp_layer_types": dict(num_hidden_layers=3, mlp_layer_types=["sparse", "dense", "sparse"]),
+    "contradicts": dict(num_experts_per_tok=4, num_experts_per_token=5),
+    "linear_head_dim|head_dim": dict(linear_head_dim=64, linear_attn_config={"head_dim": 32}),
+    "did you mean 'hidden_size'": dict(hiden_size=64),
+    "hidden_size": dict(hidden_size="64"),
+    "moe_intermediate_size": dict(moe_intermediate_size=22),
+    "vocab_size": dict(vocab_size=0),
+    "num_hidden_layers": dict(num_hidden_layers=True),
+    "rms_norm_eps": dict(rms_norm_eps=0),
+    "attention_dropout": dict(attention_dropout=1.0),
+    r"linear_attn_config\['head_dim'\]": dict(linear_attn_config={"head_dim": 512}),
+    r"linear_attn_config\['short_conv_kernel_size'\]": dict(
+        linear_attn_config={"short_conv_kernel_size": 9}
+    ),
+    "tie_word_embeddings": dict(tie_word_embeddings="yes"),
+}
+
+
+@pytest.mark.parametrize("named", REFUSED)
+def test_wrong_values_are_refused_by_name(named):
+    with pytest.raises(ValueError, match=named):
+        KimiLinearConfig(**REFUSED[named])
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="48b-a3b"):
+        KimiLinearConfig.from_preset("7b")
+
+
+def test_a_field_broken_after_construction_is_refused_on_save(tmp_path):
+    config = tiny_config()
+    config.num_experts_per_token = 1000
+    with pytest.raises(ValueError, match="num_experts_per_token=1000"):
+        config.save_pretrained(tmp_path)
+
+
+def test_other_metadata_is_kept(tmp_path):
+    assert saved(tiny_config(my_note="kept"), tmp_path)["my_note"] == "kept"
