@@ -1,7 +1,7 @@
 """Kimi Linear for Hugging Face Transformers.
 
 Importing the package registers its configuration and models with the Auto classes, in place of the
-classes that Transformers itself has for `model_type="kimi_linear"`; those stay importable and keep working.
+classes that Transformers itself has for `model_type="kimi_linear"`; those keep working.
 """
 
 from transformers import (

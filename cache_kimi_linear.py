@@ -88,8 +88,9 @@ class KDALayerCache(_LayerCache):
         self.conv_state: Tensor | None = None
         self.recurrent_state: Tensor | None = None
 
-    def update(self, conv_state: Tensor, recurrent_state: Tensor, num_new: int) -> None:  # type:
-    ignore[override]
+    def update(  # type: ignore[override]
+        self, conv_state: Tensor, recurrent_state: Tensor, num_new: int
+    ) -> None:
         """Replace the states by those after `num_new` more tokens (padding included)."""
         self.conv_state, self.recurrent_state = conv_state, recurrent_state
         self.num_tokens += num_new
@@ -97,8 +98,8 @@ class KDALayerCache(_LayerCache):
 
     def crop(self, max_length: int) -> None:
         raise ValueError(
-            f"crop({max_length}) is not possible: a KDA layer keeps only its last state and cannot go back. "
-            "Start again from the prompt, or keep a copy of the cache"
+            f"crop({max_length}) is not possible: a KDA layer keeps only its last state and "
+            "cannot go back. Start again from the prompt, or keep a copy of the cache"
         )
 
 
@@ -157,7 +158,7 @@ class KimiLinearCache(Cache):
         super().__init__(layers=_layers_for(config))
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes held, by layer kind: "linear_attention" (fixed) and "full_attention" (grows with the context)."""
+        """Bytes held, by layer kind: "linear_attention" (fixed), "full_attention" (growing)."""
         total = {"linear_attention": 0, "full_attention": 0}
         for layer in self.layers:
             kind = "linear_attention" if isinstance(layer, KDALayerCache) else "full_attention"
@@ -178,17 +179,19 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     if layers and all(hasattr(layer, "memory_bytes") for layer in layers):
         if len(layers) != config.num_hidden_layers:
             raise ValueError(
-                f"past_key_values has {len(layers)} layers, which is not allowed: the model has {config.num_hidden_layers}"
+                f"past_key_values has {len(layers)} layers, which is not allowed: it must have "
+                f"num_hidden_layers={config.num_hidden_layers}"
             )
         return cache
     name = type(cache).__name__
     if name != "DynamicCache" or getattr(cache, "offloading", False):
         raise ValueError(
-            f"past_key_values={name} is not supported: pass a KimiLinearCache, a DynamicCache or None"
+            f"past_key_values={name} is not supported: it must be a KimiLinearCache, "
+            "a DynamicCache or None"
         )
     if any(getattr(layer, "is_initialized", False) or _has_state(layer) for layer in layers):
         raise ValueError(
-            f"past_key_values={name} holds tokens that this model did not write: pass an empty cache"
+            f"past_key_values={name} holds tokens that this model did not write: it must be empty"
         )
     cache.layers, cache.layer_class_to_replicate = _layers_for(config), None
     return cache

@@ -196,7 +196,7 @@ class KimiLinearConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Per layer, "linear_attention" (KDA) or "full_attention" (MLA); derived from the 1-counted lists."""
+        """Per layer, "linear_attention" (KDA) or "full_attention" (MLA), from the 1-counted lists."""
         full = set(self.linear_attn_config["full_attn_layers"])
         return [
             "full_attention" if number in full else "linear_attention"
@@ -213,7 +213,7 @@ class KimiLinearConfig(PreTrainedConfig):
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
-        """Check again, for fields that were changed after construction; `save_pretrained` calls this."""
+        """Check again, for fields changed after construction; `save_pretrained` calls this."""
         super().validate(*args, **kwargs)
         self.check()
 
@@ -233,7 +233,7 @@ class KimiLinearConfig(PreTrainedConfig):
     # --------------------------------------------------------------------------------------------
 
     def _check_extra_fields(self, kwargs: dict[str, Any]) -> None:
-        """Refuse fields that change the computation elsewhere, aliases that contradict, and likely typos."""
+        """Refuse fields that mean something elsewhere, aliases that contradict, likely typos."""
         for field, owner in UNSUPPORTED_FIELDS.items():
             if kwargs.get(field) not in (None, False):
                 raise ValueError(
@@ -283,7 +283,7 @@ class KimiLinearConfig(PreTrainedConfig):
         for key, value in other.items():
             if given.setdefault(key, value) != value:
                 raise ValueError(
-                    f"linear_attn_config[{key!r}]={given[key]!r} contradicts the {value!r} given elsewhere"
+                    f"linear_attn_config[{key!r}]={given[key]!r} contradicts {value!r} given elsewhere"
                 )
         numbers = range(1, self.num_hidden_layers + 1)
         if "kda_layers" not in given:
@@ -324,7 +324,7 @@ class KimiLinearConfig(PreTrainedConfig):
             list(mlp_layer_types) == expected,
             "mlp_layer_types",
             mlp_layer_types,
-            f"{expected}, which first_k_dense_replace={leading} and moe_layer_freq={self.moe_layer_freq} describe",
+            f"{expected} (first_k_dense_replace={leading}, moe_layer_freq={self.moe_layer_freq})",
         )
 
     # ---- checks
@@ -332,9 +332,9 @@ class KimiLinearConfig(PreTrainedConfig):
 
     def _check_sizes(self) -> None:
         positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_lora_rank "
-            "qk_nope_head_dim v_head_dim num_experts num_experts_per_token moe_intermediate_size moe_layer_freq "
-            "num_expert_group topk_group model_max_length"
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "kv_lora_rank qk_nope_head_dim v_head_dim num_experts num_experts_per_token "
+            "moe_intermediate_size moe_layer_freq num_expert_group topk_group model_max_length"
         )
         for field in positive.split():
             value = getattr(self, field)
@@ -407,7 +407,7 @@ class KimiLinearConfig(PreTrainedConfig):
             heads == self.num_attention_heads,
             "num_key_value_heads",
             heads,
-            f"num_attention_heads={self.num_attention_heads} (MLA shares one latent among all heads)",
+            f"num_attention_heads={self.num_attention_heads} (MLA has no grouped heads)",
         )
         linear = self.linear_attn_config
         for key in ("num_heads", "short_conv_kernel_size"):
@@ -428,7 +428,7 @@ class KimiLinearConfig(PreTrainedConfig):
             _is_int(size) and MIN_KDA_HEAD_DIM <= size <= MAX_KDA_HEAD_DIM and size % 8 == 0,
             "linear_attn_config['head_dim']",
             size,
-            f"a multiple of 8 from {MIN_KDA_HEAD_DIM} to {MAX_KDA_HEAD_DIM}, which the KDA kernels take",
+            f"a multiple of 8 from {MIN_KDA_HEAD_DIM} to {MAX_KDA_HEAD_DIM} (KDA kernels)",
         )
 
     def _check_experts(self) -> None:
@@ -483,7 +483,7 @@ class KimiLinearConfig(PreTrainedConfig):
                 )
                 if number in seen:
                     raise ValueError(
-                        f"{field} holds layer {number}, which {seen[number]} holds already: name it once"
+                        f"{field} holds layer {number}, as {seen[number]} does: name it once"
                     )
                 seen[number] = field
         missing = sorted(set(range(1, count + 1)) - set(seen))

@@ -73,7 +73,7 @@ class KimiLinearShortConv(nn.Module):
 
 
 class KimiLinearDeltaAttention(nn.Module):
-    """Kimi Delta Attention: a delta rule whose state decays per key channel (section 3, equation 1)."""
+    """Kimi Delta Attention: a delta rule whose state decays per key channel (equation 1)."""
 
     def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class KimiLinearDeltaAttention(nn.Module):
     def _project(
         self, x: Tensor, layout: SequenceLayout, cache: KDALayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k, v [.., .., H, K] after convolution and SiLU, and the convolutions' state [B, 3, H * K, W - 1]."""
+        """q, k, v [.., .., H, K] after convolution and SiLU, and its state [B, 3, H * K, W - 1]."""
         states = None if cache is None else layout.initial_states(cache.conv_state)
         outputs, tails = [], []
         for i, (proj, conv) in enumerate(
@@ -204,7 +204,7 @@ def eager_attention(
 
 
 class KimiLinearLatentAttention(nn.Module):
-    """Multi-head latent attention without positions: keys and values of all heads come from one latent per token."""
+    """Multi-head latent attention without positions: one latent per token serves all heads."""
 
     is_causal = True
     num_key_value_groups = 1
@@ -281,7 +281,7 @@ class KimiLinearLatentAttention(nn.Module):
         return query.unflatten(-1, (self.num_heads, self.key_dim + self.shared_key_dim))
 
     def _latent(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, L + P]: normalised latent and shared key part, what the cache keeps."""
+        """[B, T, D] to [B, T, L + P]: normed latent and shared key part, what the cache keeps."""
         latent, shared_key = self.kv_a_proj_with_mqa(x).split(
             [self.latent_dim, self.shared_key_dim], dim=-1
         )

@@ -49,8 +49,10 @@ AUTO_MAP = {
     "AutoConfig": "configuration_kimi_linear.KimiLinearConfig",
     "AutoModel": f"modeling_kimi_linear.{BACKBONE}",
     "AutoModelForCausalLM": "modeling_kimi_linear.KimiLinearForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_kimi_linear.KimiLinearForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_kimi_linear.KimiLinearForTokenClassification",
+    **{
+        f"AutoModelFor{task}": f"modeling_kimi_linear.KimiLinearFor{task}"
+        for task in ("SequenceClassification", "TokenClassification")
+    },
 }
 # The mapping must not be registered under "kimi_linear": Transformers' own class of that type would
 # pick it up.
@@ -68,7 +70,7 @@ class KimiLinearRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, D] to logits [tokens, E] (float32), weights [tokens, k] (float32), experts [tokens, k] (int64)."""
+        """[tokens, D] to float32 logits [tokens, E] and weights [tokens, k], int64 experts [tokens, k]."""
         config = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.weight.to(wide))
@@ -97,7 +99,7 @@ class KimiLinearRouter(nn.Module):
 
 @use_experts_implementation
 class KimiLinearExperts(nn.Module):
-    """The routed experts' weights, fused over experts; Transformers' experts interface picks the forward."""
+    """The routed experts, fused; Transformers' experts interface picks the forward."""
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class KimiLinearExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, D], experts and weights [tokens, k] to [tokens, D]: one expert after the other."""
+        """[tokens, D], experts and weights [tokens, k] to [tokens, D], one expert at a time."""
         out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:  # another rank's, under expert parallelism
@@ -142,7 +144,7 @@ class KimiLinearMoE(nn.Module):
 
 
 class KimiLinearDecoderLayer(GradientCheckpointingLayer):
-    """Attention of either kind, then a dense MLP or experts, each on a pre-normed residual branch."""
+    """Attention of either kind, then a dense MLP or experts, on pre-normed residual branches."""
 
     def __init__(self, config: KimiLinearConfig, layer_idx: int) -> None:
         super().__init__()
@@ -225,7 +227,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Check the files before loading: Transformers would fill what is missing with random numbers."""
+        """Check the files first: Transformers would fill what is missing with random numbers."""
         files = checkpoint_files or []
         plain = not load_config.is_quantized and not load_config.ignore_mismatched_sizes
         if (
@@ -329,7 +331,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         if layout.is_packed:
             if use_cache or past_key_values is not None:
                 raise ValueError(
-                    "packed sequences cannot be combined with a cache: pass use_cache=False and no past_key_values"
+                    "packed sequences cannot be combined with a cache: pass use_cache=False and no "
+                    "past_key_values"
                 )
             return None
         if use_cache is None:
@@ -350,8 +353,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         expected = past + hidden_states.shape[1]
         if attention_mask is not None and attention_mask.shape[1] != expected:
             raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it must cover the {past} "
-                f"cached and the {hidden_states.shape[1]} new tokens"
+                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it must "
+                f"cover the {past} cached and the {hidden_states.shape[1]} new tokens"
             )
         if is_flash_attention(self.config) and past_key_values is None:
             return None  # the layout's boundaries say it all
@@ -466,7 +469,7 @@ def _without_first_tokens(
     seq_idx: Tensor | None,
     cu_seq_lens: Tensor | None,
 ) -> Tensor:
-    """Labels with -100 at the first token of every packed sequence, which the token before it must not predict."""
+    """Labels with -100 at packed sequences' first tokens, which nothing before them predicts."""
     layout = sequence_layout(
         *labels.shape,
         attention_mask=attention_mask,

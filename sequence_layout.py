@@ -43,7 +43,7 @@ class SequenceLayout:
         return self.sequence_ids is not None
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] to [1, R, ...]: real tokens end to end. Unchanged where rows are plain sequences."""
+        """[B, T, ...] to [1, R, ...]: real tokens end to end. Plain rows stay as they are."""
         if self.cu_seqlens is None:
             return x
         flat = x.flatten(0, 1)
@@ -59,7 +59,7 @@ class SequenceLayout:
         return flat.reshape(batch_size, -1, *x.shape[2:])
 
     def initial_states(self, row_states: Tensor | None) -> Tensor | None:
-        """[B, ...] cached states to [N, ...]: a row's first sequence continues its state, others start at zero."""
+        """[B, ...] cached states to [N, ...] for each row's first sequence; zeros for the others."""
         if self.cu_seqlens is None or row_states is None:
             return row_states
         if not self.is_packed:
@@ -156,8 +156,9 @@ def _real_tokens(
         or attention_mask.shape[1] < num_tokens
     ):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: it must be [batch, tokens] "
-            f"= [{batch_size}, at least {num_tokens}] with zeros at padding (KDA layers cannot use a 4D mask)"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: it must be "
+            f"[batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at padding "
+            "(KDA layers cannot use a 4D mask)"
         )
     real = attention_mask[:, -num_tokens:].to(device) != 0
     return None if bool(real.all()) else real
@@ -173,7 +174,7 @@ def _previous_real(
 
 
 def _begins_inside(starts: Tensor, previous: Tensor) -> Tensor:
-    """Drop starts that have no real token of this call before them: a row's first sequence is open anyway."""
+    """Starts with a real token of this call before them: a row's first sequence is open anyway."""
     return starts & (previous >= 0)
 
 
@@ -182,8 +183,8 @@ def _expand(
 ) -> Tensor:
     if ids.ndim != 2 or ids.shape[0] not in (1, batch_size) or ids.shape[1] != num_tokens:
         raise ValueError(
-            f"{name} has shape {tuple(ids.shape)}, which is not allowed: it must be [batch or 1, tokens] = "
-            f"[{batch_size} or 1, {num_tokens}]"
+            f"{name} has shape {tuple(ids.shape)}, which is not allowed: it must be "
+            f"[batch or 1, tokens] = [{batch_size} or 1, {num_tokens}]"
         )
     return ids.to(device).expand(batch_size, -1)
 
@@ -200,7 +201,8 @@ def _starts_from_cu_seq_lens(
         or bool((ends.diff() < 0).any())
     ):
         raise ValueError(
-            f"cu_seq_lens_q={cu_seq_lens.tolist()} is not allowed: it must rise from 0 to batch * tokens = {places}"
+            f"cu_seq_lens_q={cu_seq_lens.tolist()} is not allowed: it must rise from 0 to "
+            f"batch * tokens = {places}"
         )
     starts = torch.zeros(places + 1, dtype=torch.bool, device=device)
     starts[ends] = True

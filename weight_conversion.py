@@ -27,7 +27,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 def register_conversion(class_name: str) -> None:
-    """Register the mapping for models of class `class_name`, which must not be a class of Transformers itself."""
+    """Register the mapping for models of class `class_name`, which Transformers must not have."""
     register_checkpoint_conversion_mapping(
         class_name,
         [
@@ -47,7 +47,7 @@ def register_conversion(class_name: str) -> None:
 
 
 def other_spellings() -> list[WeightRenaming]:
-    """Renamings for loading only: Transformers' own class saves dense MLPs under the experts' name."""
+    """For loading only: Transformers' own class saves dense MLPs under the experts' name."""
     return [
         WeightRenaming(
             source_patterns=rf"\.block_sparse_moe\.{part}_proj\.",
@@ -109,7 +109,8 @@ def check_checkpoint(
             own = _own_name(name, expected, model.base_model_prefix)
             if own is not None and shape != expected[own]:
                 raise ValueError(
-                    f"{path}: tensor {name} has shape {list(shape)}, the model needs {list(expected[own])}"
+                    f"{path}: tensor {name} has shape {list(shape)}, "
+                    f"the model needs {list(expected[own])}"
                 )
             seen.add(own)
     missing = [name for name in expected if name not in seen and not name.startswith(optional)]
@@ -124,7 +125,7 @@ def check_checkpoint(
 
 
 def _own_name(name: str, expected: dict[str, Any], base_prefix: str) -> str | None:
-    """The model's name for checkpoint tensor `name`, with or without the backbone's prefix; None if it has none."""
+    """The model's name for checkpoint tensor `name`, with or without the backbone's prefix."""
     name = re.sub(r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj.", name)
     for candidate in (name, f"{base_prefix}.{name}", name.removeprefix(f"{base_prefix}.")):
         if candidate in expected:
