@@ -1,0 +1,17 @@
+"""The tokenizer: special tokens, tiktoken files, conversion to a fast tokenizer, training."""
+
+from .convert import build_tokenizer, convert_tiktoken
+from .special_tokens import NUM_SPECIAL_TOKENS, PATTERN, special_token_ids
+from .tiktoken_format import load_tiktoken, save_tiktoken
+from .train import train_bpe
+
+__all__ = [
+    "NUM_SPECIAL_TOKENS",
+    "PATTERN",
+    "build_tokenizer",
+    "convert_tiktoken",
+    "load_tiktoken",
+    "save_tiktoken",
+    "special_token_ids",
+    "train_bpe",
+]

@@ -1,0 +1,271 @@
+"""Convert `tiktoken.model` into a fast tokenizer that loads without custom code.
+
+tiktoken joins, in every piece of text, the adjacent pair whose concatenation has the lowest rank.
+`tokenizers` joins listed pairs instead. Both give the same ids once every token lists the one pair
+that tiktoken can join it from: running tiktoken's own rule inside the token's bytes until two parts
+are left. That pair is unique, because the merges inside a token happen in the same order wherever
+it stands, as long as none crosses its border. A token that the rule never reaches is only ever
+found as a whole piece, in tiktoken and, with `ignore_merges`, in `tokenizers`.
+
+The special tokens are kept out of the BPE vocabulary on purpose: there, a piece of plain text that
+spells one would become one.
+"""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
+
+from .special_tokens import (
+    BOS_TOKEN,
+    CHAT_EOS_TOKEN,
+    EOS_TOKENS,
+    NAMED_OFFSETS,
+    NOT_SPECIAL,
+    NUM_SPECIAL_TOKENS,
+    PAD_TOKEN,
+    PATTERN,
+    UNK_TOKEN,
+    special_token_ids,
+)
+from .tiktoken_format import check_ranks, load_tiktoken, save_tiktoken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VOCAB_FILE = "tiktoken.model"
+
+# A turn is <|im_ROLE|>NAME<|im_middle|>CONTENT<|im_end|>. Nothing is added that the caller did not
+# say: no default system prompt, no beginning-of-text token, no white space.
+CHAT_TEMPLATE = """\
+{%- if tools %}{{- raise_exception('this chat template has no tools') }}{%- endif %}
+{%- for message in messages %}
+  {%- set role = message['role'] %}
+  {%- set at = 'messages[' ~ loop.index0 ~ ']' %}
+  {%- if role not in ['system', 'user', 'assistant'] %}
+    {{- raise_exception(at ~ ' has role ' ~ role ~ '; allowed: system, user, assistant') }}
+  {%- endif %}
+  {%- if message.get('tool_calls') %}
+    {{- raise_exception(at ~ ' has tool_calls, which this chat template does not have') }}
+  {%- endif %}
+  {{- '<|im_' ~ role ~ '|>' ~ (message.get('name') or role) ~ '<|im_middle|>' }}
+  {%- set content = message.get('content') %}
+  {%- if content is string %}
+    {{- content }}
+  {%- elif content is iterable and content is not mapping %}
+    {%- for part in content %}
+      {%- if part['type'] != 'text' %}
+        {{- raise_exception(at ~ ' has content of type ' ~ part['type'] ~ '; allowed: text') }}
+      {%- endif %}
+      {{- part['text'] }}
+    {%- endfor %}
+  {%- else %}
+    {{- raise_exception(at ~ ' has no content; allowed: a string or a list of text parts') }}
+  {%- endif %}
+  {{- '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|im_assistant|>assistant<|im_middle|>' }}
+{%- endif %}
+"""
+
+
+@functools.cache
+def bytes_to_chars() -> dict[int, str]:
+    """The printable character that stands for each byte in byte-level BPE files.
+
+    Returns:
+        Byte value to character, for all 256 bytes: printable Latin-1 stands for itself, the other
+        bytes in their order for U+0100 and on (the mapping of GPT-2).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    shifted = {byte: 0x100 + index for index, byte in enumerate(others)}
+    return {byte: chr(shifted.get(byte, byte)) for byte in range(256)}
+
+
+def make_pre_tokenizer() -> PreTokenizer:
+    """The split by the pattern, followed by the byte-level mapping."""
+    split = Split(Regex(PATTERN), behavior="isolated")
+    return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Find the pair that each token of two or more bytes is merged from.
+
+    Args:
+        ranks: token bytes to rank.
+
+    Returns:
+        The pairs in the order of their tokens' ranks. Tokens that no sequence of merges reaches
+        have none.
+    """
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return [pair for token, _ in by_rank for pair in _last_pair(token, ranks)]
+
+
+def _last_pair(token: bytes, ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The two parts that are left before the last merge inside a token, if it gets that far."""
+    never = len(ranks)
+    parts = [token[i : i + 1] for i in range(len(token))]
+    pair_ranks = [ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)]
+    while len(parts) > 2:
+        rank = min(pair_ranks)
+        if rank == never:
+            return
+        at = pair_ranks.index(rank)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del pair_ranks[at]
+        if at > 0:
+            pair_ranks[at - 1] = ranks.get(parts[at - 1] + parts[at], never)
+        if at < len(pair_ranks):
+            pair_ranks[at] = ranks.get(parts[at] + parts[at + 1], never)
+    if len(parts) == 2:
+        yield parts[0], parts[1]
+
+
+def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
+    """Build the fast tokenizer: pattern, byte-level BPE, 256 special ids.
+
+    Args:
+        ranks: token bytes to rank, a complete vocabulary.
+
+    Returns:
+        A `tokenizers.Tokenizer` with the ids of `tiktoken` over the same ranks. It adds no token
+        that the text does not spell.
+
+    Raises:
+        ValueError: the vocabulary is incomplete (see `check_ranks`).
+    """
+    check_ranks(ranks)
+    chars = bytes_to_chars()
+    text_of = {token: "".join(chars[byte] for byte in token) for token in ranks}
+    model = BPE(
+        vocab={text_of[token]: rank for token, rank in ranks.items()},
+        merges=[(text_of[left], text_of[right]) for left, right in recover_merges(ranks)],
+        ignore_merges=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = make_pre_tokenizer()
+    tokenizer.decoder = ByteLevelDecoder()
+    expected = special_token_ids(len(ranks))
+    tokenizer.add_tokens([_added_token(name) for name in expected])
+    for name, token_id in expected.items():
+        assert tokenizer.token_to_id(name) == token_id, (name, token_id)
+    return tokenizer
+
+
+def convert_tiktoken(
+    path_or_ranks: str | os.PathLike[str] | dict[bytes, int],
+    output_dir: str | os.PathLike[str],
+    *,
+    eos_token: str = CHAT_EOS_TOKEN,
+    model_max_length: int = 1_048_576,
+    vocab_size: int | None = None,
+) -> "PreTrainedTokenizerFast":
+    """Write a tokenizer folder that `AutoTokenizer` loads without custom code.
+
+    The folder gets `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`,
+    `chat_template.jinja` and, for engines that read it, `tiktoken.model`.
+
+    Args:
+        path_or_ranks: a `tiktoken.model` file, kept byte for byte, or token bytes to rank.
+        output_dir: the folder to write into, created if need be.
+        eos_token: what ends an answer: `<|im_end|>` for chat models, `[EOS]` for base models.
+        model_max_length: the context length in tokens that the tokenizer announces.
+        vocab_size: if given, the ids that the tokenizer must have, the 256 special ones included;
+            163,840 for the official file.
+
+    Returns:
+        The tokenizer, loaded from the folder.
+
+    Raises:
+        ValueError: an argument out of range, a malformed file, or another size than `vocab_size`.
+        FileNotFoundError: there is no such file.
+    """
+    if eos_token not in EOS_TOKENS:
+        raise ValueError(f"eos_token is {eos_token!r}; allowed: {', '.join(EOS_TOKENS)}")
+    if not isinstance(model_max_length, int) or model_max_length < 1:
+        raise ValueError(f"model_max_length is {model_max_length!r}; allowed: an integer >= 1")
+    source = None if isinstance(path_or_ranks, dict) else Path(path_or_ranks)
+    ranks = path_or_ranks if isinstance(path_or_ranks, dict) else load_tiktoken(path_or_ranks)
+    total = len(ranks) + NUM_SPECIAL_TOKENS
+    if vocab_size is not None and total != vocab_size:
+        name = source or "ranks"
+        raise ValueError(f"{name} gives {total} ids; allowed: vocab_size, which is {vocab_size}")
+    tokenizer = build_tokenizer(ranks)
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_vocab_file(source, ranks, output / VOCAB_FILE)
+    tokenizer.save(str(output / "tokenizer.json"))
+    roles = _roles(eos_token)
+    config = _tokenizer_config(len(ranks), roles, model_max_length)
+    _write_json(output / "special_tokens_map.json", roles)
+    _write_json(output / "tokenizer_config.json", config)
+    (output / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return _load(output)
+
+
+def _write_vocab_file(source: Path | None, ranks: dict[bytes, int], target: Path) -> None:
+    """Put `tiktoken.model` into the folder: a copy of its source where there is one."""
+    if source is None:
+        save_tiktoken(ranks, target)
+    elif not (target.exists() and target.samefile(source)):
+        shutil.copyfile(source, target)
+
+
+def _load(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a folder. Transformers is imported here: training needs none of it."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _added_token(name: str) -> AddedToken:
+    """A token matched exactly as it is spelled, no white space taken along."""
+    return AddedToken(name, special=name not in NOT_SPECIAL, normalized=False)
+
+
+def _roles(eos_token: str) -> dict[str, Any]:
+    """The special tokens by role; those without a role are listed, as skipping them needs it."""
+    roles = {
+        "bos_token": BOS_TOKEN,
+        "eos_token": eos_token,
+        "pad_token": PAD_TOKEN,
+        "unk_token": UNK_TOKEN,
+    }
+    others = [n for n in NAMED_OFFSETS if n not in NOT_SPECIAL and n not in roles.values()]
+    return roles | {"additional_special_tokens": others}
+
+
+def _tokenizer_config(
+    num_ranks: int, roles: dict[str, Any], model_max_length: int
+) -> dict[str, Any]:
+    """The contents of `tokenizer_config.json`."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {
+        str(token_id): {"content": name, **flags, "special": name not in NOT_SPECIAL}
+        for name, token_id in special_token_ids(num_ranks).items()
+    }
+    return {
+        "added_tokens_decoder": added,
+        **roles,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": model_max_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file as Transformers does."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
