@@ -28,17 +28,19 @@ MAX_HEADER_BYTES = 100_000_000
 
 def register_conversion(class_name: str) -> None:
     """Register the mapping for models of class `class_name`, which Transformers must not have."""
+    # The patterns are regular expressions on load and, the other way round, on save: an unescaped dot
+    # would also match the underscore of `shared_experts.down_proj`.
     register_checkpoint_conversion_mapping(
         class_name,
         [
             WeightConverter(
-                source_patterns=[".experts.*.w1.weight", ".experts.*.w3.weight"],
-                target_patterns=".experts.gate_up_proj",
+                source_patterns=[r"\.experts.*.w1.weight", r"\.experts.*.w3.weight"],
+                target_patterns=r"\.experts\.gate_up_proj",
                 operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
             ),
             WeightConverter(
-                source_patterns=".experts.*.w2.weight",
-                target_patterns=".experts.down_proj",
+                source_patterns=r"\.experts.*.w2.weight",
+                target_patterns=r"\.experts\.down_proj",
                 operations=[MergeModulelist(dim=0)],
             ),
         ],

@@ -1,0 +1,455 @@
+"""The model against itself: padding, packing, chunks and steps must not change what a token sees."""
+
+import pytest
+import torch
+from builders import PATTERNS, tiny_config, tiny_model, token_ids
+from kimi_linear import (
+    KimiLinearCache,
+    KimiLinearForCausalLM,
+    KimiLinearForSequenceClassification,
+    KimiLinearForTokenClassification,
+)
+from tolerance import assert_close
+from transformers import DynamicCache, StaticCache
+
+BACKENDS = ("eager", "sdpa", "flex_attention")
+FLOAT32 = torch.float32
+
+
+@pytest.fixture(params=PATTERNS, scope="module")
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    return tiny_model()
+
+
+def pad_columns(ids, columns, length):
+    """Rows with the ids at `columns` and rubbish elsewhere, and the mask that says so."""
+    padded = torch.full((1, length), 96)
+    mask = torch.zeros(1, length, dtype=torch.long)
+    padded[0, columns], mask[0, columns] = ids, 1
+    return padded, mask
+
+
+LENGTH = 41
+PADDINGS = {
+    "left": torch.arange(9, LENGTH),
+    "right": torch.arange(0, LENGTH - 9),
+    "interior": torch.cat([torch.arange(0, 7), torch.arange(12, 30), torch.arange(34, LENGTH)]),
+    "everywhere": torch.arange(1, LENGTH, 2),
+    "between conv taps": torch.cat([torch.arange(0, 2), torch.arange(5, 7), torch.arange(11, 13)]),
+}
+
+
+@pytest.mark.parametrize("where", PADDINGS)
+def test_padded_equals_unpadded(model, where):
+    columns = PADDINGS[where]
+    ids = token_ids(len(columns), seed=3)
+    padded, mask = pad_columns(ids, columns, LENGTH)
+    other = token_ids(1, LENGTH, seed=4)
+    batch, batch_mask = torch.cat([padded, other]), torch.cat([mask, torch.ones_like(mask)])
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0]
+        out = model(batch, attention_mask=batch_mask).logits
+        assert_close(out[0, columns], expected, FLOAT32, where)
+        assert_close(out[1], model(other).logits[0], FLOAT32, "neighbour")
+
+
+@pytest.mark.parametrize("where", PADDINGS)
+def test_padded_then_continued_equals_unpadded(model, where):
+    columns = PADDINGS[where]
+    ids, more = token_ids(len(columns), seed=3), token_ids(6, seed=5)
+    padded, mask = pad_columns(ids, columns, LENGTH)
+    with torch.no_grad():
+        expected = model(torch.cat([ids, more])[None]).logits[0, len(ids) :]
+        cache = model(padded, attention_mask=mask, use_cache=True).past_key_values
+        mask = torch.cat([mask, torch.ones(1, 4, dtype=torch.long)], dim=1)
+        first = model(more[None, :4], attention_mask=mask, past_key_values=cache).logits
+        # two single steps with a padded one in between
+        logits = [first[0]]
+        for token, real in ((more[4], 1), (torch.tensor(96), 0), (more[5], 1)):
+            mask = torch.cat([mask, torch.tensor([[real]])], dim=1)
+            out = model(token.view(1, 1), attention_mask=mask, past_key_values=cache).logits
+            if real:
+                logits.append(out[0])
+    assert_close(torch.cat(logits), expected, FLOAT32, where)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_agree_on_padding_and_packing(hybrid, backend):
+    ids = token_ids(2, 24)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :5], mask[1, 10:13] = 0, 0
+    positions = torch.arange(24).expand(2, -1).clone()
+    positions[:, 15:] -= 15
+    try:
+        hybrid.set_attn_implementation("eager")
+        with torch.no_grad():
+            expected = [
+                hybrid(ids, attention_mask=mask).logits,
+                hybrid(ids, position_ids=positions).logits,
+            ]
+            hybrid.set_attn_implementation(backend)
+            assert hybrid.config._attn_implementation == backend
+            got = [
+                hybrid(ids, attention_mask=mask).logits,
+                hybrid(ids, position_ids=positions).logits,
+            ]
+    finally:
+        hybrid.set_attn_implementation("sdpa")
+    assert_close(got[0][mask.bool()], expected[0][mask.bool()], FLOAT32, "padding")
+    assert_close(got[1], expected[1], FLOAT32, "packing")
+
+
+LENGTHS = (3, 1, 17, 64, 2, 20)
+
+
+def packed_notation(notation):
+    """The same packing, said in each way that Transformers' collators say it."""
+    ends = torch.tensor((0, *LENGTHS)).cumsum(0)
+    lengths = torch.tensor(LENGTHS)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    return {
+        "position_ids": {"position_ids": positions},
+        "seq_idx": {"seq_idx": torch.arange(len(LENGTHS)).repeat_interleave(lengths)[None].int()},
+        "cu_seq_lens": {"cu_seq_lens_q": ends.int(), "cu_seq_lens_k": ends.int(), "max_length_q": 64, "max_length_k": 64},
+        "all": {"position_ids": positions, "cu_seq_lens_q": ends.int()},
+        "with mask": {"position_ids": positions, "attention_mask": torch.ones(1, sum(LENGTHS))},
+    }[notation]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("notation", ["position_ids", "seq_idx", "cu_seq_lens", "all", "with mask"])
+def test_packed_equals_separate(model, notation, training):
+    ids = token_ids(1, sum(LENGTHS), seed=6)
+    model.train(training)
+    try:
+        with torch.no_grad():
+            packed = model(ids, **packed_notation(notation)).logits
+            alone = [model(part).logits for part in ids.split(LENGTHS, dim=1)]
+    finally:
+        model.eval()
+    assert_close(packed, torch.cat(alone, dim=1), FLOAT32, notation)
+
+
+@pytest.mark.parametrize("notation", ["position_ids", "seq_idx", "cu_seq_lens"])
+def test_packed_loss_and_gradients_equal_separate(hybrid, notation):
+    """Also without -100 at the sequences' first tokens: nothing predicts them."""
+    ids = token_ids(1, sum(LENGTHS), seed=6)
+    hybrid.train()
+    count = sum(n - 1 for n in LENGTHS)
+    hybrid.zero_grad()
+    hybrid(ids, labels=ids, num_items_in_batch=count, **packed_notation(notation)).loss.backward()
+    packed = {name: p.grad for name, p in hybrid.named_parameters()}
+    hybrid.zero_grad()
+    for part in ids.split(LENGTHS, dim=1):
+        if part.shape[1] > 1:
+            hybrid(part, labels=part, num_items_in_batch=count).loss.backward()
+    hybrid.eval()
+    for name, parameter in hybrid.named_parameters():
+        assert_close(packed[name], parameter.grad, FLOAT32, name)
+    hybrid.zero_grad()
+
+
+def test_packed_rows_of_a_batch_with_padding(model):
+    ids = token_ids(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 10:], mask[1, :3] = 0, 0
+    positions = torch.tensor(
+        [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 0], [0, 0, 0, 0, 1, 0, 1, 2, 3, 4, 5, 6]]
+    )
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=positions).logits
+        for row, start, end in ((0, 0, 4), (0, 4, 10), (1, 3, 5), (1, 5, 12)):
+            alone = model(ids[row : row + 1, start:end]).logits[0]
+            assert_close(out[row, start:end], alone, FLOAT32, f"{row} {start}")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "splits", [(50,), (49, 1), (1, 49), (16, 17, 17), (1,) * 50, (3, 1, 2, 1, 43)]
+)
+def test_one_call_equals_chunks_equals_steps(model, splits, training):
+    ids = token_ids(2, 50)
+    model.train(training)
+    try:
+        with torch.no_grad():
+            expected = model(ids).logits
+            cache, parts = KimiLinearCache(model.config), []
+            for part in ids.split(splits, dim=1):
+                parts.append(model(part, past_key_values=cache).logits)
+    finally:
+        model.eval()
+    assert cache.get_seq_length() == 50
+    assert_close(torch.cat(parts, dim=1), expected, FLOAT32, str(splits))
+
+
+def test_float64_agrees_with_itself_to_1e_10():
+    model, ids = tiny_model().double(), token_ids(2, 40)
+    model.set_experts_implementation("eager")  # grouped matrix products have no float64
+    assert model.model.layers[0].self_attn.A_log.dtype == torch.float64
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = model(ids[:, :23]).past_key_values
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(23, 40)]
+    assert_close(torch.cat(steps, dim=1), expected[:, 23:], torch.float64)
+
+
+def test_gradients_flow_through_a_cached_prefix(hybrid):
+    """A prefix in the cache and then a suffix: the same gradients as one call."""
+    ids = token_ids(1, 30)
+    grads = []
+    for split in (30, 13):
+        hybrid.zero_grad()
+        embeds = hybrid.get_input_embeddings()(ids).detach().requires_grad_()
+        cache = KimiLinearCache(hybrid.config)
+        for part in embeds.split((split, 30 - split) if split < 30 else (30,), dim=1):
+            logits = hybrid(inputs_embeds=part, past_key_values=cache).logits
+        logits[:, -1].square().sum().backward()
+        grads.append(embeds.grad)
+    hybrid.zero_grad()
+    assert_close(grads[1], grads[0], FLOAT32)
+
+
+def test_batch_neighbours_do_not_matter(hybrid):
+    ids = token_ids(3, 20)
+    with torch.no_grad():
+        together = hybrid(ids).logits
+        assert_close(together[1:2], hybrid(ids[1:2]).logits, FLOAT32)
+
+
+def test_left_padded_generation_equals_each_prompt_alone(hybrid):
+    prompts = [token_ids(n, seed=n) for n in (4, 9, 13)]
+    padded = torch.full((3, 13), 96)
+    mask = torch.zeros(3, 13, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        padded[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    kwargs = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=96)
+    together = hybrid.generate(padded, attention_mask=mask, **kwargs)[:, 13:]
+    for row, prompt in enumerate(prompts):
+        alone = hybrid.generate(prompt[None], **kwargs)[0, len(prompt) :]
+        assert together[row].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2, "top_k": 5},
+        {"prefill_chunk_size": 4},
+        {"use_cache": False},
+    ],
+)
+def test_generation_modes_with_and_without_cache(hybrid, kwargs):
+    ids = token_ids(2, 9)
+    common = dict(max_new_tokens=9, eos_token_id=None, pad_token_id=96, do_sample=False)
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        settings = {**common, **kwargs, "use_cache": use_cache and kwargs.get("use_cache", True)}
+        if not use_cache:
+            settings.pop("prefill_chunk_size", None)
+        texts.append(hybrid.generate(ids, **settings).tolist())
+    assert texts[0] == texts[1]
+
+
+def test_multi_turn_with_a_returned_cache(hybrid):
+    kwargs = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=96)
+    first = hybrid.generate(token_ids(1, 8), return_dict_in_generate=True, **kwargs)
+    turn = torch.cat([first.sequences, token_ids(1, 5, seed=9)], dim=1)
+    continued = hybrid.generate(turn, past_key_values=first.past_key_values, **kwargs)
+    assert continued.tolist() == hybrid.generate(turn, **kwargs).tolist()
+
+
+def test_an_empty_dynamic_cache_is_taken_over(hybrid):
+    ids = token_ids(1, 7)
+    cache = DynamicCache(config=hybrid.config)
+    with torch.no_grad():
+        hybrid(ids[:, :5], past_key_values=cache)
+        out = hybrid(ids[:, 5:], past_key_values=cache).logits
+        assert_close(out, hybrid(ids).logits[:, 5:], FLOAT32)
+    assert cache.get_seq_length() == 7
+
+
+def test_logits_to_keep(hybrid):
+    ids = token_ids(2, 11)
+    with torch.no_grad():
+        everything = hybrid(ids).logits
+        assert_close(hybrid(ids, logits_to_keep=3).logits, everything[:, -3:], FLOAT32)
+        some = torch.tensor([0, 4, 10])
+        assert_close(hybrid(ids, logits_to_keep=some).logits, everything[:, some], FLOAT32)
+
+
+def test_inputs_embeds_and_tuples(hybrid):
+    ids = token_ids(2, 11)
+    with torch.no_grad():
+        expected = hybrid(ids).logits
+        embeds = hybrid.get_input_embeddings()(ids)
+        assert_close(hybrid(inputs_embeds=embeds).logits, expected, FLOAT32)
+        assert_close(hybrid(ids, return_dict=False)[0], expected, FLOAT32)
+
+
+def test_no_cache_is_built_in_training_nor_with_labels(hybrid):
+    ids = token_ids(1, 5)
+    assert hybrid(ids).past_key_values is not None
+    assert hybrid(ids, labels=ids).past_key_values is None
+    hybrid.train()
+    assert hybrid(ids).past_key_values is None
+    hybrid.eval()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_exact(reentrant):
+    ids, grads = token_ids(2, 20), []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        embeds = model.get_input_embeddings()(ids)
+        model(inputs_embeds=embeds, labels=ids).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_expert_implementations_agree_in_value_and_gradient(implementation):
+    ids, results = token_ids(2, 20), []
+    for each in ("eager", implementation):
+        model = tiny_model().train()
+        model.set_experts_implementation(each)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
+        results.append((loss.detach(), grads))
+    assert_close(results[1][0], results[0][0], FLOAT32)
+    for name, grad in results[0][1].items():
+        assert_close(results[1][1][name], grad, FLOAT32, name)
+
+
+def test_softmax_router_and_groups_pick_within_the_best_groups():
+    model = tiny_model(num_expert_group=3, topk_group=1, moe_router_activation_func="softmax")
+    router = model.model.layers[1].block_sparse_moe.gate
+    x = torch.randn(50, 40)
+    logits, weights, experts = router(x)
+    scores = logits.softmax(-1)
+    biased = (scores + router.e_score_correction_bias).view(50, 3, 2)
+    best = biased.sum(-1).argmax(-1)
+    assert (experts // 2 == best[:, None]).all()
+    chosen = scores.gather(1, experts)
+    expected = chosen / chosen.sum(-1, keepdim=True) * model.config.routed_scaling_factor
+    assert_close(weights, expected, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("named", "kwargs"),
+    [
+        ("attention_mask", {"attention_mask": torch.ones(1, 1, 6, 6)}),
+        ("attention_mask", {"attention_mask": torch.ones(1, 9)}),
+        ("cache", {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]]), "use_cache": True}),
+        ("input_ids", {"inputs_embeds": torch.zeros(1, 6, 40)}),
+        ("cu_seq_lens_q", {"cu_seq_lens_q": torch.tensor([0, 4])}),
+    ],
+)
+def test_contradicting_inputs_are_refused_by_name(hybrid, named, kwargs):
+    with pytest.raises(ValueError, match=named):
+        hybrid(token_ids(1, 6), **kwargs)
+
+
+def test_caches_of_others_are_refused(hybrid):
+    with pytest.raises(ValueError, match="StaticCache"):
+        hybrid(token_ids(1, 6), past_key_values=StaticCache(config=hybrid.config, max_cache_len=8))
+    used = DynamicCache()
+    used.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    with pytest.raises(ValueError, match="holds tokens"):
+        hybrid(token_ids(1, 6), past_key_values=used)
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        hybrid(token_ids(1, 6), past_key_values=KimiLinearCache(tiny_config(num_hidden_layers=5)))
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        hybrid.generate(token_ids(1, 6), cache_implementation="static", max_new_tokens=2)
+    cache = hybrid(token_ids(1, 6)).past_key_values
+    with pytest.raises(ValueError, match="crop"):
+        cache.crop(-1)
+
+
+def test_cache_operations(hybrid):
+    """Reorder, repeat and select act on every tensor of both kinds of layer."""
+    ids, step = token_ids(3, 9), token_ids(3, 1, seed=8)
+    with torch.no_grad():
+        expected = hybrid(torch.cat([ids, step], dim=1)).logits[:, -1]
+        order = torch.tensor([2, 0, 0])
+        for operation, rows in (
+            (lambda c: c.reorder_cache(order), order),
+            (lambda c: c.batch_select_indices(order), order),
+            (lambda c: c.batch_repeat_interleave(2), torch.arange(3).repeat_interleave(2)),
+        ):
+            cache = hybrid(ids).past_key_values
+            operation(cache)
+            out = hybrid(step[rows], past_key_values=cache).logits[:, -1]
+            assert_close(out, expected[rows], FLOAT32)
+        cache.reset()
+        assert cache.get_seq_length() == 0 and sum(cache.memory_bytes().values()) == 0
+
+
+def test_cache_memory():
+    """KDA layers are fixed; MLA layers take the latent's bytes a token and at most one block more."""
+    model = tiny_model()
+    sizes = []
+    for length in (10, 300, 700):
+        with torch.no_grad():
+            sizes.append(model(token_ids(1, length)).past_key_values.memory_bytes())
+    config, linear = model.config, model.config.linear_attn_config
+    inner = linear["num_heads"] * linear["head_dim"]
+    fixed = 3 * (3 * inner * 3 + inner * linear["head_dim"]) * 4
+    assert [size["linear_attention"] for size in sizes] == [fixed] * 3
+    per_token = (config.kv_lora_rank + config.qk_rope_head_dim) * 4
+    assert [size["full_attention"] for size in sizes] == [n * per_token for n in (256, 512, 768)]
+
+
+def test_sequence_and_token_classification():
+    config = tiny_config(num_labels=5)
+    ids = token_ids(2, 8)
+    ids[0, 5:] = 96
+    mask = (ids != 96).long()
+    sequence = KimiLinearForSequenceClassification(config).eval()
+    out = sequence(ids, attention_mask=mask, labels=torch.tensor([1, 4]))
+    assert out.logits.shape == (2, 5)
+    assert_close(out.logits[:1], sequence(ids[:1, :5]).logits, FLOAT32)
+    out.loss.backward()
+    token = KimiLinearForTokenClassification(config).eval()
+    out = token(ids, attention_mask=mask, labels=torch.zeros_like(ids))
+    assert out.logits.shape == (2, 8, 5)
+    out.loss.backward()
+    assert token.model.layers[0].self_attn.A_log.grad.abs().sum() > 0
+
+
+def test_tied_embeddings():
+    model = KimiLinearForCausalLM(tiny_config(tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_bfloat16_keeps_the_decay_in_float32():
+    model = tiny_model()
+    attention = model.model.layers[0].self_attn
+    before = attention.A_log.clone(), attention.dt_bias.clone()
+    for cast in (lambda: model.to(torch.bfloat16), model.half, model.bfloat16):
+        cast()
+        assert attention.A_log.dtype == attention.dt_bias.dtype == torch.float32
+        assert torch.equal(attention.A_log, before[0]) and torch.equal(attention.dt_bias, before[1])
+        assert model.dtype in (torch.bfloat16, torch.float16)
+    out = model(token_ids(2, 20), labels=token_ids(2, 20))
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16 and attention.A_log.grad.dtype == torch.float32
+
+
+def test_autocast_runs_the_recurrence_in_float32(hybrid):
+    ids = token_ids(2, 40)
+    with torch.no_grad():
+        expected = hybrid(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = hybrid(ids).logits
+    assert (out - expected).abs().mean() < 0.05 * expected.abs().mean()
