@@ -45,6 +45,24 @@ NATIVE_SIZES = {
     "linear_conv_kernel_dim": "short_conv_kernel_size",
 }
 
+POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "num_experts",
+    "num_experts_per_token",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "num_expert_group",
+    "topk_group",
+    "model_max_length",
+)
+
 
 class KimiLinearConfig(PreTrainedConfig):
     """Configuration of a Kimi Linear model.
@@ -196,7 +214,7 @@ class KimiLinearConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Per layer, "linear_attention" (KDA) or "full_attention" (MLA), from the 1-counted lists."""
+        """Per layer, "linear_attention" (KDA) or "full_attention" (MLA)."""
         full = set(self.linear_attn_config["full_attn_layers"])
         return [
             "full_attention" if number in full else "linear_attention"
@@ -283,7 +301,8 @@ class KimiLinearConfig(PreTrainedConfig):
         for key, value in other.items():
             if given.setdefault(key, value) != value:
                 raise ValueError(
-                    f"linear_attn_config[{key!r}]={given[key]!r} contradicts {value!r} given elsewhere"
+                    f"linear_attn_config[{key!r}]={given[key]!r} contradicts the other "
+                    f"spelling's {value!r}"
                 )
         numbers = range(1, self.num_hidden_layers + 1)
         if "kda_layers" not in given:
@@ -331,12 +350,7 @@ class KimiLinearConfig(PreTrainedConfig):
     # ---------------------------------------------------------------------------------------------
 
     def _check_sizes(self) -> None:
-        positive = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "kv_lora_rank qk_nope_head_dim v_head_dim num_experts num_experts_per_token "
-            "moe_intermediate_size moe_layer_freq num_expert_group topk_group model_max_length"
-        )
-        for field in positive.split():
+        for field in POSITIVE_FIELDS:
             value = getattr(self, field)
             _require(_is_int(value) and value >= 1, field, value, "an integer of at least 1")
         for field in ("qk_rope_head_dim", "first_k_dense_replace"):

@@ -4,15 +4,26 @@ Source: arXiv 2510.26692, section 4 (output gate). FLA's fused kernel on a GPU, 
 Shapes: H heads, V value size; leading dimensions are free.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .kda import resolve_backend
 
-try:
-    from fla.modules.fused_norm_gate import rms_norm_gated
-except (ImportError, RuntimeError):
-    rms_norm_gated = None
+
+@functools.cache
+def _fla_norm() -> Callable[..., Tensor]:
+    """FLA's kernel, imported on first use."""
+    try:
+        from fla.modules.fused_norm_gate import rms_norm_gated
+    except ImportError as error:
+        raise ValueError(
+            f"backend is 'fla', but this fla has no rms_norm_gated ({error}); "
+            "fla-core 0.5.1 or newer is needed, or backend='torch'"
+        ) from error
+    return rms_norm_gated
 
 
 def gated_rms_norm(
@@ -31,7 +42,7 @@ def gated_rms_norm(
         [..., H, V] in x's dtype.
     """
     if resolve_backend(x, backend) == "fla":
-        return rms_norm_gated(x, gate, weight, None, activation="sigmoid", eps=eps)
+        return _fla_norm()(x, gate, weight, None, activation="sigmoid", eps=eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = torch.nn.functional.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
     return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)

@@ -45,11 +45,7 @@ def _fla_kernels() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None
     """(chunk_kda, fused_recurrent_kda, "") or (None, None, why not)."""
     try:
         from fla.ops.kda import chunk_kda, fused_recurrent_kda
-    except (
-        ImportError,
-        RuntimeError,
-        AttributeError,
-    ) as error:  # no fla, no triton, or a broken triton
+    except (ImportError, RuntimeError, AttributeError) as error:  # absent, or a broken triton
         return None, None, f"{type(error).__name__}: {error}"
     return chunk_kda, fused_recurrent_kda, ""
 
@@ -255,9 +251,7 @@ class _Segment(NamedTuple):
     """Tokens of some sequences, computed together: num_chunks chunks of chunk_size per sequence."""
 
     rows: slice | Tensor  # sequences: slice, or int64 [R]
-    tokens: (
-        slice | Tensor
-    )  # slice of the token axis for all rows, or int64 [R, L] into a packed row
+    tokens: slice | Tensor  # slice of the token axis, or int64 [R, L] into a packed row
     valid: Tensor | None  # bool [R or 1, L]; False is padding
     chunk_size: int
     num_chunks: int
@@ -609,8 +603,8 @@ def _segment_grads(
             grads.append(grad_state)
         if not roots:
             return [None] * 8
-        found = list(torch.autograd.grad(roots, wanted, grads, allow_unused=True))
-    return found if state is not None else [*found, None]
+        found = torch.autograd.grad(roots, wanted, grads, allow_unused=True)
+    return [*found, None][:8]
 
 
 def chunked_kda(

@@ -70,7 +70,7 @@ class KimiLinearRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, D] to float32 logits [tokens, E] and weights [tokens, k], int64 experts [tokens, k]."""
+        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
         config = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.weight.to(wide))
@@ -353,8 +353,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         expected = past + hidden_states.shape[1]
         if attention_mask is not None and attention_mask.shape[1] != expected:
             raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it must "
-                f"cover the {past} cached and the {hidden_states.shape[1]} new tokens"
+                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it "
+                f"must cover the {past} cached and the {hidden_states.shape[1]} new tokens"
             )
         if is_flash_attention(self.config) and past_key_values is None:
             return None  # the layout's boundaries say it all

@@ -13,6 +13,7 @@ sequences.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +30,7 @@ class SequenceLayout:
         row_first, row_last: [B] int64, the first and the last of each row's sequences.
         sequence_ids: [B, T] int64, number of each token's sequence within its row; None unless rows
             are packed.
+        num_places: B * T.
     """
 
     token_index: Tensor | None = None
@@ -36,6 +38,7 @@ class SequenceLayout:
     row_first: Tensor | None = None
     row_last: Tensor | None = None
     sequence_ids: Tensor | None = None
+    num_places: int = 0
 
     @property
     def is_packed(self) -> bool:
@@ -55,11 +58,11 @@ class SequenceLayout:
             return x
         if self.token_index is None:
             return x.reshape(batch_size, -1, *x.shape[2:])
-        flat = x.new_zeros(self._num_places, *x.shape[2:]).index_copy(0, self.token_index, x[0])
+        flat = x.new_zeros(self.num_places, *x.shape[2:]).index_copy(0, self.token_index, x[0])
         return flat.reshape(batch_size, -1, *x.shape[2:])
 
     def initial_states(self, row_states: Tensor | None) -> Tensor | None:
-        """[B, ...] cached states to [N, ...] for each row's first sequence; zeros for the others."""
+        """[B, ...] cached states to [N, ...] for each row's first sequence; zeros elsewhere."""
         if self.cu_seqlens is None or row_states is None:
             return row_states
         if not self.is_packed:
@@ -72,8 +75,6 @@ class SequenceLayout:
         if self.row_last is None or states is None or not self.is_packed:
             return states
         return states[self.row_last]
-
-    _num_places: int = 0
 
 
 def sequence_layout(
@@ -103,44 +104,53 @@ def sequence_layout(
     Raises:
         ValueError: If an argument has a wrong shape or `cu_seq_lens` does not run from 0 to B * T.
     """
-    places = batch_size * num_tokens
     real = _real_tokens(attention_mask, batch_size, num_tokens, device)
-    starts = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
-    # the place of the real token before each token; itself at the first
-    previous = _previous_real(real, batch_size, num_tokens, device)
-    for name, ids, is_start in (
-        ("position_ids", position_ids, torch.le),
-        ("seq_idx", seq_idx, torch.ne),
-    ):
-        if ids is not None and num_tokens > 1:
-            ids = _expand(name, ids, batch_size, num_tokens, device)
-            before = ids.gather(1, previous.clamp(min=0))
-            starts |= is_start(ids, before) & (previous >= 0)
     if cu_seq_lens is not None:
-        starts |= _starts_from_cu_seq_lens(cu_seq_lens, batch_size, num_tokens, device)
-    if real is not None:
-        starts &= real
-    packed = bool(_begins_inside(starts, previous).any())
-    if not packed and real is None:
+        cu_seq_lens = _sequence_numbers(cu_seq_lens, batch_size, num_tokens, device)
+    sources = [
+        (_expand(name, ids, batch_size, num_tokens, device), begins)
+        for name, ids, begins in (
+            ("position_ids", position_ids, torch.le),
+            ("seq_idx", seq_idx, torch.ne),
+            ("cu_seq_lens_q", cu_seq_lens, torch.ne),
+        )
+        if ids is not None
+    ]
+    if real is None and (num_tokens == 1 or not sources):
         return SequenceLayout()
-    starts = _begins_inside(starts, previous)
+    # column of the real token before each token of this call, -1 if there is none
+    previous = _previous_real(real, batch_size, num_tokens, device)
+    starts = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+    for ids, begins in sources:
+        starts |= begins(ids, ids.gather(1, previous.clamp(min=0)))
+    starts &= previous >= 0  # a row's first sequence is open anyway
+    if real is not None:
+        starts &= real  # padding begins nothing
+    is_packed = bool(starts.any())
+    if not is_packed and real is None:
+        return SequenceLayout()
+    return _layout(starts, real, is_packed)
+
+
+def _layout(starts: Tensor, real: Tensor | None, is_packed: bool) -> SequenceLayout:
+    """The layout of rows whose sequences begin at `starts` [B, T]; `real` [B, T] are no padding."""
     sequence_ids = starts.long().cumsum(1)
     per_row = sequence_ids[:, -1] + 1
     row_last = per_row.cumsum(0) - 1
     row_first = row_last - per_row + 1
-    token_sequence = (sequence_ids + row_first[:, None]).flatten()
     token_index = None
+    token_sequence = (sequence_ids + row_first[:, None]).flatten()
     if real is not None:
         token_index = real.flatten().nonzero()[:, 0]
         token_sequence = token_sequence[token_index]
     lengths = torch.bincount(token_sequence, minlength=int(row_last[-1]) + 1)
     return SequenceLayout(
         token_index=token_index,
-        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
         row_first=row_first,
         row_last=row_last,
-        sequence_ids=sequence_ids if packed else None,
-        _num_places=places,
+        sequence_ids=sequence_ids if is_packed else None,
+        num_places=starts.numel(),
     )
 
 
@@ -156,8 +166,8 @@ def _real_tokens(
         or attention_mask.shape[1] < num_tokens
     ):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: it must be "
-            f"[batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at padding "
+            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: it "
+            f"must be [batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at padding "
             "(KDA layers cannot use a 4D mask)"
         )
     real = attention_mask[:, -num_tokens:].to(device) != 0
@@ -170,12 +180,7 @@ def _previous_real(
     """[B, T] int64: column of the last real token before each column, -1 if there is none."""
     columns = torch.arange(num_tokens, device=device).expand(batch_size, -1)
     last = columns if real is None else torch.where(real, columns, -1).cummax(1).values
-    return torch.nn.functional.pad(last, (1, 0), value=-1)[:, :-1]
-
-
-def _begins_inside(starts: Tensor, previous: Tensor) -> Tensor:
-    """Starts with a real token of this call before them: a row's first sequence is open anyway."""
-    return starts & (previous >= 0)
+    return F.pad(last, (1, 0), value=-1)[:, :-1]
 
 
 def _expand(
@@ -189,24 +194,19 @@ def _expand(
     return ids.to(device).expand(batch_size, -1)
 
 
-def _starts_from_cu_seq_lens(
+def _sequence_numbers(
     cu_seq_lens: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
 ) -> Tensor:
+    """[B, T] int64: the sequence that each place belongs to."""
     places = batch_size * num_tokens
     ends = cu_seq_lens.flatten().long().to(device)
-    if (
-        ends.numel() < 2
-        or int(ends[0]) != 0
-        or int(ends[-1]) != places
-        or bool((ends.diff() < 0).any())
-    ):
+    if ends.numel() < 2 or ends[0] != 0 or ends[-1] != places or (ends.diff() < 0).any():
         raise ValueError(
             f"cu_seq_lens_q={cu_seq_lens.tolist()} is not allowed: it must rise from 0 to "
             f"batch * tokens = {places}"
         )
-    starts = torch.zeros(places + 1, dtype=torch.bool, device=device)
-    starts[ends] = True
-    return starts[:-1].reshape(batch_size, num_tokens)
+    place = torch.arange(places, device=device)
+    return torch.searchsorted(ends, place, right=True).reshape(batch_size, num_tokens)
 
 
 __all__ = ["SequenceLayout", "sequence_layout"]

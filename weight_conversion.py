@@ -27,9 +27,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 def register_conversion(class_name: str) -> None:
-    """Register the mapping for models of class `class_name`, which Transformers must not have."""
-    # The patterns are regular expressions on load and, the other way round, on save: an unescaped dot
-    # would also match the underscore of `shared_experts.down_proj`.
+    """Register the mapping for models of class `class_name`, a name Transformers has not."""
+    # The patterns are regular expressions on load and, the other way round, on save: an unescaped
+    # dot would also match the underscore of `shared_experts.down_proj`.
     register_checkpoint_conversion_mapping(
         class_name,
         [

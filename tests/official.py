@@ -1,4 +1,4 @@
-"""The released 48B-A3B checkpoint in numbers: its `config.json` and every tensor's name, shape and dtype."""
+"""The released 48B-A3B checkpoint in numbers: its config, its tensors' names, shapes and dtypes."""
 
 import json
 from pathlib import Path

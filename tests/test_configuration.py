@@ -101,8 +101,12 @@ def test_spelling_of_the_native_class():
         linear_conv_kernel_dim=3,
     )
     assert config.linear_attn_config == {
-        "full_attn_layers": [2], "head_dim": 64, "kda_layers": [1, 3], "num_heads": 5, "short_conv_kernel_size": 3,
-    }  # fmt: skip
+        "full_attn_layers": [2],
+        "head_dim": 64,
+        "kda_layers": [1, 3],
+        "num_heads": 5,
+        "short_conv_kernel_size": 3,
+    }
     assert config.first_k_dense_replace == 2
 
 

@@ -6,6 +6,7 @@ import itertools
 import kimi_linear.kda as kda_module
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kimi_linear.kda import chunked_kda, kda_attention, log_decay, recurrent_kda, resolve_backend
@@ -395,6 +396,33 @@ def test_autocast_changes_nothing(T, dtype):
         actual = run_with_grads(kda_attention, inputs)
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    """Checkpointing hands saved tensors out once only."""
+    inputs = make_inputs(T=130)
+
+    def checkpointed(**leaves):
+        names = list(leaves)
+
+        def call(*values):
+            return kda_attention(**dict(zip(names, values, strict=True)))
+
+        return torch.utils.checkpoint.checkpoint(
+            call, *leaves.values(), use_reentrant=use_reentrant
+        )
+
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    grads = []
+    for function in (recurrent_kda, checkpointed):
+        options = {"output_final_state": True}
+        out, state = function(**leaves, **options)
+        (out.square().sum() + state.sum()).backward()
+        grads.append({name: x.grad for name, x in leaves.items()})
+        for x in leaves.values():
+            x.grad = None
+    assert_all_close(grads[1], grads[0], torch.float64)
 
 
 class _LargestTensor(TorchDispatchMode):

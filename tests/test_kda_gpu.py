@@ -1,4 +1,4 @@
-"""FLA's kernels against the recurrence in float64, and FLA's convolution against torch's. Needs a GPU."""
+"""FLA's kernels against the recurrence in float64, its convolution against torch's: on a GPU."""
 
 import itertools
 
@@ -157,7 +157,7 @@ def test_packed(dtype, size, index_dtype):
 
 
 def test_packed_layouts_change():
-    """FLA keeps chunk indices by the identity of cu_seqlens; a refreshed buffer must not be stale."""
+    """FLA keeps chunk indices by the identity of cu_seqlens; a refreshed buffer is another one."""
     inputs = make_inputs(200, B=1, num_states=2)
     ends = torch.tensor([0, 70, 200], device="cuda")
     for cut in (70, 130, 1):
@@ -203,7 +203,7 @@ def test_strong_gates_are_finite(gate):
         assert_kernel_close(x, y, torch.bfloat16, name)
 
 
-# ---------------------------------------------------------------------------------- short convolution
+# ------------------------------------------------------------------------------- short convolution
 def conv_inputs(T, *, B=2, D=192, W=4, dtype=torch.bfloat16, num_states=None):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, T, D, generator=generator).to(dtype).cuda()

@@ -1,4 +1,4 @@
-"""The model against itself: padding, packing, chunks and steps must not change what a token sees."""
+"""The model against itself: padding, packing, chunks and steps change nothing that a token sees."""
 
 import pytest
 import torch
@@ -115,7 +115,12 @@ def packed_notation(notation):
     return {
         "position_ids": {"position_ids": positions},
         "seq_idx": {"seq_idx": torch.arange(len(LENGTHS)).repeat_interleave(lengths)[None].int()},
-        "cu_seq_lens": {"cu_seq_lens_q": ends.int(), "cu_seq_lens_k": ends.int(), "max_length_q": 64, "max_length_k": 64},
+        "cu_seq_lens": {
+            "cu_seq_lens_q": ends.int(),
+            "cu_seq_lens_k": ends.int(),
+            "max_length_q": 64,
+            "max_length_k": 64,
+        },
         "all": {"position_ids": positions, "cu_seq_lens_q": ends.int()},
         "with mask": {"position_ids": positions, "attention_mask": torch.ones(1, sum(LENGTHS))},
     }[notation]  # fmt: skip
@@ -396,7 +401,7 @@ def test_cache_operations(hybrid):
 
 
 def test_cache_memory():
-    """KDA layers are fixed; MLA layers take the latent's bytes a token and at most one block more."""
+    """KDA layers are fixed; MLA layers take the latents' bytes and at most one block more."""
     model = tiny_model()
     sizes = []
     for length in (10, 300, 700):

@@ -69,6 +69,16 @@ def test_packed_rows_with_padding():
     assert (layout.row_first.tolist(), layout.row_last.tolist()) == ([0, 2], [1, 3])
 
 
+def test_a_boundary_on_padding_begins_the_next_real_token():
+    mask = torch.tensor([[1, 1, 0, 1, 1]])
+    for boundary in (
+        {"cu_seq_lens": torch.tensor([0, 2, 5])},
+        {"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])},
+    ):
+        layout = layout_of(1, 5, attention_mask=mask, **boundary)
+        assert layout.cu_seqlens.tolist() == [0, 2, 4]
+
+
 def test_only_the_last_columns_of_the_mask_count():
     mask = torch.tensor([[0, 1, 1, 1, 1]])
     assert layout_of(1, 2, attention_mask=mask).cu_seqlens is None
