@@ -1,0 +1,408 @@
+"""Push a Kimi Linear checkpoint folder to the Hub, with a model card.
+
+The folder is checked first: config, code, every tensor of every shard, tokenizer. A README.md that
+is there already, in the folder or in the repository, is kept unless --overwrite-card is given. The
+token is the one of `hf auth login` or of HF_TOKEN; another server than the public Hub is chosen
+with HF_ENDPOINT.
+
+Examples:
+    python scripts/push_to_hub.py runs/demo --repo-id me/kimi-linear-demo --dry-run
+    python scripts/push_to_hub.py runs/demo --repo-id me/kimi-linear-demo --private \\
+        --metrics runs/demo/eval_results.json --dataset roneneldan/TinyStories --license mit
+    python scripts/push_to_hub.py runs/demo/checkpoint-500 --repo-id me/kimi-linear-demo \\
+        --revision step-500 --message "After 500 steps"
+"""
+
+import argparse
+import ast
+import fnmatch
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kimi_linear
+import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+from kimi_linear import KimiLinearConfig
+from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from kimi_linear.weight_conversion import check_checkpoint, read_header
+from model_card import TASKS, Statements, model_card, read_metrics
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+# Training state, caches, secrets: nothing that a user of the model needs.
+LEFT_OUT = (
+    "checkpoint-*/*",
+    "runs/*",
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "training_args.bin",
+    "*__pycache__/*",
+    "*.pyc",
+    ".env*",
+    "*/.env*",
+    ".git/*",
+    ".cache/*",
+)
+# Weights of an earlier push that this one does not have would be loaded instead, or lie around.
+STALE = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was found complete: its config, and shape by name of its tensors."""
+
+    folder: Path
+    config: KimiLinearConfig
+    shapes: dict[str, tuple[int, ...]]
+
+
+def check_folder(path: str | os.PathLike[str]) -> Checkpoint:
+    """Check that a folder holds a whole model: config, code, weights, tokenizer.
+
+    Args:
+        path: The folder that `save_pretrained` wrote.
+
+    Returns:
+        The checkpoint. No weight is loaded.
+
+    Raises:
+        ValueError: Something is missing, truncated or contradictory; the message names the file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"path: {folder} is no folder; allowed: a folder with a saved model")
+    fields = _read_json(folder / "config.json")
+    if fields.get("model_type") != KimiLinearConfig.model_type:
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type is {fields.get('model_type')!r}; allowed: "
+            f"{KimiLinearConfig.model_type!r}"
+        )
+    architecture = _check_architecture(folder, fields)
+    check_code(folder, fields.get("auto_map") or {}, architecture)
+    config = KimiLinearConfig.from_pretrained(folder)
+    shapes = check_weights(folder, config, architecture)
+    check_tokenizer(folder, config)
+    return Checkpoint(folder, config, shapes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; allowed: an object")
+    return value
+
+
+def _check_architecture(folder: Path, fields: dict[str, Any]) -> str:
+    """The name of the model's class."""
+    names = fields.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in TASKS:
+        raise ValueError(
+            f"{folder / 'config.json'}: architectures is {names!r}; allowed: one of "
+            f"{', '.join(TASKS)}, in a list"
+        )
+    return names[0]
+
+
+def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> None:
+    """Check that `auto_map` names this package's classes and that their files are all there.
+
+    Args:
+        folder: The checkpoint.
+        auto_map: The config's `auto_map`.
+        architecture: The model's class.
+
+    Raises:
+        ValueError: An entry or a file that an entry needs, directly or by import, is missing.
+    """
+    config_file = folder / "config.json"
+    for auto_class in ("AutoConfig", TASKS[architecture][1]):
+        found, wanted = auto_map.get(auto_class), AUTO_MAP[auto_class]
+        if found != wanted:
+            raise ValueError(
+                f"{config_file}: auto_map[{auto_class!r}] is {found!r}; allowed: {wanted!r}, which "
+                "save_pretrained writes"
+            )
+    classes: dict[str, set[str]] = {}
+    for wanted in auto_map.values():
+        module, _, name = wanted.rpartition(".")
+        classes.setdefault(module, set()).add(name)
+    pending = [(module, f"auto_map of {config_file}") for module in classes]
+    seen: set[str] = set()
+    while pending:
+        module, needed_by = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        file = folder / f"{module}.py"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {needed_by} needs it")
+        tree = _parse(file)
+        defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+        for name in classes.get(module, set()) - defined:
+            raise ValueError(f"{file} defines no class {name}; {needed_by} needs it")
+        pending += [(sibling, str(file)) for sibling in _siblings(tree)]
+
+
+def _parse(file: Path) -> ast.Module:
+    try:
+        return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not Python ({error})") from error
+
+
+def _siblings(tree: ast.Module) -> list[str]:
+    """The modules that `from .module import name` statements anywhere in the file name."""
+    return [
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+    ]
+
+
+def check_weights(
+    folder: Path, config: KimiLinearConfig, architecture: str
+) -> dict[str, tuple[int, ...]]:
+    """Check every tensor against the index and against the model that the config describes.
+
+    Args:
+        folder: The checkpoint.
+        config: Its config.
+        architecture: The model's class.
+
+    Returns:
+        Shape by name, from the files' headers.
+
+    Raises:
+        ValueError: A file or tensor is missing, is not listed, is truncated or has another shape.
+    """
+    has_index = (folder / INDEX).is_file()
+    if has_index == (folder / WEIGHTS).is_file():
+        state = "both are there" if has_index else "both are missing"
+        raise ValueError(f"{folder}: of {WEIGHTS} and {INDEX} one is needed, and {state}")
+    places = _read_json(folder / INDEX).get("weight_map", {}) if has_index else {}
+    names = sorted(set(places.values())) if has_index else [WEIGHTS]
+    extra = {file.name for file in folder.glob("model*.safetensors")} - set(names)
+    if extra:
+        listed = f"the shards that {INDEX} lists" if has_index else WEIGHTS
+        raise ValueError(f"{folder}: {', '.join(sorted(extra))} is left over; allowed: {listed}")
+    found: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        header = read_header(str(folder / name))
+        shapes |= header
+        found |= dict.fromkeys(header, name)
+    if has_index:
+        _check_index(folder / INDEX, places, found)
+    with torch.device("meta"):
+        model = getattr(kimi_linear, architecture)(config)
+    check_checkpoint([str(folder / name) for name in names], model)
+    return shapes
+
+
+def _check_index(index: Path, places: dict[str, str], found: dict[str, str]) -> None:
+    """Each tensor is in the shard that the index says, and each tensor in a shard is listed."""
+    for tensor in sorted(set(places) | set(found)):
+        if places.get(tensor) != found.get(tensor):
+            raise ValueError(
+                f"{index}: tensor {tensor} is listed in {places.get(tensor, 'no shard')} and found "
+                f"in {found.get(tensor, 'no shard')}"
+            )
+
+
+def check_tokenizer(folder: Path, config: KimiLinearConfig) -> None:
+    """Check that there is a tokenizer that fits the vocabulary.
+
+    Args:
+        folder: The checkpoint.
+        config: Its config.
+
+    Raises:
+        ValueError: A file is missing, or an id is not below the config's `vocab_size`.
+    """
+    settings = _read_json(folder / "tokenizer_config.json")
+    for entry in (settings.get("auto_map") or {}).values():
+        for reference in [entry] if isinstance(entry, str) else filter(None, entry):
+            file = folder / f"{reference.rpartition('.')[0]}.py"
+            if not file.is_file():
+                raise ValueError(f"{file} is missing; auto_map of tokenizer_config.json needs it")
+    vocabulary = folder / "tokenizer.json"
+    if not vocabulary.is_file():
+        if (folder / "tiktoken.model").is_file() and settings.get("auto_map"):
+            return
+        raise ValueError(f"{vocabulary} is missing")
+    content = _read_json(vocabulary)
+    tokens = content.get("model", {}).get("vocab", {})
+    ids = list(tokens.values()) if isinstance(tokens, dict) else list(range(len(tokens)))
+    ids += [token["id"] for token in content.get("added_tokens", [])]
+    if max(ids, default=0) >= config.vocab_size:
+        raise ValueError(
+            f"{vocabulary}: token id {max(ids)} is too large; allowed: below vocab_size "
+            f"{config.vocab_size} of config.json"
+        )
+
+
+def files_to_push(folder: Path) -> list[str]:
+    """The folder's files, as paths in the repository, without training state and secrets."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        name for name in found if not any(fnmatch.fnmatch(name, pattern) for pattern in LEFT_OUT)
+    )
+
+
+def main(
+    *,
+    path: str | os.PathLike[str],
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload Kimi Linear model",
+    metrics: str | os.PathLike[str] | None = None,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+    languages: Sequence[str] = (),
+    base_model: str | None = None,
+    overwrite_card: bool = False,
+    dry_run: bool = False,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> str | None:
+    """Check a checkpoint folder, write its card and push it.
+
+    Args:
+        path: The folder.
+        repo_id: Where to: `user/name`, or `name` for one's own namespace.
+        private: Make the repository private if it does not exist yet.
+        revision: Branch, made if need be; None for main.
+        message: First line of the commit.
+        metrics: JSON file with measured values, see `read_metrics`.
+        datasets: Training data: Hub ids, or words.
+        license: The weights' licence.
+        languages: Language codes.
+        base_model: Hub id of the model that this one was trained from.
+        overwrite_card: Replace a README.md that is there already.
+        dry_run: Only check, and print what would be pushed; write nothing, ask no server.
+        endpoint: Server; None for HF_ENDPOINT or the public Hub.
+        token: Access token; None for the one of the login or of HF_TOKEN.
+
+    Returns:
+        The address of what was pushed; None after a dry run.
+
+    Raises:
+        ValueError: The folder is not complete, or an argument is wrong.
+    """
+    validate_repo_id(repo_id)
+    measured = read_metrics(metrics) if metrics is not None else []
+    statements = Statements(measured, datasets, license, languages, base_model)
+    checkpoint = check_folder(path)
+    print(f"{checkpoint.folder}: {len(checkpoint.shapes)} tensors, complete", flush=True)
+    if dry_run:
+        _print_plan(checkpoint, repo_id, statements, overwrite_card)
+        return None
+    if token is None and get_token() is None:
+        raise ValueError("token is None; allowed: a write token, from `hf auth login` or HF_TOKEN")
+    api = HfApi(endpoint=endpoint, token=token)
+    url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+    _put_card(api, checkpoint, url.repo_id, revision, statements, overwrite_card)
+    names = files_to_push(checkpoint.folder)
+    size = sum((checkpoint.folder / name).stat().st_size for name in names)
+    print(f"pushing {len(names)} files, {size / 1e6:,.1f} MB", flush=True)
+    api.upload_folder(
+        repo_id=url.repo_id,
+        folder_path=checkpoint.folder,
+        revision=revision,
+        commit_message=message,
+        ignore_patterns=list(LEFT_OUT),
+        delete_patterns=list(STALE),
+    )
+    address = str(url) if revision is None else f"{url}/tree/{revision}"
+    print(address)
+    return address
+
+
+def _print_plan(
+    checkpoint: Checkpoint, repo_id: str, statements: Statements, overwrite_card: bool
+) -> None:
+    """Say what a push would do."""
+    names = files_to_push(checkpoint.folder)
+    kept = CARD in names and not overwrite_card
+    print(f"to {repo_id}:")
+    for name in names:
+        print(f"  {name}  {(checkpoint.folder / name).stat().st_size:,} bytes")
+    if kept:
+        print(f"{CARD} stays as it is")
+    else:
+        card = model_card(repo_id, checkpoint.config, checkpoint.shapes, statements)
+        print(f"{CARD} would be:\n\n{card}")
+
+
+def _put_card(
+    api: HfApi,
+    checkpoint: Checkpoint,
+    repo_id: str,
+    revision: str | None,
+    statements: Statements,
+    overwrite_card: bool,
+) -> None:
+    """Write the card into the folder, unless there is one here or in the repository."""
+    file = checkpoint.folder / CARD
+    if not overwrite_card:
+        place = str(file) if file.exists() else None
+        if place is None and api.file_exists(repo_id, CARD, revision=revision):
+            place = f"the one of {repo_id}"
+        if place is not None:
+            print(f"{CARD}: kept {place} (--overwrite-card replaces it)", flush=True)
+            return
+    card = model_card(repo_id, checkpoint.config, checkpoint.shapes, statements)
+    file.write_text(card, encoding="utf-8")
+    print(f"{CARD}: written to {file}", flush=True)
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's flags, as `main` wants them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", help="folder with the saved model and tokenizer")
+    parser.add_argument("--repo-id", required=True, help="user/name")
+    parser.add_argument("--private", action="store_true", help="if the repository is new")
+    parser.add_argument("--revision", help="branch, made if need be (default: main)")
+    parser.add_argument("--message", default="Upload Kimi Linear model", help="of the commit")
+    parser.add_argument("--metrics", help="JSON file with measured values for the card")
+    parser.add_argument(
+        "--dataset",
+        dest="datasets",
+        action="append",
+        default=[],
+        help="training data, a Hub id or words; may be repeated",
+    )
+    parser.add_argument("--license", help="the weights' licence, such as mit")
+    parser.add_argument(
+        "--language", dest="languages", action="append", default=[], help="such as en"
+    )
+    parser.add_argument("--base-model", help="Hub id of the model this one was trained from")
+    parser.add_argument("--overwrite-card", action="store_true", help="replace README.md")
+    parser.add_argument("--dry-run", action="store_true", help="check and print only")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(parse_args()))
+    except (ValueError, HfHubHTTPError) as error:
+        raise SystemExit(f"error: {error}") from error
