@@ -1,0 +1,167 @@
+"""One KDA layer operation on the CPU: this package against Transformers' torch fallback.
+
+Every measurement runs in a process of its own: seconds (best of the repeats, after one warm-up
+where the operation is short) and extra memory (growth of the peak resident size over that before
+the call, from getrusage; on Linux in KiB). Prints one JSON object a line; the last one is the
+verdict. Progress goes to stderr.
+
+    python benchmarks/kda_cpu.py > benchmarks/kda_cpu.jsonl
+    python benchmarks/kda_cpu.py --num-tokens 512 --repeats 3
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CASES = ("ours_forward", "native_forward", "ours_forward_backward", "ours_decode")
+SPEED_TARGET = 30.0
+MEMORY_TARGET = 0.1
+TRAINING_TARGET_BYTES = 2 * 10**9
+
+
+def peak_bytes() -> int:
+    """Peak resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def make_inputs(num_tokens: int, num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+    """Raw inputs of one layer, batch 1, float32."""
+    torch.manual_seed(0)
+    shape = (1, num_tokens, num_heads, head_dim)
+    return {
+        "q": torch.randn(shape),
+        "k": torch.randn(shape),
+        "v": torch.randn(shape),
+        "g": torch.randn(shape) - 2,
+        "beta": torch.randn(shape[:3]),
+        "A_log": torch.rand(num_heads),
+        "dt_bias": torch.randn(num_heads * head_dim),
+    }
+
+
+def native_forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Transformers' fallback with the gate in front of it, as its layer calls it."""
+    from transformers.models.kimi_linear import modeling_kimi_linear as native
+
+    heads = inputs["g"].shape[2]
+    x = inputs["g"] + inputs["dt_bias"].view(heads, -1)
+    gate = -inputs["A_log"].view(heads, 1).exp() * torch.nn.functional.softplus(x)
+    return native.chunk_kimi_delta_attention(
+        inputs["q"],
+        inputs["k"],
+        inputs["v"],
+        g=gate,
+        beta=inputs["beta"].sigmoid(),
+        use_qk_l2norm_in_kernel=True,
+    )[0]
+
+
+def build(case: str, num_tokens: int, num_heads: int, head_dim: int) -> Callable[[], Any]:
+    """The call to measure, with its inputs made."""
+    from kimi_linear.kda import kda_attention
+
+    if case == "ours_decode":
+        inputs = make_inputs(1, num_heads, head_dim)
+        state = torch.randn(1, num_heads, head_dim, head_dim)
+        return lambda: kda_attention(**inputs, initial_state=state, output_final_state=True)
+    inputs = make_inputs(num_tokens, num_heads, head_dim)
+    if case == "native_forward":
+        return lambda: native_forward(inputs)
+    if case == "ours_forward":
+        return lambda: kda_attention(**inputs)[0]
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    weight = torch.randn_like(inputs["v"])
+
+    def step() -> None:
+        out, _ = kda_attention(**leaves)
+        torch.autograd.grad(out, list(leaves.values()), weight)
+
+    return step
+
+
+def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one case here and now."""
+    import transformers
+
+    torch.set_num_threads(args.threads)
+    num_tokens = args.training_tokens if case == "ours_forward_backward" else args.num_tokens
+    call = build(case, num_tokens, args.num_heads, args.head_dim)
+    warm_up = torch.randn(256, 256)
+    (warm_up @ warm_up).sum()
+    before = peak_bytes()
+    seconds = []
+    with torch.inference_mode(case != "ours_forward_backward"):
+        for _ in range(1 if case == "native_forward" else args.repeats + 1):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    return {
+        "case": case,
+        "num_tokens": 1 if case == "ours_decode" else num_tokens,
+        "num_heads": args.num_heads,
+        "head_dim": args.head_dim,
+        "seconds": round(min(seconds), 6),
+        "first_seconds": round(seconds[0], 6),
+        "extra_bytes": peak_bytes() - before,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": platform.machine(),
+    }
+
+
+def compare(results: dict[str, dict[str, Any]], check: bool) -> dict[str, Any]:
+    """The ratios that count, and whether they are what they should be."""
+    ours, native = results["ours_forward"], results["native_forward"]
+    verdict = {
+        "case": "verdict",
+        "speedup": round(native["seconds"] / ours["seconds"], 1),
+        "speedup_of_first_call": round(native["seconds"] / ours["first_seconds"], 1),
+        "memory_ratio": round(ours["extra_bytes"] / native["extra_bytes"], 4),
+        "training_extra_bytes": results["ours_forward_backward"]["extra_bytes"],
+    }
+    if check:
+        verdict["passed"] = (
+            verdict["speedup"] >= SPEED_TARGET
+            and verdict["memory_ratio"] <= MEMORY_TARGET
+            and verdict["training_extra_bytes"] <= TRAINING_TARGET_BYTES
+        )
+    return verdict
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure every case in a fresh process and print the lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-tokens", type=int, default=2048, help="tokens of the forward cases")
+    parser.add_argument("--training-tokens", type=int, default=4096)
+    parser.add_argument("--num-heads", type=int, default=16)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--case", choices=CASES, help="measure one case in this process")
+    args = parser.parse_args(argv)
+    if args.case:
+        print(json.dumps(measure(args.case, args)), flush=True)
+        return
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    results = {}
+    for number, case in enumerate(CASES, start=1):
+        print(f"[{number}/{len(CASES)}] {case} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, *arguments, "--case", case]
+        line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        results[case] = json.loads(line.splitlines()[-1])
+        print(json.dumps(results[case]), flush=True)
+    standard = (args.num_tokens, args.training_tokens, args.num_heads, args.head_dim)
+    print(json.dumps(compare(results, check=standard == (2048, 4096, 16, 128))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
