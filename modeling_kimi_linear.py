@@ -7,6 +7,7 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call, N sequences,
 I expert width, E experts, k experts of one token.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -236,7 +237,8 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
             and all(str(file).endswith(".safetensors") for file in files)
         ):
             check_checkpoint(files, model, optional=model._new_heads)
-        load_config.weight_mapping = [*(load_config.weight_mapping or []), *other_spellings()]
+        mapping = [*(load_config.weight_mapping or []), *other_spellings()]
+        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )

@@ -1,8 +1,10 @@
 """Between the released checkpoints' names and the model's: only the routed experts differ.
 
 A checkpoint stores w1 (gate), w3 (up) and w2 (down) of each expert; the model holds them fused, as
-`gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I]. Transformers applies the mapping on load and
-reverses it on save. Everything else carries the checkpoint's name in the model too.
+`gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I]. Everything else carries the checkpoint's name
+in the model too. Transformers reverses the registered mapping on save. On load it could apply it,
+but would hold the mapped files, all experts and their fused copies at once: `stored_tensors` reads
+every expert's bytes straight to their place in the fused tensor instead.
 
 Shapes: D hidden size, H heads, I expert width, E experts, W convolution width.
 """
@@ -10,9 +12,14 @@ Shapes: D hidden size, H heads, I expert width, E experts, W convolution width.
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -24,6 +31,14 @@ from transformers.modeling_utils import PreTrainedModel
 
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+EXPERT_WEIGHT = re.compile(r"(.+\.experts)\.(\d+)\.(w[123])\.weight")
+FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 
 def register_conversion(class_name: str) -> None:
@@ -105,25 +120,45 @@ def check_checkpoint(
             the message names file and tensor.
     """
     expected = official_shapes(model)
-    seen = set()
+    fused = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = model.base_model_prefix
+    seen: set[str] = set()
+    names: list[str] = []
     for path in files:
         for name, shape in read_header(path).items():
-            own = _own_name(name, expected, model.base_model_prefix)
-            if own is not None and shape != expected[own]:
+            names.append(name)
+            own = _own_name(name, expected, prefix) or _own_name(name, fused, prefix)
+            if own is None:
+                _check_expert(path, name, fused, prefix)
+                continue
+            needed = expected.get(own) or fused[own]
+            if shape != needed:
                 raise ValueError(
-                    f"{path}: tensor {name} has shape {list(shape)}, "
-                    f"the model needs {list(expected[own])}"
+                    f"{path}: tensor {name} has shape {list(shape)}, the model needs {list(needed)}"
                 )
-            seen.add(own)
+            seen.update(official for official, _ in _unfused(own, shape))
+    if not any(name.startswith(f"{prefix}.") for name in names):
+        # a checkpoint of the backbone alone: whatever head the model has is new
+        optional += tuple(name for name in expected if not name.startswith(f"{prefix}."))
     missing = [name for name in expected if name not in seen and not name.startswith(optional)]
     if missing:
-        shown = ", ".join(missing[:5]) + (
-            f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        )
+        shown = ", ".join(missing[:5])
+        if len(missing) > 5:
+            shown += f" and {len(missing) - 5} more"
         where = (
             files[0] if len(files) == 1 else f"{len(files)} shards in {os.path.dirname(files[0])}"
         )
         raise ValueError(f"{where}: {len(missing)} tensors of the model are missing: {shown}")
+
+
+def _check_expert(path: str, name: str, fused: dict[str, Any], base_prefix: str) -> None:
+    """An expert that the model has no place for, in a layer where it has experts, is an error."""
+    match = EXPERT_WEIGHT.fullmatch(name)
+    own = match and _own_name(f"{match[1]}.down_proj", fused, base_prefix)
+    if own:
+        raise ValueError(
+            f"{path}: tensor {name} has no place: num_experts={fused[own][0]} in the model"
+        )
 
 
 def _own_name(name: str, expected: dict[str, Any], base_prefix: str) -> str | None:
@@ -143,6 +178,21 @@ def read_header(path: str) -> dict[str, tuple[int, ...]]:
         ValueError: If the file is missing, is no safetensors file, or ends too early (naming the
             first tensor cut).
     """
+    return {name: block.shape for name, block in _read_blocks(path).items()}
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """Where one tensor's bytes are: `size` of them from byte `start` of file `path`."""
+
+    path: str
+    start: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _read_blocks(path: str) -> dict[str, StoredBlock]:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: the shard is missing")
     size = os.path.getsize(path)
@@ -154,14 +204,126 @@ def read_header(path: str) -> dict[str, tuple[int, ...]]:
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+            offset = HEADER_LENGTH_BYTES + length
+            blocks = {name: _stored_block(path, offset, entry) for name, entry in entries}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: the safetensors header cannot be read ({error})") from error
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
-        end = HEADER_LENGTH_BYTES + length + entry["data_offsets"][1]
+    for name, block in blocks.items():
+        end = block.start + block.size
         if end > size:
             raise ValueError(f"{path}: truncated at {size} bytes, tensor {name} ends at byte {end}")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return blocks
+
+
+def _stored_block(path: str, offset: int, entry: dict[str, Any]) -> StoredBlock:
+    start, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    dtype = DTYPES.get(entry["dtype"])
+    block = StoredBlock(path, offset + start, end - start, entry["dtype"], shape)
+    if dtype is not None and block.size != torch.Size(shape).numel() * dtype.itemsize:
+        raise ValueError(f"{block.size} bytes for {list(shape)} in {block.dtype}")
+    return block
+
+
+class StoredTensor:
+    """A tensor still in its files, read by `stored[...]`: blocks that stand end to end in memory.
+
+    Nothing is mapped, so that reading costs the tensor's memory and no more.
+    """
+
+    def __init__(
+        self, blocks: list[StoredBlock], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.blocks, self.shape, self.dtype = blocks, shape, dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The tensor [`shape`] on the CPU in `dtype`, or the part of it that `index` picks.
+
+        Raises:
+            OSError: If a file cannot be read, or has become shorter.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        flat, position = out.view(-1), 0
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+            for block in self.blocks:
+                if block.path not in files:
+                    files[block.path] = stack.enter_context(open(block.path, "rb", buffering=0))
+                count = block.size // DTYPES[block.dtype].itemsize
+                part = flat[position : position + count]
+                if DTYPES[block.dtype] == self.dtype:
+                    _read_into(files[block.path], block, part)
+                else:
+                    staged = torch.empty(count, dtype=DTYPES[block.dtype], device="cpu")
+                    _read_into(files[block.path], block, staged)
+                    part.copy_(staged)
+                position += count
+        return out[index]
+
+
+def _read_into(file: Any, block: StoredBlock, target: Tensor) -> None:
+    """Fill `target`, which is contiguous, with the block's bytes."""
+    if block.size == 0:
+        return
+    view = memoryview(target.view(torch.uint8).numpy())
+    file.seek(block.start)
+    done = 0
+    while done < block.size:
+        count = file.readinto(view[done:])
+        if not count:
+            raise OSError(f"{block.path}: ends at byte {block.start + done}, inside a tensor")
+        done += count
+
+
+def stored_tensors(files: list[str], model: PreTrainedModel) -> dict[str, StoredTensor] | None:
+    """The tensors of a checkpoint, still in their files, experts under their fused names.
+
+    Args:
+        files: Paths of all shards, safetensors.
+        model: The model to load, possibly on the meta device; says the dtypes to read into.
+
+    Returns:
+        Tensors by name, for use as a state dict; experts of a layer that are not all there keep
+        their own names. None if there is a dtype that this module does not read (8-bit weights).
+
+    Raises:
+        ValueError: As `read_header`.
+    """
+    blocks: dict[str, StoredBlock] = {}
+    for path in files:
+        blocks |= _read_blocks(path)
+    if any(block.dtype not in DTYPES for block in blocks.values()):
+        return None
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    tensors: dict[str, StoredTensor] = {}
+    for name, parts, shape in [*_fused_experts(blocks), *((n, [n], None) for n in list(blocks))]:
+        if parts[0] not in blocks:
+            continue  # in a fused tensor
+        found = [blocks.pop(part) for part in parts]
+        own = _own_name(name, dtypes, model.base_model_prefix)
+        dtype = dtypes[own] if own else DTYPES[found[0].dtype]
+        tensors[name] = StoredTensor(found, shape or found[0].shape, dtype)
+    return tensors
+
+
+def _fused_experts(
+    blocks: dict[str, StoredBlock],
+) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:
+    """Name, parts in order of memory, and shape of each fused tensor whose parts are all there."""
+    layers: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for name in blocks:
+        if match := EXPERT_WEIGHT.fullmatch(name):
+            layers[match[1]][match[3]][int(match[2])] = name
+    for prefix, weights in layers.items():
+        experts = range(len(set().union(*weights.values())))
+        for fused, kinds in FUSED.items():
+            parts = [weights[kind].get(expert, "") for expert in experts for kind in kinds]
+            shapes = {blocks[part].shape for part in parts if part}
+            if all(parts) and len(shapes) == 1 and len(*shapes) == 2:
+                rows, columns = shapes.pop()
+                yield f"{prefix}.{fused}", parts, (len(experts), rows * len(kinds), columns)
 
 
 __all__ = [
@@ -170,4 +332,5 @@ __all__ = [
     "other_spellings",
     "read_header",
     "register_conversion",
+    "stored_tensors",
 ]
