@@ -9,6 +9,8 @@ Shapes: B batch, S tokens seen, R latent width, H heads, K key size, V value siz
 convolution width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -66,7 +68,7 @@ class _LayerCache(CacheLayerMixin):
         tensors = {name: getattr(self, name) for name in self._tensors}
         return {name: x for name, x in tensors.items() if x is not None}
 
-    def _map(self, function) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for name, x in self._present().items():
             setattr(self, name, function(x))
 
@@ -89,7 +91,7 @@ class KDALayerCache(_LayerCache):
         self.recurrent_state: Tensor | None = None
 
     def update(  # type: ignore[override]
-        self, conv_state: Tensor, recurrent_state: Tensor, num_new: int
+        self, conv_state: Tensor | None, recurrent_state: Tensor | None, num_new: int
     ) -> None:
         """Replace the states by those after `num_new` more tokens (padding included)."""
         self.conv_state, self.recurrent_state = conv_state, recurrent_state
@@ -126,7 +128,7 @@ class LatentLayerCache(_LayerCache):
             past = [] if self.buffer is None else [self.buffer[:, : self.num_tokens]]
             self.buffer = torch.cat([*past, latent], dim=1)
         else:
-            self._reserve(latent, end)
+            self.buffer = self._reserved(latent, end)
             self.buffer[:, self.num_tokens : end] = latent
         self.num_tokens = end
         self.is_initialized = True
@@ -137,14 +139,15 @@ class LatentLayerCache(_LayerCache):
             f"crop({max_length}) is not possible: the KDA layers of this cache cannot go back"
         )
 
-    def _reserve(self, latent: Tensor, num_tokens: int) -> None:
+    def _reserved(self, latent: Tensor, num_tokens: int) -> Tensor:
+        """A buffer for `num_tokens`, with the present content."""
         if self.buffer is not None and self.buffer.shape[1] >= num_tokens:
-            return
+            return self.buffer
         capacity = -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         grown = latent.new_empty(latent.shape[0], capacity, latent.shape[2])
         if self.buffer is not None:
             grown[:, : self.num_tokens] = self.buffer[:, : self.num_tokens]
-        self.buffer = grown
+        return grown
 
 
 class KimiLinearCache(Cache):
@@ -175,7 +178,7 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     """
     if cache is None:
         return KimiLinearCache(config)
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache, "layers", [])
     if layers and all(hasattr(layer, "memory_bytes") for layer in layers):
         if len(layers) != config.num_hidden_layers:
             raise ValueError(

@@ -155,7 +155,7 @@ class KimiLinearConfig(PreTrainedConfig):
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     mla_use_nope: bool = True
-    linear_attn_config: dict[str, Any] | None = None
+    linear_attn_config: dict[str, Any] = None  # type: ignore[assignment]  # filled at once
 
     num_experts: int = 256
     num_experts_per_token: int = 8
@@ -173,7 +173,7 @@ class KimiLinearConfig(PreTrainedConfig):
 
     num_nextn_predict_layers: int = 0
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         self._check_extra_fields(kwargs)
         count = self.num_hidden_layers
         _require(

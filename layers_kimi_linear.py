@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call, R real token
 W convolution width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ class KimiLinearDeltaAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casting the model to 16 bits moves the decay parameters but leaves them in float32."""
 
         def keep_wide(tensor: Tensor) -> Tensor:
@@ -302,6 +303,7 @@ def is_flash_attention(config: KimiLinearConfig) -> bool:
 
 def _flash_lengths(layout: SequenceLayout) -> dict[str, Any]:
     """What Transformers' flash attention takes for sequences that stand end to end."""
+    assert layout.cu_seqlens is not None
     longest = int(layout.cu_seqlens.diff().max())
     return {
         "cu_seq_lens_q": layout.cu_seqlens,

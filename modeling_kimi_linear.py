@@ -63,6 +63,8 @@ register_conversion(BACKBONE)
 class KimiLinearRouter(nn.Module):
     """Choice and weights of each token's experts, in float32."""
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
         self.config = config
@@ -216,13 +218,11 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save as Transformers does, with the official names, this code beside the weights, and all
-        its classes
+        """Save as Transformers does: official names, this code beside the weights, all its classes
         in `auto_map`."""
         self.config.auto_map = dict(AUTO_MAP)
         if getattr(self, "hf_quantizer", None) is None:
-            # else Transformers repeats the layout that was loaded, which need not be the official
-            # one
+            # else Transformers repeats the layout that was loaded, official or not
             self._weight_conversions = None
         return super().save_pretrained(*args, **kwargs)
 
@@ -450,7 +450,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, *args, **kwargs
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate()` a hybrid cache."""
         kind = generation_config.cache_implementation
@@ -480,7 +480,7 @@ def _without_first_tokens(
         cu_seq_lens=cu_seq_lens,
         device=labels.device,
     )
-    if not layout.is_packed:
+    if layout.sequence_ids is None:
         return labels
     first = F.pad(layout.sequence_ids.diff(dim=1) > 0, (1, 0))
     return labels.masked_fill(first, -100)
@@ -494,7 +494,7 @@ class KimiLinearForSequenceClassification(
     _new_heads = ("score.",)
 
     def __init__(self, config: KimiLinearConfig) -> None:
-        KimiLinearPreTrainedModel.__init__(self, config)
+        KimiLinearPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
         self.num_labels = config.num_labels
         self.model = KimiLinearBackbone(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -507,7 +507,7 @@ class KimiLinearForTokenClassification(GenericForTokenClassification, KimiLinear
     _new_heads = ("score.",)
 
     def __init__(self, config: KimiLinearConfig) -> None:
-        KimiLinearPreTrainedModel.__init__(self, config)
+        KimiLinearPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
         self.num_labels = config.num_labels
         self.model = KimiLinearBackbone(config)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))

@@ -47,11 +47,16 @@ def _preset(
     }
 
 
-def _small(vocab_size: int, *args: int, **fields: Any) -> dict[str, Any]:
+def _small(vocab_size: int, *args: Any, **fields: Any) -> dict[str, Any]:
     """A size of ours, whose 256 special tokens stand at the end of a vocabulary of `vocab_size`."""
     first = vocab_size - 256
-    special = {"bos_token_id": first, "eos_token_id": first + 1, "pad_token_id": vocab_size - 1}
-    return _preset(*args, vocab_size=vocab_size, model_max_length=32768, **special, **fields)
+    special: dict[str, Any] = {
+        "bos_token_id": first,
+        "eos_token_id": first + 1,
+        "pad_token_id": vocab_size - 1,
+    }
+    fields |= special | {"vocab_size": vocab_size, "model_max_length": 32768}
+    return _preset(*args, **fields)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

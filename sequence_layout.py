@@ -63,16 +63,15 @@ class SequenceLayout:
 
     def initial_states(self, row_states: Tensor | None) -> Tensor | None:
         """[B, ...] cached states to [N, ...] for each row's first sequence; zeros elsewhere."""
-        if self.cu_seqlens is None or row_states is None:
+        if not self.is_packed or row_states is None:
             return row_states
-        if not self.is_packed:
-            return row_states
+        assert self.cu_seqlens is not None and self.row_first is not None
         states = row_states.new_zeros(self.cu_seqlens.numel() - 1, *row_states.shape[1:])
         return states.index_copy(0, self.row_first, row_states)
 
     def row_states(self, states: Tensor | None) -> Tensor | None:
         """[N, ...] final states to [B, ...]: that of each row's last sequence."""
-        if self.row_last is None or states is None or not self.is_packed:
+        if not self.is_packed or states is None:
             return states
         return states[self.row_last]
 
@@ -166,8 +165,8 @@ def _real_tokens(
         or attention_mask.shape[1] < num_tokens
     ):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: it "
-            f"must be [batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at padding "
+            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: "
+            f"it must be [batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at padding "
             "(KDA layers cannot use a 4D mask)"
         )
     real = attention_mask[:, -num_tokens:].to(device) != 0

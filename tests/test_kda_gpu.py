@@ -62,7 +62,9 @@ def run_with_grads(function, inputs, **options):
 def assert_all_kernel_close(actual, expected, dtype):
     assert actual.keys() == expected.keys()
     for name in expected:
-        assert_kernel_close(actual[name], expected[name], dtype, name)
+        # one number per head, a sum of both signs over all tokens and channels
+        excess = 2 if name == "d_A_log" else 1
+        assert_kernel_close(actual[name], expected[name], dtype, name, excess=excess)
 
 
 def test_auto_is_fla():

@@ -36,12 +36,14 @@ def torch_path(monkeypatch):
 def gpu_model(head_dim=64, dtype=torch.bfloat16, **fields):
     linear = {
         "full_attn_layers": [4],
-        "num_heads": 2,
+        "num_heads": 3,
         "head_dim": head_dim,
         "short_conv_kernel_size": 4,
     }
-    fields = {"hidden_size": 64, "initializer_range": 0.1, "linear_attn_config": linear, **fields}
-    return tiny_model(**fields).to(dtype).cuda()
+    # every expert is chosen: near a tie, rounding would pick another one and hide what is compared
+    experts = {"num_experts": 2, "num_experts_per_token": 2}
+    sizes = {"hidden_size": 64, "initializer_range": 0.1}
+    return tiny_model(**sizes, **experts, linear_attn_config=linear, **fields).to(dtype).cuda()
 
 
 def rms(x):
@@ -63,7 +65,7 @@ def compare(model, run, torch_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("length", [1, 15, 64, 65, 500])
+@pytest.mark.parametrize("length", [1, 15, 65, 500])
 @torch.no_grad()
 def test_logits(dtype, head_dim, length, torch_path):
     ids = token_ids(2, length).cuda()

@@ -1,0 +1,53 @@
+"""Settings for all tests: few threads, fixed seeds, `gpu` tests only where there is CUDA."""
+
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+
+MAX_THREADS = 2
+AUTOTUNE_CONFIGS = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several workers of pytest-xdist share the cores, so each takes one thread."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(MAX_THREADS, os.cpu_count() or 1) // workers))
+    if torch.cuda.is_available():
+        try_few_autotune_configs()
+
+
+def try_few_autotune_configs() -> None:
+    """Let Triton's autotuners choose between two configurations instead of dozens.
+
+    Which one is chosen changes a kernel's speed, not its result; compiling all of them for every
+    size and dtype takes the better part of an hour on a fresh machine.
+    """
+    try:
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:
+        return
+    original = Autotuner.__init__
+
+    def init(self: Any, fn: Any, arg_names: Any, configs: list[Any], *args: Any, **kw: Any) -> None:
+        original(self, fn, arg_names, configs[:AUTOTUNE_CONFIGS], *args, **kw)
+
+    Autotuner.__init__ = init
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on machines without a CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not marked or torch.cuda.is_available():
+        return
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start every test from the same random state."""
+    random.seed(0)
+    torch.manual_seed(0)
