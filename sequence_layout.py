@@ -165,9 +165,9 @@ def _real_tokens(
         or attention_mask.shape[1] < num_tokens
     ):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: "
-            f"it must be [batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at padding "
-            "(KDA layers cannot use a 4D mask)"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: it "
+            f"must be [batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at "
+            "padding (KDA layers cannot use a 4D mask)"
         )
     real = attention_mask[:, -num_tokens:].to(device) != 0
     return None if bool(real.all()) else real
