@@ -1,0 +1,74 @@
+# `make demo` and `make test` work as the first command on a machine with Python >= 3.11 and make.
+# They share .venv; each installs its extras once, and again when a file that decides them changes.
+#
+#   make demo                           the main job: tokenizer, training, generation
+#   make demo ARGS="--minutes 60"       the same with flags of scripts/demo.py
+#   make test                           the tests
+#   make test ARGS="-k kda"             the same with flags of pytest
+#   make lint format typecheck          ruff and mypy
+#   make gpu-test                       the tests that need a CUDA device, in .venv-gpu
+#   make clean                          remove the environments and caches
+#
+# PYTHON chooses the interpreter. constraints.txt pins what is installed, torch among it. Where the
+# package index serves a CUDA build of torch (Linux), set PIP_EXTRA_INDEX_URL to PyTorch's CPU
+# index for a small download; the pinned version is the same.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+INPUTS := setup.cfg pyproject.toml constraints.txt
+ARGS ?=
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: demo test lint format typecheck gpu-test clean
+
+demo: $(VENV)/train.stamp
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy sees the package under its import name through a link, wherever the checkout lies.
+typecheck: $(VENV)/dev.stamp
+	mkdir -p build/mypy && ln -sfn ../.. build/mypy/kimi_linear
+	cd build/mypy && ../../$(BIN)/mypy --config-file ../../setup.cfg kimi_linear/*.py kimi_linear/tokenizer/*.py
+
+gpu-test: .venv-gpu/gpu.stamp
+	.venv-gpu/bin/python -m pytest -m gpu $(ARGS)
+
+clean:
+	rm -rf .venv .venv-gpu .venv-oldest .venv-kernels build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.stamp: $(INPUTS) | $(BIN)/python
+	$(INSTALL) --editable '.[train]'
+	touch $@
+
+$(VENV)/test.stamp: $(INPUTS) | $(BIN)/python
+	$(INSTALL) --editable '.[train,test]'
+	touch $@
+
+$(VENV)/dev.stamp: $(INPUTS) | $(BIN)/python
+	$(INSTALL) --editable '.[train,test,dev]'
+	touch $@
+
+# Not held to constraints.txt: a GPU wants the torch, CUDA and triton that fit its driver.
+.venv-gpu/gpu.stamp: setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --editable '.[gpu,train,test]'
+	touch $@
