@@ -180,9 +180,9 @@ class KimiLinearConfig(PreTrainedConfig):
             _is_int(count) and count >= 1, "num_hidden_layers", count, "an integer of at least 1"
         )
         mlp_layer_types = kwargs.pop("mlp_layer_types", None)
-        if kwargs.get(
-            "auto_map"
-        ):  # another implementation's files are not saved along with this one's
+        qk_head_dim = kwargs.pop("qk_head_dim", None)  # as Transformers' own class saves it
+        if kwargs.get("auto_map"):
+            # the files of another implementation are not saved along with this one's
             kwargs["auto_map"] = {
                 k: v for k, v in kwargs["auto_map"].items() if "_kimi_linear." in v
             }
@@ -190,6 +190,12 @@ class KimiLinearConfig(PreTrainedConfig):
         self.linear_attn_config = self._full_linear_attn_config(kwargs)
         super().__post_init__(**kwargs)
         self._check_sizes()
+        _require(
+            qk_head_dim in (None, self.qk_head_dim),
+            "qk_head_dim",
+            qk_head_dim,
+            f"qk_nope_head_dim + qk_rope_head_dim = {self.qk_head_dim}",
+        )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

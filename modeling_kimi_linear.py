@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
+from transformers.integrations import is_deepspeed_zero3_enabled, use_experts_implementation
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -41,7 +41,12 @@ from .layers_kimi_linear import (
     is_flash_attention,
 )
 from .sequence_layout import SequenceLayout, sequence_layout
-from .weight_conversion import check_checkpoint, other_spellings, register_conversion
+from .weight_conversion import (
+    check_checkpoint,
+    other_spellings,
+    register_conversion,
+    stored_tensors,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -228,15 +233,16 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Check the files first: Transformers would fill what is missing with random numbers."""
-        files = checkpoint_files or []
-        plain = not load_config.is_quantized and not load_config.ignore_mismatched_sizes
-        if (
-            state_dict is None
-            and plain
-            and all(str(file).endswith(".safetensors") for file in files)
-        ):
-            check_checkpoint(files, model, optional=model._new_heads)
+        """Check the files first, since Transformers would fill what is missing with random numbers;
+        then let it read them through `stored_tensors`, which needs no more memory than the model.
+        """
+        files = [str(file) for file in checkpoint_files or []]
+        plain = not load_config.is_quantized and not is_deepspeed_zero3_enabled()
+        if state_dict is None and plain and files and files[0].endswith(".safetensors"):
+            if not load_config.ignore_mismatched_sizes:
+                check_checkpoint(files, model, optional=model._new_heads)
+            if load_config.device_mesh is None:
+                state_dict = stored_tensors(files, model)
         mapping = [*(load_config.weight_mapping or []), *other_spellings()]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         return PreTrainedModel._load_pretrained_model(

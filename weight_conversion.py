@@ -267,7 +267,7 @@ def _read_into(file: Any, block: StoredBlock, target: Tensor) -> None:
     """Fill `target`, which is contiguous, with the block's bytes."""
     if block.size == 0:
         return
-    view = memoryview(target.view(torch.uint8).numpy())
+    view = target.view(torch.uint8).numpy().data
     file.seek(block.start)
     done = 0
     while done < block.size:

@@ -1,0 +1,196 @@
+"""Put this package's code beside weights that are already on disk, without rewriting them.
+
+OUTPUT becomes a folder that loads with `trust_remote_code=True`: links to the snapshot's files, a
+copy of this package's modelling code, and the snapshot's `config.json` with this package's
+`auto_map`. Modelling code of another implementation is left out; code that the tokenizer names
+stays. The weights are checked by their headers first, every tensor of them. SNAPSHOT itself, for
+instance a folder of the Hugging Face cache, is not changed, and must stay where it is: the links
+lead there. Small files that saving would write in place are copies, so that no later
+`save_pretrained` into OUTPUT reaches the snapshot.
+
+Examples:
+    hf download moonshotai/Kimi-Linear-48B-A3B-Instruct --local-dir official
+    python scripts/add_code.py official --output kimi-linear-48b
+    python scripts/add_code.py ~/models/snapshots/main --output ~/models/ours --copy
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import kimi_linear
+from kimi_linear import KimiLinearConfig
+from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from push_to_hub import check_weights
+from transformers.dynamic_module_utils import get_relative_import_files
+
+CONFIG = "config.json"
+ENTRY_FILES = ("configuration_kimi_linear.py", "modeling_kimi_linear.py")
+# Written in place, through a link, by save_pretrained and push_to_hub: always copied.
+REWRITTEN = (".json", ".jinja", ".md")
+# Never copied, whatever --copy says. Saving replaces a link to weights by a file.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+ARCHITECTURES = sorted(
+    {name.rpartition(".")[2] for auto, name in AUTO_MAP.items() if auto != "AutoConfig"}
+)
+
+
+def main(
+    *, snapshot: str | os.PathLike[str], output: str | os.PathLike[str], copy: bool = False
+) -> Path:
+    """Make `output` a folder of links to `snapshot` that loads with this package's code.
+
+    Args:
+        snapshot: Folder with `config.json` and safetensors weights in the released layout.
+        output: Folder to make; it may exist if it is empty.
+        copy: Copy all files that are no weights instead of linking them.
+
+    Returns:
+        The absolute path of `output`.
+
+    Raises:
+        ValueError: The snapshot is no Kimi Linear model, is incomplete or does not fit its config,
+            or `output` is in use; the message names the file, and the tensor if there is one.
+    """
+    source, target = Path(snapshot).expanduser().absolute(), Path(output).expanduser().absolute()
+    fields = read_config(source)
+    check_snapshot(source, fields)
+    check_output(source, target)
+    code = code_files()
+    kept = [path for path in sorted(source.iterdir()) if _is_kept(path, source, code)]
+    for path in kept:
+        if not path.exists():
+            raise ValueError(f"{path} is a link to {os.readlink(path)}, which is missing")
+    target.mkdir(parents=True, exist_ok=True)
+    for path in kept:
+        _place(path, target / path.name, copy=copy)
+    for path in code:
+        shutil.copyfile(path, target / path.name)
+    text = json.dumps({**fields, "auto_map": AUTO_MAP}, indent=2, ensure_ascii=False)
+    (target / CONFIG).write_text(text + "\n", encoding="utf-8")
+    print(f"{target}: {len(kept)} files of {source}, {len(code)} files of code")
+    return target
+
+
+def code_files() -> list[Path]:
+    """This package's files that `trust_remote_code` needs: the two entries and what they import."""
+    root = Path(kimi_linear.__file__).parent
+    entries = [root / name for name in ENTRY_FILES]
+    imported = {Path(file) for entry in entries for file in get_relative_import_files(entry)}
+    return entries + sorted(imported - set(entries))
+
+
+def read_config(snapshot: Path) -> dict[str, Any]:
+    """The snapshot's `config.json`, in its order.
+
+    Raises:
+        ValueError: It is missing, is not JSON, or describes another kind of model.
+    """
+    path = snapshot / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: snapshot must be a folder with a model")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    found = fields.get("model_type") if isinstance(fields, dict) else None
+    if found != KimiLinearConfig.model_type:
+        raise ValueError(
+            f"{path}: model_type is {found!r}; allowed: {KimiLinearConfig.model_type!r}"
+        )
+    return fields
+
+
+def check_snapshot(snapshot: Path, fields: dict[str, Any]) -> None:
+    """Check that the weights are complete and fit the config; only headers are read.
+
+    Raises:
+        ValueError: As `main`.
+    """
+    names = fields.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise ValueError(
+            f"{snapshot / CONFIG}: architectures is {names!r}; allowed: one of "
+            f"{', '.join(ARCHITECTURES)}, in a list"
+        )
+    own = {key: value for key, value in fields.items() if key != "auto_map"}
+    check_weights(snapshot, KimiLinearConfig.from_dict(own), names[0])
+
+
+def check_output(snapshot: Path, output: Path) -> None:
+    """Check that `output` can be written and is not in the snapshot.
+
+    Raises:
+        ValueError: It cannot, or is.
+    """
+    inside = output.resolve()
+    if snapshot.resolve() in (inside, *inside.parents):
+        raise ValueError(
+            f"output={output} is in the snapshot, which must not change: choose another"
+        )
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={output} is a file; allowed: a new or an empty folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"output={output} is not empty; allowed: a new or an empty folder")
+
+
+def _is_kept(path: Path, snapshot: Path, code: list[Path]) -> bool:
+    """Whether a file or folder of the snapshot belongs into the output."""
+    if path.name == CONFIG or path.name in {file.name for file in code}:
+        return False
+    if path.name in (".git", ".cache", "__pycache__"):
+        return False
+    return path.suffix != ".py" or path.name in _tokenizer_code(snapshot)
+
+
+def _tokenizer_code(snapshot: Path) -> set[str]:
+    """Python files that the tokenizer's `auto_map` names, and what they import."""
+    path = snapshot / "tokenizer_config.json"
+    auto_map = (
+        json.loads(path.read_text(encoding="utf-8")).get("auto_map") if path.is_file() else {}
+    )
+    found: set[str] = set()
+    for entry in (auto_map or {}).values():
+        for name in entry if isinstance(entry, list) else [entry]:
+            # "owner/repository--module.Class" is code of another repository
+            if name and "--" not in name:
+                file = snapshot / f"{name.rpartition('.')[0]}.py"
+                if not file.is_file():
+                    raise ValueError(f"{path}: auto_map names {name!r}, but {file} is missing")
+                found |= {file.name, *(Path(f).name for f in get_relative_import_files(file))}
+    return found
+
+
+def _place(path: Path, target: Path, *, copy: bool) -> None:
+    """Link or copy one file or folder of the snapshot."""
+    is_copied = copy or (path.is_file() and path.suffix in REWRITTEN)
+    if path.suffix in WEIGHTS or not is_copied:
+        target.symlink_to(path, target_is_directory=path.is_dir())
+    elif path.is_dir():
+        target.mkdir()
+        for inner in sorted(path.iterdir()):
+            _place(inner, target / inner.name, copy=copy)
+    else:
+        shutil.copyfile(path, target)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("snapshot", help="folder with config.json and safetensors weights")
+    parser.add_argument("--output", required=True, help="folder to make: a new or an empty one")
+    parser.add_argument(
+        "--copy", action="store_true", help="copy all files that are no weights, don't link them"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main(**vars(_parser().parse_args()))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error

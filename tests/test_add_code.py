@@ -1,0 +1,290 @@
+"""The command that puts our code beside weights: links, a config, and nothing else touched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import add_code
+import official
+import pytest
+import torch
+from builders import tiny_model, token_ids
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from safetensors.torch import load_file, save_file
+from test_remote_code import CODE, LOGITS, run_stranger
+
+OTHER_CODE = {
+    "configuration_kimi.py": "raise ImportError('the other configuration')\n",
+    "modeling_kimi.py": "from .configuration_kimi import KimiLinearConfig\nraise ImportError\n",
+    "tokenization_kimi.py": "from .tool_declaration import encode\n",
+    "tool_declaration.py": "def encode(): ...\n",
+}
+TEXTS = {
+    "README.md": "# A model\n",
+    "chat_template.jinja": "{{ messages }}\n",
+    "tiktoken.model": "YQ== 0\n",
+    "generation_config.json": '{"max_length": 99}\n',
+    "tokenizer_config.json": json.dumps(
+        {"auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]}}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> KimiLinearForCausalLM:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def original(model, tmp_path_factory) -> Path:
+    """A snapshot as Moonshot publishes it, of a tiny model."""
+    folder = tmp_path_factory.mktemp("original")
+    model.save_pretrained(folder, max_shard_size="60KB")
+    for path in folder.glob("*.py"):
+        path.unlink()
+    saved = json.loads((folder / "config.json").read_text())
+    fields = {
+        key: value if key in ("auto_map", "model_type", "architectures") else saved[key]
+        for key, value in official.CONFIG.items()
+    }
+    (folder / "config.json").write_text(json.dumps(fields, indent=2))
+    for name, text in (OTHER_CODE | TEXTS).items():
+        (folder / name).write_text(text)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "plot.png").write_bytes(b"png")
+    return folder
+
+
+@pytest.fixture
+def snapshot(original, tmp_path) -> Path:
+    """One that a test may break."""
+    return Path(shutil.copytree(original, tmp_path / "snapshot"))
+
+
+@pytest.fixture
+def cached(original, tmp_path) -> Path:
+    """The same in the layout of the Hugging Face cache: links into a folder of blobs."""
+    root = tmp_path / "hub" / "models--them--tiny"
+    folder = root / "snapshots" / "0123abcd"
+    (root / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(original.rglob("*"))):
+        if path.is_file():
+            blob = root / "blobs" / f"{number:040x}"
+            shutil.copyfile(path, blob)
+            link = folder / path.relative_to(original)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+def state_of(folder: Path) -> dict:
+    """Everything one can change about a folder."""
+    return {
+        str(path.relative_to(folder)): (
+            os.readlink(path) if path.is_symlink() else None,
+            path.lstat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else None,
+        )
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def index_of(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_links_code_and_config(original, tmp_path, copy):
+    before = state_of(original)
+    output = add_code.main(snapshot=original, output=tmp_path / "ours", copy=copy)
+    assert state_of(original) == before
+    assert output == tmp_path / "ours"
+
+    shards = sorted(set(index_of(original).values()))
+    kept = {*TEXTS, "tokenization_kimi.py", "tool_declaration.py", "figures"}
+    kept.add("model.safetensors.index.json")
+    assert {path.name for path in output.iterdir()} == kept | {*shards, *CODE, "config.json"}
+    assert len(shards) > 3
+    for name in shards:
+        assert (output / name).is_symlink() and (output / name).samefile(original / name)
+    for name in kept:
+        is_copied = copy or name.endswith((".json", ".jinja", ".md"))
+        assert (output / name).is_symlink() == (not is_copied), name
+    for name in TEXTS:
+        assert (output / name).read_bytes() == (original / name).read_bytes()
+    assert (output / "figures" / "plot.png").read_bytes() == b"png"
+
+    fields = json.loads((output / "config.json").read_text())
+    theirs = json.loads((original / "config.json").read_text())
+    assert list(fields) == list(theirs)
+    assert fields == {**theirs, "auto_map": AUTO_MAP}
+    # all but the lines of auto_map are the same text
+    ours, text = (
+        (folder / "config.json").read_text().splitlines() for folder in (output, original)
+    )
+    assert [line for line in text if "_kimi." not in line] == [
+        line for line in ours if "_kimi_linear." not in line
+    ]
+
+
+@pytest.mark.parametrize("kind", ["original", "cached"])
+def test_the_folder_loads_for_strangers(request, model, tmp_path, kind):
+    snapshot = request.getfixturevalue(kind)
+    before = state_of(snapshot)
+    output = add_code.main(snapshot=snapshot, output=tmp_path / "Ours-0.1b")
+    results = run_stranger(LOGITS, output, tmp_path / "stranger")
+    with torch.no_grad():
+        expected = model(token_ids(2, 13)).logits
+    torch.testing.assert_close(results["logits"], expected, rtol=1e-5, atol=1e-5)
+    assert state_of(snapshot) == before
+
+
+def test_saving_into_the_folder_leaves_the_snapshot_alone(original, tmp_path):
+    """A file written through a link would change the snapshot."""
+    output = add_code.main(snapshot=original, output=tmp_path / "ours")
+    before = state_of(original)
+    loaded = KimiLinearForCausalLM.from_pretrained(output)
+    with torch.no_grad():
+        loaded.model.norm.weight.add_(1)
+    loaded.generation_config.max_length = 77
+    for shard in ("60KB", "30KB"):  # the same names of shards, then others
+        loaded.save_pretrained(output, max_shard_size=shard)
+    assert state_of(original) == before
+    again = KimiLinearForCausalLM.from_pretrained(output)
+    assert torch.equal(again.model.norm.weight, loaded.model.norm.weight)
+
+
+def test_relative_paths(original, tmp_path, monkeypatch):
+    """Links lead to the right place although they stand in another folder."""
+    shutil.copytree(original, tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    output = add_code.main(snapshot="in", output="deep/er/ours")
+    assert output == tmp_path / "deep" / "er" / "ours"
+    assert all(path.exists() for path in output.iterdir())
+
+
+def test_snapshot_without_auto_map(snapshot, tmp_path):
+    fields = json.loads((snapshot / "config.json").read_text())
+    del fields["auto_map"]
+    (snapshot / "config.json").write_text(json.dumps(fields))
+    output = add_code.main(snapshot=snapshot, output=tmp_path / "ours")
+    assert json.loads((output / "config.json").read_text()) == {**fields, "auto_map": AUTO_MAP}
+
+
+def test_an_earlier_version_of_our_code_is_replaced(snapshot, tmp_path):
+    (snapshot / "modeling_kimi_linear.py").write_text("raise ImportError('stale')\n")
+    output = add_code.main(snapshot=snapshot, output=tmp_path / "ours")
+    assert "stale" not in (output / "modeling_kimi_linear.py").read_text()
+    assert "stale" in (snapshot / "modeling_kimi_linear.py").read_text()
+
+
+# ---- refused
+
+
+def drop_tensor(folder: Path, name: str, replacement: torch.Tensor | None) -> None:
+    path = folder / index_of(folder)[name]
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors | ({} if replacement is None else {name: replacement}), path)
+
+
+def change_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+EXPERT = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+BROKEN = {
+    "missing_shard": (
+        lambda folder: (folder / index_of(folder)[EXPERT]).unlink(),
+        r"model-0000\d-of-0000\d\.safetensors: the shard is missing",
+    ),
+    "truncated_shard": (
+        lambda folder: os.truncate(folder / index_of(folder)[EXPERT], 8_000),
+        r"model-0000\d-of-0000\d\.safetensors: truncated at 8000 bytes, tensor model\.layers",
+    ),
+    "missing_tensor": (
+        lambda folder: drop_tensor(folder, EXPERT, None),
+        f"index.json: tensor {EXPERT} .* found in no shard",
+    ),
+    "wrong_shape": (
+        lambda folder: drop_tensor(folder, EXPERT, torch.zeros(40, 23)),
+        rf"tensor {EXPERT} has shape \[40, 23\], the model needs \[40, 24\]",
+    ),
+    "no_weights": (
+        lambda folder: (folder / "model.safetensors.index.json").unlink(),
+        "model.safetensors and model.safetensors.index.json",
+    ),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    "no_json": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "config.json is not JSON",
+    ),
+    "another_model": (
+        lambda folder: change_config(folder, model_type="deepseek_v3"),
+        "config.json: model_type is 'deepseek_v3'; allowed: 'kimi_linear'",
+    ),
+    "another_class": (
+        lambda folder: change_config(folder, architectures=["KimiK3ForCausalLM"]),
+        "config.json: architectures is .*KimiK3.*; allowed: one of .*KimiLinearForCausalLM",
+    ),
+    "unsupported_field": (
+        lambda folder: change_config(folder, mla_use_nope=False),
+        "mla_use_nope=False",
+    ),
+    "another_size": (
+        lambda folder: change_config(folder, moe_intermediate_size=32),
+        r"tensor model\.layers\.1\.block_sparse_moe\S+ has shape",
+    ),
+    "tokenizer_code_missing": (
+        lambda folder: (folder / "tokenization_kimi.py").unlink(),
+        "tokenizer_config.json: auto_map names 'tokenization_kimi.TikTok.* is missing",
+    ),
+    "dangling_link": (
+        lambda folder: (folder / "LICENSE").symlink_to("../../blobs/77"),
+        "LICENSE is a link to .*blobs/77, which is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_snapshots_are_refused_by_name(snapshot, tmp_path, case):
+    break_it, message = BROKEN[case]
+    break_it(snapshot)
+    with pytest.raises(ValueError, match=message):
+        add_code.main(snapshot=snapshot, output=tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_output_in_use(snapshot, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "alias").symlink_to(snapshot)
+    for output, message in {
+        tmp_path / "full": "output=.*full is not empty",
+        tmp_path / "file": "output=.*file is a file",
+        snapshot: "is in the snapshot",
+        snapshot / "ours": "is in the snapshot",
+        tmp_path / "alias" / "ours": "is in the snapshot",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            add_code.main(snapshot=snapshot, output=output)
+    assert not (snapshot / "ours").exists()
+    (tmp_path / "empty").mkdir()
+    add_code.main(snapshot=snapshot, output=tmp_path / "empty")
+
+
+def test_command_line(original, tmp_path):
+    command = [sys.executable, add_code.__file__, str(original), "--output", str(tmp_path / "ours")]
+    done = subprocess.run([*command, "--copy"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ours" / "README.md").is_file()
+    assert str(tmp_path / "ours") in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert again.stderr.strip().splitlines()[-1].startswith("error: output=")
