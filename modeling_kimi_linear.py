@@ -51,6 +51,8 @@ from .weight_conversion import (
 logger = logging.get_logger(__name__)
 
 BACKBONE = "KimiLinearBackbone"
+# what collators say beside `cu_seq_lens_q`
+FLASH_LENGTHS = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 AUTO_MAP = {
     "AutoConfig": "configuration_kimi_linear.KimiLinearConfig",
     "AutoModel": f"modeling_kimi_linear.{BACKBONE}",
@@ -315,6 +317,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             cu_seq_lens=cu_seq_lens_q,
             device=hidden_states.device,
         )
+        for name in FLASH_LENGTHS:  # the layout's own take their place
+            kwargs.pop(name, None)
         past_key_values = self._cache_for(layout, past_key_values, use_cache)
         mask = self._causal_mask(hidden_states, attention_mask, past_key_values, layout)
         for layer in self.layers:

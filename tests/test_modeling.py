@@ -1,5 +1,7 @@
 """The model against itself: padding, packing, chunks and steps change nothing that a token sees."""
 
+import itertools
+
 import pytest
 import torch
 from builders import PATTERNS, tiny_config, tiny_model, token_ids
@@ -10,7 +12,8 @@ from kimi_linear import (
     KimiLinearForTokenClassification,
 )
 from tolerance import assert_close
-from transformers import DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers.masking_utils import flash_attention_mask
 
 BACKENDS = ("eager", "sdpa", "flex_attention")
 FLOAT32 = torch.float32
@@ -102,6 +105,77 @@ def test_backends_agree_on_padding_and_packing(hybrid, backend):
         hybrid.set_attn_implementation("sdpa")
     assert_close(got[0][mask.bool()], expected[0][mask.bool()], FLOAT32, "padding")
     assert_close(got[1], expected[1], FLOAT32, "packing")
+
+
+def flash_stand_in(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **kwargs
+):
+    """What flash attention computes, from what Transformers hands it: no 4D mask, value as wide as
+    key, sequences either end to end with their boundaries, or in rows with a 2D padding mask."""
+    assert value.shape[-1] == key.shape[-1]
+    out = torch.zeros(*query.shape[:3], value.shape[-1])
+    if cu_seq_lens_q is not None:
+        assert attention_mask is None and query.shape[0] == 1
+        assert kwargs["max_length_q"] == cu_seq_lens_q.diff().max()
+        spans = [(0, torch.arange(a, b)) for a, b in itertools.pairwise(cu_seq_lens_q.tolist())]
+    elif attention_mask is not None:
+        spans = [(row, real.nonzero()[:, 0]) for row, real in enumerate(attention_mask)]
+    else:
+        spans = [(row, torch.arange(key.shape[2])) for row in range(key.shape[0])]
+    for row, columns in spans:
+        queries = columns[columns >= key.shape[2] - query.shape[2]] - (
+            key.shape[2] - query.shape[2]
+        )
+        scores = query[row][:, queries] @ key[row][:, columns].transpose(1, 2) * scaling
+        later = columns[None] > (queries + key.shape[2] - query.shape[2])[:, None]
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        out[row][:, queries] = weights @ value[row][:, columns]
+    return out.transpose(1, 2), None
+
+
+def test_the_flash_path_hands_over_boundaries_and_padding(hybrid):
+    """Packing, padding, and padding with a cache, as flash attention gets them."""
+    AttentionInterface.register("flash_stand_in", flash_stand_in)
+    AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+    ids = token_ids(2, 24)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :5], mask[1, 10:13] = 0, 0
+    positions = torch.arange(24).expand(2, -1).clone()
+    positions[:, 15:] -= 15
+    ends = torch.tensor([0, 15, 24, 39, 48], dtype=torch.int32)
+    collated = {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": 15,
+        "max_length_k": 15,
+    }
+    calls = (
+        {"input_ids": ids},
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": ids, "position_ids": positions},
+        {"input_ids": ids, "position_ids": positions, "attention_mask": mask},
+        {"input_ids": ids, **collated},
+    )
+    try:
+        for call in calls:
+            real = call.get("attention_mask", torch.ones_like(mask)).bool()
+            logits = []
+            for backend in ("eager", "flash_stand_in"):
+                hybrid.config._attn_implementation = backend
+                with torch.no_grad():
+                    logits.append(hybrid(**call, use_cache=False).logits[real])
+                    if not {"position_ids", "cu_seq_lens_q"} & set(call):
+                        cut = {**call, "input_ids": ids[:, :20]}
+                        if "attention_mask" in call:
+                            cut["attention_mask"] = mask[:, :20]
+                        cache = hybrid(**cut, use_cache=True).past_key_values
+                        rest = {**call, "input_ids": ids[:, 20:]}
+                        out = hybrid(**rest, past_key_values=cache).logits
+                        whole = hybrid(**call, use_cache=False).logits[:, 20:]
+                        assert_close(out[real[:, 20:]], whole[real[:, 20:]], FLOAT32, "cached")
+            assert_close(logits[1], logits[0], FLOAT32, str(list(call)))
+    finally:
+        hybrid.config._attn_implementation = "sdpa"
 
 
 LENGTHS = (3, 1, 17, 64, 2, 20)
