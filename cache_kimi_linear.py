@@ -60,6 +60,11 @@ class _LayerCache(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
+    @property
+    def num_rows(self) -> int | None:
+        """B, or None while empty."""
+        return next((x.shape[0] for x in self._present().values()), None)
+
     def memory_bytes(self) -> int:
         """Bytes of the tensors that this layer holds."""
         return sum(x.numel() * x.element_size() for x in self._present().values())
@@ -122,9 +127,7 @@ class LatentLayerCache(_LayerCache):
     def update(self, latent: Tensor) -> Tensor:  # type: ignore[override]
         """Append [B, T, R] and return all [B, S, R]."""
         end = self.num_tokens + latent.shape[1]
-        if (
-            torch.is_grad_enabled() and latent.requires_grad
-        ):  # a buffer written in place would break autograd
+        if torch.is_grad_enabled():  # a buffer written in place would break autograd
             past = [] if self.buffer is None else [self.buffer[:, : self.num_tokens]]
             self.buffer = torch.cat([*past, latent], dim=1)
         else:
@@ -141,8 +144,11 @@ class LatentLayerCache(_LayerCache):
 
     def _reserved(self, latent: Tensor, num_tokens: int) -> Tensor:
         """A buffer for `num_tokens`, with the present content."""
-        if self.buffer is not None and self.buffer.shape[1] >= num_tokens:
-            return self.buffer
+        buffer = self.buffer
+        if buffer is not None and buffer.shape[1] >= num_tokens:
+            # what inference_mode made can't be written to outside it
+            if not buffer.is_inference() or torch.is_inference_mode_enabled():
+                return buffer
         capacity = -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         grown = latent.new_empty(latent.shape[0], capacity, latent.shape[2])
         if self.buffer is not None:

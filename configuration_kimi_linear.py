@@ -45,6 +45,7 @@ NATIVE_SIZES = {
     "linear_conv_kernel_dim": "short_conv_kernel_size",
 }
 
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 POSITIVE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -189,7 +190,10 @@ class KimiLinearConfig(PreTrainedConfig):
         # before the base class, which reads layer_types
         self.linear_attn_config = self._full_linear_attn_config(kwargs)
         super().__post_init__(**kwargs)
-        self._check_sizes()
+        self._check_sizes()  # what follows computes with them
+        for field in SPECIAL_IDS:  # the defaults are the released vocabulary's
+            if getattr(self, field) == getattr(type(self), field) >= self.vocab_size:
+                setattr(self, field, None)
         _require(
             qk_head_dim in (None, self.qk_head_dim),
             "qk_head_dim",
@@ -216,7 +220,12 @@ class KimiLinearConfig(PreTrainedConfig):
             ValueError: If there is no such preset; the message lists them.
         """
         _require(name in PRESETS, "preset", name, "one of " + ", ".join(PRESETS))
-        return cls(**{**copy.deepcopy(PRESETS[name]), **overrides})
+        fields = copy.deepcopy(PRESETS[name])
+        if "vocab_size" in overrides and "vocab_size" in fields:
+            added = overrides["vocab_size"] - fields["vocab_size"]
+            for field in SPECIAL_IDS:  # they stand at the end of the vocabulary
+                fields[field] += added
+        return cls(**{**fields, **overrides})
 
     @property
     def layer_types(self) -> list[str]:
@@ -252,9 +261,6 @@ class KimiLinearConfig(PreTrainedConfig):
         self._check_attention()
         self._check_experts()
         self._check_layers()
-
-    # ---- reading
-    # --------------------------------------------------------------------------------------------
 
     def _check_extra_fields(self, kwargs: dict[str, Any]) -> None:
         """Refuse fields that mean something elsewhere, aliases that contradict, likely typos."""
@@ -302,6 +308,10 @@ class KimiLinearConfig(PreTrainedConfig):
                 key,
                 f"a dict with the keys {LINEAR_ATTN_KEYS}",
             )
+        for key in ("kda_layers", "full_attn_layers"):
+            value = given.get(key, [])
+            field = f"linear_attn_config[{key!r}]"
+            _require(isinstance(value, list), field, value, "a list of layer numbers from 1")
         other = {NATIVE_SIZES[key]: kwargs.pop(key) for key in NATIVE_SIZES if key in kwargs}
         other |= self._layer_lists(kwargs.pop("layer_types", None))
         for key, value in other.items():
@@ -351,9 +361,6 @@ class KimiLinearConfig(PreTrainedConfig):
             mlp_layer_types,
             f"{expected} (first_k_dense_replace={leading}, moe_layer_freq={self.moe_layer_freq})",
         )
-
-    # ---- checks
-    # ---------------------------------------------------------------------------------------------
 
     def _check_sizes(self) -> None:
         for field in POSITIVE_FIELDS:
@@ -417,9 +424,15 @@ class KimiLinearConfig(PreTrainedConfig):
         for field in ("moe_renormalize", "use_grouped_topk", "tie_word_embeddings", "use_cache"):
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")
-        for field in ("pad_token_id", "bos_token_id"):
+        for field in SPECIAL_IDS:
             value = getattr(self, field)
-            _require(value is None or _is_int(value), field, value, "None or an integer")
+            ids = value if field == "eos_token_id" and isinstance(value, list) else [value]
+            _require(
+                all(i is None or (_is_int(i) and 0 <= i < self.vocab_size) for i in ids),
+                field,
+                value,
+                f"None or a token id below vocab_size={self.vocab_size}",
+            )
 
     def _check_attention(self) -> None:
         heads = self.num_key_value_heads

@@ -167,7 +167,7 @@ class KimiLinearDeltaAttention(nn.Module):
             moved = fn(tensor)
             if tensor not in decay or moved.dtype not in (torch.float16, torch.bfloat16):
                 return moved
-            return tensor.to(moved.device)
+            return tensor.to(moved.device, torch.float32)
 
         decay = _IdentitySet(self.A_log, self.dt_bias, self.A_log.grad, self.dt_bias.grad)
         return super()._apply(keep_wide, recurse)

@@ -9,6 +9,7 @@ I expert width, E experts, k experts of one token.
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled, use_experts_implementation
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
-    GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -51,6 +55,7 @@ from .weight_conversion import (
 logger = logging.get_logger(__name__)
 
 BACKBONE = "KimiLinearBackbone"
+EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")
 # what collators say beside `cu_seq_lens_q`
 FLASH_LENGTHS = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 AUTO_MAP = {
@@ -133,6 +138,25 @@ class KimiLinearExperts(nn.Module):
             out = out.index_add(0, token, expert_out * top_k_weights[token, slot, None])
         return out.to(hidden_states.dtype)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
+        size, found = self.down_proj.shape[2], 0
+        rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            match = EXPERT_NAME.fullmatch(name.removeprefix(prefix))
+            if match is None or int(match[1]) >= self.num_experts:
+                continue
+            fused = self.down_proj if match[2] == "w2" else self.gate_up_proj
+            with torch.no_grad():
+                fused[int(match[1]), rows[match[2]]].copy_(state_dict.pop(name))
+            found += 1
+        if found == 3 * self.num_experts:
+            for name, parameter in self.named_parameters():
+                state_dict.setdefault(prefix + name, parameter.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
 
 class KimiLinearMoE(nn.Module):
     """Routed experts plus the experts that every token uses."""
@@ -198,6 +222,13 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
     }
 
+    # prefixes of tensors that a checkpoint may lack when a new head is put on a trained backbone
+    _new_heads: tuple[str, ...] = ()
+
+    def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()  # fields may have been changed since it was made
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As the report and FLA do; `init` skips what a checkpoint has already filled."""
@@ -250,9 +281,6 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
-
-    # prefixes of tensors that a checkpoint may lack when a new head is put on a trained backbone
-    _new_heads: tuple[str, ...] = ()
 
 
 class KimiLinearBackbone(KimiLinearPreTrainedModel):
@@ -308,6 +336,10 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, num_tokens = hidden_states.shape[:2]
+        if num_tokens == 0:
+            raise ValueError(
+                "the input has 0 tokens, which is not allowed: it must have at least 1"
+            )
         layout = sequence_layout(
             batch_size,
             num_tokens,
@@ -319,7 +351,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         )
         for name in FLASH_LENGTHS:  # the layout's own take their place
             kwargs.pop(name, None)
-        past_key_values = self._cache_for(layout, past_key_values, use_cache)
+        past_key_values = self._cache_for(layout, past_key_values, use_cache, batch_size)
         mask = self._causal_mask(hidden_states, attention_mask, past_key_values, layout)
         for layer in self.layers:
             hidden_states = layer(
@@ -334,11 +366,20 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         )
 
     def _cache_for(
-        self, layout: SequenceLayout, past_key_values: Cache | None, use_cache: bool | None
+        self,
+        layout: SequenceLayout,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        batch_size: int,
     ) -> Cache | None:
         """The cache to read and write, or None."""
-        if use_cache and self.gradient_checkpointing and self.training:
-            logger.warning_once("use_cache=True has no effect under gradient checkpointing")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values is not allowed under gradient checkpointing: it must be None"
+                )
+            if use_cache:
+                logger.warning_once("use_cache=True has no effect under gradient checkpointing")
             return None
         if layout.is_packed:
             if use_cache or past_key_values is not None:
@@ -348,8 +389,18 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
                 )
             return None
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        return prepare_cache(past_key_values, self.config) if use_cache else None
+            use_cache = self.config.use_cache and not self.training
+        if not use_cache and past_key_values is None:
+            return None
+        # a given cache counts whatever use_cache says: the tokens it holds are part of the text
+        cache = prepare_cache(past_key_values, self.config)
+        rows = next((layer.num_rows for layer in cache.layers if layer.num_rows is not None), None)
+        if rows not in (None, batch_size):
+            raise ValueError(
+                f"past_key_values holds {rows} rows, which is not allowed: it must be the input's "
+                f"{batch_size}"
+            )
+        return cache
 
     def _causal_mask(
         self,
@@ -359,8 +410,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         layout: SequenceLayout,
     ) -> Any:
         """The mask that the attention backend of the MLA layers wants; None if it needs none."""
-        if "full_attention" not in self.config.layer_types:
-            return None
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         expected = past + hidden_states.shape[1]
         if attention_mask is not None and attention_mask.shape[1] != expected:
@@ -368,6 +417,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
                 f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it "
                 f"must cover the {past} cached and the {hidden_states.shape[1]} new tokens"
             )
+        if "full_attention" not in self.config.layer_types:
+            return None
         if is_flash_attention(self.config) and past_key_values is None:
             return None  # the layout's boundaries say it all
         inside = packed_sequence_mask_function(layout.sequence_ids) if layout.is_packed else None
@@ -417,8 +468,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         """Run the model; see `KimiLinearBackbone.forward` for the arguments not named here.
 
         Args:
-            labels: [B, T] token ids, -100 where there is no loss. They are shifted here; a packed
-                sequence's first token has no predecessor and counts for nothing.
+            labels: [B, T] token ids, -100 where there is no loss. They are shifted here: each real
+                token predicts the next one of its sequence, across padding, never across packing.
             use_cache: None: as the backbone decides, but never together with labels.
             logits_to_keep: Logits of only the last so many tokens; 0 for all; or the token indices
                 wanted.
@@ -443,10 +494,20 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            if position_ids is not None or cu_seq_lens_q is not None or seq_idx is not None:
-                labels = _without_first_tokens(
-                    labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q
+            if logits.shape[:2] != labels.shape:
+                raise ValueError(
+                    f"logits_to_keep={logits_to_keep!r} is not allowed with labels: it must be 0"
                 )
+            layout = sequence_layout(
+                *labels.shape,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                seq_idx=seq_idx,
+                cu_seq_lens=cu_seq_lens_q,
+                device=labels.device,
+            )
+            if layout.cu_seqlens is not None:
+                kwargs.setdefault("shift_labels", _next_labels(labels, layout))
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
@@ -463,6 +524,14 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give `generate()` a hybrid cache."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
+            raise ValueError(
+                "attention_mask ends in 0, which is not allowed in generate(): prompts must be "
+                "padded on the left"
+            )
+        if self.training and self.model.gradient_checkpointing:
+            generation_config.use_cache = model_kwargs["use_cache"] = False
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(
@@ -473,42 +542,80 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-
-def _without_first_tokens(
-    labels: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seq_lens: Tensor | None,
-) -> Tensor:
-    """Labels with -100 at packed sequences' first tokens, which nothing before them predicts."""
-    layout = sequence_layout(
-        *labels.shape,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        seq_idx=seq_idx,
-        cu_seq_lens=cu_seq_lens,
-        device=labels.device,
-    )
-    if layout.sequence_ids is None:
-        return labels
-    first = F.pad(layout.sequence_ids.diff(dim=1) > 0, (1, 0))
-    return labels.masked_fill(first, -100)
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching, whose paged cache has no place for KDA states."""
+        raise ValueError("generate_batch() is not supported: use generate() with a padded batch")
 
 
-class KimiLinearForSequenceClassification(
-    GenericForSequenceClassification, KimiLinearPreTrainedModel
-):
+def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
+    """[B, T]: at each real token the label of the next one of its sequence, -100 where none is."""
+    places = torch.arange(labels.numel(), device=labels.device)
+    places = places if layout.token_index is None else layout.token_index
+    following = F.pad(labels.flatten()[places], (0, 1), value=-100)[1:]
+    assert layout.cu_seqlens is not None
+    ends = layout.cu_seqlens[1:].long()
+    following[ends[ends > 0] - 1] = -100
+    return torch.full_like(labels, -100).flatten().index_copy(0, places, following).view_as(labels)
+
+
+class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
     """Kimi Linear with a label per sequence, read at its last token that is not padding."""
 
     _new_heads = ("score.",)
 
     def __init__(self, config: KimiLinearConfig) -> None:
-        KimiLinearPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = KimiLinearBackbone(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Run the model; see `KimiLinearBackbone.forward` for the arguments not named here.
+
+        Args:
+            attention_mask: [B, S]; the last token it calls real is read. Without it, the last token
+                that is not `pad_token_id` is, or the last one where only embeddings are given.
+            labels: [B] class numbers, or [B] or [B, num_labels] for regression and several labels.
+
+        Returns:
+            `loss`, `logits` [B, num_labels], and the backbone's outputs.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        real = attention_mask
+        if real is None and input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        columns = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+        if real is not None:
+            columns = columns * (real[:, -logits.shape[1] :] != 0).to(logits.device)
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        pooled = logits[rows, columns.amax(dim=1)]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=pooled, config=self.config
+            )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class KimiLinearForTokenClassification(GenericForTokenClassification, KimiLinearPreTrainedModel):

@@ -4,7 +4,7 @@ The `report-*` sizes are those of table 2 of arXiv 2510.26692 (activated paramet
 embeddings, heads, layers, hidden size; 8 of 64 experts). The report does not give the experts'
 width: it is chosen here so that the activated parameters match. The small ones are ours, for
 training on one CPU or one GPU; they keep the report's 3:1 pattern and end in an MLA layer. Names
-with two numbers give total and activated parameters.
+with two numbers give total and activated parameters, the latter without embeddings.
 """
 
 from typing import Any

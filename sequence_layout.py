@@ -1,16 +1,15 @@
-"""Where sequences begin and which tokens are real, worked out once per forward from whatever the
-caller gives.
+"""Where sequences begin and which tokens are real, worked out once per forward from the inputs.
 
 Padding (left, right or interior) and packing (several sequences in one row) reach convolution, KDA
-and attention
-in one form: the real tokens of all rows laid end to end, and the boundaries between sequences in
-that line.
+and attention in one form: the real tokens of all rows laid end to end, and the boundaries between
+sequences in that line.
 
-Shapes: B batch, T tokens of this call, S tokens of cache and call, R real tokens of this call, N
-sequences.
+Shapes: B batch, T tokens of this call, S tokens of cache and call, R real tokens of this call,
+N sequences.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +43,11 @@ class SequenceLayout:
     def is_packed(self) -> bool:
         """Whether some row holds more than one sequence."""
         return self.sequence_ids is not None
+
+    def to(self, device: torch.device, **kwargs: Any) -> "SequenceLayout":
+        """A copy on another device; accelerate moves inputs to the next layers' with this."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: x.to(device, **kwargs) for name, x in tensors.items()})
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [1, R, ...]: real tokens end to end. Plain rows stay as they are."""
@@ -159,6 +163,10 @@ def _real_tokens(
     """[B, T] bool, or None if every token of this call is real."""
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"attention_mask={type(attention_mask).__name__} is not allowed: it must be a tensor"
+        )
     if (
         attention_mask.ndim != 2
         or attention_mask.shape[0] != batch_size

@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,28 @@ MAX_THREADS = 2
 AUTOTUNE_CONFIGS = 2
 
 
+class RootIsPlainFolder:
+    """Keeps pytest from importing the root's `__init__.py` under the name of the checkout's folder.
+
+    It would do so before the first test, and a second copy of the model's classes would take the
+    first one's place in the Auto classes.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(
+        self, path: Path, parent: pytest.Collector
+    ) -> pytest.Collector | None:
+        """Collect the root as a folder, not as a package; leave the others to pytest."""
+        if path != parent.config.rootpath:
+            return None
+        return pytest.Dir.from_parent(parent, path=path)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Several workers of pytest-xdist share the cores, so each takes one thread."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, min(MAX_THREADS, os.cpu_count() or 1) // workers))
+    config.pluginmanager.register(RootIsPlainFolder())
     if torch.cuda.is_available():
         try_few_autotune_configs()
 

@@ -66,12 +66,19 @@ def test_default_pattern_ends_in_mla():
 def test_presets_are_valid(name):
     config = KimiLinearConfig.from_preset(name)
     assert config.layer_types[-1] == "full_attention"
-    assert KimiLinearConfig.from_preset(name, vocab_size=300).vocab_size == 300
+    other = KimiLinearConfig.from_preset(name, vocab_size=300)
+    assert other.vocab_size == 300 and other.pad_token_id in (None, 299)
 
 
 def test_presets_do_not_share_state():
     KimiLinearConfig.from_preset("2m").linear_attn_config["num_heads"] = 99
     assert KimiLinearConfig.from_preset("2m").linear_attn_config["num_heads"] != 99
+
+
+def test_special_ids_of_the_released_vocabulary_are_for_that_vocabulary():
+    config = KimiLinearConfig(vocab_size=97)
+    assert config.pad_token_id is config.bos_token_id is config.eos_token_id is None
+    assert KimiLinearConfig(vocab_size=163585).bos_token_id == 163584
 
 
 def test_moe_layers():
@@ -144,6 +151,9 @@ REFUSED = {
     "did you mean 'hidden_size'": dict(hiden_size=64),
     "hidden_size": dict(hidden_size="64"),
     "moe_intermediate_size": dict(moe_intermediate_size=22),
+    "pad_token_id": dict(vocab_size=97, pad_token_id=97),
+    "eos_token_id": dict(eos_token_id=[5, "x"]),
+    r"a list of layer numbers": dict(linear_attn_config={"full_attn_layers": 4}),
     "vocab_size": dict(vocab_size=0),
     "num_hidden_layers": dict(num_hidden_layers=True),
     "rms_norm_eps": dict(rms_norm_eps=0),

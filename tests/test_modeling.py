@@ -11,6 +11,7 @@ from kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
+from safetensors.torch import load_file
 from tolerance import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import flash_attention_mask
@@ -532,3 +533,108 @@ def test_autocast_runs_the_recurrence_in_float32(hybrid):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = hybrid(ids).logits
     assert (out - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("where", PADDINGS)
+def test_padded_loss_equals_unpadded(hybrid, where):
+    """Padding predicts nothing, and the token before a gap predicts the one after it."""
+    columns = PADDINGS[where]
+    ids = token_ids(len(columns), seed=3)
+    padded, mask = pad_columns(ids, columns, LENGTH)
+    count = torch.tensor(len(columns) - 1)
+    expected = hybrid(ids[None], labels=ids[None], num_items_in_batch=count).loss
+    for labels in (padded, padded.masked_fill(mask == 0, -100)):
+        out = hybrid(padded, labels=labels, attention_mask=mask, num_items_in_batch=count)
+        assert_close(out.loss, expected, FLOAT32, where)
+
+
+def test_a_given_cache_counts_whatever_use_cache_says(hybrid):
+    ids = token_ids(1, 12)
+    with torch.no_grad():
+        cache = hybrid(ids[:, :8]).past_key_values
+        out = hybrid(ids[:, 8:], past_key_values=cache, use_cache=False).logits
+        assert_close(out, hybrid(ids).logits[:, 8:], FLOAT32)
+
+
+def test_gradient_checkpointing_never_drops_a_cache_silently():
+    model, ids = tiny_model(), token_ids(2, 9)
+    kwargs = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=96)
+    expected = model.generate(ids, **kwargs).tolist()
+    cache = model(ids).past_key_values
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert model.generate(ids, **kwargs).tolist() == expected
+    with pytest.raises(ValueError, match="past_key_values"):
+        model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("pattern", ["all_mla", "hybrid"])
+def test_a_cache_of_another_batch_size_is_refused(pattern):
+    model = tiny_model(pattern)
+    cache = model(token_ids(2, 5)).past_key_values
+    with pytest.raises(ValueError, match="holds 2 rows"):
+        model(token_ids(1, 2), past_key_values=cache)
+
+
+def test_a_cache_made_under_inference_mode_goes_on_outside_it(hybrid):
+    ids = token_ids(1, 12)
+    with torch.inference_mode():
+        cache = hybrid(ids[:, :8]).past_key_values
+    with torch.no_grad():
+        out = hybrid(ids[:, 8:], past_key_values=cache).logits
+        assert_close(out, hybrid(ids).logits[:, 8:], FLOAT32)
+
+
+def test_trainer_resumes_through_load_state_dict(tmp_path):
+    """Trainer hands over the saved names, which have single experts."""
+    model, other = tiny_model(), tiny_model(seed=5)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert any(".experts.0.w1." in name for name in saved)
+    result = other.load_state_dict(saved)
+    assert not result.missing_keys and not result.unexpected_keys
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    another = tiny_model(seed=6)
+    for half in (0, 1):  # as shards, each loaded without the other
+        another.load_state_dict(dict(list(saved.items())[half::2]), strict=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(another.state_dict()[name], tensor), name
+
+
+def test_sequence_classification_reads_what_the_mask_calls_last():
+    model = KimiLinearForSequenceClassification(tiny_config(num_labels=5)).eval()
+    ids = token_ids(2, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        embeds = model.get_input_embeddings()(ids)
+        assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, logits, FLOAT32)
+        assert_close(logits[:1], model(ids[:1, :5]).logits, FLOAT32)
+        assert_close(logits[1:], model(ids[1:, 2:]).logits, FLOAT32)
+
+
+def test_what_cannot_work_is_refused_by_name(hybrid):
+    ids = token_ids(2, 6)
+    right = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    with pytest.raises(ValueError, match="padded on the left"):
+        hybrid.generate(ids, attention_mask=right, max_new_tokens=2)
+    with pytest.raises(ValueError, match="generate_batch"):
+        hybrid.generate_batch([[1, 2]])
+    with pytest.raises(ValueError, match="attention_mask=dict"):
+        hybrid(ids, attention_mask={"full_attention": None})
+    with pytest.raises(ValueError, match="0 tokens"):
+        hybrid(ids[:, :0])
+    with pytest.raises(ValueError, match="logits_to_keep=2"):
+        hybrid(ids, labels=ids, logits_to_keep=2)
+    with pytest.raises(ValueError, match="9 columns"):
+        tiny_model("all_kda")(ids, attention_mask=torch.ones(2, 9))
+    config = tiny_config()
+    config.mla_use_nope = False
+    with pytest.raises(ValueError, match="mla_use_nope"):
+        KimiLinearForCausalLM(config)
+
+
+def test_casting_down_from_float64_leaves_the_decay_in_float32():
+    attention = tiny_model().double().bfloat16().model.layers[0].self_attn
+    assert attention.A_log.dtype == attention.dt_bias.dtype == torch.float32

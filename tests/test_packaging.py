@@ -87,3 +87,8 @@ def test_importing_leaves_environment_and_devices_alone() -> None:
         "assert dict(os.environ) == before; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_the_package_is_imported_under_its_own_name_only() -> None:
+    copies = [name for name in sys.modules if name.endswith("modeling_kimi_linear")]
+    assert ROOT.name not in sys.modules and not [c for c in copies if c.startswith(ROOT.name)]

@@ -91,6 +91,14 @@ def test_pack_and_unpack_are_inverse_on_real_tokens():
     torch.testing.assert_close(layout.unpack(layout.pack(x), 2), x * mask[..., None])
 
 
+def test_a_layout_moves_to_another_device_as_one():
+    """accelerate calls `to` where layers are on several devices."""
+    moved = layout_of(1, 4, position_ids=torch.tensor([[0, 1, 0, 1]])).to(torch.device("meta"))
+    for tensor in (moved.cu_seqlens, moved.row_first, moved.row_last, moved.sequence_ids):
+        assert tensor.device.type == "meta"
+    assert moved.num_places == 4 and moved.token_index is None
+
+
 def test_states_go_to_the_first_and_come_from_the_last_sequence_of_each_row():
     layout = layout_of(2, 3, position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]]))
     rows = torch.tensor([[1.0], [2.0]])
