@@ -46,8 +46,10 @@ class SequenceLayout:
 
     def to(self, device: torch.device, **kwargs: Any) -> "SequenceLayout":
         """A copy on another device; accelerate moves inputs to the next layers' with this."""
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **{name: x.to(device, **kwargs) for name, x in tensors.items()})
+        moved: dict[str, Any] = {
+            name: x.to(device, **kwargs) for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        return replace(self, **moved)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [1, R, ...]: real tokens end to end. Plain rows stay as they are."""

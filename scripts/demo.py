@@ -1,0 +1,481 @@
+"""The main job, end to end on a CPU: tokenizer, training, evaluation, saving, generation.
+
+Trains a byte-level BPE and a small Kimi Linear on the source of Python's standard library, whole
+modules held out. Then compares the bits per byte on the held-out modules with `zlib -9`, `lzma` and
+a trigram model, draws the curves, and has a new process, which cannot import this package, load the
+saved folder with `trust_remote_code=True` and write code.
+
+    python scripts/demo.py                          # under 6 minutes on 2 cores
+    python scripts/demo.py --minutes 60             # a better model
+    python scripts/demo.py --steps 500              # the same training on any machine
+    python scripts/demo.py --prompt 'def quicksort(' --output runs/mine
+
+The last line of the output is one JSON document; `results.json` in the output folder has it too.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _baselines import TrigramModel, lzma_bits_per_byte, zlib_bits_per_byte
+from _corpus import SourceFile, split_by_file, standard_library, total_bytes
+from _evaluation import bits_per_byte, encode_texts
+from _plots import plot_training
+from _training import Budget, BudgetCallback, collate, make_optimizer, pack, schedule_factor
+from datasets import Dataset
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.tokenizer import convert_tiktoken, train_bpe
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+GENERATE = Path(__file__).with_name("generate.py")
+PROMPT = 'class PriorityQueue:\n    """A queue that returns its smallest item first."""\n\n    def '
+SAMPLE_ROWS = 16
+LOSSES_PER_RUN = 200
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is trained; see `_training.py`."""
+
+    sequence_length: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    optimizer: str
+    schedule: str
+    seed: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one batch."""
+        return self.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as token ids, each with its end token, and their length in bytes."""
+
+    ids: list[list[int]]
+    num_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(len(ids) for ids in self.ids)
+
+
+def main(
+    *,
+    output: str | os.PathLike[str] = "runs/demo",
+    minutes: float | None = None,
+    steps: int | None = None,
+    preset: str = "2m",
+    config_overrides: dict[str, Any] | None = None,
+    vocab_size: int = 4096,
+    sequence_length: int = 512,
+    batch_size: int = 8,
+    learning_rate: float = 6e-3,
+    weight_decay: float = 0.1,
+    optimizer: str = "muon",
+    schedule: str = "wsd",
+    threads: int | None = None,
+    seed: int = 0,
+    corpus: str | os.PathLike[str] | None = None,
+    prompt: str = PROMPT,
+    max_new_tokens: int = 160,
+    record: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Run the demo.
+
+    Args:
+        output: Folder for the model, the figure and the results; what is there is replaced.
+        minutes: Training time; 4 if neither this nor `steps` is given.
+        steps: Training steps instead of a time.
+        preset: Size of the model, a key of `kimi_linear.PRESETS`.
+        config_overrides: Fields that replace the preset's.
+        vocab_size: Token ids, 256 special ones among them.
+        sequence_length: Tokens per row of a batch.
+        batch_size: Rows per step.
+        learning_rate, weight_decay, optimizer, schedule: See `_training.py`.
+        threads: CPU threads; None: torch's choice.
+        seed: Of weights and the order of the data.
+        corpus: Folder with Python files; None: the running interpreter's standard library.
+        prompt: What the new process continues.
+        max_new_tokens: How far it does.
+        record: File to append the results to, as one JSON line.
+
+    Returns:
+        The results: `bits_per_byte` by method, sizes, seconds by stage, what ran where.
+
+    Raises:
+        ValueError: For arguments out of range.
+        RuntimeError: If the new process fails.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if minutes is None and steps is None:
+        minutes = 4.0
+    folder = _empty_folder(Path(output))
+    clock = _Clock()
+    kept, held_out = split_by_file(standard_library(Path(corpus) if corpus else None))
+    _say(f"corpus: {_size(kept)} for training, {_size(held_out)} held out")
+    tokenizer, train, test = _tokenize(kept, held_out, vocab_size, folder)
+    clock.stop("tokenizer")
+    model = _make_model(preset, tokenizer, seed, config_overrides or {})
+    settings = Settings(
+        sequence_length, batch_size, learning_rate, weight_decay, optimizer, schedule, seed
+    )
+    begin, budget = tokenizer.bos_token_id, Budget(steps, minutes)
+    curves = _train(model, train, test, begin, settings, budget, folder / "trainer")
+    clock.stop("training")
+    bits = _all_bits_per_byte(model, tokenizer, train, test, held_out)
+    clock.stop("evaluation")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _say(f"saved to {folder}; a new process without this package loads it and writes code:\n")
+    text = generate_elsewhere(folder, prompt, max_new_tokens, seed)
+    clock.stop("generation")
+    results = {
+        "bits_per_byte": bits,
+        "corpus": _corpus_sizes(kept, held_out, train, test),
+        "model": {"preset": preset, **(config_overrides or {}), **_parameters(model)},
+        "training": {**asdict(settings), "vocab_size": vocab_size, **curves.pop("summary")},
+        "seconds": clock.seconds,
+        "generated": text,
+        "versions": _versions(),
+    }
+    _finish(folder, results, curves, record)
+    return results
+
+
+def generate_elsewhere(folder: Path, prompt: str, max_new_tokens: int, seed: int = 0) -> str:
+    """Have a new process, which cannot import this package, load the folder and write.
+
+    The process has its own empty cache of remote code, so only the folder's files can serve it.
+    What it writes to stdout is passed on as it comes.
+
+    Args:
+        folder: A saved model with its tokenizer.
+        prompt: Text to continue, after a begin token.
+        max_new_tokens: How far.
+        seed: Of the sampling.
+
+    Returns:
+        Prompt and continuation.
+
+    Raises:
+        RuntimeError: If the process fails; its messages are on stderr.
+    """
+    # a None in sys.modules makes `import kimi_linear` fail, installed or not
+    program = (
+        "import runpy, sys; sys.modules['kimi_linear'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    options = ["--prompt", prompt, "--begin-token", "--max-new-tokens", str(max_new_tokens)]
+    options += ["--temperature", "0.6", "--top-p", "0.95", "--seed", str(seed)]
+    command = [sys.executable, "-I", "-c", program, str(GENERATE), str(folder.resolve()), *options]
+    with tempfile.TemporaryDirectory() as empty:
+        environment = {**os.environ, "HF_MODULES_CACHE": empty, "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen(command, env=environment, cwd=empty, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        received = bytearray()
+        while piece := os.read(process.stdout.fileno(), 65536):
+            received += piece
+            print(piece.decode("utf-8", errors="replace"), end="", flush=True)
+        if process.wait() != 0:
+            raise RuntimeError(f"loading {folder} in a new process failed: {process.returncode}")
+    return received.decode("utf-8", errors="replace")
+
+
+def _tokenize(
+    kept: Sequence[SourceFile], held_out: Sequence[SourceFile], vocab_size: int, folder: Path
+) -> tuple[PreTrainedTokenizerFast, Encoded, Encoded]:
+    """A tokenizer trained on the training files, and all files encoded with it."""
+    ranks = train_bpe((file.text for file in kept), vocab_size)
+    tokenizer = convert_tiktoken(ranks, folder, eos_token="[EOS]", model_max_length=32768)
+    train, test = (
+        Encoded(
+            encode_texts(tokenizer, [file.text for file in files]),
+            total_bytes(files),
+        )
+        for files in (kept, held_out)
+    )
+    _say(
+        f"tokenizer: {vocab_size} ids, {train.num_bytes / train.num_tokens:.2f} bytes per token, "
+        f"{train.num_tokens:,} tokens for training, {test.num_tokens:,} held out"
+    )
+    return tokenizer, train, test
+
+
+def _make_model(
+    preset: str, tokenizer: PreTrainedTokenizerFast, seed: int, overrides: dict[str, Any]
+) -> KimiLinearForCausalLM:
+    torch.manual_seed(seed)
+    config = KimiLinearConfig.from_preset(
+        preset,
+        **{
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **overrides,
+        },
+    )
+    model = KimiLinearForCausalLM(config)
+    pattern = "".join("K" if kind == "linear_attention" else "M" for kind in config.layer_types)
+    _say(f"model: {model.num_parameters():,} parameters, layers {pattern} (KDA, MLA)")
+    return model
+
+
+def _train(
+    model: KimiLinearForCausalLM,
+    train: Encoded,
+    test: Encoded,
+    begin: int,
+    settings: Settings,
+    budget: Budget,
+    folder: Path,
+) -> dict[str, Any]:
+    """Train until the budget is used up; the curves and a summary."""
+    length = settings.sequence_length
+    rows = Dataset.from_list(list(pack(([begin, *ids] for ids in train.ids), length)))
+    if len(rows) < settings.batch_size:
+        raise ValueError(
+            f"batch_size={settings.batch_size} is above the {len(rows)} rows of training text"
+        )
+    sample = _sample(test, begin, length)
+    points: list[tuple[int, float]] = []
+
+    def on_point(step: int, seconds: float) -> str:
+        points.append((step, _sample_bits(model, sample, test)))
+        return f", held-out sample {points[-1][1]:.3f} bits per byte"
+
+    optimizer = make_optimizer(
+        settings.optimizer, model, settings.learning_rate, settings.weight_decay
+    )
+    factor = LambdaLR(optimizer, lambda _: schedule_factor(settings.schedule, budget.progress()))
+    trainer = Trainer(
+        model=model,
+        args=_trainer_arguments(folder, settings, budget),
+        train_dataset=rows,
+        data_collator=collate,
+        optimizers=(optimizer, factor),
+        callbacks=[BudgetCallback(budget, settings.tokens_per_step, on_point)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # the bar shows the loss
+    trainer.train()
+    tokens = trainer.state.global_step * settings.tokens_per_step
+    summary = {
+        "steps": trainer.state.global_step,
+        "tokens": tokens,
+        "epochs": round(tokens / train.num_tokens, 2),
+        "seconds": round(budget.seconds, 1),
+        "tokens_per_second": round(tokens / budget.seconds),
+    }
+    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    return {"losses": losses, "points": points, "summary": summary}
+
+
+def _trainer_arguments(folder: Path, settings: Settings, budget: Budget) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        # the budget ends the training; a clock does not know the number of steps
+        max_steps=budget.steps or 10**9,
+        logging_steps=max(1, (budget.steps or 1000) // LOSSES_PER_RUN),
+        logging_first_step=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        max_grad_norm=1.0,
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _sample(test: Encoded, begin: int, length: int) -> dict[str, torch.Tensor]:
+    """Rows spread evenly over the held-out text, for the curve."""
+    rows = list(pack(([begin, *ids] for ids in test.ids), length, keep_rest=True))
+    full = [row for row in rows if len(row["input_ids"]) == length] or rows[:1]
+    stride = max(1, len(full) // SAMPLE_ROWS)
+    return collate(full[::stride][:SAMPLE_ROWS])
+
+
+@torch.no_grad()
+def _sample_bits(
+    model: KimiLinearForCausalLM, sample: dict[str, torch.Tensor], test: Encoded
+) -> float:
+    """Bits per byte that the loss on the sample stands for."""
+    model.eval()
+    loss = model(**{key: value.to(model.device) for key, value in sample.items()}).loss
+    model.train()
+    return float(loss) / math.log(2) * test.num_tokens / test.num_bytes
+
+
+def _all_bits_per_byte(
+    model: KimiLinearForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    train: Encoded,
+    test: Encoded,
+    held_out: Sequence[SourceFile],
+) -> dict[str, float]:
+    """Bits per byte on all held-out files, by method."""
+    texts = [file.text for file in held_out]
+    trigram = TrigramModel(train.ids, len(tokenizer), tokenizer.bos_token_id)
+    bits = {
+        "kimi_linear": bits_per_byte(model, test.ids, test.num_bytes, tokenizer.bos_token_id),
+        "trigram": trigram.bits(test.ids) / test.num_bytes,
+        "lzma": lzma_bits_per_byte(texts),
+        "zlib -9": zlib_bits_per_byte(texts),
+    }
+    _say("\nheld-out bits per byte (less is better)")
+    for name, value in bits.items():
+        _say(f"  {name:12s} {value:.3f}")
+    return {name: round(value, 4) for name, value in bits.items()}
+
+
+def _finish(
+    folder: Path,
+    results: dict[str, Any],
+    curves: dict[str, Any],
+    record: str | os.PathLike[str] | None,
+) -> None:
+    """Write the figure and the results."""
+    bits, training = results["bits_per_byte"], results["training"]
+    minutes = training["seconds"] / 60
+    plot_training(
+        folder / "curve.png",
+        curves["losses"],
+        curves["points"],
+        bits["kimi_linear"],
+        {name: value for name, value in bits.items() if name != "kimi_linear"},
+        f"Kimi Linear, {results['model']['parameters'] / 1e6:.1f}M parameters, {minutes:.0f} min "
+        f"on {results['versions']['threads']} CPU threads",
+    )
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    (folder / "results.json").write_text(json.dumps({**results, **curves}, indent=2) + "\n")
+    # what push_to_hub.py puts on the model card
+    measured = {"held-out bits per byte": bits["kimi_linear"]}
+    (folder / "eval_results.json").write_text(json.dumps(measured, indent=2) + "\n")
+    line = json.dumps(results)
+    if record is not None:
+        with open(record, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    _say(f"\ncurves: {folder / 'curve.png'}; all took {sum(results['seconds'].values()):.0f} s")
+    print(line)
+
+
+def _parameters(model: KimiLinearForCausalLM) -> dict[str, int]:
+    """All parameters, and those that one token uses, embeddings included."""
+    config = model.config
+    unused = 1 - config.num_experts_per_token / config.num_experts
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    total = model.num_parameters()
+    return {"parameters": total, "active_parameters": round(total - unused * routed)}
+
+
+def _corpus_sizes(
+    kept: Sequence[SourceFile], held_out: Sequence[SourceFile], train: Encoded, test: Encoded
+) -> dict[str, int]:
+    return {
+        "training_files": len(kept),
+        "training_bytes": train.num_bytes,
+        "training_tokens": train.num_tokens,
+        "held_out_files": len(held_out),
+        "held_out_bytes": test.num_bytes,
+        "held_out_tokens": test.num_tokens,
+    }
+
+
+def _versions() -> dict[str, str | int]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        """End a stage; the next one begins."""
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._since, 1)
+        self._since = now
+
+
+def _empty_folder(folder: Path) -> Path:
+    """The folder, emptied of an earlier run's files; a folder of anything else is refused."""
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "tiktoken.model").exists():
+            raise ValueError(f"output={str(folder)!r} holds other files; allowed: a new folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _size(files: Sequence[SourceFile]) -> str:
+    return f"{len(files)} files with {total_bytes(files) / 1e6:.2f} MB"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", default="runs/demo", metavar="DIR")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="training time (default: 4)")
+    length.add_argument("--steps", type=int, help="training steps instead of a time")
+    parser.add_argument("--preset", default="2m", help="size of the model")
+    parser.add_argument(
+        "--config-overrides",
+        type=json.loads,
+        metavar="JSON",
+        help="fields that replace the preset's",
+    )
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
+    parser.add_argument("--learning-rate", type=float, default=6e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--optimizer", default="muon", help="muon or adamw")
+    parser.add_argument("--schedule", default="wsd", help="wsd, cosine or constant")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--corpus", metavar="DIR", help="Python files instead of the library's")
+    parser.add_argument("--prompt", default=PROMPT, help="what the saved model continues")
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--record", metavar="FILE", help="append the results as a JSON line")
+    return vars(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main(**_arguments())

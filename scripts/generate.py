@@ -1,0 +1,205 @@
+"""Continue a prompt with a saved model, and show the text while it comes.
+
+Needs nothing of this package: it loads the code that lies beside the weights.
+
+    python scripts/generate.py runs/demo --prompt 'def quicksort(' --max-new-tokens 100
+    python scripts/generate.py runs/demo --prompt-file start.py --temperature 0.6 --top-p 0.95
+    echo 'import os' | python scripts/generate.py runs/demo --greedy
+    python scripts/generate.py user/model --chat --prompt 'What is a delta rule?' \\
+        --device cuda --dtype bfloat16
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import logging
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def main(
+    *,
+    model: str | os.PathLike[str],
+    prompt: str,
+    max_new_tokens: int = 256,
+    greedy: bool = False,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    begin_token: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = True,
+    quiet: bool = False,
+) -> str:
+    """Load a model, continue the prompt, stream the text to stdout.
+
+    Args:
+        model: Folder, or repository of the Hub.
+        prompt: Text to continue, or with `chat` the user's message.
+        max_new_tokens: Stop after so many tokens, or before at an end token.
+        greedy: Take the likeliest token every time; the sampling options then mean nothing.
+        temperature: Divides the logits; above 0.
+        top_p: Sample from the likeliest tokens that hold this much probability.
+        top_k: Sample from this many tokens; 0: from all.
+        min_p: Leave out tokens below this fraction of the likeliest one's probability.
+        repetition_penalty: Above 1 makes tokens less likely that were there before.
+        seed: For the same text again; None: another one each time.
+        chat: Apply the tokenizer's chat template to the prompt.
+        system: System message of the chat.
+        begin_token: Put the begin token before the prompt (not with `chat`).
+        device: "auto" (CUDA if there is one), or a device of torch.
+        dtype: "auto" (the checkpoint's), or one of `DTYPES`.
+        revision: Branch, tag or commit on the Hub.
+        threads: CPU threads; None: torch's choice.
+        trust_remote_code: Whether the code beside the weights may run; without it Transformers' own
+            class is used.
+        quiet: Say nothing on stderr.
+
+    Returns:
+        Prompt and continuation, or with `chat` the answer.
+
+    Raises:
+        ValueError: For an argument out of range.
+    """
+    _check(max_new_tokens, temperature, dtype, prompt, chat, system)
+    if quiet:
+        logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model, **source)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source).to(device).eval()
+    ids = _prompt_ids(tokenizer, prompt, chat, system, begin_token).to(device)
+    if not chat:
+        print(prompt, end="", flush=True)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
+    if not greedy:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    if seed is not None:
+        torch.manual_seed(seed)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        out = network.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            repetition_penalty=repetition_penalty,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **options,
+        )[0, ids.shape[1] :]
+    if not quiet:
+        seconds = time.perf_counter() - started
+        print(f"[{len(out)} tokens, {len(out) / seconds:.1f} per second]", file=sys.stderr)
+    text = tokenizer.decode(out, skip_special_tokens=True)
+    return text if chat else prompt + text
+
+
+def _check(
+    max_new_tokens: int, temperature: float, dtype: str, prompt: str, chat: bool, system: str | None
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: it must be at least 1")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} is not allowed: above 0, or use greedy")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {DTYPES}")
+    if chat and not prompt.strip():
+        raise ValueError("prompt is empty; allowed with chat: a message")
+    if system is not None and not chat:
+        raise ValueError(f"system={system!r} is only allowed with chat")
+
+
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    chat: bool,
+    system: str | None,
+    begin_token: bool,
+) -> torch.Tensor:
+    """[1, T] int64."""
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+        if begin_token and tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise ValueError("prompt is empty: give a text, or begin_token to start from nothing")
+    return torch.tensor([ids])
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt from the argument, the file, or else stdin, read as UTF-8.
+
+    Raises:
+        ValueError: If none is given and stdin is a terminal.
+    """
+    if prompt is not None:
+        return prompt
+    if prompt_file is not None:
+        return Path(prompt_file).read_text(encoding="utf-8")
+    if sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt, --prompt-file or text on stdin")
+    return sys.stdin.buffer.read().decode("utf-8")
+
+
+def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder, or repository of the Hub")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", metavar="TEXT")
+    text.add_argument("--prompt-file", metavar="FILE", help="else the prompt is read from stdin")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, help="for the same text again")
+    parser.add_argument("--chat", action="store_true", help="apply the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    parser.add_argument("--begin-token", action="store_true", help="begin token before the prompt")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--trust-remote-code",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the code beside the weights",
+    )
+    parser.add_argument("--quiet", action="store_true", help="nothing on stderr")
+    found = vars(parser.parse_args(argv))
+    try:
+        found["prompt"] = read_prompt(found["prompt"], found.pop("prompt_file"))
+    except ValueError as error:
+        parser.error(str(error))
+    return found
+
+
+if __name__ == "__main__":
+    main(**_arguments())
