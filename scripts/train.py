@@ -288,7 +288,7 @@ def _load_model(
     """The model to train: given weights, or new ones; those of the checkpoint to go on from."""
     _at_most_one(preset=preset, config=config, init_from=init_from)
     if checkpoint is not None:
-        # Trainer reads tensors by the model's names, and would leave the fused experts as they are
+        # its configuration counts, not the preset's
         return KimiLinearForCausalLM.from_pretrained(checkpoint)
     if init_from is not None:
         model = KimiLinearForCausalLM.from_pretrained(init_from)
