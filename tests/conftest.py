@@ -1,7 +1,10 @@
 """Settings for all tests: few threads, fixed seeds, `gpu` tests only where there is CUDA."""
 
+import importlib
+import importlib.util
 import os
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(RootIsPlainFolder())
     if torch.cuda.is_available():
         try_few_autotune_configs()
+    else:
+        bind_native_model_to_torch()
+
+
+def bind_native_model_to_torch() -> None:
+    """Import Transformers' own Kimi Linear so that it runs on a CPU where FLA is installed too.
+
+    It binds its operators when it is imported, to FLA's if there is such a package, and then calls
+    them whatever the device: without a GPU they fail. Our own code is to see FLA, and not use it.
+    """
+    if "fla" in sys.modules or importlib.util.find_spec("fla") is None:
+        return
+    sys.modules["fla"] = None  # type: ignore[assignment]  # an import fails
+    try:
+        importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+    finally:
+        del sys.modules["fla"]
 
 
 def try_few_autotune_configs() -> None:
