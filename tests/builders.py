@@ -1,17 +1,10 @@
 """Small models for tests. Every size differs from every other, so that a swapped axis fails."""
 
-import importlib.util
 from typing import Any
 
-import pytest
 import torch
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
-# Transformers' own class sends CPU tensors to FLA's kernels as soon as FLA can be imported.
-native_runs_here = pytest.mark.skipif(
-    importlib.util.find_spec("fla") is not None and not torch.cuda.is_available(),
-    reason="the native class fails on a CPU where FLA is installed",
-)
 PATTERNS = {
     "hybrid": [4],
     "all_kda": [],
