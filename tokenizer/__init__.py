@@ -1,5 +1,7 @@
-"""The tokenizer: special tokens, tiktoken files, conversion to a fast tokenizer, training."""
+"""The tokenizer: special tokens, tiktoken files, conversion, training, chat and its answers."""
 
+from .answers import RESPONSE_TEMPLATE, Answer, ToolCall, parse_answer
+from .chat import assistant_tokens_mask, chat_template, encode_chat, encode_plain
 from .convert import build_tokenizer, convert_tiktoken
 from .special_tokens import NUM_SPECIAL_TOKENS, PATTERN, special_token_ids
 from .tiktoken_format import load_tiktoken, save_tiktoken
@@ -8,9 +10,17 @@ from .train import train_bpe
 __all__ = [
     "NUM_SPECIAL_TOKENS",
     "PATTERN",
+    "RESPONSE_TEMPLATE",
+    "Answer",
+    "ToolCall",
+    "assistant_tokens_mask",
     "build_tokenizer",
+    "chat_template",
     "convert_tiktoken",
+    "encode_chat",
+    "encode_plain",
     "load_tiktoken",
+    "parse_answer",
     "save_tiktoken",
     "special_token_ids",
     "train_bpe",

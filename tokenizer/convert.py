@@ -24,6 +24,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
+from .answers import RESPONSE_TEMPLATE
+from .chat import chat_template
 from .special_tokens import (
     BOS_TOKEN,
     CHAT_EOS_TOKEN,
@@ -42,40 +44,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VOCAB_FILE = "tiktoken.model"
-
-# A turn is <|im_ROLE|>NAME<|im_middle|>CONTENT<|im_end|>. Nothing is added that the caller did not
-# say: no default system prompt, no beginning-of-text token, no white space.
-CHAT_TEMPLATE = """\
-{%- if tools %}{{- raise_exception('this chat template has no tools') }}{%- endif %}
-{%- for message in messages %}
-  {%- set role = message['role'] %}
-  {%- set at = 'messages[' ~ loop.index0 ~ ']' %}
-  {%- if role not in ['system', 'user', 'assistant'] %}
-    {{- raise_exception(at ~ ' has role ' ~ role ~ '; allowed: system, user, assistant') }}
-  {%- endif %}
-  {%- if message.get('tool_calls') %}
-    {{- raise_exception(at ~ ' has tool_calls, which this chat template does not have') }}
-  {%- endif %}
-  {{- '<|im_' ~ role ~ '|>' ~ (message.get('name') or role) ~ '<|im_middle|>' }}
-  {%- set content = message.get('content') %}
-  {%- if content is string %}
-    {{- content }}
-  {%- elif content is iterable and content is not mapping %}
-    {%- for part in content %}
-      {%- if part['type'] != 'text' %}
-        {{- raise_exception(at ~ ' has content of type ' ~ part['type'] ~ '; allowed: text') }}
-      {%- endif %}
-      {{- part['text'] }}
-    {%- endfor %}
-  {%- else %}
-    {{- raise_exception(at ~ ' has no content; allowed: a string or a list of text parts') }}
-  {%- endif %}
-  {{- '<|im_end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-  {{- '<|im_assistant|>assistant<|im_middle|>' }}
-{%- endif %}
-"""
 
 
 @functools.cache
@@ -210,7 +178,7 @@ def convert_tiktoken(
     config = _tokenizer_config(len(ranks), roles, model_max_length)
     _write_json(output / "special_tokens_map.json", roles)
     _write_json(output / "tokenizer_config.json", config)
-    (output / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (output / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
     return _load(output)
 
 
@@ -261,6 +229,7 @@ def _tokenizer_config(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": model_max_length,
+        "response_template": RESPONSE_TEMPLATE,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
 
