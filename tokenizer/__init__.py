@@ -3,6 +3,7 @@
 from .answers import RESPONSE_TEMPLATE, Answer, ToolCall, parse_answer
 from .chat import assistant_tokens_mask, chat_template, encode_chat, encode_plain
 from .convert import build_tokenizer, convert_tiktoken
+from .snapshot import convert_snapshot, ranks_of, save_tokenizer
 from .special_tokens import NUM_SPECIAL_TOKENS, PATTERN, special_token_ids
 from .tiktoken_format import load_tiktoken, save_tiktoken
 from .train import train_bpe
@@ -16,12 +17,15 @@ __all__ = [
     "assistant_tokens_mask",
     "build_tokenizer",
     "chat_template",
+    "convert_snapshot",
     "convert_tiktoken",
     "encode_chat",
     "encode_plain",
     "load_tiktoken",
     "parse_answer",
+    "ranks_of",
     "save_tiktoken",
+    "save_tokenizer",
     "special_token_ids",
     "train_bpe",
 ]

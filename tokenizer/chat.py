@@ -57,12 +57,13 @@ def encode_chat(
         that the assistant wrote, tool calls and the `<|im_end|>` of its turns included.
 
     Raises:
-        ValueError: Something in the conversation is no text (named by its path), or has a lone
-            surrogate, or the tokenizer is not a fast one.
+        ValueError: There is no message, something in the conversation is no text (named by its
+            path) or has a lone surrogate, or the tokenizer is not a fast one.
         jinja2.TemplateError: The template refuses the conversation; it names the message.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"tokenizer is {type(tokenizer).__name__}; allowed: a fast tokenizer")
+    _check_messages(messages)
     names = tokenizer.get_added_vocab()
     inputs = {"messages": messages, "tools": _schemas(tools), "template_kwargs": template_kwargs}
     mark = unused_character(_texts(inputs))
@@ -155,6 +156,15 @@ def _encode_marked(tokenizer: "PreTrainedTokenizerBase", text: str, mark: str) -
         ids += plain
         ids += structure[index : index + 1]
     return ids
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list | tuple):
+        raise ValueError(
+            f"messages is of type {type(messages).__name__}; allowed: a list of messages"
+        )
+    if not messages:
+        raise ValueError("messages is empty; allowed: at least one message")
 
 
 def _texts(inputs: Mapping[str, Any]) -> list[str]:

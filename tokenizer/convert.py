@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,21 +173,34 @@ def convert_tiktoken(
     tokenizer = build_tokenizer(ranks)
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    _write_vocab_file(source, ranks, output / VOCAB_FILE)
-    tokenizer.save(str(output / "tokenizer.json"))
     roles = _roles(eos_token)
     config = _tokenizer_config(len(ranks), roles, model_max_length)
-    _write_json(output / "special_tokens_map.json", roles)
-    _write_json(output / "tokenizer_config.json", config)
-    (output / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    # Files are made beside their places and moved there: one that is a link, as in the cache of the
+    # Hub, is replaced and not written through.
+    with tempfile.TemporaryDirectory(dir=output, prefix=".tokenizer-") as made:
+        folder = Path(made)
+        _write_vocab_file(source, ranks, folder / VOCAB_FILE)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        _write_json(folder / "special_tokens_map.json", roles)
+        _write_json(folder / "tokenizer_config.json", config)
+        (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+        for path in folder.iterdir():
+            if not (source is not None and path.name == VOCAB_FILE and _is_same(source, output)):
+                path.replace(output / path.name)
     return _load(output)
 
 
+def _is_same(source: Path, output: Path) -> bool:
+    """Whether the vocabulary file is in its place already, itself or through a link."""
+    target = output / VOCAB_FILE
+    return target.exists() and target.samefile(source)
+
+
 def _write_vocab_file(source: Path | None, ranks: dict[bytes, int], target: Path) -> None:
-    """Put `tiktoken.model` into the folder: a copy of its source where there is one."""
+    """Write `tiktoken.model`: a copy of its source where there is one."""
     if source is None:
         save_tiktoken(ranks, target)
-    elif not (target.exists() and target.samefile(source)):
+    else:
         shutil.copyfile(source, target)
 
 
