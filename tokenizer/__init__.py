@@ -2,7 +2,7 @@
 
 from .answers import RESPONSE_TEMPLATE, Answer, ToolCall, parse_answer
 from .chat import assistant_tokens_mask, chat_template, encode_chat, encode_plain
-from .convert import build_tokenizer, convert_tiktoken
+from .convert import build_tokenizer, convert_tiktoken, recover_merges
 from .snapshot import convert_snapshot, ranks_of, save_tokenizer
 from .special_tokens import NUM_SPECIAL_TOKENS, PATTERN, special_token_ids
 from .tiktoken_format import load_tiktoken, save_tiktoken
@@ -24,6 +24,7 @@ __all__ = [
     "load_tiktoken",
     "parse_answer",
     "ranks_of",
+    "recover_merges",
     "save_tiktoken",
     "save_tokenizer",
     "special_token_ids",

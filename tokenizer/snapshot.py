@@ -47,13 +47,13 @@ def convert_snapshot(
     if not vocabulary.is_file():
         raise ValueError(f"{vocabulary} is missing; allowed: a folder with {VOCAB_FILE}")
     config, settings = (_read(folder / name) for name in ("config.json", "tokenizer_config.json"))
-    vocab_size = config.get("vocab_size")
+    vocab_size = _vocab_size(config, folder)
     if vocab_size is not None:
         _check_special_tokens(settings, vocab_size - NUM_SPECIAL_TOKENS, folder)
     return convert_tiktoken(
         vocabulary,
         output_dir,
-        eos_token=eos_token or _eos_token(config, settings, folder),
+        eos_token=eos_token or _eos_token(config, settings, folder, vocab_size),
         model_max_length=_max_length(config, settings),
         vocab_size=vocab_size,
     )
@@ -103,16 +103,30 @@ def _check_special_tokens(settings: dict[str, Any], num_ranks: int, folder: Path
     for key, token in (settings.get("added_tokens_decoder") or {}).items():
         expected = names.get(int(key))
         if token.get("content") != expected:
+            allowed = (
+                f"ids from {num_ranks} to {max(names)}" if expected is None else repr(expected)
+            )
             raise ValueError(
                 f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{key!r}] is "
-                f"{token.get('content')!r}; allowed: {expected!r}"
+                f"{token.get('content')!r}; allowed: {allowed}"
             )
 
 
-def _eos_token(config: dict[str, Any], settings: dict[str, Any], folder: Path) -> str:
+def _vocab_size(config: dict[str, Any], folder: Path) -> int | None:
+    """The model's, checked; None without a config."""
+    size, least = config.get("vocab_size"), 256 + NUM_SPECIAL_TOKENS
+    if config and (not isinstance(size, int) or size < least):
+        raise ValueError(
+            f"{folder / 'config.json'}: vocab_size is {size!r}; allowed: an integer >= {least}"
+        )
+    return size
+
+
+def _eos_token(
+    config: dict[str, Any], settings: dict[str, Any], folder: Path, vocab_size: int | None
+) -> str:
     """What ends an answer: as generation says, then the model, then the tokenizer."""
-    size = config.get("vocab_size")
-    names = {} if size is None else special_token_ids(size - NUM_SPECIAL_TOKENS)
+    names = {} if vocab_size is None else special_token_ids(vocab_size - NUM_SPECIAL_TOKENS)
     for fields in (_read(folder / "generation_config.json"), config):
         found = fields.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
