@@ -182,7 +182,8 @@ def generate_elsewhere(folder: Path, prompt: str, max_new_tokens: int, seed: int
     """
     # a None in sys.modules makes `import kimi_linear` fail, installed or not
     program = (
-        "import runpy, sys; sys.modules['kimi_linear'] = None; sys.argv = sys.argv[1:]; "
+        "import os, runpy, sys; sys.modules['kimi_linear'] = None; sys.argv = sys.argv[1:]; "
+        "sys.path.insert(0, os.path.dirname(sys.argv[0])); "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     options = ["--prompt", prompt, "--begin-token", "--max-new-tokens", str(max_new_tokens)]

@@ -322,6 +322,7 @@ class TestEncodeChat:
             ),
             ({"role": "user"}, r"messages is of type dict; allowed: a list of messages"),
             ("hello", r"messages is of type str; allowed: a list of messages"),
+            (["hello"], r"messages\[0\] is of type str; allowed: a dict"),
             ([], r"messages is empty; allowed: at least one message"),
         ],
     )

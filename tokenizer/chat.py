@@ -165,6 +165,11 @@ def _check_messages(messages: Any) -> None:
         )
     if not messages:
         raise ValueError("messages is empty; allowed: at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"messages[{index}] is of type {type(message).__name__}; allowed: a dict"
+            )
 
 
 def _texts(inputs: Mapping[str, Any]) -> list[str]:
