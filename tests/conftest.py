@@ -5,11 +5,13 @@ import importlib.util
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 MAX_THREADS = 2
 AUTOTUNE_CONFIGS = 2
@@ -90,3 +92,20 @@ def fixed_seeds() -> None:
     """Start every test from the same random state."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the model of `memorised_chat.py`: the first worker that wants it trains it."""
+    from memorised_chat import make_chat_model
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "memorised-chat"
+    with FileLock(shared / "memorised-chat.lock"):
+        if not folder.exists():
+            unfinished = Path(tempfile.mkdtemp(dir=shared))
+            make_chat_model(unfinished)
+            unfinished.rename(folder)
+    return folder
