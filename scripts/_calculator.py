@@ -62,11 +62,18 @@ def _value(node: ast.expr) -> Any:
         case ast.Name(id=name) if name in CONSTANTS:
             return CONSTANTS[name]
         case ast.Call(func=ast.Name(id=name), keywords=[]) if name in FUNCTIONS:
-            return FUNCTIONS[name](*map(_value, node.args))
+            return _call(name, [_value(argument) for argument in node.args])
     raise ValueError(
         f"{ast.unparse(node)!r} is not allowed: numbers, + - * / // % **, parentheses, "
         f"{', '.join([*CONSTANTS, *FUNCTIONS])}"
     )
+
+
+def _call(name: str, arguments: list[Any]) -> Any:
+    try:
+        return FUNCTIONS[name](*arguments)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _power(base: Any, exponent: Any) -> Any:

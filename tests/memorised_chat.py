@@ -144,7 +144,7 @@ def _make_model(tokenizer: PreTrainedTokenizerBase) -> KimiLinearForCausalLM:
 def _encode(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]] | None
 ) -> tuple[list[int], list[int]]:
-    """Ids of a conversation, and the same as labels, with -100 where others than the model speak."""
+    """Ids of a conversation, and the same as labels, -100 where others than the model speak."""
     encoded = encode_chat(tokenizer, messages, tools=tools, return_assistant_tokens_mask=True)
     ids, masks = encoded["input_ids"], encoded["assistant_masks"]
     return ids, [token if mask else -100 for token, mask in zip(ids, masks, strict=True)]

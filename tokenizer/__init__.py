@@ -5,6 +5,7 @@ from .chat import assistant_tokens_mask, chat_template, encode_chat, encode_plai
 from .convert import build_tokenizer, convert_tiktoken, recover_merges
 from .snapshot import convert_snapshot, ranks_of, save_tokenizer
 from .special_tokens import NUM_SPECIAL_TOKENS, PATTERN, special_token_ids
+from .streaming import StreamDecoder
 from .tiktoken_format import load_tiktoken, save_tiktoken
 from .train import train_bpe
 
@@ -13,6 +14,7 @@ __all__ = [
     "PATTERN",
     "RESPONSE_TEMPLATE",
     "Answer",
+    "StreamDecoder",
     "ToolCall",
     "assistant_tokens_mask",
     "build_tokenizer",
