@@ -310,7 +310,6 @@ class TestCalculator:
             ("1.0 * 10 ** 999", "too large"),
             ("1" * 1001, "has 1001 characters; allowed: 1000"),
             ("(" * 400 + ")" * 400, ""),
-            ("-" * 900 + "1", ""),
         ],
     )
     def test_refusals(self, expression: str, error: str) -> None:
