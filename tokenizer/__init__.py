@@ -1,14 +1,16 @@
-"""The tokenizer: special tokens, tiktoken files, conversion to a fast tokenizer, training."""
 
 from .convert import build_tokenizer, convert_tiktoken
 from .special_tokens import NUM_SPECIAL_TOKENS, PATTERN, special_token_ids
+from .text import MAX_RUN, check_text
 from .tiktoken_format import load_tiktoken, save_tiktoken
 from .train import train_bpe
 
 __all__ = [
+    "MAX_RUN",
     "NUM_SPECIAL_TOKENS",
     "PATTERN",
     "build_tokenizer",
+    "check_text",
     "convert_tiktoken",
     "load_tiktoken",
     "save_tiktoken",
