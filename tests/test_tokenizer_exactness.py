@@ -32,6 +32,7 @@ from tokenizers_for_tests import (
     make_case,
     shuffled_ranks,
     substring_ranks,
+    text_strategy,
     trained_ranks,
     whole_piece_ranks,
 )
@@ -101,15 +102,7 @@ def random_texts(seed: int) -> list[str]:
     return ["".join(rng.choice(kinds)(rng) for _ in range(size)) for size in sizes]
 
 
-# A code point of any plane with equal chance; hypothesis by itself prefers the first.
-PLANE_CHARS = st.builds(
-    lambda plane, low: chr(0xE000 if plane == 0 and 0xD800 <= low < 0xE000 else plane << 16 | low),
-    st.integers(0, 16),
-    st.integers(0, 0xFFFF),
-)
-TEXTS = st.lists(
-    st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=6), PLANE_CHARS), max_size=8
-).map("".join)
+TEXTS = text_strategy()
 
 
 @pytest.fixture(scope="module")

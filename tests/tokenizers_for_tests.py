@@ -74,6 +74,18 @@ FRAGMENTS = (
 )
 
 
+def text_strategy() -> Any:
+    """Texts for hypothesis: fragments, its own characters, and code points of every plane."""
+    st = pytest.importorskip("hypothesis").strategies
+    # A code point of any plane with equal chance; hypothesis by itself prefers the first.
+    point = st.builds(
+        lambda plane, low: plane << 16 | low, st.integers(0, 16), st.integers(0, 0xFFFF)
+    )
+    char = point.map(lambda point: chr(0xE000 if 0xD800 <= point < 0xE000 else point))
+    pieces = st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=6), char)
+    return st.lists(pieces, max_size=8).map("".join)
+
+
 def reference_of(ranks: dict[bytes, int]) -> Any:
     """tiktoken over the ranks, with the 256 special ids."""
     tiktoken = pytest.importorskip("tiktoken")
