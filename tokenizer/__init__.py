@@ -6,10 +6,12 @@ from .convert import build_tokenizer, convert_tiktoken, recover_merges
 from .snapshot import convert_snapshot, ranks_of, save_tokenizer
 from .special_tokens import NUM_SPECIAL_TOKENS, PATTERN, special_token_ids
 from .streaming import StreamDecoder
+from .text import MAX_RUN, check_text
 from .tiktoken_format import load_tiktoken, save_tiktoken
 from .train import train_bpe
 
 __all__ = [
+    "MAX_RUN",
     "NUM_SPECIAL_TOKENS",
     "PATTERN",
     "RESPONSE_TEMPLATE",
@@ -19,6 +21,7 @@ __all__ = [
     "assistant_tokens_mask",
     "build_tokenizer",
     "chat_template",
+    "check_text",
     "convert_snapshot",
     "convert_tiktoken",
     "encode_chat",

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from .marks import map_strings, mark_beginnings, special_tokens_pattern, unused_character
 from .special_tokens import CHAT_EOS_TOKEN
+from .text import check_text
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def encode_chat(
 
     Raises:
         ValueError: There is no message, something in the conversation is no text (named by its
-            path) or has a lone surrogate, or the tokenizer is not a fast one.
+            path) or can't be tokenized (see `check_text`), or the tokenizer is not a fast one.
         jinja2.TemplateError: The template refuses the conversation; it names the message.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -134,18 +135,6 @@ def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
     return [encoding.ids for encoding in plain.encode_batch_fast(list(texts))]
 
 
-def checked(text: str, where: str) -> str:
-    """The text, if UTF-8 can carry it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} has the lone surrogate U+{ord(text[error.start]):04X} at character "
-            f"{error.start}; allowed: text that UTF-8 can carry"
-        ) from None
-    return text
-
-
 def _encode_marked(tokenizer: "PreTrainedTokenizerBase", text: str, mark: str) -> list[int]:
     """Ids of a rendered conversation: tokens where it has them unmarked, text between them."""
     pattern = special_tokens_pattern(tokenizer)
@@ -177,7 +166,7 @@ def _texts(inputs: Mapping[str, Any]) -> list[str]:
     texts: list[str] = []
 
     def note(text: str, where: str) -> str:
-        texts.append(checked(text, where))
+        texts.append(check_text(text, where))
         return text
 
     for where, value in inputs.items():

@@ -112,9 +112,16 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
         that the text does not spell.
 
     Raises:
-        ValueError: the vocabulary is incomplete (see `check_ranks`).
+        ValueError: the vocabulary is incomplete (see `check_ranks`), or spells a special token.
     """
     check_ranks(ranks)
+    expected = special_token_ids(len(ranks))
+    for name in expected:
+        if name.encode() in ranks:
+            raise ValueError(
+                f"ranks[{name.encode()!r}] is {ranks[name.encode()]}, but {name} is the special "
+                f"token {expected[name]}; allowed: tokens that spell no special token"
+            )
     chars = bytes_to_chars()
     text_of = {token: "".join(chars[byte] for byte in token) for token in ranks}
     model = BPE(
@@ -125,7 +132,6 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = make_pre_tokenizer()
     tokenizer.decoder = ByteLevelDecoder()
-    expected = special_token_ids(len(ranks))
     tokenizer.add_tokens([_added_token(name) for name in expected])
     for name, token_id in expected.items():
         assert tokenizer.token_to_id(name) == token_id, (name, token_id)

@@ -1,62 +1,102 @@
-"""Text out of token ids as they come: whole characters, at once, in linear time."""
+"""Text out of ids that come one at a time, without ever showing half a character.
+
+`transformers.TextStreamer` decodes the whole line again for every id and holds back the last word.
+This decoder keeps the bytes of at most one unfinished character, and nothing else.
+"""
 
 import codecs
+import functools
 from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 
 from .convert import bytes_to_chars
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 
 class StreamDecoder:
-    """Decodes ids one by one; what has been given out is never taken back.
+    """Decodes ids one by one; the pieces joined are what `tokenizer.decode` gives for all of them.
 
-    Only the beginning of a character is held back, until its last byte comes. All that is given out
-    is together what `tokenizer.decode` gives for all the ids, where they are no valid text too.
+    That holds for any ids, also such whose bytes are not valid UTF-8: what cannot become a
+    character is U+FFFD, as in `decode`. A piece never ends inside a character: the first bytes of
+    one are held back until the next ids complete it, or show that they can't.
+
+        decoder = StreamDecoder(tokenizer)
+        for token_id in ids:
+            print(decoder.put(token_id), end="", flush=True)
+        print(decoder.end())
 
     Args:
-        tokenizer: A fast byte-level tokenizer.
-        skip_special_tokens: Whether special tokens are left out, as `decode` does.
+        tokenizer: a byte-level tokenizer: one loaded by `AutoTokenizer`, or a
+            `tokenizers.Tokenizer`.
+        skip_special_tokens: leave out the tokens flagged special, as `decode` does; those of tool
+            calls are not flagged.
+
+    Raises:
+        ValueError: the tokenizer's decoder is not byte-level.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", *, skip_special_tokens: bool = False
+        self, tokenizer: "PreTrainedTokenizerFast | Tokenizer", *, skip_special_tokens: bool = False
     ) -> None:
-        self._backend = tokenizer.backend_tokenizer
-        added = self._backend.get_added_tokens_decoder()
-        self._skipped = {i for i, token in added.items() if skip_special_tokens and token.special}
-        self._literal = {token_id: token.content.encode() for token_id, token in added.items()}
-        self._to_byte = {char: byte for byte, char in bytes_to_chars().items()}
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        kind = getattr(backend, "decoder", None)
+        if not isinstance(kind, ByteLevel):
+            raise ValueError(
+                f"tokenizer is {type(tokenizer).__name__} with the decoder {type(kind).__name__}; "
+                "allowed: tokenizers with the decoder ByteLevel"
+            )
+        added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
+        skipped = [token_id for token_id, token in added.items() if token.special]
+        self._backend = backend
+        self._bytes_of: dict[int, bytes] = dict.fromkeys(skipped, b"")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def put(self, token_id: int) -> str:
-        """Take the next id.
+        """Take one id.
 
         Args:
-            token_id: The id.
+            token_id: the id; one that the tokenizer does not have adds nothing, as in `decode`.
 
         Returns:
-            The characters that it completes, often none or several.
+            The characters that it completes; often one token's text, sometimes none.
 
         Raises:
-            ValueError: The tokenizer has no such id.
+            ValueError: `token_id` is negative.
         """
-        if token_id in self._skipped:
-            return ""
-        return self._decoder.decode(self._bytes_of(token_id))
+        token_id = int(token_id)
+        piece = self._bytes_of.get(token_id)
+        if piece is None:
+            piece = self._bytes_of[token_id] = self._look_up(token_id)
+        return self._utf8.decode(piece)
 
     def end(self) -> str:
-        """Give out what was held back, as U+FFFD; the next id begins a new text."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        """End the text.
+
+        Returns:
+            U+FFFD where the ids end inside a character, else nothing. The decoder is then as new.
+        """
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
         return rest
 
-    def _bytes_of(self, token_id: int) -> bytes:
-        literal = self._literal.get(token_id)
-        if literal is not None:
-            return literal
+    def _look_up(self, token_id: int) -> bytes:
+        """The bytes of an id, found once."""
+        if token_id < 0:
+            raise ValueError(f"token_id is {token_id}; allowed: integers from 0")
         token = self._backend.id_to_token(token_id)
         if token is None:
-            raise ValueError(f"token_id is {token_id}; allowed: ids of the tokenizer")
-        return bytes(self._to_byte[char] for char in token)
+            return b""
+        byte_of = _byte_of_char()
+        spelled = [byte_of.get(char) for char in token]
+        # As the decoder of `tokenizers`: a token that is not spelled in byte characters is text.
+        return token.encode() if None in spelled else bytes(b for b in spelled if b is not None)
+
+
+@functools.cache
+def _byte_of_char() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for."""
+    return {char: byte for byte, char in bytes_to_chars().items()}
