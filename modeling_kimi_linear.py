@@ -66,6 +66,9 @@ AUTO_MAP = {
         f"AutoModelFor{task}": f"modeling_kimi_linear.KimiLinearFor{task}"
         for task in ("SequenceClassification", "TokenClassification")
     },
+    # The decision pipeline asks any language model for the logits of its labels. `transformers
+    # serve` tries this class first, and builds Transformers' own model if it is not named here.
+    "AutoModelForDecision": "modeling_kimi_linear.KimiLinearForCausalLM",
 }
 # The mapping must not be registered under "kimi_linear": Transformers' own class of that type would
 # pick it up.
@@ -545,6 +548,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching, whose paged cache has no place for KDA states."""
         raise ValueError("generate_batch() is not supported: use generate() with a padded batch")
+
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Not there, for the same reason: servers look for it, and else serve one by one."""
+        raise AttributeError("init_continuous_batching() is not supported: use generate()")
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
