@@ -545,14 +545,14 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Not there, so that servers that look for it answer one request after another."""
+        raise AttributeError("init_continuous_batching() is not supported: use generate()")
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching, whose paged cache has no place for KDA states."""
         raise ValueError("generate_batch() is not supported: use generate() with a padded batch")
-
-    @property
-    def init_continuous_batching(self) -> Any:
-        """Not there, for the same reason: servers look for it, and else serve one by one."""
-        raise AttributeError("init_continuous_batching() is not supported: use generate()")
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
