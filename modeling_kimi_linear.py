@@ -66,6 +66,9 @@ AUTO_MAP = {
         f"AutoModelFor{task}": f"modeling_kimi_linear.KimiLinearFor{task}"
         for task in ("SequenceClassification", "TokenClassification")
     },
+    # The decision pipeline asks any language model for the logits of its labels. `transformers
+    # serve` tries this class first, and builds Transformers' own model if it is not named here.
+    "AutoModelForDecision": "modeling_kimi_linear.KimiLinearForCausalLM",
 }
 # The mapping must not be registered under "kimi_linear": Transformers' own class of that type would
 # pick it up.
@@ -541,6 +544,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = KimiLinearCache(self.config)
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Not there, so that servers that look for it answer one request after another."""
+        raise AttributeError("init_continuous_batching() is not supported: use generate()")
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching, whose paged cache has no place for KDA states."""
