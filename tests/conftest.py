@@ -15,6 +15,8 @@ from filelock import FileLock
 
 MAX_THREADS = 2
 AUTOTUNE_CONFIGS = 2
+# A server takes longer to start than its tests to run.
+ONE_WORKER = {"test_serving.py"}
 
 
 class RootIsPlainFolder:
@@ -43,6 +45,25 @@ def pytest_configure(config: pytest.Config) -> None:
         try_few_autotune_configs()
     else:
         bind_native_model_to_torch()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several workers take test by test, but files in `ONE_WORKER` as a whole.
+
+    `xdist_group` is for this too, but without effect in pytest 9.2 with pytest-xdist 3.8, which
+    writes the group to an attribute that pytest reads no more.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WholeFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if Path(file).name in ONE_WORKER else nodeid
+
+    return WholeFiles(config, log)
 
 
 def bind_native_model_to_torch() -> None:

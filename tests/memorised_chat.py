@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _calculator import calculator
 from _training import make_optimizer
 from builders import tiny_config
 from kimi_linear import KimiLinearForCausalLM
@@ -26,19 +27,6 @@ LEARNING_RATE = 1e-2
 # Every answer's every token must have this probability: far enough from any other choice for
 # another class, dtype or order of sums to choose the same.
 LEAST_PROBABILITY = 0.99
-
-
-def calculator(expression: str) -> str:
-    """
-    Evaluate an arithmetic expression.
-
-    Args:
-        expression: What to evaluate, for example "2 + 3".
-    """
-    left, operator, right = expression.split()
-    assert operator == "*"
-    return str(int(left) * int(right))
-
 
 CALCULATOR_SCHEMA: dict[str, Any] = get_json_schema(calculator)
 TOOLS: list[dict[str, Any]] = [CALCULATOR_SCHEMA]

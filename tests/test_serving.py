@@ -34,9 +34,6 @@ from memorised_chat import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-# One server for all: pytest-xdist runs a group in one worker, with `--dist loadgroup`.
-pytestmark = pytest.mark.xdist_group("serving")
-
 COMMAND = Path(sysconfig.get_path("scripts")) / "transformers"
 START_SECONDS = 180
 ANSWER_SECONDS = 60
