@@ -68,9 +68,13 @@ RENDERED = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ranks() -> dict[bytes, int]:
     source = Path(json.__file__).parent.parent / "argparse.py"
-    ranks = train_bpe([source.read_text(encoding="utf-8")], 1500, show_progress=False)
+    return train_bpe([source.read_text(encoding="utf-8")], 1500, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(ranks: dict[bytes, int], tmp_path_factory: pytest.TempPathFactory) -> Any:
     return convert_tiktoken(ranks, tmp_path_factory.mktemp("chat"))
 
 
@@ -292,6 +296,16 @@ class TestEncodeChat:
             )
             expected += [begin, *first, middle, *second, end]
         assert encoded == expected
+
+    def test_tokens_that_a_user_added(self, ranks: dict[bytes, int], tmp_path: Path) -> None:
+        """Also such that begin like the words of the format, as "text" and "role" do."""
+        tokenizer = convert_tiktoken(ranks, tmp_path)
+        tokenizer.add_tokens(["thing", "ring", " x", "<tag>"], special_tokens=True)
+        text = "a thing and a ring x <tag>"
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        ids = encode_chat(tokenizer, messages)["input_ids"]
+        assert structure_of(tokenizer, ids) == ["<|im_user|>", "<|im_middle|>", "<|im_end|>"]
+        assert tokenizer.decode(ids) == f"<|im_user|>user<|im_middle|>{text}<|im_end|>"
 
     def test_a_tool_result_is_encoded_with_its_heading(self, tokenizer: Any) -> None:
         """The line break before it and those it begins with are one piece of text."""

@@ -65,11 +65,13 @@ def encode_chat(
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"tokenizer is {type(tokenizer).__name__}; allowed: a fast tokenizer")
     _check_messages(messages)
-    names = tokenizer.get_added_vocab()
+    names, pattern = tokenizer.get_added_vocab(), special_tokens_pattern(tokenizer)
     inputs = {"messages": messages, "tools": _schemas(tools), "template_kwargs": template_kwargs}
     mark = unused_character(_texts(inputs))
     marked = {
-        where: map_strings(value, lambda text, _: mark_beginnings(text, names, mark), where)
+        where: map_strings(
+            value, lambda text, _: mark_beginnings(text, names, pattern, mark), where
+        )
         for where, value in inputs.items()
     }
     rendered = tokenizer.apply_chat_template(

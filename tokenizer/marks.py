@@ -45,19 +45,28 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def mark_beginnings(text: str, names: Iterable[str], mark: str) -> str:
-    """Put the mark behind each character that one of `names` begins with, in a token or not.
-
-    So no token can begin in this text, whatever is put behind it.
-    """
-    for first in sorted({name[0] for name in names}):
-        text = text.replace(first, first + mark)
-    return text
-
-
 def mark_tokens(text: str, pattern: re.Pattern[str], mark: str) -> str:
     """Put the mark behind the first character of each match."""
     return pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+
+
+def mark_beginnings(text: str, names: Iterable[str], pattern: re.Pattern[str], mark: str) -> str:
+    """Mark each token, and each place where one could begin, whatever is put behind the text.
+
+    Tokens that begin with a letter or digit, which users may have added, are marked only where
+    they stand as a whole: else every word with that letter would be, those among them that a
+    template compares.
+
+    Args:
+        text: The text.
+        names: All tokens.
+        pattern: What matches them.
+        mark: The mark.
+    """
+    text = mark_tokens(text, pattern, mark)
+    for first in sorted({name[0] for name in names if not name[0].isalnum()}):
+        text = text.replace(first, first + mark)
+    return text
 
 
 def map_strings(value: Any, function: Callable[[str, str], str], where: str) -> Any:
