@@ -9,6 +9,7 @@ from typing import Any
 MAX_CHARS = 1000
 # Powers grow fast: 9 ** 9 ** 9 would fill the memory.
 MAX_POWER_BITS = 4096
+MAX_ROUND_DIGITS = 1000
 BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -23,7 +24,7 @@ UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
-    "round": round,
+    "round": lambda number, digits=0: _round(number, digits),
     **{name: getattr(math, name) for name in ("sqrt", "exp", "log", "sin", "cos", "tan")},
 }
 CONSTANTS = {"pi": math.pi, "e": math.e}
@@ -74,6 +75,12 @@ def _call(name: str, arguments: list[Any]) -> Any:
         return FUNCTIONS[name](*arguments)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _round(number: Any, digits: Any) -> Any:
+    if not isinstance(digits, int) or abs(digits) > MAX_ROUND_DIGITS:
+        raise ValueError(f"digits is {digits}; allowed: at most {MAX_ROUND_DIGITS}")
+    return round(number, digits) if digits else round(number)
 
 
 def _power(base: Any, exponent: Any) -> Any:

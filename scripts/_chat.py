@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from kimi_linear.tokenizer import Answer, StreamDecoder, ToolCall, encode_chat, parse_answer
+from kimi_linear.tokenizer import Answer, AnswerReader, ToolCall, encode_chat
 from kimi_linear.tokenizer.special_tokens import EOS_TOKENS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -25,8 +26,6 @@ FORMAT = "kimi-linear-chat"
 VERSION = 1
 # Answers to one message: a model that calls tools for ever is stopped.
 MAX_ROUNDS = 8
-HIDDEN_FROM = ("<|tool_calls_section_begin|>", "<|tool_call_begin|>")
-HIDDEN_TO = ("<|tool_calls_section_end|>", "<|tool_call_end|>")
 
 
 @dataclass
@@ -58,17 +57,19 @@ class AnswerStreamer(BaseStreamer):
     Args:
         tokenizer: The model's tokenizer.
         write: Gets each piece of text, of whole characters.
+
+    Attributes:
+        reader: What has been read.
+        num_tokens: How many ids.
+        first_at: When the first one came, by `time.perf_counter`; None before.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any]) -> None:
-        self.ids: list[int] = []
+        self.reader = AnswerReader(tokenizer)
+        self.num_tokens = 0
         self.first_at: float | None = None
         self._write = write
-        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
-        self._from, self._to = (
-            set(tokenizer.convert_tokens_to_ids(list(names))) for names in (HIDDEN_FROM, HIDDEN_TO)
-        )
-        self._is_prompt, self._is_hidden = True, False
+        self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt's ids [1, T] first, then those of the answer, [1] each."""
@@ -78,16 +79,12 @@ class AnswerStreamer(BaseStreamer):
         if self.first_at is None:
             self.first_at = time.perf_counter()
         for token in value.flatten().tolist():
-            self.ids.append(token)
-            if token in self._from | self._to:
-                self._show(self._decoder.end())
-                self._is_hidden = token in self._from
-            elif not self._is_hidden:
-                self._show(self._decoder.put(token))
+            self.num_tokens += 1
+            self._show(self.reader.put(token))
 
     def end(self) -> None:
         """Hand on what is left of the last character."""
-        self._show(self._decoder.end())
+        self._show(self.reader.end())
 
     def _show(self, text: str) -> None:
         if text:
@@ -123,6 +120,23 @@ class StopFlag(StoppingCriteria):
             signal.signal(signal.SIGINT, before)
 
 
+def read_messages(path: str | os.PathLike[str]) -> Any:
+    """The messages of a file that `Chat.save` wrote, as they are.
+
+    Raises:
+        ValueError: The file is none.
+        OSError: It cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else ()
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{path} holds no chat; allowed: what /save wrote")
+    return content.get("messages")
+
+
 class Chat:
     """A conversation.
 
@@ -139,7 +153,7 @@ class Chat:
         messages: The conversation, as the chat template takes it.
 
     Raises:
-        ValueError: The tokenizer cannot parse answers, or an argument is out of range.
+        ValueError: The tokenizer has no chat format, or an argument is out of range.
     """
 
     def __init__(
@@ -154,7 +168,7 @@ class Chat:
     ) -> None:
         if getattr(tokenizer, "response_template", None) is None or not tokenizer.chat_template:
             raise ValueError(
-                "the tokenizer has no chat format; allowed: one that convert_tokenizer.py made"
+                "tokenizer has no chat format; allowed: one that convert_tokenizer.py made"
             )
         if max_new_tokens < 1:
             raise ValueError(
@@ -209,15 +223,21 @@ class Chat:
             raise
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the conversation to a JSON file, which is never half written."""
-        target = Path(path)
-        made = target.with_name(f".{target.name}.part")
+        """Write the conversation to a JSON file, which is never half written.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        target = Path(path).resolve()
         content = {"format": FORMAT, "version": VERSION, "messages": self.messages}
-        made.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        made.replace(target)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".chat-") as folder:
+            made = Path(folder) / "chat"
+            made.write_text(text, encoding="utf-8")
+            made.replace(target)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on with a conversation that was saved.
+        """Go on with a conversation that was saved, and with its system message if it has one.
 
         Args:
             path: What `save` wrote.
@@ -227,20 +247,15 @@ class Chat:
                 is then as it was before.
             OSError: It cannot be read.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error})") from error
-        found = (content.get("format"), content.get("version")) if isinstance(content, dict) else ()
-        if found != (FORMAT, VERSION):
-            raise ValueError(f"{path} holds no chat; allowed: what /save wrote")
-        messages = content.get("messages")
+        messages = read_messages(path)
         if messages != []:
             try:
                 encode_chat(self.tokenizer, messages)
-            except TemplateError as error:
+            except (TemplateError, ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}: {error}") from error
         self.messages = messages
+        is_system = bool(messages) and messages[0]["role"] == "system"
+        self.system = messages[0]["content"] if is_system else None
 
     def _answer(self, write: Callable[[str], Any]) -> Turn:
         """Let the model answer the conversation as it stands."""
@@ -268,9 +283,9 @@ class Chat:
             )
         ended = time.perf_counter()
         return Turn(
-            answer=parse_answer(self.tokenizer, streamer.ids),
+            answer=streamer.reader.answer(),
             num_prompt_tokens=length,
-            num_tokens=len(streamer.ids),
+            num_tokens=streamer.num_tokens,
             seconds=ended - started,
             first_seconds=(streamer.first_at or ended) - started,
             is_stopped=stop.is_set,

@@ -1,7 +1,11 @@
 """What generate.py and chat.py share: loading a model, and the options of sampling."""
 
 import argparse
+import contextlib
+import io
+import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +32,9 @@ class Sampling:
         top_k: Sample from this many tokens; 0: from all.
         min_p: Leave out tokens below this fraction of the likeliest one's probability.
         repetition_penalty: Above 1 makes tokens less likely that were there before.
+
+    Raises:
+        ValueError: For a number out of range.
     """
 
     greedy: bool = False
@@ -38,10 +45,19 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature={self.temperature} is not allowed: above 0, or use greedy"
             )
+        allowed = {
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+        }
+        for name, (is_allowed, range_) in allowed.items():
+            if not is_allowed:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: {range_}")
 
     def options(self) -> dict[str, Any]:
         """Arguments for `generate()`."""
@@ -91,6 +107,12 @@ def load(
     tokenizer = AutoTokenizer.from_pretrained(model, **source)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source).to(device).eval()
     return tokenizer, network
+
+
+def tolerate_any_text() -> None:
+    """Have stdout show "?" for what its encoding lacks, not fail in the middle of an answer."""
+    with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 from _calculator import calculator
-from _chat import Chat, Turn
-from _generation import Sampling, add_arguments, load
+from _chat import Chat, Turn, read_messages
+from _generation import Sampling, add_arguments, load, tolerate_any_text
 from transformers.utils import logging
 
 with contextlib.suppress(ImportError):  # not on every platform
@@ -65,7 +65,7 @@ def main(
 
     Args:
         model: Folder, or repository of the Hub.
-        system: System message.
+        system: System message; not with `load_file`, which has its own.
         tools: Whether the model may call the calculator.
         max_new_tokens: Of one answer.
         greedy, temperature, top_p, top_k, min_p, repetition_penalty: See `_generation.Sampling`.
@@ -80,7 +80,14 @@ def main(
     Raises:
         ValueError: For an argument out of range, a tokenizer without a chat format, or a file that
             holds no conversation.
+        OSError: The file cannot be read.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: it must be at least 1")
+    if load_file is not None:
+        if system is not None:
+            raise ValueError(f"system={system!r} is not allowed with load_file, which has its own")
+        read_messages(load_file)  # what is wrong with it shows before the model is loaded
     sampling = Sampling(greedy, temperature, top_p, top_k, min_p, repetition_penalty)
     if quiet:
         logging.disable_progress_bar()
@@ -108,8 +115,12 @@ def main(
     while (line := _read_line()) is not None:
         if not _is_command(line):
             _say(chat, line.removeprefix("/") if line.startswith("//") else line, quiet)
-        elif not _obey(chat, line, quiet):
-            break
+            continue
+        try:
+            if not _obey(chat, line, quiet):
+                break
+        except KeyboardInterrupt:
+            _note("interrupted", False)
     return chat
 
 
@@ -168,6 +179,7 @@ def _obey(chat: Chat, line: str, quiet: bool) -> bool:
 def _say(chat: Chat, text: str, quiet: bool) -> None:
     """Ask, and show answers and tools as they come."""
     turn: Turn | None = None
+    before = len(chat.messages)
     try:
         for turn in chat.ask(text, write=lambda piece: print(piece, end="", flush=True)):
             print()
@@ -175,6 +187,7 @@ def _say(chat: Chat, text: str, quiet: bool) -> None:
         if turn is not None and turn.results:
             _note("the model calls tools again and again: stopped here", False)
     except KeyboardInterrupt:
+        del chat.messages[before:]
         print()
         _note("interrupted: this message and its answer are forgotten", False)
     except (ValueError, torch.OutOfMemoryError) as error:
@@ -189,7 +202,7 @@ def _report(turn: Turn, quiet: bool) -> None:
     if turn.is_stopped:
         _note("stopped", quiet)
     elif not turn.answer.is_finished:
-        _note(f"cut off after {turn.num_tokens} tokens (--max-new-tokens)", False)
+        _note(f"cut off after {turn.num_tokens} tokens", False)
     rest = turn.seconds - turn.first_seconds
     speed = f", {(turn.num_tokens - 1) / rest:.1f} per second" if turn.num_tokens > 1 else ""
     _note(
@@ -221,7 +234,8 @@ def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    tolerate_any_text()
     try:
         main(**_arguments())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _generation import Sampling, add_arguments, load
+from _generation import Sampling, add_arguments, load, tolerate_any_text
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
@@ -170,4 +170,5 @@ def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    tolerate_any_text()
     main(**_arguments())

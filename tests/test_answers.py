@@ -1,12 +1,14 @@
 """Answers taken apart: whole, broken, cut off anywhere, and repeating the words of the format."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kimi_linear.tokenizer import (
     Answer,
+    AnswerReader,
     ToolCall,
     convert_tiktoken,
     encode_chat,
@@ -74,6 +76,15 @@ class TestWhole:
         assert parse_answer(tokenizer, ids, prefix=prefix) == Answer("once upon")
         assert parse_answer(tokenizer, ids) == Answer("upon")
 
+    def test_the_name_of_the_assistant_is_no_part_of_it(self, tokenizer: Any) -> None:
+        for name in ("a<b", "<|im_middle|>", "assistant"):
+            messages = [{"role": "assistant", "name": name, "content": "Begin "}]
+            prompt = encode_chat(tokenizer, messages, continue_final_message=True)["input_ids"]
+            ids = tokenizer("more<|im_end|>").input_ids
+            assert parse_answer(tokenizer, ids, prefix=prompt) == Answer("Begin more")
+        parsed = tokenizer.parse_response("more", prefix="<|im_assistant|>a<b<|im_middle|>Begin ")
+        assert parsed["content"] == "Begin more"
+
     def test_tensors(self, tokenizer: Any) -> None:
         torch = pytest.importorskip("torch")
         ids = torch.tensor(tokenizer(f"{BOTH}<|im_end|>").input_ids)
@@ -113,19 +124,55 @@ class TestBroken:
         assert [call["id"] for call in answer.message()["tool_calls"]] == [DOT.id]
 
     @pytest.mark.parametrize(
-        "piece",
+        ("piece", "problems"),
         [
-            "<|tool_call_begin|>no name here<|tool_call_end|>",
-            "<|tool_call_begin|><|tool_call_argument_begin|>{}<|tool_call_end|>",
-            "<|tool_call_begin|>two words<|tool_call_argument_begin|>{}<|tool_call_end|>",
-            "<|tool_call_argument_begin|>{}<|tool_call_end|>",
-            "<|tool_call_end|>",
+            (
+                "<|tool_call_begin|>no name here<|tool_call_end|>",
+                ["<|tool_call_begin|>no name here"],
+            ),
+            (
+                "<|tool_call_begin|><|tool_call_argument_begin|>{}<|tool_call_end|>",
+                ["<|tool_call_begin|><|tool_call_argument_begin|>{}"],
+            ),
+            (
+                "<|tool_call_begin|>two words<|tool_call_argument_begin|>{}<|tool_call_end|>",
+                ["<|tool_call_begin|>two words<|tool_call_argument_begin|>{}"],
+            ),
+            ("<|tool_call_argument_begin|>", ["<|tool_call_argument_begin|>"]),
+            ("<|tool_call_end|>", ["<|tool_call_end|>"]),
         ],
     )
-    def test_calls_without_a_name(self, tokenizer: Any, piece: str) -> None:
+    def test_calls_without_a_name(self, tokenizer: Any, piece: str, problems: list[str]) -> None:
         answer = parse(tokenizer, f"a{BEGIN}{piece}{written(DOT)}{END}b<|im_end|>")
         assert (answer.content, answer.tool_calls) == ("ab", [DOT])
-        assert answer.problems == [f"not a tool call: {piece!r}"]
+        assert answer.problems == [f"not a tool call: {problem!r}" for problem in problems]
+
+    def test_text_in_the_section_and_in_no_call(self, tokenizer: Any) -> None:
+        """White space between calls is nothing; words are not shown, and not lost."""
+        answer = parse(tokenizer, f"a{BEGIN}\n{written(ADD)}\n {written(DOT)}\n{END}b<|im_end|>")
+        assert answer == Answer("ab", [ADD, DOT])
+        for text in (f"a{BEGIN}words<|im_end|>", f"a{BEGIN}words{END}<|im_end|>"):
+            assert parse(tokenizer, text) == Answer(
+                "a", problems=["text between tool calls: 'words'"]
+            )
+
+    def test_a_call_that_the_next_one_closes(self, tokenizer: Any) -> None:
+        unclosed = written(ADD).removesuffix("<|tool_call_end|>")
+        answer = parse(tokenizer, f"{BEGIN}{unclosed}{written(DOT)}{END}<|im_end|>")
+        assert answer == Answer("", [ADD, DOT])
+
+    def test_a_stray_piece_behind_a_call_is_not_the_calls(self, tokenizer: Any) -> None:
+        answer = parse(tokenizer, f"{written(DOT)}<|tool_call_argument_begin|>{{}}")
+        assert answer.tool_calls == [DOT]
+        assert answer.problems == ["not a tool call: '<|tool_call_argument_begin|>'"]
+
+    @pytest.mark.parametrize("offset", [2, 3, 4, 11, 12, 13, 14, 15, 17])
+    def test_many_tokens_of_the_format(self, tokenizer: Any, offset: int) -> None:
+        """In linear time: Transformers' parser takes minutes for some of these."""
+        started = time.process_time()
+        answer = parse_answer(tokenizer, [len(tokenizer) - 256 + offset] * 20_000)
+        assert time.process_time() - started < 5
+        assert answer.content == "" and answer.tool_calls == []
 
     def test_unclosed_call_before_another(self, tokenizer: Any) -> None:
         unclosed = written(ADD).removesuffix("<|tool_call_end|>")
@@ -153,7 +200,7 @@ class TestBroken:
     @hypothesis.settings(max_examples=300, deadline=None)
     @hypothesis.given(data=st.data())
     def test_any_ids_are_read(self, tokenizer: Any, data: Any) -> None:
-        """Never a crash; and every text id is in the content, a call or a problem."""
+        """Never a crash, no call that did not begin, and words are never lost."""
         size = len(tokenizer)
         special = st.sampled_from([size - 256 + at for at in (2, 3, 4, 11, 12, 13, 14, 15, 17)])
         word = st.sampled_from(encode_plain(tokenizer, ["functions.f:0 {}"])[0])
@@ -162,7 +209,12 @@ class TestBroken:
         calls = sum(token == size - 256 + 13 for token in ids)
         assert len(answer.tool_calls) <= calls
         assert all(call.name for call in answer.tool_calls)
-        assert answer.is_finished == (bool({size - 254, size - 255} & set(ids)))
+        ends = [at for at, token in enumerate(ids) if token in (size - 254, size - 255)]
+        assert answer.is_finished == bool(ends)
+        read = [token for token in ids[: ends[0] if ends else None] if token < size - 256]
+        letters = [c for c in tokenizer.decode(read) if c.isascii() and c.isalpha()]
+        kept = f"{answer.content} {answer.tool_calls} {answer.problems}"
+        assert not set(letters) - set(kept)
 
 
 class TestForged:
@@ -197,6 +249,12 @@ class TestTransformersParser:
         ]
         assert message == {"role": "assistant", "content": "I add.", "tool_calls": calls}
 
+    def test_names_in_brackets_are_text(self, tokenizer: Any) -> None:
+        text = 'Use [EOS] or [PAD].<|tool_call_begin|>f<|tool_call_argument_begin|>{"a": "[EOS]"}'
+        message = tokenizer.parse_response(f"{text}<|tool_call_end|><|im_end|>[PAD]", prefix="")
+        assert message["content"] == "Use [EOS] or [PAD]."
+        assert message["tool_calls"][0]["function"]["arguments"] == {"a": "[EOS]"}
+
     def test_cut_off_arguments_are_text(self, tokenizer: Any) -> None:
         ids = tokenizer(f"{BOTH}<|im_end|>").input_ids
         for length in range(len(ids)):
@@ -230,9 +288,32 @@ class TestTransformersParser:
         assert again.response_template == tokenizer.response_template
 
 
-def test_refuses_tokenizers_without_a_template(tokenizer: Any) -> None:
-    class Bare:
-        response_template = None
+class TestAnswerReader:
+    def test_shows_the_content_as_it_comes(self, tokenizer: Any) -> None:
+        """Nothing of a call, nothing twice, and together what the answer says."""
+        text = f"Hi 👋{BEGIN}\n{written(ADD)} {written(DOT)}{END} bye 中<|im_end|>[PAD]x"
+        reader = AnswerReader(tokenizer)
+        shown = [reader.put(token) for token in tokenizer(text).input_ids] + [reader.end()]
+        assert reader.answer() == Answer("Hi 👋 bye 中", [ADD, DOT])
+        assert "".join(shown) == reader.answer().content
+        assert not any("\ufffd" in piece for piece in shown)
 
-    with pytest.raises(ValueError, match="tokenizer has no response_template"):
-        parse_answer(Bare(), [])  # type: ignore[arg-type]
+    def test_can_be_asked_before_the_end(self, tokenizer: Any) -> None:
+        reader = AnswerReader(tokenizer)
+        ids = tokenizer(f"a{written(DOT)}<|im_end|>").input_ids
+        for token in ids[:-2]:
+            reader.put(token)
+        assert reader.answer().problems == [f"{DOT.id}: cut off before the end of the call"]
+        for token in ids[-2:]:
+            reader.put(token)
+        assert reader.answer() == Answer("a", [DOT])
+
+    def test_refuses_other_tokenizers(self, tokenizer: Any, tmp_path: Path) -> None:
+        tokenizer.save_pretrained(tmp_path)
+        path = tmp_path / "tokenizer.json"
+        path.write_text(path.read_text().replace("<|tool_call_end|>", "<|tool_call_stop|>"))
+        other = type(tokenizer)(tokenizer_file=str(path))
+        with pytest.raises(
+            ValueError, match=r"tokenizer has no token <\|tool_call_end\|>; allowed"
+        ):
+            AnswerReader(other)

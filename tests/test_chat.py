@@ -161,6 +161,16 @@ class TestTemplate:
                 r"\[1\] has reasoning",
             ),
             ({"role": "assistant", "tool_calls": [1]}, r"\[1\]\.tool_calls\[0\] has no function n"),
+            ({"role": "assistant", "tool_calls": 5}, r"\[1\] has tool_calls that are no list"),
+            ({"role": "assistant", "tool_calls": "f"}, r"\[1\] has tool_calls that are no list"),
+            (
+                {"role": "assistant", "tool_calls": [{"function": "f"}]},
+                r"\[1\]\.tool_calls\[0\] has no function name",
+            ),
+            (
+                {"role": "assistant", "tool_calls": [{"id": 5, "name": "f", "arguments": "{}"}]},
+                r"\[1\]\.tool_calls\[0\] has an id that is no string",
+            ),
             (
                 {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
                 r"\[1\]\.tool_calls\[0\] has no arguments; allowed: an object or its JSON text",
@@ -190,6 +200,34 @@ class TestTemplate:
             assert text.count(f"functions.f:{number}<|tool_call_argument_begin|>") == 1
             assert text.count(f"## Return of functions.f:{number}\n") == 1
         assert "x0" not in text
+
+    @pytest.mark.parametrize(
+        ("ids", "written"),
+        [
+            (["calculator", "calculator"], [0, 1]),
+            ([None, None], [0, 1]),
+            (["functions.f:1", "call_x"], [1, 2]),
+            (["functions.f:<odd> x", "functions.f:"], [0, 1]),
+            (["functions.f:7", "functions.f:07"], [7, "07"]),
+            (["functions.f:0", "functions.f:0"], [0, 0]),
+        ],
+    )
+    def test_each_result_goes_to_its_call(
+        self, tokenizer: Any, ids: list[str | None], written: list[Any]
+    ) -> None:
+        """Results answer calls of the same id in order, whatever the model or a server wrote."""
+        calls = [{"id": id_, "function": {"name": "f", "arguments": {}}} for id_ in ids]
+        names = [id_ or f"functions.f:{number}" for number, id_ in zip(written, ids, strict=True)]
+        results = [
+            {"role": "tool", "tool_call_id": name, "content": f"result {at}"}
+            for at, name in enumerate(names)
+        ]
+        text = tokenizer.apply_chat_template(
+            [{"role": "assistant", "tool_calls": calls}, *results], tokenize=False
+        )
+        for at, number in enumerate(written):
+            assert f"## Return of functions.f:{number}\nresult {at}<|im_end|>" in text
+            assert f"<|tool_call_begin|>functions.f:{number}<|tool_call_arg" in text
 
     def test_assistant_mask(self, tokenizer: Any) -> None:
         """Text, calls and the end of each turn; not its header, nor anything of the others."""
@@ -300,12 +338,13 @@ class TestEncodeChat:
     def test_tokens_that_a_user_added(self, ranks: dict[bytes, int], tmp_path: Path) -> None:
         """Also such that begin like the words of the format, as "text" and "role" do."""
         tokenizer = convert_tiktoken(ranks, tmp_path)
-        tokenizer.add_tokens(["thing", "ring", " x", "<tag>"], special_tokens=True)
-        text = "a thing and a ring x <tag>"
-        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-        ids = encode_chat(tokenizer, messages)["input_ids"]
+        words = ["text", "user", "role", "content", "thing", " x", "<tag>"]
+        tokenizer.add_tokens(words, special_tokens=True)
+        parts = ["a text, a user, th", "ing x <t", "ag> content"]
+        content = [{"type": "text", "text": part} for part in parts]
+        ids = encode_chat(tokenizer, [{"role": "user", "content": content}])["input_ids"]
         assert structure_of(tokenizer, ids) == ["<|im_user|>", "<|im_middle|>", "<|im_end|>"]
-        assert tokenizer.decode(ids) == f"<|im_user|>user<|im_middle|>{text}<|im_end|>"
+        assert tokenizer.decode(ids) == f"<|im_user|>user<|im_middle|>{''.join(parts)}<|im_end|>"
 
     def test_a_tool_result_is_encoded_with_its_heading(self, tokenizer: Any) -> None:
         """The line break before it and those it begins with are one piece of text."""
@@ -344,6 +383,25 @@ class TestEncodeChat:
         with pytest.raises(ValueError, match=error):
             encode_chat(tokenizer, messages)
 
+    @pytest.mark.parametrize(
+        "argument",
+        [{"truncation": True}, {"max_length": 3}, {"padding": True}, {"tokenize": False}],
+    )
+    def test_refuses_arguments_by_name(self, tokenizer: Any, argument: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=rf"{[*argument][0]}=\w+ is not supported"):
+            encode_chat(tokenizer, GOLDEN, **argument)
+
+    def test_another_template(self, tokenizer: Any) -> None:
+        template = "<|im_user|>{{ messages[0].content }}[EOS]"
+        ids = encode_chat(tokenizer, GOLDEN, chat_template=template)["input_ids"]
+        assert structure_of(tokenizer, ids) == ["<|im_user|>", "[EOS]"]
+
+    def test_runs_that_parts_make_together(self, tokenizer: Any) -> None:
+        """Each part is short enough for the pattern's engine, and the whole is not."""
+        parts = [{"type": "text", "text": " " * 3_900_000}] * 3
+        with pytest.raises(ValueError, match="white-space characters in one run"):
+            encode_chat(tokenizer, [{"role": "user", "content": parts}])
+
     def test_refuses_what_is_no_fast_tokenizer(self) -> None:
         with pytest.raises(ValueError, match="tokenizer is object; allowed: a fast tokenizer"):
             encode_chat(object(), GOLDEN)  # type: ignore[arg-type]
@@ -367,6 +425,10 @@ class TestEncodePlain:
     def test_is_the_plain_encoding_of_text_without_any(self, tokenizer: Any) -> None:
         texts = ["def f(x):\n    return 1\n", "", "中文 123"]
         assert encode_plain(tokenizer, texts) == [tokenizer(text).input_ids for text in texts]
+
+    def test_refuses_what_cannot_be_encoded(self, tokenizer: Any) -> None:
+        with pytest.raises(ValueError, match=r"texts\[1\] has the lone surrogate U\+D800"):
+            encode_plain(tokenizer, ["a", "\ud800"])
 
     def test_leaves_the_tokenizer_as_it_is(self, tokenizer: Any) -> None:
         before = tokenizer("a<|im_end|>").input_ids

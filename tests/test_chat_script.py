@@ -128,6 +128,17 @@ class TestChat:
             ask(chat, "hello " * 4000)
         assert chat.messages == []
 
+    def test_ctrl_c_between_answers_forgets_the_message(
+        self, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        chat = make_chat(loaded, tools={"calculator": calculator})
+        monkeypatch.setattr(chat_script, "_report", interrupt)
+        chat_script._say(chat, CALCULATION[0]["content"], True)
+        assert chat.messages == []
+
     def test_text_cannot_end_the_users_turn(self, loaded: tuple[Any, Any]) -> None:
         tokenizer, _ = loaded
         chat = make_chat(loaded, max_new_tokens=1)
@@ -143,8 +154,10 @@ class TestChat:
         ask(chat, GREETING[0]["content"])
         chat.save(tmp_path / "chat.json")
         assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
-        other = make_chat(loaded)
+        chat.save(tmp_path / "chat.json")  # again, over the first
+        other = make_chat(loaded, system="Never said.")
         other.load(tmp_path / "chat.json")
+        assert other.system is None
         assert ask(other, GREETING[2]["content"])[1][0].answer.content == GREETING[3]["content"]
 
     @pytest.mark.parametrize(
@@ -157,6 +170,8 @@ class TestChat:
             ({"messages": ["hello"]}, r"messages\[0\] is of type str"),
             ({"messages": "hello"}, "messages is of type str"),
             ({}, "messages is of type NoneType"),
+            ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "tool_calls that are no list"),
+            ("[" * 100_000, "is not JSON"),
         ],
     )
     def test_load_refuses(
@@ -167,9 +182,26 @@ class TestChat:
         (tmp_path / "chat.json").write_text(content)
         chat = make_chat(loaded)
         chat.messages = copy.deepcopy(GREETING)
-        with pytest.raises(ValueError, match=error):
+        with pytest.raises(ValueError, match=rf"chat\.json.*{error}"):
             chat.load(tmp_path / "chat.json")
         assert chat.messages == GREETING
+
+    def test_the_system_message_of_a_file_is_kept(
+        self, loaded: tuple[Any, Any], tmp_path: Path
+    ) -> None:
+        chat = make_chat(loaded, system=WITH_SYSTEM_PROMPT[0]["content"])
+        ask(chat, "hello")
+        chat.save(tmp_path / "chat.json")
+        other = make_chat(loaded)
+        other.load(tmp_path / "chat.json")
+        other.reset()
+        assert other.messages == WITH_SYSTEM_PROMPT[:1]
+
+    def test_a_file_that_cannot_be_written(self, loaded: tuple[Any, Any], tmp_path: Path) -> None:
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(OSError):
+            make_chat(loaded).save(tmp_path / "folder")
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
     def test_refuses_other_tokenizers(self, loaded: tuple[Any, Any]) -> None:
         tokenizer, model = copy.copy(loaded[0]), loaded[1]
@@ -220,9 +252,25 @@ class TestScript:
         load = ("--load", str(tmp_path / "chat.json"))
         done = self.run(chat_model, ["//And in French?", "/reset", "hello"], *load)
         assert done.stdout.splitlines()[-1] == GREETING[1]["content"]
-        missing = self.run(chat_model, [], "--temperature", "0")
-        assert missing.returncode == 1
-        assert missing.stderr.strip().startswith("error: temperature=0.0 is not allowed")
+        for flags, error in {
+            ("--temperature", "0"): "temperature=0.0 is not allowed",
+            ("--load", str(tmp_path / "missing")): "[Errno 2] No such file",
+            (*load, "--system", "x"): "system='x' is not allowed with load_file",
+        }.items():
+            refused = self.run(chat_model, [], *flags)
+            assert refused.returncode == 1
+            assert refused.stderr.strip().splitlines()[-1].startswith(f"error: {error}")
+
+    def test_a_terminal_without_these_letters(
+        self, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The answer goes on; what the terminal cannot show is a question mark."""
+        monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+        done = self.run(chat_model, ["hello", "And in French?"], "--quiet")
+        answers = [message["content"] for message in GREETING[1::2]]
+        assert done.stdout.splitlines() == [
+            answer.encode("ascii", errors="replace").decode() for answer in answers
+        ]
 
     @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
     def test_ctrl_c_in_a_terminal(self, chat_model: Path) -> None:
@@ -281,6 +329,7 @@ class TestCalculator:
             ("1 / 4", "0.25"),
             ("sqrt(16) + abs(-2)", "6.0"),
             ("round(pi, 2)", "3.14"),
+            ("round(2.6)", "3"),
             ("2 ** -1", "0.5"),
             ("2 ** 100", str(2**100)),
         ],
@@ -304,6 +353,8 @@ class TestCalculator:
             ("sqrt(x=1)", "is not allowed"),
             ("sqrt(1, 2)", "argument"),
             ("sqrt(-1)", "sqrt: math domain"),
+            ("round(7, -30000000)", "digits is -30000000; allowed: at most 1000"),
+            ("round(7, pi)", "digits is 3.14"),
             ("exp(1e9)", "math range error"),
             ("1.0 * 10 ** 999", "too large"),
             ("1" * 1001, "has 1001 characters; allowed: 1000"),

@@ -136,6 +136,14 @@ class TestConvertSnapshot:
         change(settings, added_tokens_decoder={"7": {"content": "<s>"}})
         with pytest.raises(ValueError, match=r"\['7'\] is '<s>'; allowed: ids from 644 to 899"):
             convert_snapshot(snapshot, output)
+        change(settings, added_tokens_decoder={"x": "<s>"})
+        with pytest.raises(ValueError, match=r"\['x'\] is '<s>'; allowed: ids from 644 to 899"):
+            convert_snapshot(snapshot, output)
+        change(settings, added_tokens_decoder=[1])
+        with pytest.raises(
+            ValueError, match=r"added_tokens_decoder is of type list; allowed: an o"
+        ):
+            convert_snapshot(snapshot, output)
         settings.write_text("[]")
         with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a list"):
             convert_snapshot(snapshot, output)
@@ -143,15 +151,10 @@ class TestConvertSnapshot:
         with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
             convert_snapshot(snapshot, output)
         settings.unlink()
-        for size in (163840, 901):
+        for size in (163840, 901, "900", None):
             change(snapshot / "config.json", vocab_size=size)
-            with pytest.raises(ValueError, match=rf"tiktoken\.model gives 900 ids; .* is {size}"):
-                convert_snapshot(snapshot, output)
-        for size in ("900", 400, None):
-            change(snapshot / "config.json", vocab_size=size)
-            with pytest.raises(
-                ValueError, match=r"config\.json: vocab_size is .*; allowed: an int"
-            ):
+            message = rf"tiktoken\.model gives 900 ids; .*config\.json, which is {size!r}"
+            with pytest.raises(ValueError, match=message):
                 convert_snapshot(snapshot, output)
         (snapshot / "config.json").unlink()
         (snapshot / "tiktoken.model").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -161,6 +164,22 @@ class TestConvertSnapshot:
         with pytest.raises(ValueError, match=r"tiktoken\.model is missing"):
             convert_snapshot(snapshot, output)
         assert not output.exists()
+
+    def test_a_cut_off_file_is_seen_without_a_config(self, snapshot: Path, tmp_path: Path) -> None:
+        """The special tokens of tokenizer_config.json do not fit what is left of it."""
+        (snapshot / "config.json").unlink()
+        lines = (snapshot / "tiktoken.model").read_bytes().splitlines(keepends=True)
+        (snapshot / "tiktoken.model").write_bytes(b"".join(lines[:-100]))
+        with pytest.raises(
+            ValueError, match=r"added_tokens_decoder\['644'\] is '\[BOS\]'; allowed"
+        ):
+            convert_snapshot(snapshot, tmp_path / "out")
+
+    def test_other_templates_in_the_way(self, snapshot: Path) -> None:
+        """Transformers would take this one for conversations with tools."""
+        (snapshot / "additional_chat_templates").mkdir()
+        with pytest.raises(ValueError, match=r"additional_chat_templates holds chat templates of"):
+            convert_snapshot(snapshot, snapshot)
 
     def test_command_line(self, snapshot: Path, tmp_path: Path) -> None:
         command = [sys.executable, convert_tokenizer.__file__, str(snapshot), "--output"]
@@ -182,6 +201,17 @@ class TestSave:
         assert load_tiktoken(second) == ranks == ranks_of(tokenizer)
         again = AutoTokenizer.from_pretrained(tmp_path / "second")
         assert again(TEXT).input_ids == tokenizer(TEXT).input_ids
+
+    def test_links_are_replaced(self, ranks: dict[bytes, int], tmp_path: Path) -> None:
+        tokenizer = convert_tiktoken(ranks, tmp_path / "first")
+        (tmp_path / "second").mkdir()
+        for name in ("tiktoken.model", "tokenizer.json"):
+            (tmp_path / name).write_text("another's")
+            (tmp_path / "second" / name).symlink_to(tmp_path / name)
+        save_tokenizer(tokenizer, tmp_path / "second")
+        assert (tmp_path / "tiktoken.model").read_text() == "another's"
+        assert (tmp_path / "tokenizer.json").read_text() == "another's"
+        assert load_tiktoken(tmp_path / "second" / "tiktoken.model") == ranks
 
     def test_other_tokenizers_have_none(self, ranks: dict[bytes, int], tmp_path: Path) -> None:
         tokenizer = convert_tiktoken(ranks, tmp_path / "first")

@@ -1,5 +1,6 @@
 """Which texts are refused, how clearly, and what the tokenizer itself does with them."""
 
+import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,14 @@ def test_the_limit_is_checked_where_it_stands() -> None:
     check_text("A" * MAX_RUN, "text")
     with pytest.raises(ValueError, match=f"{MAX_RUN + 1} capital letters"):
         check_text("A" * (MAX_RUN + 1), "text")
+
+
+@pytest.mark.parametrize("unit", ["a" * 8000 + "1", "a" * 20_000 + "\n", " " * 8000 + "x", "ACGT"])
+def test_long_texts_are_checked_in_linear_time(unit: str) -> None:
+    """A run was once tried again from each of its characters: minutes for a megabyte of DNA."""
+    text = unit * (4_100_000 // len(unit))
+    if unit == "ACGT":
+        text = text[:3_900_000] + "1" + text[:300_000]
+    started = time.process_time()
+    assert check_text(text, "text") is text
+    assert time.process_time() - started < 5

@@ -1,6 +1,6 @@
 """The tokenizer: special tokens, tiktoken files, conversion, training, chat and its answers."""
 
-from .answers import RESPONSE_TEMPLATE, Answer, ToolCall, parse_answer
+from .answers import Answer, AnswerReader, ToolCall, parse_answer, response_template
 from .chat import assistant_tokens_mask, chat_template, encode_chat, encode_plain
 from .convert import build_tokenizer, convert_tiktoken, recover_merges
 from .snapshot import convert_snapshot, ranks_of, save_tokenizer
@@ -14,8 +14,8 @@ __all__ = [
     "MAX_RUN",
     "NUM_SPECIAL_TOKENS",
     "PATTERN",
-    "RESPONSE_TEMPLATE",
     "Answer",
+    "AnswerReader",
     "StreamDecoder",
     "ToolCall",
     "assistant_tokens_mask",
@@ -30,6 +30,7 @@ __all__ = [
     "parse_answer",
     "ranks_of",
     "recover_merges",
+    "response_template",
     "save_tiktoken",
     "save_tokenizer",
     "special_token_ids",

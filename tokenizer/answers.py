@@ -1,66 +1,76 @@
 """Answers of the model, taken apart: text, tool calls with their arguments, and what is broken.
 
-`RESPONSE_TEMPLATE` is what Transformers' own parser reads, from `tokenizer_config.json`: with it
+`response_template` is what Transformers' own parser reads, from `tokenizer_config.json`: with it
 `tokenizer.parse_response`, its streaming form, the text-generation pipeline and `transformers
-serve` know the format. They work on decoded text. `parse_answer` uses the same template, but starts
-from the ids: a model that merely repeats the words `<|tool_call_begin|>` calls nothing. And it says
+serve` know the format. They work on decoded text. `AnswerReader` and `parse_answer` read ids, in
+linear time: a model that merely repeats the words `<|tool_call_begin|>` calls nothing. And they say
 what is wrong with a call that is broken or cut off.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .marks import map_strings, mark_tokens, special_tokens_pattern, unused_character
-from .special_tokens import EOS_TOKENS
+from .special_tokens import ASSISTANT_TOKEN, CHAT_EOS_TOKEN, EOS_TOKENS, MIDDLE_TOKEN, PAD_TOKEN
+from .streaming import StreamDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SECTION_BEGIN = "<|tool_calls_section_begin|>"
 _SECTION_END = "<|tool_calls_section_end|>"
+_CALL_BEGIN = "<|tool_call_begin|>"
 _ARGUMENTS_BEGIN = "<|tool_call_argument_begin|>"
 _CALL_END = "<|tool_call_end|>"
+_HEADER = r"(?P<id>(?:functions\.)?(?P<name>[^\s<]+?)(?::\d+)?)"
 
-# A piece of a call that has no readable name, or a lone token of one.
-_STRAY = re.compile(
-    r"<\|tool_call_(?:begin|argument_begin)\|>.*?(?:<\|tool_call_end\|>|\Z)|<\|tool_call_end\|>",
-    re.DOTALL,
-)
 
-# Text regions are joined: by default the last one would replace what comes before a call. Arguments
-# that are no JSON stay text.
-RESPONSE_TEMPLATE: dict[str, Any] = {
-    "defaults": {"role": "assistant", "content": ""},
-    "start_anchor_pattern": r"<\|im_assistant\|>[^<]*<\|im_middle\|>",
-    "fields": {
-        "tool_calls": {
-            "open_pattern": (
-                r"(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>\s*"
-                r"(?P<id>(?:functions\.)?(?P<name>[^\s<]+?)(?::\d+)?)\s*"
-                r"<\|tool_call_argument_begin\|>"
-            ),
-            "close": [_CALL_END, _SECTION_END, *EOS_TOKENS],
-            "repeats": True,
-            "content": "json",
-            "content_args": {"allow_non_json": True},
-            "transform": {
-                "type": "function",
-                "id": "{id}",
-                "function": {"name": "{name}", "arguments": "{content}"},
+def response_template(eos_token: str) -> dict[str, Any]:
+    """What Transformers' parser of answers reads.
+
+    Args:
+        eos_token: What ends an answer, beside `<|im_end|>`. As it is looked for in text, an answer
+            that spells it ends there.
+
+    Returns:
+        The value of `response_template` in `tokenizer_config.json`.
+    """
+    ends = "|".join(re.escape(token) for token in sorted({CHAT_EOS_TOKEN, eos_token}))
+    end = f"(?:{ends})(?:{re.escape(PAD_TOKEN)})*"
+    sections = f"{re.escape(_SECTION_BEGIN)}|{re.escape(_SECTION_END)}"
+    return {
+        "defaults": {"role": "assistant", "content": ""},
+        "start_anchor_pattern": (
+            rf"{re.escape(ASSISTANT_TOKEN)}(?:(?!<\|im_).)*{re.escape(MIDDLE_TOKEN)}"
+        ),
+        "fields": {
+            "tool_calls": {
+                "open_pattern": (
+                    rf"(?:{re.escape(_SECTION_BEGIN)}\s*)?{re.escape(_CALL_BEGIN)}\s*{_HEADER}\s*"
+                    rf"{re.escape(_ARGUMENTS_BEGIN)}"
+                ),
+                "close_pattern": f"{re.escape(_CALL_END)}|{re.escape(_SECTION_END)}|{end}",
+                "repeats": True,
+                "content": "json",
+                "content_args": {"allow_non_json": True},  # else a call that is cut off is an error
+                "transform": {
+                    "type": "function",
+                    "id": "{id}",
+                    "function": {"name": "{name}", "arguments": "{content}"},
+                },
+            },
+            "content": {
+                "close_pattern": f"{sections}|{end}",
+                "content": "text",
+                "content_args": {"strip": False},
+                # joined: by default the last region would replace what comes before a call
+                "repeats": True,
+                "join": "",
             },
         },
-        "content": {
-            "close": [_SECTION_BEGIN, _SECTION_END, *EOS_TOKENS, "[EOT]", "[PAD]"],
-            "content": "text",
-            "content_args": {"strip": False},
-            "repeats": True,
-            "join": "",
-        },
-    },
-}
+    }
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ class Answer:
         content: The text, "" if there is none.
         tool_calls: The calls, broken ones included, in order.
         is_finished: Whether an end token came; if not, the answer was cut off.
-        problems: All that is wrong, in words: broken calls, and pieces of calls without a name.
+        problems: All that is wrong, in words: broken calls, pieces of calls without a name, and
+            text in the section of calls that is in none.
     """
 
     content: str
@@ -109,14 +120,137 @@ class Answer:
         return {**message, "tool_calls": calls} if calls else message
 
 
+class AnswerReader:
+    """Reads an answer's ids one by one: shows its text as it comes, and takes all of it apart.
+
+    Args:
+        tokenizer: A tokenizer of this family.
+
+    Raises:
+        ValueError: The tokenizer lacks a token of the chat format.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        added = tokenizer.get_added_vocab()
+        format_tokens = (_SECTION_BEGIN, _SECTION_END, _CALL_BEGIN, _ARGUMENTS_BEGIN, _CALL_END)
+        for name in (*format_tokens, *EOS_TOKENS):
+            if name not in added:
+                raise ValueError(
+                    f"tokenizer has no token {name}; allowed: one that convert_tiktoken made"
+                )
+        self._name_of = {added[name]: name for name in format_tokens}
+        self._ends = {added[name] for name in EOS_TOKENS}
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
+        self._content: list[str] = []
+        self._calls: list[ToolCall] = []
+        self._problems: list[str] = []
+        self._is_section = self._is_finished = False
+        # of the call at hand: None, or the text so far of its header, then of its arguments
+        self._header: str | None = None
+        self._arguments: str | None = None
+        self._loose: list[str] = []
+
+    def put(self, token_id: int) -> str:
+        """Take the next id; those behind an end token are left out.
+
+        Returns:
+            The text that it completes, as far as it is for the reader; "" for what belongs to tool
+            calls.
+        """
+        if self._is_finished:
+            return ""
+        if token_id in self._ends:
+            self._is_finished = True
+            return self._take(self._decoder.end())
+        name = self._name_of.get(token_id)
+        if name is None:
+            return self._take(self._decoder.put(token_id))
+        shown = self._take(self._decoder.end())
+        self._switch(name)
+        return shown
+
+    def end(self) -> str:
+        """End the answer; what is left of a character comes as U+FFFD."""
+        return self._take(self._decoder.end())
+
+    def answer(self) -> Answer:
+        """What was read so far."""
+        calls, problems = list(self._calls), list(self._problems)
+        if self._header is not None:
+            call = self._read_call("cut off before the end of the call")
+            if isinstance(call, str):
+                problems.append(call)
+            else:
+                calls.append(call)
+        problems += [f"{call.id}: {call.problem}" for call in calls if call.problem]
+        loose = "".join(self._loose)
+        if loose.strip():
+            problems.append(f"text between tool calls: {loose!r}")
+        return Answer("".join(self._content), calls, self._is_finished, problems)
+
+    def _take(self, text: str) -> str:
+        """Put text where it belongs; what of it is shown."""
+        if self._arguments is not None:
+            self._arguments += text
+        elif self._header is not None:
+            self._header += text
+        elif self._is_section:
+            self._loose.append(text)
+        else:
+            self._content.append(text)
+            return text
+        return ""
+
+    def _switch(self, name: str) -> None:
+        """Go on behind a token of the format."""
+        if name == _ARGUMENTS_BEGIN and self._header is not None and self._arguments is None:
+            self._arguments = ""
+        elif name == _ARGUMENTS_BEGIN or (name == _CALL_END and self._header is None):
+            self._problems.append(f"not a tool call: {name!r}")
+        else:
+            # a call may be closed by the next one, and by the end of the section
+            self._close_call()
+            self._header = "" if name == _CALL_BEGIN else None
+            if name in (_SECTION_BEGIN, _SECTION_END):
+                self._is_section = name == _SECTION_BEGIN
+
+    def _close_call(self) -> None:
+        if self._header is None:
+            return
+        call = self._read_call(None)
+        if isinstance(call, str):
+            self._problems.append(call)
+        else:
+            self._calls.append(call)
+        self._header = self._arguments = None
+
+    def _read_call(self, problem: str | None) -> ToolCall | str:
+        """The call at hand, or in words why it is none."""
+        header, text = self._header or "", self._arguments
+        match = re.fullmatch(_HEADER, header.strip())
+        if match is None or text is None:
+            pieces = [_CALL_BEGIN, header] + ([] if text is None else [_ARGUMENTS_BEGIN, text])
+            return f"not a tool call: {''.join(pieces)!r}"
+        arguments: Any = {}
+        if problem is None:
+            try:
+                arguments = json.loads(text)
+                if not isinstance(arguments, dict):
+                    problem = f"the arguments are {type(arguments).__name__}, not an object"
+            except (ValueError, RecursionError) as error:
+                problem = f"the arguments are not JSON ({error})"
+        return ToolCall(match["id"], match["name"], {} if problem else arguments, text, problem)
+
+
 def parse_answer(
-    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], *, prefix: Sequence[int] = ()
+    tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int], *, prefix: Sequence[int] = ()
 ) -> Answer:
     """Take an answer apart.
 
     Args:
-        tokenizer: A tokenizer with a `response_template`.
-        ids: The generated ids, one sequence, without the prompt; padding behind it may be there.
+        tokenizer: A tokenizer of this family.
+        ids: The generated ids, one sequence, without the prompt; what stands behind an end token,
+            such as padding, is left out.
         prefix: The ids before them, if they hold the beginning of the answer
             (`continue_final_message`), which then is part of it.
 
@@ -124,89 +258,19 @@ def parse_answer(
         The answer. Broken input gives what was readable, and `problems`.
 
     Raises:
-        ValueError: The tokenizer has no `response_template`.
+        ValueError: The tokenizer lacks a token of the chat format.
     """
-    template = getattr(tokenizer, "response_template", None)
-    if template is None:
-        raise ValueError(
-            "tokenizer has no response_template; allowed: one that convert_tiktoken made"
-        )
-    ids, prefix = [int(i) for i in ids], [int(i) for i in prefix]
-    ends = set(tokenizer.convert_tokens_to_ids(list(EOS_TOKENS)))
-    end = next((at for at, token in enumerate(ids) if token in ends), None)
-    is_finished = end is not None
-    pieces = [_pieces(tokenizer, part) for part in (prefix, ids[:end])]
-    mark = unused_character(text for part in pieces for text, _ in part)
-    start, answer = (_marked(tokenizer, part, mark) for part in pieces)
-    parsed = tokenizer.parse_response(answer, _with_text_arguments(template), prefix=start)
-    # What is left of tool tokens in the text are pieces of calls that have no readable name.
-    content, stray = _split_stray(parsed["content"])
-    content = content.replace(mark, "")
-    problems = [f"not a tool call: {piece.replace(mark, '')!r}" for piece in stray]
-    found = parsed.get("tool_calls", [])
-    closed = max(answer.rfind(_CALL_END), answer.rfind(_SECTION_END))
-    is_open = answer.rfind(_ARGUMENTS_BEGIN) > closed
-    calls = [
-        _tool_call(
-            map_strings(call, lambda text, _: text.replace(mark, ""), "tool_calls"),
-            is_cut_off=is_open
-            and index == len(found) - 1
-            and answer.endswith(call["function"]["arguments"]),
-        )
-        for index, call in enumerate(found)
-    ]
-    problems += [f"{call.id}: {call.problem}" for call in calls if call.problem]
-    return Answer(content, calls, is_finished, problems)
+    reader = AnswerReader(tokenizer)
+    for token in [*_begun(tokenizer, [int(i) for i in prefix]), *(int(i) for i in ids)]:
+        reader.put(token)
+    reader.end()
+    return reader.answer()
 
 
-def _pieces(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[tuple[str, bool]]:
-    """Text and special tokens in turn, each with whether it is a token."""
-    special = {token_id: name for name, token_id in tokenizer.get_added_vocab().items()}
-    pieces: list[tuple[str, bool]] = []
-    run: list[int] = []
-    for token in [*ids, None]:
-        if token is not None and token not in special:
-            run.append(token)
-            continue
-        if run:
-            pieces.append((tokenizer.decode(run), False))
-            run = []
-        if token is not None:
-            pieces.append((special[token], True))
-    return pieces
-
-
-def _marked(tokenizer: "PreTrainedTokenizerBase", pieces: list[tuple[str, bool]], mark: str) -> str:
-    """The pieces as one text, tokens that are only spelled marked."""
-    pattern = special_tokens_pattern(tokenizer)
-    return "".join(
-        text if is_token else mark_tokens(text, pattern, mark) for text, is_token in pieces
-    )
-
-
-def _with_text_arguments(template: dict[str, Any]) -> dict[str, Any]:
-    """The template with arguments left as text, so that they can be shown as they are."""
-    as_text = {"content": "text", "content_args": {"strip": False}}
-    calls = {**template["fields"]["tool_calls"], **as_text}
-    return {**template, "fields": {**template["fields"], "tool_calls": calls}}
-
-
-def _split_stray(content: str) -> tuple[str, list[str]]:
-    """Text, and what stands in it of calls that could not be read."""
-    return _STRAY.sub("", content), _STRAY.findall(content)
-
-
-def _tool_call(call: dict[str, Any], is_cut_off: bool) -> ToolCall:
-    """A parsed call, its arguments read."""
-    function = call["function"]
-    name, text = function["name"], function["arguments"]
-    problem: str | None = None
-    try:
-        arguments = json.loads(text)
-        if not isinstance(arguments, dict):
-            problem = f"the arguments are {type(arguments).__name__}, not an object"
-    except (ValueError, RecursionError) as error:
-        problem = f"the arguments are not JSON ({error})"
-    if is_cut_off:
-        problem = "cut off before the end of the call"
-    return ToolCall(call["id"], name, {} if problem else arguments, text, problem)
+def _begun(tokenizer: "PreTrainedTokenizerBase", prefix: list[int]) -> list[int]:
+    """What a prompt already holds of the answer: all behind the header of its last turn."""
+    begin, middle = tokenizer.convert_tokens_to_ids([ASSISTANT_TOKEN, MIDDLE_TOKEN])
+    if begin not in prefix:
+        return prefix
+    turn = prefix[len(prefix) - prefix[::-1].index(begin) :]
+    return turn[turn.index(middle) + 1 :] if middle in turn else []

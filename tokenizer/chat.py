@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from .marks import map_strings, mark_beginnings, special_tokens_pattern, unused_character
-from .special_tokens import CHAT_EOS_TOKEN
+from .special_tokens import ASSISTANT_TOKEN, CHAT_EOS_TOKEN, MIDDLE_TOKEN
 from .text import check_text
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-ASSISTANT_TOKEN = "<|im_assistant|>"
-MIDDLE_TOKEN = "<|im_middle|>"
+# Of apply_chat_template, and not here: the result is one conversation, whole, in a BatchEncoding.
+_NOT_SUPPORTED = (
+    "max_length",
+    "padding",
+    "return_dict",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
 
 
 def chat_template() -> str:
@@ -34,6 +41,7 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+    chat_template: str | None = None,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
     return_assistant_tokens_mask: bool = False,
@@ -43,10 +51,11 @@ def encode_chat(
     """Encode one conversation; text inside it never becomes a special token.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template that does not build special tokens out of
-            pieces of its input.
+        tokenizer: A fast tokenizer of this family.
         messages: The conversation, as `apply_chat_template` takes it, of dicts, lists and strings.
         tools: JSON schemas of the tools, or functions with type hints and a docstring.
+        chat_template: Another template than the tokenizer's; it must not build special tokens out
+            of pieces of its input.
         add_generation_prompt: End with the beginning of an answer.
         continue_final_message: Leave the last message open, for the model to go on with.
         return_assistant_tokens_mask: Also return `assistant_masks`.
@@ -59,24 +68,25 @@ def encode_chat(
 
     Raises:
         ValueError: There is no message, something in the conversation is no text (named by its
-            path) or can't be tokenized (see `check_text`), or the tokenizer is not a fast one.
+            path) or can't be tokenized (see `check_text`), an argument of `apply_chat_template` is
+            not supported, or the tokenizer is not a fast one.
         jinja2.TemplateError: The template refuses the conversation; it names the message.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"tokenizer is {type(tokenizer).__name__}; allowed: a fast tokenizer")
     _check_messages(messages)
-    names, pattern = tokenizer.get_added_vocab(), special_tokens_pattern(tokenizer)
+    for name in sorted(template_kwargs.keys() & set(_NOT_SUPPORTED)):
+        raise ValueError(f"{name}={template_kwargs[name]!r} is not supported: leave it out")
     inputs = {"messages": messages, "tools": _schemas(tools), "template_kwargs": template_kwargs}
     mark = unused_character(_texts(inputs))
     marked = {
-        where: map_strings(
-            value, lambda text, _: mark_beginnings(text, names, pattern, mark), where
-        )
+        where: map_strings(value, lambda text, _: mark_beginnings(text, mark), where)
         for where, value in inputs.items()
     }
     rendered = tokenizer.apply_chat_template(
         marked["messages"],
         tools=marked["tools"],
+        chat_template=chat_template,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         tokenize=False,
@@ -128,13 +138,17 @@ def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
 
     Returns:
         Token ids of each.
+
+    Raises:
+        ValueError: A text can't be tokenized (see `check_text`).
     """
+    texts = [check_text(text, f"texts[{index}]") for index, text in enumerate(texts)]
     backend = tokenizer.backend_tokenizer
     plain = Tokenizer(backend.model)  # shares the vocabulary, and has no added tokens
     if backend.normalizer is not None:
         plain.normalizer = backend.normalizer
     plain.pre_tokenizer = backend.pre_tokenizer
-    return [encoding.ids for encoding in plain.encode_batch_fast(list(texts))]
+    return [encoding.ids for encoding in plain.encode_batch_fast(texts)]
 
 
 def _encode_marked(tokenizer: "PreTrainedTokenizerBase", text: str, mark: str) -> list[int]:

@@ -11,7 +11,7 @@ The special tokens are kept out of the BPE vocabulary on purpose: there, a piece
 spells one would become one.
 """
 
-import functools
+import contextlib
 import json
 import os
 import shutil
@@ -25,7 +25,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
-from .answers import RESPONSE_TEMPLATE
+from .answers import response_template
+from .byte_level import bytes_to_chars
 from .chat import chat_template
 from .special_tokens import (
     BOS_TOKEN,
@@ -45,20 +46,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VOCAB_FILE = "tiktoken.model"
-
-
-@functools.cache
-def bytes_to_chars() -> dict[int, str]:
-    """The printable character that stands for each byte in byte-level BPE files.
-
-    Returns:
-        Byte value to character, for all 256 bytes: printable Latin-1 stands for itself, the other
-        bytes in their order for U+0100 and on (the mapping of GPT-2).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    shifted = {byte: 0x100 + index for index, byte in enumerate(others)}
-    return {byte: chr(shifted.get(byte, byte)) for byte in range(256)}
 
 
 def make_pre_tokenizer() -> PreTokenizer:
@@ -163,7 +150,8 @@ def convert_tiktoken(
         The tokenizer, loaded from the folder.
 
     Raises:
-        ValueError: an argument out of range, a malformed file, or another size than `vocab_size`.
+        ValueError: an argument out of range, a malformed file, another size than `vocab_size`, or
+            chat templates in the folder that would be taken instead.
         FileNotFoundError: there is no such file.
     """
     if eos_token not in EOS_TOKENS:
@@ -178,22 +166,35 @@ def convert_tiktoken(
         raise ValueError(f"{name} gives {total} ids; allowed: vocab_size, which is {vocab_size}")
     tokenizer = build_tokenizer(ranks)
     output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    others = output / "additional_chat_templates"
+    if others.exists():
+        raise ValueError(f"{others} holds chat templates of another tokenizer; remove it first")
     roles = _roles(eos_token)
     config = _tokenizer_config(len(ranks), roles, model_max_length)
-    # Files are made beside their places and moved there: one that is a link, as in the cache of the
-    # Hub, is replaced and not written through.
-    with tempfile.TemporaryDirectory(dir=output, prefix=".tokenizer-") as made:
-        folder = Path(made)
-        _write_vocab_file(source, ranks, folder / VOCAB_FILE)
+    with replacing_files(output) as folder:
+        if source is None or not _is_same(source, output):
+            _write_vocab_file(source, ranks, folder / VOCAB_FILE)
         tokenizer.save(str(folder / "tokenizer.json"))
         _write_json(folder / "special_tokens_map.json", roles)
         _write_json(folder / "tokenizer_config.json", config)
         (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
-        for path in folder.iterdir():
-            if not (source is not None and path.name == VOCAB_FILE and _is_same(source, output)):
-                path.replace(output / path.name)
     return _load(output)
+
+
+@contextlib.contextmanager
+def replacing_files(output: Path) -> Iterator[Path]:
+    """A folder whose files take their places in `output` at the end, if nothing goes wrong.
+
+    A file there that is a link, as in the cache of the Hub, is replaced and not written through.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".tokenizer-") as made:
+        yield Path(made)
+        for path in Path(made).iterdir():
+            target = output / path.name
+            if path.is_dir() and target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            path.replace(target)
 
 
 def _is_same(source: Path, output: Path) -> bool:
@@ -249,7 +250,7 @@ def _tokenizer_config(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": model_max_length,
-        "response_template": RESPONSE_TEMPLATE,
+        "response_template": response_template(roles["eos_token"]),
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
 

@@ -1,20 +1,22 @@
-"""Tell the special tokens that a program writes from text that spells them.
+"""Tell the special tokens that a template writes from text that spells them.
 
 A special token is a string, so whoever may put text into a prompt could put `<|im_end|>` there and
-end their turn, and a model that repeats such text would seem to have called a tool. Both sides are
-mended by a mark: a character that occurs nowhere else is put behind the first character of every
-special token that is only spelled, the text goes through whatever works on strings (a template, a
-parser), and the marks are taken out at the end.
+end their turn. Behind each character of that text with which a special token could begin goes a
+mark, a character that occurs nowhere else; the template does its work on the marked text; what it
+then holds of special tokens is its own, and the marks are taken out.
 """
 
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What the 256 special tokens begin with. Tokens that a user added and that begin with anything else
+# are words: a template writes none of them.
+TOKEN_BEGINNINGS: Final[str] = "<["
 # The last two planes of private use: Unicode gives these characters no meaning.
 _CANDIDATES = (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
@@ -35,36 +37,20 @@ def unused_character(texts: Iterable[str]) -> str:
 
 
 def special_tokens_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """What matches any token that a tokenizer looks for before it splits text into words."""
+    """What matches the tokens that a template can write."""
     return _pattern(tuple(tokenizer.get_added_vocab()))
 
 
 @functools.lru_cache(maxsize=8)
 def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    names = tuple(name for name in names if name[0] in TOKEN_BEGINNINGS)
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def mark_tokens(text: str, pattern: re.Pattern[str], mark: str) -> str:
-    """Put the mark behind the first character of each match."""
-    return pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
-
-
-def mark_beginnings(text: str, names: Iterable[str], pattern: re.Pattern[str], mark: str) -> str:
-    """Mark each token, and each place where one could begin, whatever is put behind the text.
-
-    Tokens that begin with a letter or digit, which users may have added, are marked only where
-    they stand as a whole: else every word with that letter would be, those among them that a
-    template compares.
-
-    Args:
-        text: The text.
-        names: All tokens.
-        pattern: What matches them.
-        mark: The mark.
-    """
-    text = mark_tokens(text, pattern, mark)
-    for first in sorted({name[0] for name in names if not name[0].isalnum()}):
+def mark_beginnings(text: str, mark: str) -> str:
+    """Mark each place where a token could begin, whatever is put behind the text."""
+    for first in TOKEN_BEGINNINGS:
         text = text.replace(first, first + mark)
     return text
 

@@ -5,14 +5,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .convert import VOCAB_FILE, bytes_to_chars, convert_tiktoken
+from .byte_level import bytes_to_chars
+from .convert import VOCAB_FILE, convert_tiktoken, replacing_files
 from .special_tokens import (
     CHAT_EOS_TOKEN,
     EOS_TOKENS,
     NUM_SPECIAL_TOKENS,
     special_token_ids,
 )
-from .tiktoken_format import save_tiktoken
+from .tiktoken_format import load_tiktoken, save_tiktoken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -47,15 +48,14 @@ def convert_snapshot(
     if not vocabulary.is_file():
         raise ValueError(f"{vocabulary} is missing; allowed: a folder with {VOCAB_FILE}")
     config, settings = (_read(folder / name) for name in ("config.json", "tokenizer_config.json"))
-    vocab_size = _vocab_size(config, folder)
-    if vocab_size is not None:
-        _check_special_tokens(settings, vocab_size - NUM_SPECIAL_TOKENS, folder)
+    num_ranks = len(load_tiktoken(vocabulary))
+    _check_vocab_size(config, num_ranks, folder)
+    _check_special_tokens(settings, num_ranks, folder)
     return convert_tiktoken(
         vocabulary,
         output_dir,
-        eos_token=eos_token or _eos_token(config, settings, folder, vocab_size),
+        eos_token=eos_token or _eos_token(config, settings, folder, num_ranks),
         model_max_length=_max_length(config, settings),
-        vocab_size=vocab_size,
     )
 
 
@@ -68,12 +68,13 @@ def save_tokenizer(
 
     Args:
         tokenizer: Any tokenizer.
-        output_dir: The folder to write into.
+        output_dir: The folder to write into. Links are replaced by files, never written through.
     """
-    tokenizer.save_pretrained(output_dir)
-    ranks = ranks_of(tokenizer)
-    if ranks is not None:
-        save_tiktoken(ranks, Path(output_dir) / VOCAB_FILE)
+    with replacing_files(Path(output_dir)) as folder:
+        tokenizer.save_pretrained(folder)
+        ranks = ranks_of(tokenizer)
+        if ranks is not None:
+            save_tiktoken(ranks, folder / VOCAB_FILE)
 
 
 def ranks_of(tokenizer: "PreTrainedTokenizerBase") -> dict[bytes, int] | None:
@@ -97,41 +98,42 @@ def ranks_of(tokenizer: "PreTrainedTokenizerBase") -> dict[bytes, int] | None:
     return {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items()}
 
 
+def _check_vocab_size(config: dict[str, Any], num_ranks: int, folder: Path) -> None:
+    """Compare the model's vocabulary size with the file's; nothing without a config."""
+    size = num_ranks + NUM_SPECIAL_TOKENS
+    if config and config.get("vocab_size") != size:
+        raise ValueError(
+            f"{folder / VOCAB_FILE} gives {size} ids; allowed: vocab_size of "
+            f"{folder / 'config.json'}, which is {config.get('vocab_size')!r}"
+        )
+
+
 def _check_special_tokens(settings: dict[str, Any], num_ranks: int, folder: Path) -> None:
     """Compare the special tokens that a `tokenizer_config.json` lists with ours, id by id."""
-    names = {token_id: name for name, token_id in special_token_ids(num_ranks).items()}
-    for key, token in (settings.get("added_tokens_decoder") or {}).items():
-        expected = names.get(int(key))
-        if token.get("content") != expected:
-            allowed = (
-                f"ids from {num_ranks} to {max(names)}" if expected is None else repr(expected)
-            )
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{key!r}] is "
-                f"{token.get('content')!r}; allowed: {allowed}"
-            )
-
-
-def _vocab_size(config: dict[str, Any], folder: Path) -> int | None:
-    """The model's, checked; None without a config."""
-    size, least = config.get("vocab_size"), 256 + NUM_SPECIAL_TOKENS
-    if config and (not isinstance(size, int) or size < least):
-        raise ValueError(
-            f"{folder / 'config.json'}: vocab_size is {size!r}; allowed: an integer >= {least}"
-        )
-    return size
+    names = {str(token_id): name for name, token_id in special_token_ids(num_ranks).items()}
+    listed = settings.get("added_tokens_decoder") or {}
+    where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+    if not isinstance(listed, dict):
+        raise ValueError(f"{where} is of type {type(listed).__name__}; allowed: an object")
+    for key, token in listed.items():
+        expected = names.get(key)
+        found = token.get("content") if isinstance(token, dict) else token
+        if found != expected or expected is None:
+            last = num_ranks + NUM_SPECIAL_TOKENS - 1
+            allowed = f"ids from {num_ranks} to {last}" if expected is None else repr(expected)
+            raise ValueError(f"{where}[{key!r}] is {found!r}; allowed: {allowed}")
 
 
 def _eos_token(
-    config: dict[str, Any], settings: dict[str, Any], folder: Path, vocab_size: int | None
+    config: dict[str, Any], settings: dict[str, Any], folder: Path, num_ranks: int
 ) -> str:
     """What ends an answer: as generation says, then the model, then the tokenizer."""
-    names = {} if vocab_size is None else special_token_ids(vocab_size - NUM_SPECIAL_TOKENS)
+    names = special_token_ids(num_ranks)
     for fields in (_read(folder / "generation_config.json"), config):
         found = fields.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         for token in EOS_TOKENS:
-            if names and names[token] in ids:
+            if names[token] in ids:
                 return token
     named = settings.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named

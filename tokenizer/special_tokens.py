@@ -36,6 +36,8 @@ BASE_EOS_TOKEN: Final[str] = "[EOS]"
 CHAT_EOS_TOKEN: Final[str] = "<|im_end|>"
 UNK_TOKEN: Final[str] = "[UNK]"
 PAD_TOKEN: Final[str] = "[PAD]"
+ASSISTANT_TOKEN: Final[str] = "<|im_assistant|>"
+MIDDLE_TOKEN: Final[str] = "<|im_middle|>"
 EOS_TOKENS: Final[tuple[str, ...]] = (CHAT_EOS_TOKEN, BASE_EOS_TOKEN)
 
 # Offset from the number of mergeable ranks.
@@ -44,7 +46,7 @@ NAMED_OFFSETS: Final[dict[str, int]] = {
     BASE_EOS_TOKEN: 1,
     CHAT_EOS_TOKEN: 2,
     "<|im_user|>": 3,
-    "<|im_assistant|>": 4,
+    ASSISTANT_TOKEN: 4,
     "<|start_header_id|>": 6,
     "<|end_header_id|>": 7,
     "[EOT]": 9,
@@ -54,7 +56,7 @@ NAMED_OFFSETS: Final[dict[str, int]] = {
     "<|tool_call_begin|>": 13,
     "<|tool_call_argument_begin|>": 14,
     "<|tool_call_end|>": 15,
-    "<|im_middle|>": 17,
+    MIDDLE_TOKEN: 17,
     UNK_TOKEN: 254,
     PAD_TOKEN: 255,
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
-from .convert import bytes_to_chars
+from .byte_level import bytes_to_chars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -67,7 +67,11 @@ def _check_runs(text: str, where: str, max_run: int) -> None:
 @functools.cache
 def _long_runs(max_run: int) -> re.Pattern[str]:
     """Runs of white space, or of letters: which of them are capitals `re` cannot say."""
-    return re.compile(rf"[^\S\r\n]{{{max_run + 1},}}|[^\W\d_]{{{max_run + 1},}}")
+    # Looking back keeps a run from being tried again from its second character, third ...
+    space, letter = r"[^\S\r\n]", r"[^\W\d_]"
+    return re.compile(
+        rf"(?<!{space}){space}{{{max_run + 1},}}|(?<!{letter}){letter}{{{max_run + 1},}}"
+    )
 
 
 def _is_capital(char: str) -> bool:

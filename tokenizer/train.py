@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from .convert import bytes_to_chars, make_pre_tokenizer
+from .byte_level import bytes_to_chars
+from .convert import make_pre_tokenizer
 from .special_tokens import NUM_SPECIAL_TOKENS
 from .text import check_text
 
