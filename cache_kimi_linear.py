@@ -327,6 +327,12 @@ class LatentLayerCache(_LayerCache):
         self.is_initialized = True
         return self.segments()
 
+    def fill(self, segments: list[Tensor], num_rows: int) -> None:
+        """Hold these latents [B or 1, n, R] for `num_rows` rows, and nothing else."""
+        self.reset()
+        self.full, self._num_rows = segments, num_rows
+        self.num_tokens = self.num_full
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last tokens back: -n removes n, a positive number is how many stay."""
         self.num_tokens = self.check_crop(tokens_to_remove)

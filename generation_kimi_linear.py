@@ -1,10 +1,14 @@
 """What Kimi Linear does differently in `generate()`: which cache it gets, and what it refuses."""
 
+import os
 from typing import Any
 
+from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
+from .sessions import Session, load_session, save_session
 
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "static", "offloaded", "offloaded_static")
 
@@ -66,6 +70,16 @@ class KimiLinearGenerationMixin(GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return cache
+
+    def save_session(
+        self, path: str | os.PathLike[str], cache: Cache, input_ids: Tensor | None = None
+    ) -> None:
+        """Write a cache of this model to a file, see `sessions.save_session`."""
+        save_session(path, cache, self, input_ids)
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """Read a file of `save_session`, see `sessions.load_session`."""
+        return load_session(path, self)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching, whose paged cache has no place for KDA states."""

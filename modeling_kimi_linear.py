@@ -574,7 +574,8 @@ def _note_padding(
     if not had_padding and bool((mask[:, :past] == 0).any()):
         raise ValueError(
             "attention_mask has zeros among the cached tokens, which is not allowed: they were "
-            "read without padding, and KDA states cannot leave them out any more"
+            "read as real tokens, and KDA states cannot leave them out any more (generate() takes "
+            "pad tokens for padding where it is given no mask)"
         )
     for layer in cache.layers:
         layer.has_padding = True

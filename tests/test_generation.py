@@ -202,8 +202,9 @@ def test_an_empty_cache_given_by_hand(hybrid, mode):
 def test_three_turns_with_a_returned_cache(model):
     text, cache = token_ids(1, 8), None
     for turn in range(3):
-        expected = run(model, text)
-        out = model.generate(text, **COMMON, past_key_values=cache, return_dict_in_generate=True)
+        settings = {**COMMON, "attention_mask": torch.ones_like(text)}
+        expected = run(model, text, **settings)
+        out = model.generate(text, **settings, past_key_values=cache, return_dict_in_generate=True)
         assert out.sequences.tolist() == expected
         cache = out.past_key_values
         text = torch.cat([out.sequences, token_ids(1, 5, seed=turn)], dim=1)
