@@ -34,6 +34,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_kimi_linear import prepare_cache
+from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
 from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
@@ -44,7 +45,6 @@ from .layers_kimi_linear import (
     KimiLinearShortConv,
     is_flash_attention,
 )
-from .rollback import KDAPlan, plan_call
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
 from .weight_conversion import (
     check_checkpoint,
@@ -345,7 +345,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             )
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
-        mask = _unless_all_real(attention_mask)
+        mask = unless_all_real(attention_mask)
         layout = sequence_layout(
             batch_size,
             num_tokens,
@@ -359,9 +359,9 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             kwargs.pop(name, None)
         past_key_values = self._cache_for(layout, past_key_values, use_cache, batch_size)
         past = 0 if past_key_values is None else past_key_values.layers[0].num_tokens
-        _check_columns(attention_mask, past, num_tokens)
+        check_columns(attention_mask, past, num_tokens)
         if past_key_values is not None:
-            _note_padding(past_key_values, attention_mask, mask, past)
+            note_padding(past_key_values, attention_mask, mask, past)
         by_blocks = self._attends_by_blocks(layout, past, num_tokens)
         inputs = {
             "layout": layout,
@@ -371,7 +371,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             else self._causal_mask(hidden_states, mask, past_key_values, layout),
             "real_tokens": None if mask is None else mask.to(hidden_states.device) != 0,
             "by_blocks": by_blocks,
-            "kda_plan": _kda_plan(hidden_states, mask, past_key_values, layout),
+            "kda_plan": plan_kda(hidden_states, mask, past_key_values, layout),
         }
         for layer in self.layers:
             hidden_states = layer(hidden_states, **inputs, **kwargs)
@@ -536,69 +536,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-
-def _unless_all_real(attention_mask: Tensor | None) -> Tensor | None:
-    """The mask, or None where it says nothing."""
-    if attention_mask is None or bool((attention_mask != 0).all()):
-        return None
-    return attention_mask
-
-
-def _check_columns(attention_mask: Tensor | None, past: int, num_tokens: int) -> None:
-    if attention_mask is not None and attention_mask.shape[1] != past + num_tokens:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it "
-            f"must cover the {past} cached and the {num_tokens} new tokens"
-        )
-
-
-def _note_padding(
-    cache: Cache, attention_mask: Tensor | None, mask: Tensor | None, past: int
-) -> None:
-    """Let the cache know whether it holds padding; ValueError if the mask contradicts it.
-
-    Args:
-        cache: The cache, with `past` tokens.
-        attention_mask: As it was given.
-        mask: The same, or None if it has no zeros.
-    """
-    had_padding = cache.layers[0].has_padding
-    if had_padding and attention_mask is None:
-        raise ValueError(
-            "attention_mask=None is not allowed here: past_key_values holds padding, so that it "
-            "must be [batch, tokens] with a column for each cached and each new token"
-        )
-    if mask is None:
-        return
-    if not had_padding and bool((mask[:, :past] == 0).any()):
-        raise ValueError(
-            "attention_mask has zeros among the cached tokens, which is not allowed: they were "
-            "read as real tokens, and KDA states cannot leave them out any more (generate() takes "
-            "pad tokens for padding where it is given no mask)"
-        )
-    for layer in cache.layers:
-        layer.has_padding = True
-
-
-def _kda_plan(
-    hidden_states: Tensor, mask: Tensor | None, cache: Cache | None, layout: SequenceLayout
-) -> KDAPlan | None:
-    """How KDA layers read this call; None without a cache or without such layers."""
-    layers = [] if cache is None else cache.layers
-    layer = next((layer for layer in layers if hasattr(layer, "num_logged")), None)
-    if layer is None:
-        return None
-    return plan_call(
-        hidden_states.shape[1],
-        layout,
-        rollback_tokens=layer.rollback_tokens,
-        num_logged=layer.num_logged,
-        is_stale=layer.is_stale,
-        batch_size=hidden_states.shape[0],
-        attention_mask=mask,
-        device=hidden_states.device,
-    )
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:

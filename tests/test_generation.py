@@ -29,7 +29,7 @@ def hybrid():
     return tiny_model()
 
 
-@pytest.fixture(scope="module", params=["hybrid", "all_kda", "all_mla", "mla_first"])
+@pytest.fixture(scope="module", params=["hybrid", "all_kda"])
 def model(request):
     return tiny_model(request.param)
 
