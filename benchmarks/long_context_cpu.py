@@ -127,10 +127,11 @@ def main(argv: list[str] | None = None) -> None:
             "--num-tokens"
         )
     torch.set_num_threads(args.threads)
+    setting = environment()
     model = small_model()
     with torch.inference_mode():
         results = read_and_decode(model, args.num_tokens, args.mark_tokens, args.chunk_tokens)
-    lines = [{**result, **environment()} for result in results]
+    lines = [{**result, **setting} for result in results]
     lines.append(verdict(results, model.config))
     text = "".join(json.dumps(line) + "\n" for line in lines)
     print(text, end="", flush=True)
