@@ -39,10 +39,12 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# mypy sees the package under its import name through a link, wherever the checkout lies.
+# mypy sees the package under its import name through a link, wherever the checkout lies and
+# whatever its folder is called.
 typecheck: $(VENV)/dev.stamp
 	mkdir -p build/mypy && ln -sfn ../.. build/mypy/kimi_linear
-	cd build/mypy && ../../$(BIN)/mypy --config-file ../../setup.cfg kimi_linear/*.py kimi_linear/tokenizer/*.py
+	cd build/mypy && ../../$(BIN)/mypy --config-file ../../setup.cfg --explicit-package-bases \
+		kimi_linear/*.py kimi_linear/tokenizer/*.py
 
 gpu-test: .venv-gpu/gpu.stamp
 	.venv-gpu/bin/python -m pytest -m gpu $(ARGS)

@@ -22,7 +22,7 @@ from .modeling_kimi_linear import (
     KimiLinearPreTrainedModel,
 )
 from .presets import PRESETS
-from .sessions import Session, keep_prefix, load_session, save_session
+from .sessions import Session, keep_prefix, load_session, read_session, save_session
 
 __version__ = "0.1.0"
 
@@ -48,5 +48,6 @@ __all__ = [
     "cache_memory",
     "keep_prefix",
     "load_session",
+    "read_session",
     "save_session",
 ]

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
-from .sessions import Session, load_session, save_session
+from .sessions import Session, load_session, read_session, save_session
 
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "static", "offloaded", "offloaded_static")
 
@@ -80,6 +80,11 @@ class KimiLinearGenerationMixin(GenerationMixin):
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """Read a file of `save_session`, see `sessions.load_session`."""
         return load_session(path, self)
+
+    def read_session(self, path: str | os.PathLike[str], input_ids: Tensor) -> KimiLinearCache:
+        """A cache for `generate(input_ids)`, from a file as far as it goes, see
+        `sessions.read_session`."""
+        return read_session(path, self, input_ids)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching, whose paged cache has no place for KDA states."""

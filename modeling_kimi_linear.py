@@ -69,6 +69,9 @@ AUTO_MAP = {
         f"AutoModelFor{task}": f"modeling_kimi_linear.KimiLinearFor{task}"
         for task in ("SequenceClassification", "TokenClassification")
     },
+    # The decision pipeline asks any language model for the logits of its labels. `transformers
+    # serve` tries this class first, and builds Transformers' own model if it is not named here.
+    "AutoModelForDecision": "modeling_kimi_linear.KimiLinearForCausalLM",
 }
 # The mapping must not be registered under "kimi_linear": Transformers' own class of that type would
 # pick it up.

@@ -28,6 +28,10 @@ KDA_NUMBERS = ("num_tokens", "has_padding", "rollback_tokens", "num_logged", "is
 LATENT_NUMBERS = ("num_tokens", "has_padding", "reserve_tokens", "offload_latents")
 
 
+# What crop can take back from a session that `read_session` begins: a question behind a long text.
+SESSION_ROLLBACK_TOKENS = 1024
+
+
 class Session(NamedTuple):
     """What a file holds: the cache, and the ids [B, S] that it has read, if they were given."""
 
@@ -123,6 +127,43 @@ def load_session(path: str | os.PathLike[str], model: Any) -> Session:
     return Session(cache, None if input_ids is None else input_ids.to(model.device))
 
 
+def read_session(
+    path: str | os.PathLike[str], model: Any, input_ids: Tensor, chunk_tokens: int = 2048
+) -> KimiLinearCache:
+    """A cache that has read all of `input_ids` but the last token; the file holds it afterwards.
+
+    What the file's text and `input_ids` have in common at the beginning comes from the file, as far
+    as its cache can go back; the rest is read now.
+
+    Args:
+        path: The file; it may not be there yet.
+        model: The model.
+        input_ids: [B, T], without padding.
+        chunk_tokens: So many tokens are read at a time.
+
+    Raises:
+        ValueError: If the file is there and not a session of this model, or holds no ids.
+    """
+    text = input_ids[:, :-1]
+    cache = KimiLinearCache(model.config, rollback_tokens=SESSION_ROLLBACK_TOKENS)
+    kept = 0
+    if os.path.exists(path):
+        session = load_session(path, model)
+        if session.input_ids is None:
+            raise ValueError(
+                f"path={os.fspath(path)!r} holds no input_ids, which is not allowed: they say what "
+                "its cache has read"
+            )
+        kept = keep_prefix(session.cache, session.input_ids, input_ids)
+        cache = session.cache if kept else cache
+    if kept < text.shape[1]:
+        with torch.no_grad():
+            for part in text[:, kept:].split(chunk_tokens, dim=1):
+                model(part, past_key_values=cache, logits_to_keep=1)
+        save_session(path, cache, model, text)
+    return cache
+
+
 def _check(path: str | os.PathLike[str], metadata: dict[str, str], model: Any) -> None:
     """ValueError unless the file is a session of this model."""
     name = os.fspath(path)
@@ -209,4 +250,11 @@ def keep_prefix(cache: Cache, cached_ids: Tensor, input_ids: Tensor) -> int:
     return 0
 
 
-__all__ = ["Session", "keep_prefix", "load_session", "model_fingerprint", "save_session"]
+__all__ = [
+    "Session",
+    "keep_prefix",
+    "load_session",
+    "model_fingerprint",
+    "read_session",
+    "save_session",
+]

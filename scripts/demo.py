@@ -37,7 +37,7 @@ from _plots import plot_training
 from _training import Budget, BudgetCallback, collate, make_optimizer, pack, schedule_factor
 from datasets import Dataset
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.tokenizer import convert_tiktoken, train_bpe
+from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -145,7 +145,7 @@ def main(
     bits = _all_bits_per_byte(model, tokenizer, train, test, held_out)
     clock.stop("evaluation")
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     _say(f"saved to {folder}; a new process without this package loads it and writes code:\n")
     text = generate_elsewhere(folder, prompt, max_new_tokens, seed)
     clock.stop("generation")
@@ -182,7 +182,8 @@ def generate_elsewhere(folder: Path, prompt: str, max_new_tokens: int, seed: int
     """
     # a None in sys.modules makes `import kimi_linear` fail, installed or not
     program = (
-        "import runpy, sys; sys.modules['kimi_linear'] = None; sys.argv = sys.argv[1:]; "
+        "import os, runpy, sys; sys.modules['kimi_linear'] = None; sys.argv = sys.argv[1:]; "
+        "sys.path.insert(0, os.path.dirname(sys.argv[0])); "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     options = ["--prompt", prompt, "--begin-token", "--max-new-tokens", str(max_new_tokens)]

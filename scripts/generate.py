@@ -1,12 +1,14 @@
 """Continue a prompt with a saved model, and show the text while it comes.
 
-Needs nothing of this package: it loads the code that lies beside the weights.
+Needs nothing of this package but for `--chat`: it loads the code that lies beside the weights. A
+chat's message is encoded as text, whatever it spells.
 
     python scripts/generate.py runs/demo --prompt 'def quicksort(' --max-new-tokens 100
     python scripts/generate.py runs/demo --prompt-file start.py --temperature 0.6 --top-p 0.95
     echo 'import os' | python scripts/generate.py runs/demo --greedy
     python scripts/generate.py user/model --chat --prompt 'What is a delta rule?' \\
         --device cuda --dtype bfloat16
+    python scripts/generate.py user/model --prompt-file book-and-question.txt --session book.session
 """
 
 import argparse
@@ -18,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from _generation import Sampling, add_arguments, load
+from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(
@@ -44,6 +45,7 @@ def main(
     revision: str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = True,
+    session: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> str:
     """Load a model, continue the prompt, stream the text to stdout.
@@ -52,22 +54,14 @@ def main(
         model: Folder, or repository of the Hub.
         prompt: Text to continue, or with `chat` the user's message.
         max_new_tokens: Stop after so many tokens, or before at an end token.
-        greedy: Take the likeliest token every time; the sampling options then mean nothing.
-        temperature: Divides the logits; above 0.
-        top_p: Sample from the likeliest tokens that hold this much probability.
-        top_k: Sample from this many tokens; 0: from all.
-        min_p: Leave out tokens below this fraction of the likeliest one's probability.
-        repetition_penalty: Above 1 makes tokens less likely that were there before.
+        greedy, temperature, top_p, top_k, min_p, repetition_penalty: See `_generation.Sampling`.
         seed: For the same text again; None: another one each time.
         chat: Apply the tokenizer's chat template to the prompt.
         system: System message of the chat.
         begin_token: Put the begin token before the prompt (not with `chat`).
-        device: "auto" (CUDA if there is one), or a device of torch.
-        dtype: "auto" (the checkpoint's), or one of `DTYPES`.
-        revision: Branch, tag or commit on the Hub.
-        threads: CPU threads; None: torch's choice.
-        trust_remote_code: Whether the code beside the weights may run; without it Transformers' own
-            class is used.
+        device, dtype, revision, threads, trust_remote_code: See `_generation.load`.
+        session: File that keeps what the model has read of the prompt: the next run, with a prompt
+            that begins in the same way, reads only the rest. The text is the same as without it.
         quiet: Say nothing on stderr.
 
     Returns:
@@ -76,33 +70,34 @@ def main(
     Raises:
         ValueError: For an argument out of range.
     """
-    _check(max_new_tokens, temperature, dtype, prompt, chat, system)
+    _check(max_new_tokens, prompt, chat, system)
+    sampling = Sampling(greedy, temperature, top_p, top_k, min_p, repetition_penalty)
     if quiet:
         logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model, **source)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source).to(device).eval()
-    ids = _prompt_ids(tokenizer, prompt, chat, system, begin_token).to(device)
+    tokenizer, network = load(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    ids = _prompt_ids(tokenizer, prompt, chat, system, begin_token).to(network.device)
     if not chat:
         print(prompt, end="", flush=True)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
-    if not greedy:
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     if seed is not None:
         torch.manual_seed(seed)
     started = time.perf_counter()
+    cache = None if session is None else _read_session(network, session, ids)
     with torch.inference_mode():
         out = network.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            repetition_penalty=repetition_penalty,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **options,
+            **sampling.options(),
         )[0, ids.shape[1] :]
     if not quiet:
         seconds = time.perf_counter() - started
@@ -111,19 +106,20 @@ def main(
     return text if chat else prompt + text
 
 
-def _check(
-    max_new_tokens: int, temperature: float, dtype: str, prompt: str, chat: bool, system: str | None
-) -> None:
+def _check(max_new_tokens: int, prompt: str, chat: bool, system: str | None) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: it must be at least 1")
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature} is not allowed: above 0, or use greedy")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not allowed: it must be one of {DTYPES}")
     if chat and not prompt.strip():
         raise ValueError("prompt is empty; allowed with chat: a message")
     if system is not None and not chat:
         raise ValueError(f"system={system!r} is only allowed with chat")
+
+
+def _read_session(network: Any, session: str | os.PathLike[str], ids: torch.Tensor) -> Any:
+    """The cache of the prompt; None if there is nothing to keep."""
+    if not hasattr(network, "read_session"):
+        raise ValueError(f"session={os.fspath(session)!r} needs the code beside the weights")
+    return network.read_session(session, ids) if ids.shape[1] > 1 else None
 
 
 def _prompt_ids(
@@ -135,10 +131,11 @@ def _prompt_ids(
 ) -> torch.Tensor:
     """[1, T] int64."""
     if chat:
+        from kimi_linear.tokenizer import encode_chat
+
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_chat(tokenizer, messages, add_generation_prompt=True)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
         if begin_token and tokenizer.bos_token_id is not None:
@@ -172,26 +169,11 @@ def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
     text.add_argument("--prompt", metavar="TEXT")
     text.add_argument("--prompt-file", metavar="FILE", help="else the prompt is read from stdin")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, help="for the same text again")
     parser.add_argument("--chat", action="store_true", help="apply the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--begin-token", action="store_true", help="begin token before the prompt")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument(
-        "--trust-remote-code",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="run the code beside the weights",
-    )
+    add_arguments(parser)
+    parser.add_argument("--session", metavar="FILE", help="keep what was read of the prompt here")
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr")
     found = vars(parser.parse_args(argv))
     try:

@@ -40,7 +40,7 @@ from _evaluation import bits_per_byte, encode_texts
 from _training import OPTIMIZERS, SCHEDULES, collate, make_optimizer, pack, schedule_factor
 from datasets import Dataset, IterableDataset, load_dataset
 from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.tokenizer import convert_tiktoken, train_bpe
+from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 from torch.optim.lr_scheduler import LambdaLR
 from train_tokenizer import find_files, read_files
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -181,7 +181,7 @@ def main(
     if held_out is not None:
         measured |= _evaluate(trainer, tokens, held_out[text_column])
     trainer.save_model()
-    tokens.save_pretrained(folder)
+    save_tokenizer(tokens, folder)
     (folder / "eval_results.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps(measured))
     return measured

@@ -5,14 +5,18 @@ import importlib.util
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 MAX_THREADS = 2
 AUTOTUNE_CONFIGS = 2
+# A server takes longer to start than its tests to run.
+ONE_WORKER = {"test_serving.py"}
 
 
 class RootIsPlainFolder:
@@ -41,6 +45,25 @@ def pytest_configure(config: pytest.Config) -> None:
         try_few_autotune_configs()
     else:
         bind_native_model_to_torch()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several workers take test by test, but files in `ONE_WORKER` as a whole.
+
+    `xdist_group` is for this too, but without effect in pytest 9.2 with pytest-xdist 3.8, which
+    writes the group to an attribute that pytest reads no more.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WholeFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if Path(file).name in ONE_WORKER else nodeid
+
+    return WholeFiles(config, log)
 
 
 def bind_native_model_to_torch() -> None:
@@ -90,3 +113,20 @@ def fixed_seeds() -> None:
     """Start every test from the same random state."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the model of `memorised_chat.py`: the first worker that wants it trains it."""
+    from memorised_chat import make_chat_model
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "memorised-chat"
+    with FileLock(shared / "memorised-chat.lock"):
+        if not folder.exists():
+            unfinished = Path(tempfile.mkdtemp(dir=shared))
+            make_chat_model(unfinished)
+            unfinished.rename(folder)
+    return folder

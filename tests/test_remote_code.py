@@ -169,6 +169,7 @@ def test_config_has_every_official_key_and_all_classes(model, tmp_path):
         "AutoConfig",
         "AutoModel",
         "AutoModelForCausalLM",
+        "AutoModelForDecision",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     }

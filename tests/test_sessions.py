@@ -161,3 +161,29 @@ def test_keep_prefix_leaves_a_token_to_read():
     cache = KimiLinearCache(model.config)
     read(model, cache, ids)
     assert keep_prefix(cache, ids, ids) == 29
+
+
+def test_read_session_reads_a_long_text_once(tmp_path, monkeypatch):
+    """A text and a question, then another question: only what differs is read again."""
+    model, path = tiny_model(), tmp_path / "book.session"
+    book = token_ids(1, 300)
+    read_counts = []
+    forward = type(model).forward
+
+    def counting(self, input_ids=None, **kwargs):
+        read_counts.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    for seed, expected in ((1, 309), (2, 9), (2, 0)):
+        ids = torch.cat([book, token_ids(1, 10, seed=seed)], dim=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "forward", counting)
+            cache = model.read_session(path, ids)
+        assert sum(read_counts) == expected
+        read_counts.clear()
+        assert cache.get_seq_length() == 309
+        got = model.generate(ids, past_key_values=cache, **COMMON).tolist()
+        assert got == model.generate(ids, **COMMON).tolist()
+    save_session(path, cache, model)
+    with pytest.raises(ValueError, match="holds no input_ids"):
+        model.read_session(path, ids)

@@ -3,7 +3,6 @@
 import base64
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,16 @@ from kimi_linear.tokenizer.convert import (
 from kimi_linear.tokenizer.special_tokens import (
     NOT_SPECIAL,
     OFFICIAL_NUM_RANKS,
-    PATTERN,
     PATTERN_ALTERNATIVES,
     special_token_ids,
 )
 from kimi_linear.tokenizer.tiktoken_format import load_tiktoken, save_tiktoken
-from kimi_linear.tokenizer.train import train_bpe
-from tokenizers import Regex, Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers_for_tests import BYTES, auto_load, reference_of, trained_ranks
 
-hypothesis = pytest.importorskip("hypothesis")
-tiktoken = pytest.importorskip("tiktoken")
-st = hypothesis.strategies
+pytest.importorskip("tiktoken")
 
-BYTES = {bytes([byte]): byte for byte in range(256)}
 OFFICIAL_IDS = {
     "[BOS]": 163584,
     "[EOS]": 163585,
@@ -55,33 +50,11 @@ OFFICIAL_IDS = {
     "[UNK]": 163838,
     "[PAD]": 163839,
 }
-FRAGMENTS = (
-    *("'s", "'T", "'re", "'VE", "'m", "'LL", "'d", "'ſ", "’s", "don't", "WE'LL", "ÉTÉ'S"),
-    *(" ", "  ", "\n", "\r\n", "\t", "\u3000", "\u00a0", "\u2028", "\x85", " " * 40, "\n" * 9),
-    *("中文", "月之暗面", "々", "〇", "ー", "カナ", "한국", "a中B文c", "\u302a", "\U00016ff0"),
-    *("e\u0301", "\u0301", "n\u0303o", "١٢٣٤", "½", "Ⅷ", "1234567", "3.14", "ǅ", "ʰ", "ª"),
-    *("👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "def f(x):", "self.", "HTTPServer", "!?\n", "<|", "|>"),
-    *("[BOS]", "<|im_end|>", "<|im_user|>", "<|tool_call_end|>", "<|reserved_token_5|>"),
-)
-TEXTS = st.lists(
-    st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=8), st.characters(codec="utf-8")),
-    max_size=12,
-).map("".join)
-
-
-def reference_of(ranks: dict[bytes, int]) -> Any:
-    special = special_token_ids(len(ranks))
-    return tiktoken.Encoding(
-        "reference", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
 
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[bytes, int]:
-    """Ranks trained on source and on the fragments, so that most scripts have merges."""
-    source = Path(json.__file__).parent.parent / "argparse.py"
-    texts = [source.read_text(encoding="utf-8"), *(fragment * 20 for fragment in FRAGMENTS)]
-    return train_bpe(texts, 2000, show_progress=False)
+    return trained_ranks()
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +66,7 @@ def folder(ranks: dict[bytes, int], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return auto_load(folder)
 
 
 class TestSpecialTokens:
@@ -207,71 +179,13 @@ class TestMerges:
             assert fast.encode(text).ids == reference.encode_ordinary(text)
 
 
-class TestExactness:
-    @pytest.mark.parametrize(
-        "pattern",
-        [
-            r"\p{Han}",
-            r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]",
-            r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]",
-            r"\p{L}",
-            r"\p{N}",
-            r"\s",
-            r"(?i:[stremlvd])",
-        ],
-    )
-    def test_regex_engines_agree_on_every_code_point(self, pattern: str) -> None:
-        points = (*range(0xD800), *range(0xE000, sys.maxunicode + 1))
-        text = "".join(map(chr, points))
-        encoding = tiktoken.Encoding(
-            "class", pat_str=pattern, mergeable_ranks=BYTES, special_tokens={}
-        )
-        matched = encoding.decode(encoding.encode_ordinary(text))
-        split = Split(Regex(f"(?:{pattern})+"), behavior="removed")
-        unmatched = "".join(piece for piece, _ in split.pre_tokenize_str(text))
-        assert len(matched) > 0
-        assert set(matched).isdisjoint(unmatched)
-        assert len(matched) + len(unmatched) == len(text)
-
-    @hypothesis.settings(max_examples=500, deadline=None)
-    @hypothesis.given(text=TEXTS)
-    def test_ids_equal_tiktoken(self, tokenizer: Any, ranks: dict[bytes, int], text: str) -> None:
-        reference = reference_of_cached(ranks)
-        ids = tokenizer(text).input_ids
-        assert ids == reference.encode(text, allowed_special="all")
-        assert tokenizer.decode(ids) == text
-
-    @hypothesis.settings(max_examples=100, deadline=None)
-    @hypothesis.given(text=TEXTS)
-    def test_offsets_slice_the_text(self, tokenizer: Any, text: str) -> None:
-        encoded = tokenizer(text, return_offsets_mapping=True)
-        covered = 0
-        for token_id, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
-            piece = tokenizer.decode([token_id])
-            if "\ufffd" not in piece:
-                assert text[start:end] == piece
-            assert start <= covered <= end or start == covered
-            covered = max(covered, end)
-        assert covered == len(text)
-
-    @pytest.mark.parametrize("unit", ["a", "A", " ", "\n", "7", "!", "中", "\u0301", "Aa"])
-    def test_long_runs(self, tokenizer: Any, ranks: dict[bytes, int], unit: str) -> None:
-        text = unit * 20_000
-        ids = tokenizer(text).input_ids
-        assert ids == reference_of_cached(ranks).encode_ordinary(text)
-
-
-_references: dict[int, Any] = {}
-
-
-def reference_of_cached(ranks: dict[bytes, int]) -> Any:
-    """tiktoken over the ranks of the module's fixture, built once."""
-    if id(ranks) not in _references:
-        _references[id(ranks)] = reference_of(ranks)
-    return _references[id(ranks)]
-
-
 class TestConversion:
+    def test_refuses_ranks_that_spell_a_special_token(self) -> None:
+        """Its id would be the rank's, and every later special id would shift."""
+        message = r"ranks\[b'\[BOS\]'\] is 256, but \[BOS\] is the special token 257; allowed"
+        with pytest.raises(ValueError, match=message):
+            build_tokenizer(BYTES | {b"[BOS]": 256})
+
     def test_folder_holds_what_engines_read(self, folder: Path, ranks: dict[bytes, int]) -> None:
         assert {path.name for path in folder.iterdir()} == {
             "chat_template.jinja",
@@ -321,13 +235,12 @@ class TestConversion:
 
     def test_loads_beside_an_official_config(self, folder: Path, tmp_path: Path) -> None:
         """Transformers' own conversion of tiktoken.model must not be taken: it shifts the ids."""
-        transformers = pytest.importorskip("transformers")
         for path in folder.iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
         auto_map = {"AutoConfig": "configuration_kimi_linear.KimiLinearConfig"}
         config = {"model_type": "kimi_linear", "auto_map": auto_map}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        loaded = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+        loaded = auto_load(tmp_path)
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))
         text = "Hi 'S\n\n 中文ab 12345<|im_middle|>[PAD]"
         assert loaded(text).input_ids == own.encode(text).ids
@@ -368,55 +281,3 @@ class TestConversion:
         with pytest.raises(ValueError, match=message):
             convert_tiktoken(BYTES, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
-
-
-class TestChatTemplate:
-    def test_turns_and_generation_prompt(self, tokenizer: Any, ranks: dict[bytes, int]) -> None:
-        messages = [{"role": "user", "content": "Tell me about the french revolution."}]
-        n = len(ranks)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        plain = {text: tokenizer(text).input_ids for text in ("user", "assistant")}
-        content = tokenizer(messages[0]["content"]).input_ids
-        turn = [n + 3, *plain["user"], n + 17, *content, n + 2]
-        assert ids == [*turn, n + 4, *plain["assistant"], n + 17]
-
-    def test_content_is_kept_as_it_is(self, tokenizer: Any) -> None:
-        messages = [
-            {"role": "system", "content": "  be\n brief \n"},
-            {"role": "user", "name": "ann", "content": [{"type": "text", "text": "a"}] * 2},
-            {"role": "assistant", "content": ""},
-        ]
-        assert tokenizer.apply_chat_template(messages, tokenize=False) == (
-            "<|im_system|>system<|im_middle|>  be\n brief \n<|im_end|>"
-            "<|im_user|>ann<|im_middle|>aa<|im_end|>"
-            "<|im_assistant|>assistant<|im_middle|><|im_end|>"
-        )
-
-    def test_continue_final_message(self, tokenizer: Any) -> None:
-        messages = [{"role": "assistant", "content": "once upon"}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-        assert text == "<|im_assistant|>assistant<|im_middle|>once upon"
-
-    @pytest.mark.parametrize(
-        ("message", "error"),
-        [
-            ({"role": "tool", "content": "x"}, r"messages\[1\] has role tool"),
-            ({"role": "user", "content": [{"type": "image"}]}, r"messages\[1\] .* type image"),
-            ({"role": "user"}, r"messages\[1\] has no content"),
-            ({"role": "user", "content": {"text": "x"}}, r"messages\[1\] has no content"),
-            ({"role": "assistant", "content": "", "tool_calls": [1]}, r"messages\[1\] has tool"),
-        ],
-    )
-    def test_errors_name_the_message(
-        self, tokenizer: Any, message: dict[str, Any], error: str
-    ) -> None:
-        jinja2 = pytest.importorskip("jinja2")
-        messages = [{"role": "user", "content": "hi"}, message]
-        with pytest.raises(jinja2.TemplateError, match=error):
-            tokenizer.apply_chat_template(messages, tokenize=False)
-
-    def test_tools_are_refused(self, tokenizer: Any) -> None:
-        jinja2 = pytest.importorskip("jinja2")
-        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-        with pytest.raises(jinja2.TemplateError, match="no tools"):
-            tokenizer.apply_chat_template([{"role": "user", "content": ""}], tools=[tool])

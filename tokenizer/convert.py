@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
+from .answers import RESPONSE_TEMPLATE
+from .chat import chat_template
 from .special_tokens import (
     BOS_TOKEN,
     CHAT_EOS_TOKEN,
@@ -42,40 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VOCAB_FILE = "tiktoken.model"
-
-# A turn is <|im_ROLE|>NAME<|im_middle|>CONTENT<|im_end|>. Nothing is added that the caller did not
-# say: no default system prompt, no beginning-of-text token, no white space.
-CHAT_TEMPLATE = """\
-{%- if tools %}{{- raise_exception('this chat template has no tools') }}{%- endif %}
-{%- for message in messages %}
-  {%- set role = message['role'] %}
-  {%- set at = 'messages[' ~ loop.index0 ~ ']' %}
-  {%- if role not in ['system', 'user', 'assistant'] %}
-    {{- raise_exception(at ~ ' has role ' ~ role ~ '; allowed: system, user, assistant') }}
-  {%- endif %}
-  {%- if message.get('tool_calls') %}
-    {{- raise_exception(at ~ ' has tool_calls, which this chat template does not have') }}
-  {%- endif %}
-  {{- '<|im_' ~ role ~ '|>' ~ (message.get('name') or role) ~ '<|im_middle|>' }}
-  {%- set content = message.get('content') %}
-  {%- if content is string %}
-    {{- content }}
-  {%- elif content is iterable and content is not mapping %}
-    {%- for part in content %}
-      {%- if part['type'] != 'text' %}
-        {{- raise_exception(at ~ ' has content of type ' ~ part['type'] ~ '; allowed: text') }}
-      {%- endif %}
-      {{- part['text'] }}
-    {%- endfor %}
-  {%- else %}
-    {{- raise_exception(at ~ ' has no content; allowed: a string or a list of text parts') }}
-  {%- endif %}
-  {{- '<|im_end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-  {{- '<|im_assistant|>assistant<|im_middle|>' }}
-{%- endif %}
-"""
 
 
 @functools.cache
@@ -143,9 +112,16 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
         that the text does not spell.
 
     Raises:
-        ValueError: the vocabulary is incomplete (see `check_ranks`).
+        ValueError: the vocabulary is incomplete (see `check_ranks`), or spells a special token.
     """
     check_ranks(ranks)
+    expected = special_token_ids(len(ranks))
+    for name in expected:
+        if name.encode() in ranks:
+            raise ValueError(
+                f"ranks[{name.encode()!r}] is {ranks[name.encode()]}, but {name} is the special "
+                f"token {expected[name]}; allowed: tokens that spell no special token"
+            )
     chars = bytes_to_chars()
     text_of = {token: "".join(chars[byte] for byte in token) for token in ranks}
     model = BPE(
@@ -156,7 +132,6 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = make_pre_tokenizer()
     tokenizer.decoder = ByteLevelDecoder()
-    expected = special_token_ids(len(ranks))
     tokenizer.add_tokens([_added_token(name) for name in expected])
     for name, token_id in expected.items():
         assert tokenizer.token_to_id(name) == token_id, (name, token_id)
@@ -204,21 +179,34 @@ def convert_tiktoken(
     tokenizer = build_tokenizer(ranks)
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    _write_vocab_file(source, ranks, output / VOCAB_FILE)
-    tokenizer.save(str(output / "tokenizer.json"))
     roles = _roles(eos_token)
     config = _tokenizer_config(len(ranks), roles, model_max_length)
-    _write_json(output / "special_tokens_map.json", roles)
-    _write_json(output / "tokenizer_config.json", config)
-    (output / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    # Files are made beside their places and moved there: one that is a link, as in the cache of the
+    # Hub, is replaced and not written through.
+    with tempfile.TemporaryDirectory(dir=output, prefix=".tokenizer-") as made:
+        folder = Path(made)
+        _write_vocab_file(source, ranks, folder / VOCAB_FILE)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        _write_json(folder / "special_tokens_map.json", roles)
+        _write_json(folder / "tokenizer_config.json", config)
+        (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+        for path in folder.iterdir():
+            if not (source is not None and path.name == VOCAB_FILE and _is_same(source, output)):
+                path.replace(output / path.name)
     return _load(output)
 
 
+def _is_same(source: Path, output: Path) -> bool:
+    """Whether the vocabulary file is in its place already, itself or through a link."""
+    target = output / VOCAB_FILE
+    return target.exists() and target.samefile(source)
+
+
 def _write_vocab_file(source: Path | None, ranks: dict[bytes, int], target: Path) -> None:
-    """Put `tiktoken.model` into the folder: a copy of its source where there is one."""
+    """Write `tiktoken.model`: a copy of its source where there is one."""
     if source is None:
         save_tiktoken(ranks, target)
-    elif not (target.exists() and target.samefile(source)):
+    else:
         shutil.copyfile(source, target)
 
 
@@ -261,6 +249,7 @@ def _tokenizer_config(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": model_max_length,
+        "response_template": RESPONSE_TEMPLATE,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
 

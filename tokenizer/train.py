@@ -13,6 +13,7 @@ from tokenizers.trainers import BpeTrainer
 
 from .convert import bytes_to_chars, make_pre_tokenizer
 from .special_tokens import NUM_SPECIAL_TOKENS
+from .text import check_text
 
 MIN_VOCAB_SIZE = 256 + NUM_SPECIAL_TOKENS
 
@@ -33,8 +34,8 @@ def train_bpe(
         the merges in the order in which they were learned.
 
     Raises:
-        ValueError: an argument is out of range, a text is not valid Unicode text, or the texts hold
-            too few repeated pairs for `vocab_size`.
+        ValueError: an argument is out of range, a text cannot be tokenized (see `check_text`), or
+            the texts hold too few repeated pairs for `vocab_size`.
     """
     if not isinstance(vocab_size, int) or vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
@@ -68,24 +69,9 @@ def train_bpe(
 
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, each checked to be a str that UTF-8 can carry."""
+    """The texts, each checked to be one that can be tokenized."""
     for index, text in enumerate(texts):
-        problem = _problem(text)
-        if problem is not None:
-            raise ValueError(f"texts[{index}] {problem}")
-        yield text
-
-
-def _problem(text: object) -> str | None:
-    """What keeps a text from being trained on, if anything."""
-    if not isinstance(text, str):
-        return f"is of type {type(text).__name__}; allowed: str"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        lone = f"U+{ord(text[error.start]):04X} at character {error.start}"
-        return f"has the lone surrogate {lone}; allowed: text that UTF-8 can carry"
-    return None
+        yield check_text(text, f"texts[{index}]")
 
 
 def _ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:

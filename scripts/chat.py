@@ -1,0 +1,227 @@
+"""Chat with a saved model in the terminal: answers stream, the conversation goes on.
+
+Ctrl-C stops an answer and keeps the chat; Ctrl-D, or /quit, ends it. What you type is encoded as
+text, whatever it spells: it can't end your turn or begin another. With `--tools` the model may call
+a calculator, which runs here and knows arithmetic only.
+
+    python scripts/chat.py kimi-linear-48b --dtype bfloat16
+    python scripts/chat.py runs/tuned --system 'Answer in one sentence.' --tools --greedy
+    python scripts/chat.py runs/tuned --load yesterday.json --temperature 0.6
+    echo 'What is a delta rule?' | python scripts/chat.py runs/tuned --quiet
+
+In the chat:
+
+    /reset         forget the conversation, keep the system message
+    /system TEXT   set the system message (none without TEXT) and reset
+    /save FILE     write the conversation to a file
+    /load FILE     go on with the conversation of a file
+    /help          show these lines
+    /quit          end the chat
+    //TEXT         say /TEXT
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from _calculator import calculator
+from _chat import Chat, Turn
+from _generation import Sampling, add_arguments, load
+from transformers.utils import logging
+
+with contextlib.suppress(ImportError):  # not on every platform
+    import readline  # noqa: F401  gives input() a history and editing
+
+TOOLS: dict[str, Callable[..., Any]] = {"calculator": calculator}
+COMMANDS = ("/reset", "/system", "/save", "/load", "/help", "/quit")
+
+
+def main(
+    *,
+    model: str | os.PathLike[str],
+    system: str | None = None,
+    tools: bool = False,
+    max_new_tokens: int = 1024,
+    greedy: bool = False,
+    temperature: float = 0.6,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    load_file: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = True,
+    quiet: bool = False,
+) -> Chat:
+    """Load a model and chat until the input ends.
+
+    Args:
+        model: Folder, or repository of the Hub.
+        system: System message.
+        tools: Whether the model may call the calculator.
+        max_new_tokens: Of one answer.
+        greedy, temperature, top_p, top_k, min_p, repetition_penalty: See `_generation.Sampling`.
+        seed: For the same answers again; None: others each time.
+        load_file: Conversation to go on with, as /save wrote it.
+        device, dtype, revision, threads, trust_remote_code: See `_generation.load`.
+        quiet: Show answers only: no counts, no hints.
+
+    Returns:
+        The chat, as it was when the input ended.
+
+    Raises:
+        ValueError: For an argument out of range, a tokenizer without a chat format, or a file that
+            holds no conversation.
+    """
+    sampling = Sampling(greedy, temperature, top_p, top_k, min_p, repetition_penalty)
+    if quiet:
+        logging.disable_progress_bar()
+    tokenizer, network = load(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    chat = Chat(
+        network,
+        tokenizer,
+        system=system,
+        tools=TOOLS if tools else None,
+        max_new_tokens=max_new_tokens,
+        generate_options=sampling.options(),
+    )
+    if load_file is not None:
+        chat.load(load_file)
+    if seed is not None:
+        torch.manual_seed(seed)
+    _note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat", quiet)
+    while (line := _read_line()) is not None:
+        if not _is_command(line):
+            _say(chat, line.removeprefix("/") if line.startswith("//") else line, quiet)
+        elif not _obey(chat, line, quiet):
+            break
+    return chat
+
+
+def _read_line() -> str | None:
+    """What the user types, None at the end. Ctrl-C at the prompt begins a new line."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print()
+            continue
+        except UnicodeDecodeError as error:
+            _note(f"the input is not UTF-8 ({error})", False)
+            continue
+        if line.strip():
+            return line
+
+
+def _is_command(line: str) -> bool:
+    return line.startswith("/") and not line.startswith("//")
+
+
+def _obey(chat: Chat, line: str, quiet: bool) -> bool:
+    """Carry a command out; whether the chat goes on."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if command == "/quit":
+        return False
+    if command == "/help":
+        print(str(__doc__).partition("In the chat:\n\n")[2].rstrip())
+    elif command == "/reset":
+        chat.reset()
+        _note("the conversation is forgotten", quiet)
+    elif command == "/system":
+        chat.system = argument or None
+        chat.reset()
+        _note("the system message is set, the conversation forgotten", quiet)
+    elif command in ("/save", "/load") and not argument:
+        _note(f"{command} needs the name of a file", False)
+    elif command in ("/save", "/load"):
+        action = chat.save if command == "/save" else chat.load
+        try:
+            action(os.path.expanduser(argument))
+        except (OSError, ValueError) as error:
+            _note(str(error), False)
+        else:
+            done = "saved" if command == "/save" else "loaded"
+            _note(f"{len(chat.messages)} messages {done}", quiet)
+    else:
+        _note(f"{command} is no command; allowed: {', '.join(COMMANDS)}", False)
+    return True
+
+
+def _say(chat: Chat, text: str, quiet: bool) -> None:
+    """Ask, and show answers and tools as they come."""
+    turn: Turn | None = None
+    try:
+        for turn in chat.ask(text, write=lambda piece: print(piece, end="", flush=True)):
+            print()
+            _report(turn, quiet)
+        if turn is not None and turn.results:
+            _note("the model calls tools again and again: stopped here", False)
+    except KeyboardInterrupt:
+        print()
+        _note("interrupted: this message and its answer are forgotten", False)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        _note(f"{error}: this message is forgotten", False)
+
+
+def _report(turn: Turn, quiet: bool) -> None:
+    for call, result in turn.results:
+        _note(f"{call.name}({call.text}) = {result}", quiet)
+    for problem in turn.answer.problems:
+        _note(f"the answer is broken: {problem}", False)
+    if turn.is_stopped:
+        _note("stopped", quiet)
+    elif not turn.answer.is_finished:
+        _note(f"cut off after {turn.num_tokens} tokens (--max-new-tokens)", False)
+    rest = turn.seconds - turn.first_seconds
+    speed = f", {(turn.num_tokens - 1) / rest:.1f} per second" if turn.num_tokens > 1 else ""
+    _note(
+        f"{turn.num_prompt_tokens:,} + {turn.num_tokens:,} tokens in {turn.seconds:.2f} s, the "
+        f"first after {turn.first_seconds:.2f} s{speed}",
+        quiet,
+    )
+
+
+def _note(text: str, quiet: bool) -> None:
+    """A line that is not the model's."""
+    if not quiet:
+        print(f"[{text}]", file=sys.stderr, flush=True)
+
+
+def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder, or repository of the Hub")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--tools", action="store_true", help="let the model use a calculator")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of one answer")
+    parser.add_argument("--load", metavar="FILE", dest="load_file", help="go on with a saved chat")
+    add_arguments(parser)
+    parser.set_defaults(temperature=0.6)
+    parser.add_argument("--quiet", action="store_true", help="show answers only")
+    return vars(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    try:
+        main(**_arguments())
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error

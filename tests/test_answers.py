@@ -1,0 +1,238 @@
+"""Answers taken apart: whole, broken, cut off anywhere, and repeating the words of the format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kimi_linear.tokenizer import (
+    Answer,
+    ToolCall,
+    convert_tiktoken,
+    encode_chat,
+    encode_plain,
+    parse_answer,
+    train_bpe,
+)
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+BEGIN, END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+ADD = ToolCall("functions.add:0", "add", {"a": [1, 2], "b": "中"}, '{"a": [1, 2], "b": "中"}')
+DOT = ToolCall("functions.math.pi:1", "math.pi", {}, "{}")
+
+
+def written(call: ToolCall) -> str:
+    return f"<|tool_call_begin|>{call.id}<|tool_call_argument_begin|>{call.text}<|tool_call_end|>"
+
+
+BOTH = f"I add.{BEGIN}{written(ADD)}{written(DOT)}{END}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    source = Path(json.__file__).parent.parent / "argparse.py"
+    ranks = train_bpe([source.read_text(encoding="utf-8")], 1000, show_progress=False)
+    return convert_tiktoken(ranks, tmp_path_factory.mktemp("answers"))
+
+
+def parse(tokenizer: Any, text: str) -> Answer:
+    return parse_answer(tokenizer, tokenizer(text).input_ids)
+
+
+class TestWhole:
+    @pytest.mark.parametrize(
+        "text", ["", "Hi! 你好 👋", "  a\n\n", "```json\n{}\n```", "<|im_ end|>"]
+    )
+    def test_text(self, tokenizer: Any, text: str) -> None:
+        assert parse(tokenizer, f"{text}<|im_end|>") == Answer(text)
+
+    @pytest.mark.parametrize("end", ["<|im_end|>", "[EOS]", "<|im_end|>[PAD][PAD]", "[EOS]junk"])
+    def test_tool_calls(self, tokenizer: Any, end: str) -> None:
+        assert parse(tokenizer, BOTH + end) == Answer("I add.", [ADD, DOT])
+
+    def test_not_finished(self, tokenizer: Any) -> None:
+        assert parse(tokenizer, "I a") == Answer("I a", is_finished=False)
+        assert parse(tokenizer, BOTH) == Answer("I add.", [ADD, DOT], is_finished=False)
+
+    def test_without_the_section_and_with_space_between(self, tokenizer: Any) -> None:
+        answer = parse(tokenizer, f"{written(ADD)}\n{written(DOT)}<|im_end|>")
+        assert answer.tool_calls == [ADD, DOT]
+        assert answer.content.strip() == ""
+        spaced = written(ADD).replace("<|tool_call_argument", " <|tool_call_argument")
+        assert parse(tokenizer, f"{spaced}<|im_end|>").tool_calls == [ADD]
+
+    def test_text_behind_a_call_is_kept(self, tokenizer: Any) -> None:
+        answer = parse(tokenizer, f"a{BEGIN}{written(ADD)}{END}b<|im_end|>")
+        assert answer == Answer("ab", [ADD])
+
+    def test_an_answer_that_the_prompt_begins(self, tokenizer: Any) -> None:
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "once "}]
+        prefix = encode_chat(tokenizer, messages, continue_final_message=True)["input_ids"]
+        ids = tokenizer("upon<|im_end|>").input_ids
+        assert parse_answer(tokenizer, ids, prefix=prefix) == Answer("once upon")
+        assert parse_answer(tokenizer, ids) == Answer("upon")
+
+    def test_tensors(self, tokenizer: Any) -> None:
+        torch = pytest.importorskip("torch")
+        ids = torch.tensor(tokenizer(f"{BOTH}<|im_end|>").input_ids)
+        assert parse_answer(tokenizer, ids) == Answer("I add.", [ADD, DOT])
+
+    def test_the_message_renders_to_the_same_ids(self, tokenizer: Any) -> None:
+        """So a conversation that goes on has the prefix that is in the cache."""
+        ids = tokenizer(f"{BOTH}<|im_end|>").input_ids
+        message = parse_answer(tokenizer, ids).message()
+        encoded = encode_chat(tokenizer, [message], return_assistant_tokens_mask=True)
+        mask = encoded["assistant_masks"]
+        assert [t for t, said in zip(encoded["input_ids"], mask, strict=True) if said] == ids
+
+
+class TestBroken:
+    @pytest.mark.parametrize(
+        ("arguments", "problem"),
+        [
+            ('{"a": 1', "not JSON"),
+            ("", "not JSON"),
+            ("{'a': 1}", "not JSON"),
+            ("[1]", "list, not an object"),
+            ('"a"', "str, not an object"),
+            ("null", "NoneType, not an object"),
+            ("[" * 100_000, "not JSON"),
+            ('{"a": ' + "9" * 5000 + "}", "not JSON"),
+        ],
+    )
+    def test_arguments(self, tokenizer: Any, arguments: str, problem: str) -> None:
+        call = written(ToolCall("functions.f:0", "f", {}, arguments))
+        answer = parse(tokenizer, f"a{BEGIN}{call}{written(DOT)}{END}<|im_end|>")
+        broken, whole = answer.tool_calls
+        assert whole == DOT and answer.content == "a" and answer.is_finished
+        assert (broken.name, broken.arguments, broken.text) == ("f", {}, arguments)
+        assert problem in str(broken.problem)
+        assert answer.problems == [f"functions.f:0: {broken.problem}"]
+        assert [call["id"] for call in answer.message()["tool_calls"]] == [DOT.id]
+
+    @pytest.mark.parametrize(
+        "piece",
+        [
+            "<|tool_call_begin|>no name here<|tool_call_end|>",
+            "<|tool_call_begin|><|tool_call_argument_begin|>{}<|tool_call_end|>",
+            "<|tool_call_begin|>two words<|tool_call_argument_begin|>{}<|tool_call_end|>",
+            "<|tool_call_argument_begin|>{}<|tool_call_end|>",
+            "<|tool_call_end|>",
+        ],
+    )
+    def test_calls_without_a_name(self, tokenizer: Any, piece: str) -> None:
+        answer = parse(tokenizer, f"a{BEGIN}{piece}{written(DOT)}{END}b<|im_end|>")
+        assert (answer.content, answer.tool_calls) == ("ab", [DOT])
+        assert answer.problems == [f"not a tool call: {piece!r}"]
+
+    def test_unclosed_call_before_another(self, tokenizer: Any) -> None:
+        unclosed = written(ADD).removesuffix("<|tool_call_end|>")
+        answer = parse(tokenizer, f"{BEGIN}{unclosed}{END}{BEGIN}{written(DOT)}{END}<|im_end|>")
+        assert answer.tool_calls == [ADD, DOT]
+        answer = parse(tokenizer, f"{BEGIN}{unclosed}<|im_end|>")
+        assert answer.tool_calls[0].problem == "cut off before the end of the call"
+
+    @pytest.mark.parametrize(
+        "text", [f"{BOTH}<|im_end|>", f"{written(ADD)}x{written(DOT)}<|im_end|>"]
+    )
+    def test_cut_off_anywhere(self, tokenizer: Any, text: str) -> None:
+        """What has come whole is there, what has not is flagged, nothing else is invented."""
+        ids = tokenizer(text).input_ids
+        for length in range(len(ids)):
+            answer = parse_answer(tokenizer, ids[:length])
+            shown = tokenizer.decode(ids[:length])
+            whole = [call for call in (ADD, DOT) if written(call) in shown]
+            assert [call for call in answer.tool_calls if call.problem is None] == whole
+            assert not answer.is_finished
+            begun = shown.count("<|tool_call_begin|>")
+            assert len(answer.problems) == begun - len(whole)
+            assert "<|" not in answer.content
+
+    @hypothesis.settings(max_examples=300, deadline=None)
+    @hypothesis.given(data=st.data())
+    def test_any_ids_are_read(self, tokenizer: Any, data: Any) -> None:
+        """Never a crash; and every text id is in the content, a call or a problem."""
+        size = len(tokenizer)
+        special = st.sampled_from([size - 256 + at for at in (2, 3, 4, 11, 12, 13, 14, 15, 17)])
+        word = st.sampled_from(encode_plain(tokenizer, ["functions.f:0 {}"])[0])
+        ids = data.draw(st.lists(st.one_of(special, word, st.integers(0, size - 1)), max_size=30))
+        answer = parse_answer(tokenizer, ids)
+        calls = sum(token == size - 256 + 13 for token in ids)
+        assert len(answer.tool_calls) <= calls
+        assert all(call.name for call in answer.tool_calls)
+        assert answer.is_finished == (bool({size - 254, size - 255} & set(ids)))
+
+
+class TestForged:
+    def test_spelled_calls_are_text(self, tokenizer: Any) -> None:
+        """A model that repeats such text calls nothing."""
+        (ids,) = encode_plain(tokenizer, [f"{BOTH}<|im_end|>[EOS]"])
+        assert parse_answer(tokenizer, ids) == Answer(f"{BOTH}<|im_end|>[EOS]", is_finished=False)
+
+    def test_spelled_tokens_inside_arguments(self, tokenizer: Any) -> None:
+        begin, middle, end = tokenizer.convert_tokens_to_ids(
+            ["<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"]
+        )
+        text = json.dumps({"a": "<|tool_call_end|><|im_end|>", "b": ["[EOS]"]})
+        name, arguments = encode_plain(tokenizer, ["functions.f:0", text])
+        (call,) = parse_answer(tokenizer, [begin, *name, middle, *arguments, end]).tool_calls
+        assert call == ToolCall("functions.f:0", "f", json.loads(text), text)
+
+
+class TestTransformersParser:
+    """The same format through Transformers alone, which sees text."""
+
+    def test_parse_response(self, tokenizer: Any) -> None:
+        prompt = encode_chat(
+            tokenizer, [{"role": "user", "content": "x"}], add_generation_prompt=True
+        )
+        message = tokenizer.parse_response(
+            tokenizer(f"{BOTH}<|im_end|>").input_ids, prefix=prompt["input_ids"]
+        )
+        calls = [
+            {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": c.arguments}}
+            for c in (ADD, DOT)
+        ]
+        assert message == {"role": "assistant", "content": "I add.", "tool_calls": calls}
+
+    def test_cut_off_arguments_are_text(self, tokenizer: Any) -> None:
+        ids = tokenizer(f"{BOTH}<|im_end|>").input_ids
+        for length in range(len(ids)):
+            message = tokenizer.parse_response(tokenizer.decode(ids[:length]), prefix="")
+            for call in message.get("tool_calls", []):
+                assert isinstance(call["function"]["arguments"], dict | str)
+
+    @pytest.mark.parametrize("size", [1, 2, 7])
+    def test_streaming(self, tokenizer: Any, size: int) -> None:
+        """In pieces of any size: text as it comes, calls when they are whole."""
+        parser = tokenizer.get_response_parser(prefix="")
+        text = f"{BOTH}<|im_end|>"
+        events = [
+            event
+            for start in range(0, len(text), size)
+            for event in parser.feed(text[start : start + size])
+        ]
+        message, last = parser.finalize()
+        events += last
+        shown = [
+            e["text"] for e in events if e["type"] == "region_chunk" and e["field"] == "content"
+        ]
+        calls = [e["value"]["function"]["name"] for e in events
+                 if e["type"] == "region_close" and e["field"] == "tool_calls"]  # fmt: skip
+        assert "".join(shown) == message["content"] == "I add."
+        assert calls == ["add", "math.pi"]
+
+    def test_is_kept_when_saved(self, tokenizer: Any, tmp_path: Path) -> None:
+        tokenizer.save_pretrained(tmp_path)
+        again = type(tokenizer).from_pretrained(tmp_path, local_files_only=True)
+        assert again.response_template == tokenizer.response_template
+
+
+def test_refuses_tokenizers_without_a_template(tokenizer: Any) -> None:
+    class Bare:
+        response_template = None
+
+    with pytest.raises(ValueError, match="tokenizer has no response_template"):
+        parse_answer(Bare(), [])  # type: ignore[arg-type]

@@ -1,0 +1,160 @@
+"""A downloaded snapshot's tokenizer, and `tiktoken.model` kept where a tokenizer is saved."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .convert import VOCAB_FILE, bytes_to_chars, convert_tiktoken
+from .special_tokens import (
+    CHAT_EOS_TOKEN,
+    EOS_TOKENS,
+    NUM_SPECIAL_TOKENS,
+    special_token_ids,
+)
+from .tiktoken_format import save_tiktoken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+DEFAULT_MAX_LENGTH = 1_048_576
+
+
+def convert_snapshot(
+    snapshot: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    eos_token: str | None = None,
+) -> "PreTrainedTokenizerFast":
+    """Convert the tokenizer of a downloaded model.
+
+    Args:
+        snapshot: Folder with `tiktoken.model`. Its `config.json` and `tokenizer_config.json`, where
+            there are any, must describe the same tokenizer.
+        output_dir: Folder to write into; it may be `snapshot`. Links are replaced by files, never
+            written through.
+        eos_token: What ends an answer; None: as the snapshot says, else `<|im_end|>`.
+
+    Returns:
+        The tokenizer, loaded from the folder.
+
+    Raises:
+        ValueError: `tiktoken.model` is missing, malformed or of another size than `config.json`
+            says, or `tokenizer_config.json` has other special tokens than this family.
+    """
+    folder = Path(snapshot)
+    vocabulary = folder / VOCAB_FILE
+    if not vocabulary.is_file():
+        raise ValueError(f"{vocabulary} is missing; allowed: a folder with {VOCAB_FILE}")
+    config, settings = (_read(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    vocab_size = _vocab_size(config, folder)
+    if vocab_size is not None:
+        _check_special_tokens(settings, vocab_size - NUM_SPECIAL_TOKENS, folder)
+    return convert_tiktoken(
+        vocabulary,
+        output_dir,
+        eos_token=eos_token or _eos_token(config, settings, folder, vocab_size),
+        model_max_length=_max_length(config, settings),
+        vocab_size=vocab_size,
+    )
+
+
+def save_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", output_dir: str | os.PathLike[str]
+) -> None:
+    """Save a tokenizer, and `tiktoken.model` beside it if it is one of this family.
+
+    `save_pretrained` alone writes what Transformers reads, and no `tiktoken.model`.
+
+    Args:
+        tokenizer: Any tokenizer.
+        output_dir: The folder to write into.
+    """
+    tokenizer.save_pretrained(output_dir)
+    ranks = ranks_of(tokenizer)
+    if ranks is not None:
+        save_tiktoken(ranks, Path(output_dir) / VOCAB_FILE)
+
+
+def ranks_of(tokenizer: "PreTrainedTokenizerBase") -> dict[bytes, int] | None:
+    """The mergeable ranks of a loaded tokenizer.
+
+    Args:
+        tokenizer: Any tokenizer.
+
+    Returns:
+        Token bytes to rank; None if it is no fast byte-level BPE with this family's special tokens.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    vocab = backend.get_vocab(with_added_tokens=False)
+    to_byte = {char: byte for byte, char in bytes_to_chars().items()}
+    if len(vocab) < 256 or special_token_ids(len(vocab)).items() - tokenizer.get_vocab().items():
+        return None
+    if any(char not in to_byte for token in vocab for char in token):
+        return None
+    return {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items()}
+
+
+def _check_special_tokens(settings: dict[str, Any], num_ranks: int, folder: Path) -> None:
+    """Compare the special tokens that a `tokenizer_config.json` lists with ours, id by id."""
+    names = {token_id: name for name, token_id in special_token_ids(num_ranks).items()}
+    for key, token in (settings.get("added_tokens_decoder") or {}).items():
+        expected = names.get(int(key))
+        if token.get("content") != expected:
+            allowed = (
+                f"ids from {num_ranks} to {max(names)}" if expected is None else repr(expected)
+            )
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{key!r}] is "
+                f"{token.get('content')!r}; allowed: {allowed}"
+            )
+
+
+def _vocab_size(config: dict[str, Any], folder: Path) -> int | None:
+    """The model's, checked; None without a config."""
+    size, least = config.get("vocab_size"), 256 + NUM_SPECIAL_TOKENS
+    if config and (not isinstance(size, int) or size < least):
+        raise ValueError(
+            f"{folder / 'config.json'}: vocab_size is {size!r}; allowed: an integer >= {least}"
+        )
+    return size
+
+
+def _eos_token(
+    config: dict[str, Any], settings: dict[str, Any], folder: Path, vocab_size: int | None
+) -> str:
+    """What ends an answer: as generation says, then the model, then the tokenizer."""
+    names = {} if vocab_size is None else special_token_ids(vocab_size - NUM_SPECIAL_TOKENS)
+    for fields in (_read(folder / "generation_config.json"), config):
+        found = fields.get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        for token in EOS_TOKENS:
+            if names and names[token] in ids:
+                return token
+    named = settings.get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    return named if named in EOS_TOKENS else CHAT_EOS_TOKEN
+
+
+def _max_length(config: dict[str, Any], settings: dict[str, Any]) -> int:
+    """The context length; tokenizers that know none say 1e30."""
+    for fields in (config, settings):
+        length = fields.get("model_max_length")
+        if isinstance(length, int) and 0 < length < 10**9:
+            return length
+    return DEFAULT_MAX_LENGTH
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; {} if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; allowed: an object")
+    return value

@@ -1,0 +1,102 @@
+"""Text out of ids that come one at a time, without ever showing half a character.
+
+`transformers.TextStreamer` decodes the whole line again for every id and holds back the last word.
+This decoder keeps the bytes of at most one unfinished character, and nothing else.
+"""
+
+import codecs
+import functools
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+
+from .convert import bytes_to_chars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class StreamDecoder:
+    """Decodes ids one by one; the pieces joined are what `tokenizer.decode` gives for all of them.
+
+    That holds for any ids, also such whose bytes are not valid UTF-8: what cannot become a
+    character is U+FFFD, as in `decode`. A piece never ends inside a character: the first bytes of
+    one are held back until the next ids complete it, or show that they can't.
+
+        decoder = StreamDecoder(tokenizer)
+        for token_id in ids:
+            print(decoder.put(token_id), end="", flush=True)
+        print(decoder.end())
+
+    Args:
+        tokenizer: a byte-level tokenizer: one loaded by `AutoTokenizer`, or a
+            `tokenizers.Tokenizer`.
+        skip_special_tokens: leave out the tokens flagged special, as `decode` does; those of tool
+            calls are not flagged.
+
+    Raises:
+        ValueError: the tokenizer's decoder is not byte-level.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerFast | Tokenizer", *, skip_special_tokens: bool = False
+    ) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        kind = getattr(backend, "decoder", None)
+        if not isinstance(kind, ByteLevel):
+            raise ValueError(
+                f"tokenizer is {type(tokenizer).__name__} with the decoder {type(kind).__name__}; "
+                "allowed: tokenizers with the decoder ByteLevel"
+            )
+        added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
+        skipped = [token_id for token_id, token in added.items() if token.special]
+        self._backend = backend
+        self._bytes_of: dict[int, bytes] = dict.fromkeys(skipped, b"")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def put(self, token_id: int) -> str:
+        """Take one id.
+
+        Args:
+            token_id: the id; one that the tokenizer does not have adds nothing, as in `decode`.
+
+        Returns:
+            The characters that it completes; often one token's text, sometimes none.
+
+        Raises:
+            ValueError: `token_id` is negative.
+        """
+        token_id = int(token_id)
+        piece = self._bytes_of.get(token_id)
+        if piece is None:
+            piece = self._bytes_of[token_id] = self._look_up(token_id)
+        return self._utf8.decode(piece)
+
+    def end(self) -> str:
+        """End the text.
+
+        Returns:
+            U+FFFD where the ids end inside a character, else nothing. The decoder is then as new.
+        """
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+    def _look_up(self, token_id: int) -> bytes:
+        """The bytes of an id, found once."""
+        if token_id < 0:
+            raise ValueError(f"token_id is {token_id}; allowed: integers from 0")
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        byte_of = _byte_of_char()
+        spelled = [byte_of.get(char) for char in token]
+        # As the decoder of `tokenizers`: a token that is not spelled in byte characters is text.
+        return token.encode() if None in spelled else bytes(b for b in spelled if b is not None)
+
+
+@functools.cache
+def _byte_of_char() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for."""
+    return {char: byte for byte, char in bytes_to_chars().items()}
