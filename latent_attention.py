@@ -35,6 +35,7 @@ EXPANDED_TOKENS = 1024
 FUSED_EXPANDED_TOKENS = 16384
 MIN_BLOCK_TOKENS = 256
 FUSED_MAX_HEAD_DIM = 256
+FUSED_DTYPES = (torch.float16, torch.bfloat16)  # on CUDA; a CPU's kernel takes float32 and 64 too
 
 
 def absorbed_is_cheaper(
@@ -188,9 +189,14 @@ def _expanded(
 ) -> Tensor:
     B, T, H, _ = query_BTHK.shape
     query = query_BTHK.transpose(1, 2)  # [B, H, T, K]
-    size = EXPANDED_TOKENS
-    if query.is_cuda and real_BS is None and query.dtype != torch.float32:
-        size = FUSED_EXPANDED_TOKENS
+    is_fused = (
+        query.is_cuda
+        and real_BS is None
+        and query.dtype in FUSED_DTYPES
+        and max(query.shape[-1], value_HVL.shape[1]) <= FUSED_MAX_HEAD_DIM
+        and not _records(query, *segments, key_HNL, value_HVL)
+    )
+    size = FUSED_EXPANDED_TOKENS if is_fused else EXPANDED_TOKENS
     past = sum(segment.shape[1] for segment in segments) - T
     tiles = _tiles(segments, size, past)
     merged = [_Merged() for _ in tiles]
@@ -269,7 +275,7 @@ def _fused(
         )
         if real_Bn is not None:  # the kernel says 0 where there is nothing to attend to
             lse = lse.masked_fill(~real_Bn.any(dim=1)[:, None, None], float("-inf"))
-    elif device == "cuda" and real_Bn is None and query.dtype in (torch.float16, torch.bfloat16):
+    elif device == "cuda" and real_Bn is None and query.dtype in FUSED_DTYPES:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, False, scale=scaling
         )[:2]
