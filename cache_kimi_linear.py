@@ -81,6 +81,7 @@ class _LayerCache(CacheLayerMixin):
 
     def check_crop(self, tokens_to_remove: int) -> int:
         """Tokens left by `crop(tokens_to_remove)`; ValueError if it is not possible."""
+        tokens_to_remove = int(tokens_to_remove)  # Transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
             return min(tokens_to_remove, self.num_tokens)
         left = self.num_tokens + tokens_to_remove

@@ -199,6 +199,8 @@ def test_a_positive_number_is_what_stays_and_zero_changes_nothing(hybrid):
     assert cache.get_seq_length() == 20
     cache.crop(17)
     assert cache.get_seq_length() == 17
+    cache.crop(torch.tensor(-2))  # as Transformers 5.17 does
+    assert cache.get_seq_length() == 15 and type(cache.layers[0].num_tokens) is int
 
 
 def test_a_crop_beyond_what_was_kept_is_an_error_and_changes_nothing():
