@@ -12,7 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cache_kimi_linear import KimiLinearCache
+from .cache_kimi_linear import KimiLinearCache, cache_memory
 from .configuration_kimi_linear import KimiLinearConfig
 from .modeling_kimi_linear import (
     KimiLinearBackbone,
@@ -22,6 +22,7 @@ from .modeling_kimi_linear import (
     KimiLinearPreTrainedModel,
 )
 from .presets import PRESETS
+from .sessions import Session, keep_prefix, load_session, read_session, save_session
 
 __version__ = "0.1.0"
 
@@ -43,4 +44,10 @@ __all__ = [
     "KimiLinearForSequenceClassification",
     "KimiLinearForTokenClassification",
     "KimiLinearPreTrainedModel",
+    "Session",
+    "cache_memory",
+    "keep_prefix",
+    "load_session",
+    "read_session",
+    "save_session",
 ]

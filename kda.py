@@ -21,7 +21,7 @@ import functools
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
@@ -217,15 +217,28 @@ def recurrent_kda(
         return _recurrent(inputs, output_final_state)
 
 
+def _activated(x: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q and k normalised, q scaled; v; decay, and beta after its sigmoid; all wide."""
+    dtype = compute_dtype(x.q)
+    q_BTHK = l2norm(x.q.to(dtype)) * x.q.shape[-1] ** -0.5
+    decay_BTHK = log_decay(x.g.to(dtype), x.A_log, x.dt_bias).exp()
+    return q_BTHK, l2norm(x.k.to(dtype)), x.v.to(dtype), decay_BTHK, x.beta.to(dtype).sigmoid()
+
+
+def _step_in_place(x: _Inputs, state_BHKV: Tensor) -> Tensor:
+    """One token of every row; the state after it is written to `state_BHKV`. No graph."""
+    assert x.initial_state is not None
+    q, k, v, decay, beta = (tensor[:, 0] for tensor in _activated(x))
+    torch.mul(x.initial_state, decay[..., None], out=state_BHKV)
+    error = v - (k[:, :, None] @ state_BHKV)[:, :, 0]
+    state_BHKV.addcmul_(k[..., None], (beta[..., None] * error)[:, :, None])
+    return (q[:, :, None] @ state_BHKV).transpose(1, 2).to(x.v.dtype)
+
+
 def _recurrent(x: _Inputs, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     dtype = compute_dtype(x.q)
     (B, T, H, K), V = x.q.shape, x.v.shape[-1]
-    q_BTHK = l2norm(x.q.to(dtype)) * K**-0.5
-    k_BTHK = l2norm(x.k.to(dtype))
-    v_BTHV = x.v.to(dtype)
-    decay_BTHK = log_decay(x.g.to(dtype), x.A_log, x.dt_bias).exp()
-    beta_BTH = x.beta.to(dtype).sigmoid()
-
+    q_BTHK, k_BTHK, v_BTHV, decay_BTHK, beta_BTH = _activated(x)
     spans = [(slice(None), 0, T)]
     if x.cu_seqlens is not None:
         ends = x.cu_seqlens.tolist()
@@ -723,6 +736,7 @@ def kda_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    state_out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences, pieces of them, or single tokens.
@@ -739,6 +753,8 @@ def kda_attention(
         output_final_state: return the state after the last token too.
         cu_seqlens: int32 or int64 [N + 1], ends of packed sequences, with B = 1; empty ones are
             allowed and hand their initial state through.
+        state_out: tensor like the final state, which may be `initial_state` itself: the final state
+            is written to it and returned. Ignored where a graph is recorded.
         backend: "auto", "fla" or "torch", see `resolve_backend`.
 
     Returns:
@@ -750,16 +766,29 @@ def kda_attention(
     """
     inputs = _Inputs(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens).checked()
     chosen = resolve_backend(q, backend, head_dims=(q.shape[-1], v.shape[-1]))
+    if needs_grad(*inputs):
+        state_out = None
     if chosen == "fla" and q.shape[1] > 0:
-        return _fla_kda(inputs, output_final_state)
-    if q.shape[1] == 1 and cu_seqlens is None and not needs_grad(*inputs):
+        out, state = _fla_kda(inputs, output_final_state)
+    elif q.shape[1] == 1 and cu_seqlens is None and not needs_grad(*inputs):
         with no_autocast(q.device):
-            return _recurrent(inputs, output_final_state)
-    return chunked_kda(
-        *inputs[:5],
-        A_log=A_log,
-        dt_bias=dt_bias,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )
+            if initial_state is not None and _fits(state_out, initial_state, q):
+                return _step_in_place(inputs, state_out), state_out
+            out, state = _recurrent(inputs, output_final_state)
+    else:
+        out, state = chunked_kda(
+            *inputs[:5],
+            A_log=A_log,
+            dt_bias=dt_bias,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+    if state is not None and state_out is not None and state_out.dtype == state.dtype:
+        state = state_out.copy_(state)
+    return out, state
+
+
+def _fits(state_out: Tensor | None, initial_state: Tensor, q: Tensor) -> TypeGuard[Tensor]:
+    """Whether a step may write its state to `state_out`."""
+    return state_out is not None and state_out.dtype == initial_state.dtype == compute_dtype(q)

@@ -18,10 +18,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_kimi_linear import KDALayerCache, LatentLayerCache
+from .cache_kimi_linear import KDALayerCache, LatentLayerCache, States
 from .configuration_kimi_linear import KimiLinearConfig
 from .gated_norm import gated_rms_norm
 from .kda import kda_attention
+from .latent_attention import latent_attention, latent_attention_weights
+from .rollback import KDAPlan
 from .sequence_layout import SequenceLayout
 from .short_conv import short_convolution
 
@@ -107,14 +109,42 @@ class KimiLinearDeltaAttention(nn.Module):
         hidden_states: Tensor,  # [B, T, D]
         layout: SequenceLayout,
         past_key_values: Cache | None = None,
+        kda_plan: KDAPlan | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        batch_size, num_tokens = hidden_states.shape[:2]
-        cache: KDALayerCache | None = (
-            None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        )
+        if past_key_values is None or kda_plan is None:
+            return self._run(hidden_states, layout)[0], None
+        cache: KDALayerCache = past_key_values.layers[self.layer_idx]
+        x, states = cache.start(hidden_states, kda_plan)
+        own = cache.writable_state(hidden_states.shape[0])
+        outputs = []
+        for run in kda_plan.runs:
+            part = x[:, run.start : run.stop]
+            if run.start < run.stop:
+                state_out = None if run.makes_anchor else own
+                out, states = self._run(part, run.layout, states, state_out)
+                outputs.append(out)
+            if run.makes_anchor:
+                cache.keep_anchor(states)
+        cache.update(states, hidden_states, kda_plan, part)
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return out[:, -hidden_states.shape[1] :], None
+
+    def _run(
+        self,
+        hidden_states: Tensor,  # [B, T, D]
+        layout: SequenceLayout,
+        states: States | None = None,
+        state_out: Tensor | None = None,
+    ) -> tuple[Tensor, States]:
+        """Output [B, T, D] and the states after the last token, from those before the first one.
+
+        No states are made if `states` is None, which is not the same as a pair of None: that stands
+        for the states of nothing.
+        """
+        conv_state, recurrent_state = states or (None, None)
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
-        q, k, v, conv_state = self._project(x, layout, cache)
+        q, k, v, conv_state = self._project(x, layout, conv_state, states is not None)
         gate = self._heads(self.g_b_proj(self.g_a_proj(x)))
         out, state = kda_attention(
             q,
@@ -124,20 +154,20 @@ class KimiLinearDeltaAttention(nn.Module):
             self.b_proj(x),
             A_log=self.A_log,
             dt_bias=self.dt_bias,
-            initial_state=None if cache is None else layout.initial_states(cache.recurrent_state),
-            output_final_state=cache is not None,
+            initial_state=layout.initial_states(recurrent_state),
+            output_final_state=states is not None,
             cu_seqlens=layout.cu_seqlens,
+            state_out=state_out,
         )
-        if cache is not None:
-            cache.update(conv_state, layout.row_states(state), num_tokens)
         out = self.o_proj(self.o_norm(out, gate).flatten(-2))
-        return layout.unpack(out, batch_size), None
+        out = layout.unpack(out, hidden_states.shape[0])
+        return out, (conv_state, layout.row_states(state))
 
     def _project(
-        self, x: Tensor, layout: SequenceLayout, cache: KDALayerCache | None
+        self, x: Tensor, layout: SequenceLayout, state: Tensor | None, output_state: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v [.., .., H, K] after convolution and SiLU, and its state [B, 3, H * K, W - 1]."""
-        states = None if cache is None else layout.initial_states(cache.conv_state)
+        states = layout.initial_states(state)
         outputs, tails = [], []
         for i, (proj, conv) in enumerate(
             (
@@ -149,12 +179,12 @@ class KimiLinearDeltaAttention(nn.Module):
             y, tail = conv(
                 proj(x),
                 None if states is None else states[:, i],
-                cache is not None,
+                output_state,
                 layout.cu_seqlens,
             )
             outputs.append(self._heads(y))
             tails.append(tail)
-        conv_state = None if cache is None else layout.row_states(torch.stack(tails, dim=1))
+        conv_state = layout.row_states(torch.stack(tails, dim=1)) if output_state else None
         return outputs[0], outputs[1], outputs[2], conv_state
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -240,37 +270,90 @@ class KimiLinearLatentAttention(nn.Module):
         layout: SequenceLayout,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        real_tokens: Tensor | None = None,
+        by_blocks: bool = False,
+        kda_plan: KDAPlan | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """`attention_mask` is the backend's; `real_tokens` [B, S] is False at padding; `by_blocks`
+        says that the latents are attended to by our own code instead of the backend."""
         batch_size = hidden_states.shape[0]
         use_flash = is_flash_attention(self.config)
         # flash attention takes sequences end to end; the other backends take rows and a mask
         packed = use_flash and layout.cu_seqlens is not None and past_key_values is None
+        packed = packed and not by_blocks
         x = layout.pack(hidden_states) if packed else hidden_states
-        query = self._query(x).transpose(1, 2)  # [B, H, T, K]
+        query = self._query(x)  # [B, T, H, K]
         latent = self._latent(x)  # [B, T, L + P]
+        segments = [latent]
         if past_key_values is not None:
             cache: LatentLayerCache = past_key_values.layers[self.layer_idx]
-            latent = cache.update(latent)  # [B, S, L + P]
+            segments = cache.update(latent)
+        if by_blocks:
+            out, weights = self._attend(query, segments, real_tokens)
+        else:
+            mask = None if packed else attention_mask
+            lengths = _flash_lengths(layout) if packed else {}
+            out, weights = self._backend(query, latent, mask, **lengths, **kwargs)
+        out = self.o_proj(out.flatten(-2))
+        return (layout.unpack(out, batch_size) if packed else out), weights
+
+    def _attend(
+        self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager"."""
+        weight = self._kv_b_weight().unflatten(0, (self.num_heads, -1))
+        key, value = weight.split([self.key_dim, self.value_dim], dim=1)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if dropout or self.config._attn_implementation == "eager":
+            return latent_attention_weights(
+                query,
+                segments,
+                key,
+                value,
+                scaling=self.scaling,
+                real_BS=real_tokens,
+                dropout=dropout,
+            )
+        out = latent_attention(
+            query, segments, key, value, scaling=self.scaling, real_BS=real_tokens
+        )
+        return out, None
+
+    def _backend(
+        self, query: Tensor, latent: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention among this call's tokens by the configured backend: [B, T, H, V], weights."""
         key, value = self._expand(latent)
-        if use_flash and self.value_dim != key.shape[-1]:
+        if is_flash_attention(self.config) and self.value_dim != key.shape[-1]:
             value = F.pad(value, (0, key.shape[-1] - self.value_dim))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
         out, weights = attention(
             self,
-            query,
+            query.transpose(1, 2),  # [B, H, T, K]
             key,
             value,
-            None if packed else attention_mask,
+            attention_mask,
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
-            **(_flash_lengths(layout) if packed else {}),
             **kwargs,
         )
-        out = self.o_proj(out[..., : self.value_dim].flatten(-2))
-        return (layout.unpack(out, batch_size) if packed else out), weights
+        return out[..., : self.value_dim], weights
+
+    def _kv_b_weight(self) -> Tensor:
+        """[H * (K - P + V), L], also where adapters or quantised weights take kv_b_proj's place."""
+        proj = self.kv_b_proj
+        if (
+            type(proj) is nn.Linear
+            and type(proj.weight) is nn.Parameter
+            and not proj.weight.is_meta
+        ):
+            return proj.weight
+        norm = self.kv_a_layernorm.weight
+        eye = torch.eye(self.latent_dim, dtype=norm.dtype, device=norm.device)
+        return proj(eye).transpose(0, 1)
 
     def _query(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, H, K]."""

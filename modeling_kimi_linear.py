@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled, use_experts_implementation
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
@@ -34,8 +33,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_kimi_linear import KimiLinearCache, prepare_cache
+from .cache_kimi_linear import prepare_cache
+from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
+from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
     KimiLinearDeltaAttention,
     KimiLinearLatentAttention,
@@ -44,7 +45,7 @@ from .layers_kimi_linear import (
     KimiLinearShortConv,
     is_flash_attention,
 )
-from .sequence_layout import SequenceLayout, sequence_layout
+from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
 from .weight_conversion import (
     check_checkpoint,
     other_spellings,
@@ -56,6 +57,8 @@ logger = logging.get_logger(__name__)
 
 BACKBONE = "KimiLinearBackbone"
 EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")
+# Longest call without a past that goes to the "sdpa" backend when no graph is recorded.
+BACKEND_TOKENS = 1024
 # what collators say beside `cu_seq_lens_q`
 FLASH_LENGTHS = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 AUTO_MAP = {
@@ -217,8 +220,8 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # assisted decoding would need to roll KDA states back
-    _is_stateful = True
+    # Transformers refuses assisted decoding to stateful models; our cache rolls its states back
+    _is_stateful = False
     _can_record_outputs = {
         "router_logits": OutputRecorder(KimiLinearRouter, index=0),
         "hidden_states": KimiLinearDecoderLayer,
@@ -343,10 +346,13 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             raise ValueError(
                 "the input has 0 tokens, which is not allowed: it must have at least 1"
             )
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, batch_size, num_tokens)
+        mask = unless_all_real(attention_mask)
         layout = sequence_layout(
             batch_size,
             num_tokens,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             seq_idx=seq_idx,
             cu_seq_lens=cu_seq_lens_q,
@@ -355,15 +361,23 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         for name in FLASH_LENGTHS:  # the layout's own take their place
             kwargs.pop(name, None)
         past_key_values = self._cache_for(layout, past_key_values, use_cache, batch_size)
-        mask = self._causal_mask(hidden_states, attention_mask, past_key_values, layout)
+        past = 0 if past_key_values is None else past_key_values.layers[0].num_tokens
+        check_columns(attention_mask, past, num_tokens)
+        if past_key_values is not None:
+            note_padding(past_key_values, attention_mask, mask, past)
+        by_blocks = self._attends_by_blocks(layout, past, num_tokens)
+        inputs = {
+            "layout": layout,
+            "past_key_values": past_key_values,
+            "attention_mask": None
+            if by_blocks
+            else self._causal_mask(hidden_states, mask, past_key_values, layout),
+            "real_tokens": None if mask is None else mask.to(hidden_states.device) != 0,
+            "by_blocks": by_blocks,
+            "kda_plan": plan_kda(hidden_states, mask, past_key_values, layout),
+        }
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                layout=layout,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+            hidden_states = layer(hidden_states, **inputs, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
@@ -405,6 +419,16 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             )
         return cache
 
+    def _attends_by_blocks(self, layout: SequenceLayout, past: int, num_tokens: int) -> bool:
+        """Whether MLA layers attend to latents themselves, block by block, instead of handing
+        expanded keys and values to the attention backend: with a cached past, always; else where
+        "sdpa" would need memory that grows with the square of the context."""
+        if past:
+            return True
+        is_long = num_tokens > BACKEND_TOKENS and not layout.is_packed
+        is_sdpa = self.config._attn_implementation == "sdpa"
+        return is_long and is_sdpa and not torch.is_grad_enabled()
+
     def _causal_mask(
         self,
         hidden_states: Tensor,
@@ -413,13 +437,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         layout: SequenceLayout,
     ) -> Any:
         """The mask that the attention backend of the MLA layers wants; None if it needs none."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        expected = past + hidden_states.shape[1]
-        if attention_mask is not None and attention_mask.shape[1] != expected:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it "
-                f"must cover the {past} cached and the {hidden_states.shape[1]} new tokens"
-            )
         if "full_attention" not in self.config.layer_types:
             return None
         if is_flash_attention(self.config) and past_key_values is None:
@@ -441,7 +458,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         self.embed_tokens = value
 
 
-class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
+class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin):
     """Kimi Linear as a language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -522,37 +539,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Give `generate()` a hybrid cache."""
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
-            raise ValueError(
-                "attention_mask ends in 0, which is not allowed in generate(): prompts must be "
-                "padded on the left"
-            )
-        if self.training and self.model.gradient_checkpointing:
-            generation_config.use_cache = model_kwargs["use_cache"] = False
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={kind!r} is not supported: it must be None or 'dynamic'"
-            )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = KimiLinearCache(self.config)
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    @property
-    def init_continuous_batching(self) -> Any:
-        """Not there, so that servers that look for it answer one request after another."""
-        raise AttributeError("init_continuous_batching() is not supported: use generate()")
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse continuous batching, whose paged cache has no place for KDA states."""
-        raise ValueError("generate_batch() is not supported: use generate() with a padded batch")
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:

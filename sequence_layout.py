@@ -165,6 +165,13 @@ def _real_tokens(
     """[B, T] bool, or None if every token of this call is real."""
     if attention_mask is None:
         return None
+    check_attention_mask(attention_mask, batch_size, num_tokens)
+    real = attention_mask[:, -num_tokens:].to(device) != 0
+    return None if bool(real.all()) else real
+
+
+def check_attention_mask(attention_mask: Tensor, batch_size: int, num_tokens: int) -> None:
+    """Raise ValueError unless it is a tensor [B, at least T]."""
     if not isinstance(attention_mask, Tensor):
         raise ValueError(
             f"attention_mask={type(attention_mask).__name__} is not allowed: it must be a tensor"
@@ -179,8 +186,6 @@ def _real_tokens(
             f"must be [batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at "
             "padding (KDA layers cannot use a 4D mask)"
         )
-    real = attention_mask[:, -num_tokens:].to(device) != 0
-    return None if bool(real.all()) else real
 
 
 def _previous_real(
@@ -218,4 +223,4 @@ def _sequence_numbers(
     return torch.searchsorted(ends, place, right=True).reshape(batch_size, num_tokens)
 
 
-__all__ = ["SequenceLayout", "sequence_layout"]
+__all__ = ["SequenceLayout", "check_attention_mask", "sequence_layout"]

@@ -8,6 +8,7 @@ chat's message is encoded as text, whatever it spells.
     echo 'import os' | python scripts/generate.py runs/demo --greedy
     python scripts/generate.py user/model --chat --prompt 'What is a delta rule?' \\
         --device cuda --dtype bfloat16
+    python scripts/generate.py user/model --prompt-file book-and-question.txt --session book.session
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main(
     revision: str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = True,
+    session: str | os.PathLike[str] | None = None,
     quiet: bool = False,
 ) -> str:
     """Load a model, continue the prompt, stream the text to stdout.
@@ -58,6 +60,8 @@ def main(
         system: System message of the chat.
         begin_token: Put the begin token before the prompt (not with `chat`).
         device, dtype, revision, threads, trust_remote_code: See `_generation.load`.
+        session: File that keeps what the model has read of the prompt: the next run, with a prompt
+            that begins in the same way, reads only the rest. The text is the same as without it.
         quiet: Say nothing on stderr.
 
     Returns:
@@ -84,10 +88,12 @@ def main(
     if seed is not None:
         torch.manual_seed(seed)
     started = time.perf_counter()
+    cache = None if session is None else _read_session(network, session, ids)
     with torch.inference_mode():
         out = network.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -107,6 +113,13 @@ def _check(max_new_tokens: int, prompt: str, chat: bool, system: str | None) -> 
         raise ValueError("prompt is empty; allowed with chat: a message")
     if system is not None and not chat:
         raise ValueError(f"system={system!r} is only allowed with chat")
+
+
+def _read_session(network: Any, session: str | os.PathLike[str], ids: torch.Tensor) -> Any:
+    """The cache of the prompt; None if there is nothing to keep."""
+    if not hasattr(network, "read_session"):
+        raise ValueError(f"session={os.fspath(session)!r} needs the code beside the weights")
+    return network.read_session(session, ids) if ids.shape[1] > 1 else None
 
 
 def _prompt_ids(
@@ -160,6 +173,7 @@ def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument("--begin-token", action="store_true", help="begin token before the prompt")
     add_arguments(parser)
+    parser.add_argument("--session", metavar="FILE", help="keep what was read of the prompt here")
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr")
     found = vars(parser.parse_args(argv))
     try:

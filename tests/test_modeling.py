@@ -314,36 +314,6 @@ def test_left_padded_generation_equals_each_prompt_alone(hybrid):
         assert together[row].tolist() == alone.tolist()
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"num_beams": 3},
-        {"do_sample": True, "num_return_sequences": 2, "top_k": 5},
-        {"prefill_chunk_size": 4},
-        {"use_cache": False},
-    ],
-)
-def test_generation_modes_with_and_without_cache(hybrid, kwargs):
-    ids = token_ids(2, 9)
-    common = dict(max_new_tokens=9, eos_token_id=None, pad_token_id=96, do_sample=False)
-    texts = []
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        settings = {**common, **kwargs, "use_cache": use_cache and kwargs.get("use_cache", True)}
-        if not use_cache:
-            settings.pop("prefill_chunk_size", None)
-        texts.append(hybrid.generate(ids, **settings).tolist())
-    assert texts[0] == texts[1]
-
-
-def test_multi_turn_with_a_returned_cache(hybrid):
-    kwargs = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=96)
-    first = hybrid.generate(token_ids(1, 8), return_dict_in_generate=True, **kwargs)
-    turn = torch.cat([first.sequences, token_ids(1, 5, seed=9)], dim=1)
-    continued = hybrid.generate(turn, past_key_values=first.past_key_values, **kwargs)
-    assert continued.tolist() == hybrid.generate(turn, **kwargs).tolist()
-
-
 def test_an_empty_dynamic_cache_is_taken_over(hybrid):
     ids = token_ids(1, 7)
     cache = DynamicCache(config=hybrid.config)
@@ -449,45 +419,6 @@ def test_caches_of_others_are_refused(hybrid):
         hybrid(token_ids(1, 6), past_key_values=used)
     with pytest.raises(ValueError, match="num_hidden_layers"):
         hybrid(token_ids(1, 6), past_key_values=KimiLinearCache(tiny_config(num_hidden_layers=5)))
-    with pytest.raises(ValueError, match="cache_implementation='static'"):
-        hybrid.generate(token_ids(1, 6), cache_implementation="static", max_new_tokens=2)
-    cache = hybrid(token_ids(1, 6)).past_key_values
-    with pytest.raises(ValueError, match="crop"):
-        cache.crop(-1)
-
-
-def test_cache_operations(hybrid):
-    """Reorder, repeat and select act on every tensor of both kinds of layer."""
-    ids, step = token_ids(3, 9), token_ids(3, 1, seed=8)
-    with torch.no_grad():
-        expected = hybrid(torch.cat([ids, step], dim=1)).logits[:, -1]
-        order = torch.tensor([2, 0, 0])
-        for operation, rows in (
-            (lambda c: c.reorder_cache(order), order),
-            (lambda c: c.batch_select_indices(order), order),
-            (lambda c: c.batch_repeat_interleave(2), torch.arange(3).repeat_interleave(2)),
-        ):
-            cache = hybrid(ids).past_key_values
-            operation(cache)
-            out = hybrid(step[rows], past_key_values=cache).logits[:, -1]
-            assert_close(out, expected[rows], FLOAT32)
-        cache.reset()
-        assert cache.get_seq_length() == 0 and sum(cache.memory_bytes().values()) == 0
-
-
-def test_cache_memory():
-    """KDA layers are fixed; MLA layers take the latents' bytes and at most one block more."""
-    model = tiny_model()
-    sizes = []
-    for length in (10, 300, 700):
-        with torch.no_grad():
-            sizes.append(model(token_ids(1, length)).past_key_values.memory_bytes())
-    config, linear = model.config, model.config.linear_attn_config
-    inner = linear["num_heads"] * linear["head_dim"]
-    fixed = 3 * (3 * inner * 3 + inner * linear["head_dim"]) * 4
-    assert [size["linear_attention"] for size in sizes] == [fixed] * 3
-    per_token = (config.kv_lora_rank + config.qk_rope_head_dim) * 4
-    assert [size["full_attention"] for size in sizes] == [n * per_token for n in (256, 512, 768)]
 
 
 def test_sequence_and_token_classification():
@@ -616,11 +547,6 @@ def test_sequence_classification_reads_what_the_mask_calls_last():
 
 def test_what_cannot_work_is_refused_by_name(hybrid):
     ids = token_ids(2, 6)
-    right = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
-    with pytest.raises(ValueError, match="padded on the left"):
-        hybrid.generate(ids, attention_mask=right, max_new_tokens=2)
-    with pytest.raises(ValueError, match="generate_batch"):
-        hybrid.generate_batch([[1, 2]])
     with pytest.raises(ValueError, match="attention_mask=dict"):
         hybrid(ids, attention_mask={"full_attention": None})
     with pytest.raises(ValueError, match="0 tokens"):

@@ -224,6 +224,16 @@ def test_chat_returns_the_answer_alone(trained: Path, capsys: pytest.CaptureFixt
     assert not text.startswith("hello")
 
 
+def test_a_session_changes_nothing_but_what_is_read(trained: Path, tmp_path: Path) -> None:
+    session = tmp_path / "s.session"
+    for prompt in ("line 3 of text 7", "line 3 of text 9 says"):
+        settings = {"model": trained, "prompt": prompt, "max_new_tokens": 6, "seed": 1}
+        expected = generate.main(**settings)
+        for _ in range(2):
+            assert generate.main(**settings, session=session) == expected
+    assert session.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,0 +1,39 @@
+"""What every line of a benchmark says about where it was measured."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def commit() -> str:
+    """The checkout's commit, with a mark if files differ from it; "unknown" outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, threads, processor or GPU, commit."""
+    found = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        try:
+            import fla
+        except ImportError:
+            found["fla"] = "none"
+        else:
+            found["fla"] = fla.__version__
+    return found

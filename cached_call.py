@@ -1,0 +1,77 @@
+"""What one call of the backbone has to settle between its mask and its cache.
+
+Shapes: B batch, T tokens of this call, S tokens of cache and call.
+"""
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .rollback import KDAPlan, plan_call
+from .sequence_layout import SequenceLayout
+
+
+def unless_all_real(attention_mask: Tensor | None) -> Tensor | None:
+    """The mask, or None where it says nothing."""
+    if attention_mask is None or bool((attention_mask != 0).all()):
+        return None
+    return attention_mask
+
+
+def check_columns(attention_mask: Tensor | None, past: int, num_tokens: int) -> None:
+    """ValueError unless the mask covers the cached and the new tokens."""
+    if attention_mask is not None and attention_mask.shape[1] != past + num_tokens:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it "
+            f"must cover the {past} cached and the {num_tokens} new tokens"
+        )
+
+
+def note_padding(
+    cache: Cache, attention_mask: Tensor | None, mask: Tensor | None, past: int
+) -> None:
+    """Let the cache know whether it holds padding; ValueError if the mask contradicts it.
+
+    Args:
+        cache: The cache, with `past` tokens.
+        attention_mask: As it was given.
+        mask: The same, or None if it has no zeros.
+    """
+    had_padding = cache.layers[0].has_padding
+    if had_padding and attention_mask is None:
+        raise ValueError(
+            "attention_mask=None is not allowed here: past_key_values holds padding, so that it "
+            "must be [batch, tokens] with a column for each cached and each new token"
+        )
+    if mask is None:
+        return
+    if not had_padding and bool((mask[:, :past] == 0).any()):
+        raise ValueError(
+            "attention_mask has zeros among the cached tokens, which is not allowed: they were "
+            "read as real tokens, and KDA states cannot leave them out any more (generate() takes "
+            "pad tokens for padding where it is given no mask)"
+        )
+    for layer in cache.layers:
+        layer.has_padding = True
+
+
+def plan_kda(
+    hidden_states: Tensor, mask: Tensor | None, cache: Cache | None, layout: SequenceLayout
+) -> KDAPlan | None:
+    """How KDA layers read this call; None without a cache or without such layers."""
+    layers = [] if cache is None else cache.layers
+    layer = next((layer for layer in layers if hasattr(layer, "num_logged")), None)
+    if layer is None:
+        return None
+    return plan_call(
+        hidden_states.shape[1],
+        layout,
+        rollback_tokens=layer.rollback_tokens,
+        num_logged=layer.num_logged,
+        is_stale=layer.is_stale,
+        batch_size=hidden_states.shape[0],
+        attention_mask=mask,
+        device=hidden_states.device,
+    )
+
+
+__all__ = ["check_columns", "note_padding", "plan_kda", "unless_all_real"]

@@ -1,0 +1,97 @@
+"""What Kimi Linear does differently in `generate()`: which cache it gets, and what it refuses."""
+
+import os
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+
+from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
+from .sessions import Session, load_session, read_session, save_session
+
+CACHE_IMPLEMENTATIONS = (None, "dynamic", "static", "offloaded", "offloaded_static")
+
+
+class KimiLinearGenerationMixin(GenerationMixin):
+    """`GenerationMixin` with the hybrid cache."""
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give `generate()` a hybrid cache, unless it is given one or wants none."""
+        if generation_config.compile_config is not None:
+            raise ValueError(
+                "compile_config is not supported: it must be None, since KDA reads lengths and "
+                "padding on the host"
+            )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
+            raise ValueError(
+                "attention_mask ends in 0, which is not allowed in generate(): prompts must be "
+                "padded on the left"
+            )
+        if self.training and self.model.gradient_checkpointing:
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+        kind = generation_config.cache_implementation
+        if kind == "quantized":
+            raise ValueError(
+                "cache_implementation='quantized' is not supported: Transformers' quantised caches "
+                "take keys and values of attention layers only"
+            )
+        if kind not in CACHE_IMPLEMENTATIONS:
+            raise ValueError(
+                f"cache_implementation={kind!r} is not supported: it must be one of "
+                f"{CACHE_IMPLEMENTATIONS}"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = self._new_cache(generation_config, max_cache_length)
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _new_cache(self, generation_config: Any, max_cache_length: int) -> KimiLinearCache:
+        """A cache that can be cropped if someone will be able to: it is returned, or a draft's."""
+        kind = generation_config.cache_implementation or ""
+        is_returned = generation_config.return_dict_in_generate
+        longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        cache = KimiLinearCache(
+            self.config,
+            rollback_tokens=ROLLBACK_TOKENS if is_returned else 0,
+            reserve_tokens=longest if "static" in kind else 0,
+            offload="offloaded" in kind,
+        )
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        return cache
+
+    def save_session(
+        self, path: str | os.PathLike[str], cache: Cache, input_ids: Tensor | None = None
+    ) -> None:
+        """Write a cache of this model to a file, see `sessions.save_session`."""
+        save_session(path, cache, self, input_ids)
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """Read a file of `save_session`, see `sessions.load_session`."""
+        return load_session(path, self)
+
+    def read_session(self, path: str | os.PathLike[str], input_ids: Tensor) -> KimiLinearCache:
+        """A cache for `generate(input_ids)`, from a file as far as it goes, see
+        `sessions.read_session`."""
+        return read_session(path, self, input_ids)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching, whose paged cache has no place for KDA states."""
+        raise ValueError(
+            "generate_batch() is not supported: Transformers' continuous batching keeps keys and "
+            "values in pages and has no place for KDA states; use generate() with a padded batch"
+        )
+
+
+__all__ = ["KimiLinearGenerationMixin"]

@@ -1,0 +1,127 @@
+"""The cache on a GPU: both forms of latent attention, long calls, rollback, offloading, memory."""
+
+import pytest
+import torch
+from builders import tiny_model, token_ids
+from kimi_linear import KimiLinearCache
+from kimi_linear.latent_attention import latent_attention
+from tolerance import assert_kernel_close
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+B, H, N, P, V, L = 2, 4, 128, 64, 128, 512
+SCALING = (N + P) ** -0.5
+COMMON = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=96)
+
+
+def reference(query, latent, key_half, value_half, real):
+    """Plain softmax in float64."""
+    query, latent, key_half, value_half = (
+        x.double() for x in (query, latent, key_half, value_half)
+    )
+    T, S = query.shape[1], latent.shape[1]
+    key = torch.einsum("bsl,hnl->bshn", latent[..., :L], key_half)
+    key = torch.cat([key, latent[:, :, None, L:].expand(-1, -1, H, -1)], dim=-1)
+    value = torch.einsum("bsl,hvl->bshv", latent[..., :L], value_half)
+    scores = torch.einsum("bthk,bshk->bhts", query, key) * SCALING
+    seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+    seen = seen.expand(len(query), 1, T, S)
+    if real is not None:
+        seen = seen & real[:, None, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0)
+    return torch.einsum("bhts,bshv->bthv", weights, value)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"), [(1, 3000), (5, 700), (300, 300), (1000, 2500), (1500, 1501)]
+)
+@torch.no_grad()
+def test_both_forms_equal_plain_softmax(num_queries, num_keys, dtype, padded):
+    torch.manual_seed(0)
+    query = torch.randn(B, num_queries, H, N + P, device="cuda", dtype=dtype)
+    latent = torch.randn(B, num_keys, L + P, device="cuda", dtype=dtype)
+    halves = [0.05 * torch.randn(H, size, L, device="cuda", dtype=dtype) for size in (N, V)]
+    real = None
+    if padded:
+        real = torch.ones(B, num_keys, dtype=torch.bool, device="cuda")
+        real[0, : num_keys // 3], real[1, num_keys // 4 : num_keys // 2] = False, False
+    out = latent_attention(
+        query,
+        latent.split((num_keys // 2, num_keys - num_keys // 2), dim=1),
+        *halves,
+        scaling=SCALING,
+        real_BS=real,
+    )
+    assert_kernel_close(out, reference(query, latent, *halves, real), dtype)
+
+
+def gpu_model(dtype):
+    linear = {"full_attn_layers": [2, 4], "num_heads": 3, "head_dim": 64}
+    linear["short_conv_kernel_size"] = 4
+    fields = dict(num_experts=2, num_experts_per_token=2, hidden_size=64, initializer_range=0.1)
+    return tiny_model(linear_attn_config=linear, **fields).to(dtype).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_one_long_call_equals_chunks_and_steps(dtype):
+    model, ids = gpu_model(dtype), token_ids(2, 2600).cuda()
+    expected = model(ids, use_cache=False).logits
+    cache, parts = KimiLinearCache(model.config), []
+    for part in ids.split((1100, 1, 1, 200, 1298), dim=1):
+        parts.append(model(part, past_key_values=cache).logits)
+    assert_kernel_close(torch.cat(parts, dim=1), expected, dtype)
+
+
+@pytest.mark.parametrize("removed", [1, 9])
+@torch.no_grad()
+def test_rollback_replays_with_the_kernels(removed):
+    model, ids, more = gpu_model(torch.float32), token_ids(2, 90).cuda(), token_ids(2, 5).cuda()
+    cache = KimiLinearCache(model.config, rollback_tokens=20)
+    for part in ids.split((80, 9, 1), dim=1):
+        model(part, past_key_values=cache)
+    cache.crop(-removed)
+    text = torch.cat([ids[:, : 90 - removed], more], dim=1)
+    expected = model(text, use_cache=False).logits[:, -5:]
+    parts = [model(part, past_key_values=cache).logits for part in more.split((1, 3, 1), dim=1)]
+    assert_kernel_close(torch.cat(parts, dim=1), expected, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "static", "offloaded_static"])
+def test_generate_with_other_caches(kind):
+    model, ids = gpu_model(torch.float32), token_ids(2, 70).cuda()
+    expected = model.generate(ids, **COMMON).tolist()
+    assert model.generate(ids, cache_implementation=kind, **COMMON).tolist() == expected
+
+
+def test_offloaded_latents_are_not_on_the_gpu():
+    model, ids = gpu_model(torch.bfloat16), token_ids(1, 70).cuda()
+    cache = KimiLinearCache(model.config, offload=True)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert [cache.layers[i].tail.device.type for i in (1, 3)] == ["cpu", "cpu"]
+
+
+def test_prompt_lookup_gives_the_greedy_text():
+    model, phrase = gpu_model(torch.float32), token_ids(1, 7).cuda()
+    ids = torch.cat([phrase, phrase, phrase[:, :3]], dim=1)
+    expected = model.generate(ids, **COMMON).tolist()
+    assert model.generate(ids, prompt_lookup_num_tokens=5, **COMMON).tolist() == expected
+
+
+@torch.no_grad()
+def test_memory_of_a_chunk_does_not_grow_with_the_context():
+    """What a chunk of 512 tokens needs above the cache, after 4,096 and after 65,536 tokens."""
+    model = gpu_model(torch.bfloat16)
+    cache = KimiLinearCache(model.config, rollback_tokens=0, reserve_tokens=1 << 17)
+    needed = {}
+    for length in range(512, 65536 + 512, 512):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(token_ids(1, 512).cuda(), past_key_values=cache, logits_to_keep=1)
+        needed[length] = torch.cuda.max_memory_allocated() - before
+    assert needed[65536] <= 1.5 * max(needed[4096], 1 << 20)

@@ -1,0 +1,408 @@
+"""Everything that `generate()` does, with our cache and without any: the same ids."""
+
+import copy
+
+import pytest
+import torch
+from builders import tiny_model, token_ids
+from kimi_linear import KimiLinearCache
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tolerance import assert_close
+from transformers import (
+    CompileConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+COMMON = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=96)
+NO_CACHE = dict(use_cache=False)
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module", params=["hybrid", "all_kda"])
+def model(request):
+    return tiny_model(request.param)
+
+
+class NoRepeat(LogitsProcessor):
+    """Forbid the token before the last one."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter(1, input_ids[:, -2:-1], float("-inf"))
+
+
+class StopAt(StoppingCriteria):
+    """Stop a row at a length of its own."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return input_ids.shape[1] >= 12 + rows
+
+
+MODES = {
+    "greedy": {},
+    "sampling": dict(do_sample=True, temperature=0.7, top_k=20, top_p=0.9),
+    "several samples": dict(do_sample=True, num_return_sequences=3, top_k=0),
+    "beam": dict(num_beams=4, num_return_sequences=2, length_penalty=0.5),
+    "beam sampling": dict(num_beams=3, do_sample=True, top_k=10),
+    "early stopping": dict(num_beams=3, early_stopping=True, eos_token_id=[5, 6, 7, 8, 9]),
+    "end token": dict(eos_token_id=list(range(0, 94, 9))),
+    "processors": dict(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=4),
+    "own processor": dict(logits_processor=LogitsProcessorList([NoRepeat()])),
+    "own stopping": dict(stopping_criteria=StoppingCriteriaList([StopAt()])),
+    "guidance": dict(guidance_scale=1.5),
+    "sequence bias": dict(sequence_bias={(3,): 2.0, (4, 5): 1.0}),
+}
+CACHES = {
+    "default": {},
+    "dynamic": dict(cache_implementation="dynamic"),
+    "static": dict(cache_implementation="static"),
+    "offloaded": dict(cache_implementation="offloaded"),
+    "offloaded static": dict(cache_implementation="offloaded_static"),
+    "prefill in chunks": dict(prefill_chunk_size=4),
+}
+
+
+def run(model, ids, **kwargs):
+    torch.manual_seed(0)
+    return model.generate(ids, **{**COMMON, **kwargs}).tolist()
+
+
+def left_padded(ids, lengths):
+    """Rows cut to their last `lengths` tokens, and the mask."""
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, -length:] = 1
+    return ids.masked_fill(mask == 0, 96), mask
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(model, mode):
+    ids = token_ids(2, 9)
+    expected = run(model, ids, **NO_CACHE, **MODES[mode])
+    assert run(model, ids, **MODES[mode]) == expected
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampling", "beam", "several samples", "processors"])
+def test_modes_with_left_padding(hybrid, mode):
+    ids, mask = left_padded(token_ids(3, 11), (11, 4, 7))
+    expected = run(hybrid, ids, attention_mask=mask, **NO_CACHE, **MODES[mode])
+    assert run(hybrid, ids, attention_mask=mask, **MODES[mode]) == expected
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches(hybrid, cache, mode):
+    ids, mask = left_padded(token_ids(3, 11), (11, 4, 7))
+    expected = run(hybrid, ids, attention_mask=mask, **NO_CACHE, **MODES[mode])
+    assert run(hybrid, ids, attention_mask=mask, **CACHES[cache], **MODES[mode]) == expected
+
+
+def test_a_static_cache_makes_its_room_once(hybrid):
+    out = hybrid.generate(
+        token_ids(1, 9),
+        **{**COMMON, "max_new_tokens": 300},
+        cache_implementation="static",
+        return_dict_in_generate=True,
+    )
+    assert out.past_key_values.layers[3].tail.shape[1] == 512
+    assert not out.past_key_values.is_compileable
+
+
+def test_logits_of_a_run_are_those_of_one_call(model):
+    ids = token_ids(2, 9)
+    out = model.generate(ids, **COMMON, return_dict_in_generate=True, output_logits=True)
+    with torch.no_grad():
+        expected = model(out.sequences[:, :-1], use_cache=False).logits[:, 8:]
+    assert_close(torch.stack(out.logits, dim=1), expected, torch.float32)
+
+
+def test_eager_attention_returns_weights_at_every_step(hybrid):
+    ids = token_ids(2, 9)
+    hybrid.set_attn_implementation("eager")
+    try:
+        out = hybrid.generate(ids, **COMMON, return_dict_in_generate=True, output_attentions=True)
+        with torch.no_grad():
+            whole = hybrid(out.sequences[:, :-1], output_attentions=True).attentions[0]
+    finally:
+        hybrid.set_attn_implementation("sdpa")
+    assert len(out.attentions) == COMMON["max_new_tokens"]
+    for step, weights in enumerate(out.attentions[1:], start=9):
+        assert_close(weights[0], whole[:, :, step : step + 1, : step + 1], torch.float32)
+
+
+def test_inputs_embeds(hybrid):
+    ids = token_ids(2, 9)
+    embeds = hybrid.get_input_embeddings()(ids)
+    expected = [row[9:] for row in run(hybrid, ids)]
+    assert hybrid.generate(inputs_embeds=embeds, **COMMON).tolist() == expected
+
+
+class Collect(BaseStreamer):
+    """Keep what is put."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_streaming(hybrid):
+    streamer = Collect()
+    out = run(hybrid, token_ids(1, 9), streamer=streamer)
+    assert streamer.tokens == out[0] and streamer.ended
+
+
+def test_stopping_strings(hybrid):
+    tokenizer = Tokenizer(models.WordLevel({chr(33 + i): i for i in range(97)}, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    ids = token_ids(1, 9)
+    whole = run(hybrid, ids)[0]
+    stop = fast.decode(whole[12:14])
+    out = run(hybrid, ids, stop_strings=[stop], tokenizer=fast)[0]
+    assert len(stop) == 2 and out == whole[:14]
+
+
+# ------------------------------------------------------------------------------------ given caches
+@pytest.mark.parametrize("split", [1, 5, 8])
+@pytest.mark.parametrize("mode", ["greedy", "sampling"])
+def test_a_cache_filled_by_hand(model, split, mode):
+    ids = token_ids(2, 9)
+    cache = KimiLinearCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :split], past_key_values=cache)
+    expected = run(model, ids, **MODES[mode])
+    assert run(model, ids, past_key_values=cache, **MODES[mode]) == expected
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam"])
+def test_an_empty_cache_given_by_hand(hybrid, mode):
+    ids = token_ids(2, 9)
+    given = KimiLinearCache(hybrid.config, reserve_tokens=100, rollback_tokens=0)
+    expected = run(hybrid, ids, **MODES[mode])
+    assert run(hybrid, ids, past_key_values=given, **MODES[mode]) == expected
+
+
+def test_three_turns_with_a_returned_cache(model):
+    text, cache = token_ids(1, 8), None
+    for turn in range(3):
+        settings = {**COMMON, "attention_mask": torch.ones_like(text)}
+        expected = run(model, text, **settings)
+        out = model.generate(text, **settings, past_key_values=cache, return_dict_in_generate=True)
+        assert out.sequences.tolist() == expected
+        cache = out.past_key_values
+        text = torch.cat([out.sequences, token_ids(1, 5, seed=turn)], dim=1)
+
+
+def test_a_turn_that_takes_some_of_the_answer_back(hybrid):
+    out = hybrid.generate(token_ids(1, 8), **COMMON, return_dict_in_generate=True)
+    text = torch.cat([out.sequences[:, :14], token_ids(1, 5, seed=3)], dim=1)
+    out.past_key_values.crop(14 - out.past_key_values.get_seq_length())
+    expected = run(hybrid, text)
+    assert run(hybrid, text, past_key_values=out.past_key_values) == expected
+
+
+PADDINGS = {
+    "left": [[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8],
+    "right": [[1, 1, 1, 1, 1, 0, 0, 0], [1] * 8],
+    "interior": [[1, 1, 0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 1, 1, 1]],
+}
+
+
+@pytest.mark.parametrize("where", PADDINGS)
+def test_padded_prompts_then_a_turn(model, where):
+    """A prompt padded anywhere, read by hand, then a turn that ends in real tokens."""
+    ids, mask = token_ids(2, 8), torch.tensor(PADDINGS[where])
+    cache = KimiLinearCache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    text = torch.cat([ids, token_ids(2, 4, seed=2)], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
+    out = model.generate(text, attention_mask=mask, past_key_values=cache, **COMMON)
+    for row in range(2):
+        alone = text[row][mask[row].bool()]
+        assert out[row, 12:].tolist() == run(model, alone[None])[0][len(alone) :]
+
+
+def test_many_answers_from_one_prefix(hybrid):
+    ids = token_ids(1, 9)
+    cache = KimiLinearCache(hybrid.config)
+    with torch.no_grad():
+        hybrid(ids[:, :8], past_key_values=cache)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        settings = {**COMMON, "do_sample": True}
+        expected = hybrid.generate(ids, **settings).tolist()
+        torch.manual_seed(seed)
+        got = hybrid.generate(ids, past_key_values=cache.fork(), **settings).tolist()
+        assert got == expected
+    cache.batch_repeat_interleave(4)
+    rows = ids.expand(4, -1)
+    assert run(hybrid, rows, past_key_values=cache) == run(hybrid, rows)
+
+
+# ------------------------------------------------------------------------------------- speculation
+def perturbed(model, amount):
+    """A draft that agrees with the model often, but not always."""
+    draft = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(amount * parameter.std() * torch.randn_like(parameter))
+    return draft
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=94,
+        eos_token_id=95,
+        pad_token_id=96,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+DRAFTS = {
+    "itself": lambda model: copy.deepcopy(model),
+    "close": lambda model: perturbed(model, 0.05),
+    "far": lambda model: tiny_model("alternating", seed=9),
+    "another architecture": lambda model: llama(),
+}
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_assisted_decoding_gives_the_greedy_text(model, draft):
+    ids = token_ids(1, 9)
+    settings = {**COMMON, "max_new_tokens": 40}
+    expected = model.generate(ids, **settings).tolist()
+    assistant = DRAFTS[draft](model)
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    assert model.generate(ids, assistant_model=assistant, **settings).tolist() == expected
+
+
+def test_a_draft_of_ours_for_another_architecture():
+    ids = token_ids(1, 9)
+    settings = {**COMMON, "max_new_tokens": 30}
+    main = llama()
+    assert main.generate(ids, assistant_model=tiny_model(), **settings).tolist() == (
+        main.generate(ids, **settings).tolist()
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [2, 10])
+def test_prompt_lookup_gives_the_greedy_text(model, num_tokens):
+    phrase = token_ids(1, 7)
+    ids = torch.cat([phrase, phrase, phrase[:, :3]], dim=1)
+    settings = {**COMMON, "max_new_tokens": 40}
+    expected = model.generate(ids, **settings).tolist()
+    out = model.generate(ids, prompt_lookup_num_tokens=num_tokens, **settings)
+    assert out.tolist() == expected
+
+
+def test_prompt_lookup_after_a_long_prompt_and_then_a_turn(hybrid):
+    """The first call reads prompt and candidates at once, and takes candidates back."""
+    phrase = token_ids(1, 30)
+    ids = torch.cat([phrase] * 20, dim=1)
+    out = hybrid.generate(ids, prompt_lookup_num_tokens=8, **COMMON, return_dict_in_generate=True)
+    assert out.sequences.tolist() == run(hybrid, ids)
+    turn = torch.cat([out.sequences, phrase[:, :5]], dim=1)
+    assert run(hybrid, turn, past_key_values=out.past_key_values) == run(hybrid, turn)
+
+
+def test_assisted_sampling_draws_from_the_model(hybrid):
+    """The draft is the model itself, so that every candidate is accepted, whatever was drawn."""
+    ids = token_ids(1, 9)
+    assistant = copy.deepcopy(hybrid)
+    torch.manual_seed(0)
+    out = hybrid.generate(
+        ids,
+        **{**COMMON, "do_sample": True, "max_new_tokens": 30},
+        assistant_model=assistant,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    with torch.no_grad():
+        expected = hybrid(out.sequences[:, :-1], use_cache=False).logits[0, 8:]
+    got = torch.cat([logits[:1] for logits in out.logits])
+    assert_close(got, expected, torch.float32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_speculative_loop_of_ones_own(model, batch_size):
+    """Random drafts, some right by luck or by design; all rows go back equally far."""
+    ids = token_ids(batch_size, 9)
+    expected = torch.tensor(run(model, ids, max_new_tokens=30))
+    generator = torch.Generator().manual_seed(0)
+    cache, text = KimiLinearCache(model.config), ids
+    with torch.no_grad():
+        logits = model(text, past_key_values=cache).logits[:, -1]
+        while text.shape[1] < expected.shape[1]:
+            token = logits.argmax(-1, keepdim=True)
+            start = text.shape[1] + 1
+            draft = expected[:, start : start + 4].clone()
+            if draft.shape[1]:  # spoil one place of one row
+                row, place = (
+                    int(torch.randint(0, n, (1,), generator=generator)) for n in draft.shape
+                )
+                draft[row, place] = (draft[row, place] + 1) % 94
+            step = torch.cat([token, draft], dim=1)
+            out = model(step, past_key_values=cache).logits
+            right = out[:, :-1].argmax(-1) == draft
+            accepted = int(right.all(dim=0).cumprod(0).sum())
+            cache.crop(-(draft.shape[1] - accepted))
+            text = torch.cat([text, step[:, : 1 + accepted]], dim=1)
+            logits = out[:, accepted]
+    assert text.tolist() == expected.tolist()
+
+
+# ---------------------------------------------------------------------------------------- refusals
+def test_what_cannot_work_is_refused_by_name(hybrid):
+    ids = token_ids(2, 6)
+    with pytest.raises(ValueError, match="cache_implementation='quantized'"):
+        hybrid.generate(ids, cache_implementation="quantized", **COMMON)
+    with pytest.raises(ValueError, match="compile_config"):
+        hybrid.generate(
+            ids, cache_implementation="static", compile_config=CompileConfig(), **COMMON
+        )
+    with pytest.raises(ValueError, match=r"generate_batch\(\)"):
+        hybrid.generate_batch([[1, 2]])
+    with pytest.raises(ValueError, match="padded on the left"):
+        right = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+        hybrid.generate(ids, attention_mask=right, **COMMON)
+
+
+def test_memory_for_rollback_is_kept_only_for_those_who_can_use_it(hybrid, monkeypatch):
+    made = []
+    original = KimiLinearCache.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(KimiLinearCache, "__init__", init)
+    run(hybrid, token_ids(1, 5))
+    hybrid.generate(token_ids(1, 5), **COMMON, return_dict_in_generate=True)
+    hybrid.generate(token_ids(1, 5), **COMMON, prompt_lookup_num_tokens=3)
+    assert [cache.layers[0].rollback_tokens for cache in made] == [0, 64, 256]

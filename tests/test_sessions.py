@@ -1,0 +1,189 @@
+"""Caches in files: another process goes on as if it had read the text itself."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from builders import PATTERNS, tiny_model, token_ids
+from kimi_linear import KimiLinearCache
+from kimi_linear.sessions import keep_prefix, load_session, model_fingerprint, save_session
+from safetensors.torch import load_file, save_file
+from tolerance import assert_close
+from transformers import DynamicCache
+
+COMMON = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=96)
+
+PROCESS = """
+import sys, torch
+from kimi_linear import KimiLinearForCausalLM
+folder, session = sys.argv[1:]
+model = KimiLinearForCausalLM.from_pretrained(folder).eval()
+cache, ids = model.load_session(session)
+turn = torch.cat([ids, torch.arange(5)[None].expand(len(ids), -1)], dim=1)
+out = model.generate(turn, past_key_values=cache, attention_mask=torch.ones_like(turn),
+                     max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=96)
+print(out.tolist())
+"""
+
+
+@pytest.fixture(params=PATTERNS, scope="module")
+def model(request):
+    return tiny_model(request.param)
+
+
+def read(model, cache, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, **kwargs).logits
+
+
+def test_another_process_goes_on(tmp_path):
+    model, ids = tiny_model(), token_ids(2, 40)
+    model.save_pretrained(tmp_path / "model")
+    cache = KimiLinearCache(model.config)
+    read(model, cache, ids)
+    model.save_session(tmp_path / "s.safetensors", cache, ids)
+    run = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(tmp_path / "model"), str(tmp_path / "s.safetensors")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    turn = torch.cat([ids, torch.arange(5)[None].expand(2, -1)], dim=1)
+    assert run.stdout.splitlines()[-1] == str(model.generate(turn, **COMMON).tolist())
+
+
+@pytest.mark.parametrize("how", ["plain", "cropped", "repeated", "offloaded", "padded"])
+def test_what_comes_back_is_what_was_there(model, tmp_path, how):
+    ids, more = token_ids(2, 30), token_ids(2, 6, seed=2)
+    cache = KimiLinearCache(model.config, rollback_tokens=10, offload=how == "offloaded")
+    mask = torch.ones(2, 36, dtype=torch.long)
+    if how == "repeated":
+        ids = ids[:1].expand(2, -1)
+        read(model, cache, ids[:1])
+        cache.batch_repeat_interleave(2)
+    else:
+        if how == "padded":
+            mask[0, 3:9] = 0
+        read(model, cache, ids, attention_mask=mask[:, :30])
+    if how == "cropped":
+        cache.crop(-4)
+        ids = ids[:, :26]
+    path = tmp_path / "s.safetensors"
+    save_session(path, cache, model, ids)
+    other, other_ids = load_session(path, model)
+    assert torch.equal(other_ids, ids) and other.get_seq_length() == ids.shape[1]
+    mask = mask[:, : ids.shape[1] + 6]
+    for _ in range(2):  # and once more, after going back
+        expected = read(model, cache, more, attention_mask=mask)
+        got = read(model, other, more, attention_mask=mask)
+        assert_close(got, expected, torch.float32)  # latents lie in other segments
+        cache.crop(-6)
+        other.crop(-6)
+
+
+def test_rows_that_share_a_prefix_share_it_in_the_file(tmp_path):
+    model = tiny_model("all_mla")
+    sizes = []
+    for rows in (1, 4):
+        cache = KimiLinearCache(model.config)
+        read(model, cache, token_ids(1, 200))
+        cache.batch_repeat_interleave(rows)
+        save_session(tmp_path / f"{rows}", cache, model)
+        sizes.append((tmp_path / f"{rows}").stat().st_size)
+    assert abs(sizes[1] - sizes[0]) < 200
+
+
+def test_sessions_of_other_models_and_dtypes_are_refused(tmp_path):
+    model, ids = tiny_model(), token_ids(1, 10)
+    cache = KimiLinearCache(model.config)
+    read(model, cache, ids)
+    path = tmp_path / "s.safetensors"
+    save_session(path, cache, model)
+    assert load_session(path, model).input_ids is None
+    with pytest.raises(ValueError, match="another model"):
+        load_session(path, tiny_model(seed=1))
+    with pytest.raises(ValueError, match="another model"):
+        load_session(path, tiny_model("alternating"))
+    with pytest.raises(ValueError, match=r"torch\.float32.*torch\.bfloat16"):
+        load_session(path, tiny_model().to(torch.bfloat16))
+    save_file({"x": ids}, tmp_path / "other")
+    with pytest.raises(ValueError, match="format None"):
+        load_session(tmp_path / "other", model)
+    (tmp_path / "rubbish").write_bytes(b"rubbish" * 10)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_session(tmp_path / "rubbish", model)
+
+
+def test_one_changed_weight_changes_the_fingerprint():
+    model = tiny_model()
+    before = model_fingerprint(model)
+    assert model_fingerprint(tiny_model()) == before
+    with torch.no_grad():
+        model.model.layers[2].self_attn.A_log[0, 0, 0, 0] += 1e-3
+    assert model_fingerprint(model) != before
+
+
+def test_what_cannot_be_saved_is_refused_and_leaves_the_old_file(tmp_path):
+    model, ids = tiny_model(), token_ids(1, 10)
+    cache = KimiLinearCache(model.config)
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(ValueError, match="cache is empty"):
+        save_session(path, cache, model)
+    read(model, cache, ids)
+    save_session(path, cache, model, ids)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="input_ids has shape"):
+        save_session(path, cache, model, ids[:, :9])
+    with pytest.raises(ValueError, match="DynamicCache"):
+        save_session(path, DynamicCache(), model)
+    assert path.read_bytes() == before and [x.name for x in tmp_path.iterdir()] == [path.name]
+    assert load_file(path)["input_ids"].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(("same", "kept"), [(30, 30), (27, 27), (15, 0), (0, 0)])
+def test_keep_prefix(same, kept):
+    """What is beyond the kept states is read again from the beginning."""
+    model = tiny_model()
+    ids = token_ids(1, 30)
+    cache = KimiLinearCache(model.config, rollback_tokens=8)
+    for t in range(30):
+        read(model, cache, ids[:, t : t + 1])
+    text = torch.cat([ids[:, :same], (ids[:, same : same + 1] + 1) % 94, token_ids(1, 5)], dim=1)
+    assert keep_prefix(cache, ids, text) == kept == cache.get_seq_length()
+    with torch.no_grad():
+        expected = model(text, use_cache=False).logits[:, kept:]
+    assert_close(read(model, cache, text[:, kept:]), expected, torch.float32)
+
+
+def test_keep_prefix_leaves_a_token_to_read():
+    model, ids = tiny_model(), token_ids(1, 30)
+    cache = KimiLinearCache(model.config)
+    read(model, cache, ids)
+    assert keep_prefix(cache, ids, ids) == 29
+
+
+def test_read_session_reads_a_long_text_once(tmp_path, monkeypatch):
+    """A text and a question, then another question: only what differs is read again."""
+    model, path = tiny_model(), tmp_path / "book.session"
+    book = token_ids(1, 300)
+    read_counts = []
+    forward = type(model).forward
+
+    def counting(self, input_ids=None, **kwargs):
+        read_counts.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    for seed, expected in ((1, 309), (2, 9), (2, 0)):
+        ids = torch.cat([book, token_ids(1, 10, seed=seed)], dim=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "forward", counting)
+            cache = model.read_session(path, ids)
+        assert sum(read_counts) == expected
+        read_counts.clear()
+        assert cache.get_seq_length() == 309
+        got = model.generate(ids, past_key_values=cache, **COMMON).tolist()
+        assert got == model.generate(ids, **COMMON).tolist()
+    save_session(path, cache, model)
+    with pytest.raises(ValueError, match="holds no input_ids"):
+        model.read_session(path, ids)
