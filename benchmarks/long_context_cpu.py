@@ -1,10 +1,11 @@
 """200,000 tokens on a CPU with a small model: memory and time as the context grows.
 
 The model has random weights and every part of the real one: three KDA layers, an MLA layer of one
-head, experts. glibc is told to hand freed buffers back, which it would keep for later. The model reads the text in chunks, and decodes a few tokens at every mark. A line gives the
+head, experts. It reads the text in chunks, and decodes a few tokens at every mark. A line gives the
 cache's bytes, the process's resident bytes above those before the first chunk, now and at most so
 far, and the time per token read and decoded since the mark before. The last line is the verdict:
-bytes per token of the cache and of the whole process. Progress goes to stderr.
+bytes per token of the cache and of the whole process. glibc is told to hand freed buffers back,
+which it would keep for later. Progress goes to stderr.
 
     python benchmarks/long_context_cpu.py --record benchmarks/long_context_cpu.jsonl
     python benchmarks/long_context_cpu.py --num-tokens 8192 --mark-tokens 2048
