@@ -171,11 +171,10 @@ def _absorbed_block(
     # a single row of latents serves all rows in one product
     query = query_BTHR.reshape(rows, B // rows * T * H, R)
     scores = _wide_bmm(query, latent.transpose(1, 2)).view(B, T, H, -1)
-    weights, lse = _softmax(scores, hidden)
-    mixed = _wide_bmm(
-        weights.to(latent.dtype).view(rows, B // rows * T * H, -1), latent[..., :rank]
-    )
-    return mixed.view(B, T, H, rank), lse
+    weights, total, lse = _softmax(scores, hidden)
+    weights = weights.to(latent.dtype).view(rows, B // rows * T * H, -1)
+    mixed = _wide_bmm(weights, latent[..., :rank]).view(B, T, H, rank)
+    return mixed / total, lse
 
 
 # -------------------------------------------------------------------------------- the expanded form
@@ -240,11 +239,10 @@ def _expanded_block(
     keys, places = range(n), range(T) if is_causal else range(n, n + T)
     hidden = _hidden(keys, places, real_Bn, query.device)
     scores = _wide_bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)) * scaling
-    weights, lse = _softmax(
-        scores.unflatten(0, query.shape[:2]), None if hidden is None else hidden.transpose(1, 2)
-    )
+    scores = scores.unflatten(0, query.shape[:2])
+    weights, total, lse = _softmax(scores, None if hidden is None else hidden.transpose(1, 2))
     out = _wide_bmm(weights.to(value.dtype).flatten(0, 1), value.flatten(0, 1))
-    return out.unflatten(0, query.shape[:2]), lse
+    return out.unflatten(0, query.shape[:2]) / total, lse
 
 
 def _fused(
@@ -335,13 +333,20 @@ def _hidden(
     return hidden
 
 
-def _softmax(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis, zeros where all is hidden, and its log-sum-exp."""
+def _softmax(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights over the last axis before their division by `total`, `total`, and log-sum-exp.
+
+    Where all is hidden they are 0, the smallest number above 0, and -inf.
+    """
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
-    lse = scores.logsumexp(dim=-1)
-    safe = lse.masked_fill(lse == float("-inf"), 0) if hidden is not None else lse
-    return (scores - safe.unsqueeze(-1)).exp(), lse
+    largest = scores.detach().amax(dim=-1, keepdim=True)
+    if hidden is not None:
+        largest = largest.masked_fill(largest == float("-inf"), 0)
+    weights = (scores - largest).exp() if _records(scores) else scores.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    lse = (largest + total.log()).squeeze(-1)
+    return weights, total.clamp(min=torch.finfo(total.dtype).tiny), lse
 
 
 class _Merged:
