@@ -6,6 +6,7 @@ only; it could shrink neither seeds nor batches, so the text that fails is made 
 
 import bisect
 import json
+import os
 import random
 import sys
 import unicodedata
@@ -41,6 +42,8 @@ hypothesis = pytest.importorskip("hypothesis")
 tiktoken = pytest.importorskip("tiktoken")
 st = hypothesis.strategies
 
+# Each over all vocabularies; KIMI_TEXTS=200000 for a longer run.
+NUM_TEXTS = int(os.environ.get("KIMI_TEXTS", "20000"))
 BATCH = 100
 VOCABULARIES: dict[str, Callable[[], dict[bytes, int]]] = {
     "bytes": lambda: BYTES,
@@ -179,9 +182,8 @@ class TestEveryText:
         for case in cases:
             check_batch(case, [text])
 
-    @pytest.mark.parametrize("num_texts", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
-    def test_many_texts(self, cases: list[Case], num_texts: int) -> None:
-        seen: set[str] = set()
+    def test_many_texts(self, cases: list[Case]) -> None:
+        num_texts, seen = NUM_TEXTS, set[str]()
 
         # Some texts come twice, and only different ones count.
         @hypothesis.settings(

@@ -4,6 +4,7 @@ On a whole text tiktoken itself gives up at such lengths, so the expectation is 
 pieces: the pattern says where a run is split, and tiktoken merges each piece, however long.
 """
 
+import os
 import time
 from typing import Any
 
@@ -12,6 +13,9 @@ from kimi_linear.tokenizer.text import MAX_RUN
 from tokenizers_for_tests import Case, make_case, trained_ranks
 
 CHARS = 1_000_000
+LONGER_RUN = pytest.mark.skipif(
+    "KIMI_LONG_TEXTS" not in os.environ, reason="a longer run: set KIMI_LONG_TEXTS=1"
+)
 # Runs that are one piece, whatever their length.
 WHOLE = ("a", "A", " ", "\n", "!", "中", "\u0301", "<|")
 MORE_WHOLE = ("\t", "[", "\r\n", "😀", "ʰ", "한")
@@ -24,9 +28,9 @@ PART = 4
 MOST_TIMES_AS_LONG = 10
 
 
-def and_slow(units: tuple[str, ...], more: tuple[str, ...]) -> list[Any]:
+def and_more(units: tuple[str, ...], more: tuple[str, ...]) -> list[Any]:
     """The units, and more of them for the longer run."""
-    return [*units, *(pytest.param(unit, marks=pytest.mark.slow) for unit in more)]
+    return [*units, *(pytest.param(unit, marks=LONGER_RUN) for unit in more)]
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +69,13 @@ def encoded_in(case: Case, text: str) -> tuple[float, list[int]]:
     return time.thread_time() - start, encoding.ids
 
 
-@pytest.mark.parametrize("unit", and_slow(WHOLE, MORE_WHOLE))
+@pytest.mark.parametrize("unit", and_more(WHOLE, MORE_WHOLE))
 def test_a_megabyte_of_one_piece(case: Case, unit: str) -> None:
     text = unit * (CHARS // len(unit))
     check_megabyte(case, text, of_pieces(case, [text], 1))
 
 
-@pytest.mark.parametrize("unit", and_slow(CUT, MORE_CUT))
+@pytest.mark.parametrize("unit", and_more(CUT, MORE_CUT))
 def test_a_megabyte_of_many_pieces(case: Case, unit: str) -> None:
     pieces = {"1a": ["1", "a"], "x\n": ["x", "\n"], "中a": ["中", "a"]}.get(unit, [unit])
     times = CHARS // len(unit)
@@ -93,7 +97,7 @@ def test_digits_are_counted_from_the_left(case: Case, digits: int) -> None:
     assert case.tokenizer(text).input_ids == expected
 
 
-@pytest.mark.slow
+@LONGER_RUN
 @pytest.mark.parametrize("prefix", ["", "\u0301", "a"])
 @pytest.mark.parametrize("unit", ["A", " "])
 def test_runs_up_to_the_limit(case: Case, prefix: str, unit: str) -> None:
@@ -102,7 +106,7 @@ def test_runs_up_to_the_limit(case: Case, prefix: str, unit: str) -> None:
     assert case.tokenizer.decode(case.tokenizer(text).input_ids) == text
 
 
-@pytest.mark.slow
+@LONGER_RUN
 @pytest.mark.parametrize("text", ["\u0301" + "A" * 5_100_000, " " * 10_000_100 + "x"])
 def test_why_there_is_a_limit(case: Case, text: str) -> None:
     """The engine's own limit; its exception is a BaseException, which servers do not expect."""
@@ -111,7 +115,7 @@ def test_why_there_is_a_limit(case: Case, text: str) -> None:
     assert not isinstance(caught.value, Exception)
 
 
-@pytest.mark.slow
+@LONGER_RUN
 @pytest.mark.parametrize("unit", ["a", "\n", "中", "Aa ", "<|im_end|>", "\u0301"])
 def test_ten_megabytes(case: Case, unit: str) -> None:
     text = unit * (10_000_000 // len(unit.encode()))
