@@ -90,5 +90,7 @@ def test_importing_leaves_environment_and_devices_alone() -> None:
 
 
 def test_the_package_is_imported_under_its_own_name_only() -> None:
+    """Whatever the checkout's folder is called, also `kimi` or `kimi_linear`."""
     copies = [name for name in sys.modules if name.endswith("modeling_kimi_linear")]
-    assert ROOT.name not in sys.modules and not [c for c in copies if c.startswith(ROOT.name)]
+    roots = {name.partition(".")[0] for name in copies}
+    assert roots <= {"kimi_linear", "transformers_modules"}
