@@ -5,6 +5,7 @@ Nothing in here reads or writes a terminal; `chat.py` does.
 
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,13 @@ import torch
 from jinja2 import TemplateError
 from kimi_linear.tokenizer import Answer, AnswerReader, ToolCall, encode_chat
 from kimi_linear.tokenizer.special_tokens import EOS_TOKENS
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 FORMAT = "kimi-linear-chat"
@@ -35,6 +42,7 @@ class Turn:
     Attributes:
         answer: The answer.
         num_prompt_tokens: Tokens of the conversation before it.
+        num_reused_tokens: How many of them were in the cache from the answer before.
         num_tokens: Tokens of the answer.
         seconds: Time for both.
         first_seconds: Time until the answer's first token.
@@ -44,6 +52,7 @@ class Turn:
 
     answer: Answer
     num_prompt_tokens: int
+    num_reused_tokens: int
     num_tokens: int
     seconds: float
     first_seconds: float
@@ -60,13 +69,13 @@ class AnswerStreamer(BaseStreamer):
 
     Attributes:
         reader: What has been read.
-        num_tokens: How many ids.
+        ids: All that came.
         first_at: When the first one came, by `time.perf_counter`; None before.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any]) -> None:
         self.reader = AnswerReader(tokenizer)
-        self.num_tokens = 0
+        self.ids: list[int] = []
         self.first_at: float | None = None
         self._write = write
         self._is_prompt = True
@@ -79,7 +88,7 @@ class AnswerStreamer(BaseStreamer):
         if self.first_at is None:
             self.first_at = time.perf_counter()
         for token in value.flatten().tolist():
-            self.num_tokens += 1
+            self.ids.append(token)
             self._show(self.reader.put(token))
 
     def end(self) -> None:
@@ -179,6 +188,9 @@ class Chat:
         self.max_new_tokens = max_new_tokens
         self.generate_options = generate_options or {}
         self.messages: list[dict[str, Any]] = []
+        # What the last answer left: the cache, and the ids that are in it.
+        self._cache: Cache | None = None
+        self._cached_ids: list[int] = []
         self.reset()
 
     def reset(self) -> None:
@@ -266,14 +278,17 @@ class Chat:
             add_generation_prompt=True,
             return_tensors="pt",
         ).to(self.model.device)
-        length, most = prompt["input_ids"].shape[1], self.tokenizer.model_max_length
+        ids: list[int] = prompt["input_ids"][0].tolist()
+        length, most = len(ids), self.tokenizer.model_max_length
         if length >= most:
             raise ValueError(f"the conversation has {length:,} tokens; allowed: below {most:,}")
         streamer, stop = AnswerStreamer(self.tokenizer, write), StopFlag()
         started = time.perf_counter()
+        cache, num_reused = self._cache_for(ids)
         with torch.inference_mode(), stop.set_by_interrupt():
             self.model.generate(
                 **prompt,
+                past_key_values=cache,
                 max_new_tokens=min(self.max_new_tokens, most - length),
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.tokenizer.convert_tokens_to_ids(list(EOS_TOKENS)),
@@ -282,14 +297,34 @@ class Chat:
                 **self.generate_options,
             )
         ended = time.perf_counter()
+        self._cache = cache
+        self._cached_ids = [*ids, *streamer.ids][: cache.get_seq_length()]
         return Turn(
             answer=streamer.reader.answer(),
             num_prompt_tokens=length,
-            num_tokens=streamer.num_tokens,
+            num_reused_tokens=num_reused,
+            num_tokens=len(streamer.ids),
             seconds=ended - started,
             first_seconds=(streamer.first_at or ended) - started,
             is_stopped=stop.is_set,
         )
+
+    def _cache_for(self, ids: list[int]) -> tuple[Cache, int]:
+        """A cache that holds a part of the prompt from the answer before, and how many tokens.
+
+        Until the answer is complete the chat has none: an interrupted one leaves it in between.
+        """
+        cache, self._cache = self._cache, None
+        pairs = zip(ids[:-1], self._cached_ids, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if cache is not None and shared:
+            try:
+                if shared < len(self._cached_ids):
+                    cache.crop(shared - len(self._cached_ids))
+                return cache, shared
+            except (ValueError, NotImplementedError):
+                pass  # it cannot go back so far
+        return DynamicCache(config=self.model.config), 0
 
     def _run(self, call: ToolCall) -> str:
         """A tool's result as text, or what the model is to know of its failure."""

@@ -206,7 +206,8 @@ def _report(turn: Turn, quiet: bool) -> None:
     rest = turn.seconds - turn.first_seconds
     speed = f", {(turn.num_tokens - 1) / rest:.1f} per second" if turn.num_tokens > 1 else ""
     _note(
-        f"{turn.num_prompt_tokens:,} + {turn.num_tokens:,} tokens in {turn.seconds:.2f} s, the "
+        f"{turn.num_prompt_tokens:,} ({turn.num_reused_tokens:,} from the cache) + "
+        f"{turn.num_tokens:,} tokens in {turn.seconds:.2f} s, the "
         f"first after {turn.first_seconds:.2f} s{speed}",
         quiet,
     )

@@ -52,6 +52,35 @@ class TestChat:
         assert chat.messages == GREETING
         assert turn.num_prompt_tokens > turn.num_tokens > 3
 
+    def test_what_was_read_is_not_read_again(self, loaded: tuple[Any, Any]) -> None:
+        """The next prompt begins with the last one and its answer; they are in the cache."""
+        tokenizer, model = loaded
+        chat, read = make_chat(loaded), list[int]()
+        hook = model.model.embed_tokens.register_forward_hook(
+            lambda _, args, out: read.append(args[0].shape[1])
+        )
+        try:
+            _, (first,) = ask(chat, GREETING[0]["content"])
+            num_read = sum(read)
+            _, (second,) = ask(chat, GREETING[2]["content"])
+        finally:
+            hook.remove()
+        assert second.answer.content == GREETING[3]["content"]
+        assert first.num_reused_tokens == 0
+        # all but the answer's end token, which was never read
+        assert second.num_reused_tokens == first.num_prompt_tokens + first.num_tokens - 1
+        assert num_read == first.num_prompt_tokens + first.num_tokens - 1
+        new = second.num_prompt_tokens - second.num_reused_tokens
+        assert sum(read) - num_read == new + second.num_tokens - 1
+
+    def test_a_cache_that_cannot_go_back_is_not_used(self, loaded: tuple[Any, Any]) -> None:
+        chat = make_chat(loaded)
+        ask(chat, COUNTING[0]["content"])
+        chat.reset()
+        for question, answer in zip(GREETING[::2], GREETING[1::2], strict=True):
+            _, (turn,) = ask(chat, question["content"])
+            assert turn.answer.content == answer["content"]
+
     def test_system_message_and_reset(self, loaded: tuple[Any, Any]) -> None:
         chat = make_chat(loaded, system=WITH_SYSTEM_PROMPT[0]["content"])
         ask(chat, "hello")
