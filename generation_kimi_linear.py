@@ -86,6 +86,11 @@ class KimiLinearGenerationMixin(GenerationMixin):
         `sessions.read_session`."""
         return read_session(path, self, input_ids)
 
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Absent, as whoever looks for it sees: `transformers serve` then answers one by one."""
+        raise AttributeError("init_continuous_batching() is not supported: use generate()")
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching, whose paged cache has no place for KDA states."""
         raise ValueError(
