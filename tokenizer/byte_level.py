@@ -15,3 +15,9 @@ def bytes_to_chars() -> dict[int, str]:
     others = (byte for byte in range(256) if byte not in printable)
     shifted = {byte: 0x100 + index for index, byte in enumerate(others)}
     return {byte: chr(shifted.get(byte, byte)) for byte in range(256)}
+
+
+@functools.cache
+def chars_to_bytes() -> dict[str, int]:
+    """The inverse of `bytes_to_chars`: the byte that each character stands for."""
+    return {char: byte for byte, char in bytes_to_chars().items()}

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .byte_level import bytes_to_chars
+from .byte_level import chars_to_bytes
 from .convert import VOCAB_FILE, convert_tiktoken, replacing_files
 from .special_tokens import (
     CHAT_EOS_TOKEN,
@@ -90,7 +90,7 @@ def ranks_of(tokenizer: "PreTrainedTokenizerBase") -> dict[bytes, int] | None:
     if backend is None:
         return None
     vocab = backend.get_vocab(with_added_tokens=False)
-    to_byte = {char: byte for byte, char in bytes_to_chars().items()}
+    to_byte = chars_to_bytes()
     if len(vocab) < 256 or special_token_ids(len(vocab)).items() - tokenizer.get_vocab().items():
         return None
     if any(char not in to_byte for token in vocab for char in token):

@@ -5,13 +5,12 @@ This decoder keeps the bytes of at most one unfinished character, and nothing el
 """
 
 import codecs
-import functools
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
-from .byte_level import bytes_to_chars
+from .byte_level import chars_to_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,13 +89,7 @@ class StreamDecoder:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
-        byte_of = _byte_of_char()
+        byte_of = chars_to_bytes()
         spelled = [byte_of.get(char) for char in token]
         # As the decoder of `tokenizers`: a token that is not spelled in byte characters is text.
         return token.encode() if None in spelled else bytes(b for b in spelled if b is not None)
-
-
-@functools.cache
-def _byte_of_char() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for."""
-    return {char: byte for byte, char in bytes_to_chars().items()}

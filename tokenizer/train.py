@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from .byte_level import bytes_to_chars
+from .byte_level import bytes_to_chars, chars_to_bytes
 from .convert import make_pre_tokenizer
 from .special_tokens import NUM_SPECIAL_TOKENS
 from .text import check_text
@@ -77,7 +77,7 @@ def _checked(texts: Iterable[str]) -> Iterator[str]:
 
 def _ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:
     """Ranks of a trained tokenizer: single bytes by value, merges by the order of their ids."""
-    to_byte = {char: byte for byte, char in bytes_to_chars().items()}
+    to_byte = chars_to_bytes()
     learned = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merged = [bytes(to_byte[char] for char in token) for token, _ in learned if len(token) > 1]
     ranks = {bytes([byte]): byte for byte in range(256)}
