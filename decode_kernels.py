@@ -8,6 +8,9 @@ in which order they run; `tests/test_decode_kernels.py` compares each with torch
 
 Sums are in float32. What passes from kernel to kernel is in the buffers' dtype.
 
+With IS_LINKED, kernels are launched before the ones before them have ended (programmatic dependent
+launch, from compute capability 9.0): they load weights, then `_wait`, then touch all else.
+
 Shapes: B rows (one token each), D hidden size, N output columns, H heads, K key and value size of
 KDA, W taps, L latent rank, P shared key part, R = L + P, E experts, I expert width, S slots: the
 chosen experts of a row and then its shared ones.
@@ -36,6 +39,14 @@ def _at(address, like):
 
 
 @jit
+def _wait(IS_LINKED: tl.constexpr):
+    """Wait for the kernel before, then let the next one start, which may load its weights."""
+    if IS_LINKED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
 def _norm_scale(square, size, eps):
     """1 / root mean square, from a sum of squares."""
     return 1.0 / tl.sqrt(square / size + eps)
@@ -43,66 +54,77 @@ def _norm_scale(square, size, eps):
 
 @jit
 def project_kernel(
-    x,  # [B, ..], rows of x_stride
+    x,  # [B, D], rows of x_stride
     norm,  # [D], or anything without HAS_NORM
-    tiles,  # int64 [tiles, 4]: address of the first weight, rows, column of out, column of x
-    weights,  # any tensor of the weights' dtype
+    tiles,  # int64 [tiles, 3]: address of the first weight, rows, column of out
+    weights,  # [N, D] without HAS_TILES, else any tensor of the weights' dtype
     residual,  # [B, N], rows of out_stride, or anything without HAS_RESIDUAL
     out,  # [B, N], rows of out_stride
     table,  # int64 [6], see `kda_kernel`; its log takes the normed x
     counters,  # int64 [2]: cached tokens, logged tokens
-    num_rows,
     x_stride,
     out_stride,
     eps,
+    N,
     D: tl.constexpr,
     LARGE: tl.constexpr,  # the first so many columns, a power of two
     SMALL: tl.constexpr,  # the others, in a power of two of places; 0: none
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr,  # B
     BLOCK: tl.constexpr,
+    HAS_TILES: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_LOG: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """out = norm(x) @ weights^T + residual, a tile of `BLOCK` columns by program."""
-    tile = tiles + tl.program_id(0) * 4
-    weight = _at(tl.load(tile), weights)
-    n = tl.arange(0, BLOCK)
-    column = tl.load(tile + 2)
-    inside = n < tl.load(tile + 1)
-    d = tl.arange(0, LARGE)
+    n, d = tl.arange(0, BLOCK), tl.arange(0, LARGE)
+    if HAS_TILES:
+        tile = tiles + tl.program_id(0) * 3
+        weight = _at(tl.load(tile), weights)
+        inside = n < tl.load(tile + 1)
+        column = tl.load(tile + 2)
+    else:
+        column = tl.program_id(0).to(tl.int64) * BLOCK
+        weight = weights + column * D
+        inside = n < N - column
     w = tl.load(weight + n[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-    x += tl.load(tile + 3)
     if SMALL > 0:
         e = LARGE + tl.arange(0, SMALL)
         rest = e < D
         w_e = tl.load(
             weight + n[:, None] * D + e[None, :], mask=inside[:, None] & rest[None, :], other=0.0
         )
+    if HAS_NORM:
+        norm_d = tl.load(norm + d).to(tl.float32)
+        if SMALL > 0:
+            norm_e = tl.load(norm + e, mask=rest, other=0.0).to(tl.float32)
+    _wait(IS_LINKED)
     for i in tl.static_range(ROWS):
-        # rows beyond the last one are the last one again, which a residual in place would not bear
-        row = tl.minimum(tl.program_id(1) * ROWS + i, num_rows - 1).to(tl.int64)
+        row = i
         x_d = tl.load(x + row * x_stride + d).to(tl.float32)
-        square = tl.sum(x_d * x_d)
         if SMALL > 0:
             x_e = tl.load(x + row * x_stride + e, mask=rest, other=0.0).to(tl.float32)
-            square += tl.sum(x_e * x_e)
         if HAS_NORM:
-            scale = _norm_scale(square, D, eps)
-            x_d *= scale * tl.load(norm + d).to(tl.float32)
+            square = tl.sum(x_d * x_d)
+            x_d *= norm_d
             if SMALL > 0:
-                x_e *= scale * tl.load(norm + e, mask=rest, other=0.0).to(tl.float32)
+                square += tl.sum(x_e * x_e)
+                x_e *= norm_e
+            scale = _norm_scale(square, D, eps)
             if HAS_LOG:
                 if tl.program_id(0) == 0:
-                    entry = tl.load(table + 2).to(weights.dtype) + row * tl.load(table + 3)
-                    entry += tl.load(counters + 1) * D
                     if tl.load(table + 2) != 0:
-                        tl.store(entry + d, x_d)
+                        entry = tl.load(table + 2).to(weights.dtype) + row * tl.load(table + 3)
+                        entry += tl.load(counters + 1) * D
+                        tl.store(entry + d, x_d * scale)
                         if SMALL > 0:
-                            tl.store(entry + e, x_e, mask=rest)
+                            tl.store(entry + e, x_e * scale, mask=rest)
         y = tl.sum(w.to(tl.float32) * x_d[None, :], axis=1)
         if SMALL > 0:
             y += tl.sum(w_e.to(tl.float32) * x_e[None, :], axis=1)
+        if HAS_NORM:
+            y *= scale
         place = row * out_stride + column + n
         if HAS_RESIDUAL:
             y += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
@@ -122,11 +144,13 @@ def add_norm_kernel(
     PLACES: tl.constexpr,  # D, or more, a power of two
     PARTS: tl.constexpr,
     HAS_LOG: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """hidden += sum of parts; out = norm(hidden); a row by program."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, PLACES)
     inside = d < D
+    _wait(IS_LINKED)
     x = tl.load(hidden + row * D + d, mask=inside, other=0.0).to(tl.float32)
     for i in tl.static_range(PARTS):
         part = tl.load(parts + (row * PARTS + i) * D + d, mask=inside, other=0.0)
@@ -162,6 +186,7 @@ def _convolved(x, state, taps, channel, WIDTH: tl.constexpr):
 @jit
 def kda_kernel(
     x,  # [B, x_stride]: the projections q, k, v [H * K] each, f_a and g_a [K] each, b [H]
+    gates,  # [B, 2, H * K], f_b of f_a and g_b of g_a, with HAS_GATES
     q_taps,  # [H * K, W]
     k_taps,
     v_taps,
@@ -179,6 +204,8 @@ def kda_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """One step of a KDA layer between its input and output projections, a head by program."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -189,15 +216,25 @@ def kda_kernel(
     state = _at(tl.load(table + 1), A_log) + (row * H + head) * K * K
     place = state + i[:, None] * K + i[None, :]
     state_KV = tl.load(place)
-    # log decay and gate: the second halves of their projections
-    weight = head * K * K + i[:, None] * K + i[None, :]
-    f_a = tl.load(x + 3 * inner + i).to(tl.float32)
-    g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
-    f = tl.sum(tl.load(f_b + weight).to(tl.float32) * f_a[None, :], axis=1)
-    gate = tl.sum(tl.load(g_b + weight).to(tl.float32) * g_a[None, :], axis=1)
-    f += tl.load(dt_bias + channel)
+    if not HAS_GATES:
+        weight = head * K * K + i[:, None] * K + i[None, :]
+        f_w = tl.load(f_b + weight)
+        g_w = tl.load(g_b + weight)
+    A = tl.exp(tl.load(A_log + head))
+    bias = tl.load(dt_bias + channel)
+    _wait(IS_LINKED)
+    # log decay and output gate
+    if HAS_GATES:
+        f = tl.load(gates + row * 2 * inner + channel).to(tl.float32)
+        gate = tl.load(gates + (row * 2 + 1) * inner + channel).to(tl.float32)
+    else:
+        f_a = tl.load(x + 3 * inner + i).to(tl.float32)
+        g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
+        f = tl.sum(f_w.to(tl.float32) * f_a[None, :], axis=1)
+        gate = tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
+    f += bias
     softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
-    decay = tl.exp(-tl.exp(tl.load(A_log + head)) * softplus)
+    decay = tl.exp(-A * softplus)
     beta = tl.sigmoid(tl.load(x + 3 * inner + 2 * K + head).to(tl.float32))
     # short convolutions and L2 norms
     conv = _at(tl.load(table), x) + row * 3 * inner * (WIDTH - 1)
@@ -226,6 +263,7 @@ def absorb_kernel(
     table,  # int64 [6], see `attend_kernel`
     length,  # int64 [1], cached tokens
     query,  # [B, H, L + P], to be written
+    num_rows,
     x_stride,
     scaling,
     eps,
@@ -234,31 +272,36 @@ def absorb_kernel(
     V: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """Write the new latent into the cache, and the queries in the latents' coordinates."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head = tl.program_id(1)
     R: tl.constexpr = L + P
-    p = tl.arange(0, P)
-    x += row * x_stride
-    if head == H:
-        all_m = tl.arange(0, L)
-        new = _at(tl.load(table + 3), x) + row * tl.load(table + 4)
-        new += (tl.load(length) - tl.load(table + 1)) * R
-        latent = tl.load(x + H * (N + P) + all_m).to(tl.float32)
-        latent *= _norm_scale(tl.sum(latent * latent), L, eps)
-        tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
-        tl.store(new + L + p, tl.load(x + H * (N + P) + L + p))
-    else:
-        n = tl.arange(0, N)
-        m = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-        weight = tl.load(kv_b + (head * (N + V) + n[:, None]) * L + m[None, :]).to(tl.float32)
-        inner = tl.load(x + head * (N + P) + n).to(tl.float32)
-        query += (row * H + head) * R
-        tl.store(query + m, tl.sum(weight * inner[:, None], axis=0) * scaling)
-        if tl.program_id(2) == 0:
-            shared = tl.load(x + head * (N + P) + N + p).to(tl.float32)
-            tl.store(query + L + p, shared * scaling)
+    p, n, all_m = tl.arange(0, P), tl.arange(0, N), tl.arange(0, L)
+    m = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.minimum(head, H - 1)  # the program after the last head writes latents
+    weight = tl.load(kv_b + (own * (N + V) + n[:, None]) * L + m[None, :])
+    _wait(IS_LINKED)
+    for i in tl.static_range(ROWS):
+        row = tl.minimum(tl.program_id(0) * ROWS + i, num_rows - 1).to(tl.int64)
+        source = x + row * x_stride
+        if head == H:
+            new = _at(tl.load(table + 3), x) + row * tl.load(table + 4)
+            new += (tl.load(length) - tl.load(table + 1)) * R
+            latent = tl.load(source + H * (N + P) + all_m).to(tl.float32)
+            latent *= _norm_scale(tl.sum(latent * latent), L, eps)
+            tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
+            tl.store(new + L + p, tl.load(source + H * (N + P) + L + p))
+        else:
+            inner = tl.load(source + head * (N + P) + n).to(tl.float32)
+            target = query + (row * H + head) * R
+            mixed = tl.sum(weight.to(tl.float32) * inner[:, None], axis=0)
+            tl.store(target + m, mixed * scaling)
+            if tl.program_id(2) == 0:
+                shared = tl.load(source + head * (N + P) + N + p).to(tl.float32)
+                tl.store(target + L + p, shared * scaling)
 
 
 @jit
@@ -276,10 +319,12 @@ def attend_kernel(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """Absorbed attention to a share of the cached latents, which lie in a prefix and a tail."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     R: tl.constexpr = L + P
+    _wait(IS_LINKED)
     prefix_tokens = tl.load(table + 1)
     tail_tokens = tl.load(length) + 1 - prefix_tokens
     prefix_blocks = tl.cdiv(prefix_tokens, BLOCK)
@@ -334,6 +379,7 @@ def mix_kernel(
     weight,  # float32 [B, SPLITS, 2, H]
     kv_b,  # [H, N + V, L]
     out,  # [B, out_stride]
+    num_rows,
     out_stride,
     H: tl.constexpr,
     N: tl.constexpr,
@@ -341,29 +387,37 @@ def mix_kernel(
     L: tl.constexpr,
     SPLITS: tl.constexpr,
     PLACES: tl.constexpr,  # SPLITS, or more, a power of two
+    GROUP: tl.constexpr,  # shares to load at once, a power of two
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """Join the shares of `attend_kernel`, and apply the heads' value matrices."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s, m = tl.arange(0, PLACES), tl.arange(0, L)
+    head = tl.program_id(1)
+    s, m, g = tl.arange(0, PLACES), tl.arange(0, L), tl.arange(0, GROUP)
     v = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     weights = tl.load(kv_b + (head * (N + V) + N + v[:, None]) * L + m[None, :])
-    share = weight + (row * SPLITS + s) * 2 * H + head
-    largest = tl.load(share, mask=s < SPLITS, other=-1e30)
-    total = tl.load(share + H, mask=s < SPLITS, other=0.0)
-    largest_of_all = tl.max(largest)
-    whole = tl.sum(total * tl.exp2(largest - largest_of_all))
-    used = tl.max(tl.where(total > 0, s + 1, 0))
-    latent = tl.zeros([L], tl.float32)
-    for split in range(used):
-        place = row * SPLITS + split
-        top = tl.load(weight + place * 2 * H + head)
-        some = tl.load(weight + (place * 2 + 1) * H + head) > 0
-        part = tl.load(mixed + (place * H + head) * L + m)
-        latent += tl.where(some, part * tl.exp2(top - largest_of_all), 0.0)
-    latent = latent / tl.maximum(whole, 1e-30)
-    y = tl.sum(weights.to(tl.float32) * latent[None, :], axis=1)
-    tl.store(out + row * out_stride + head * V + v, y)
+    _wait(IS_LINKED)
+    for i in tl.static_range(ROWS):
+        row = tl.minimum(tl.program_id(0) * ROWS + i, num_rows - 1).to(tl.int64)
+        share = weight + row * SPLITS * 2 * H + head
+        top = tl.load(share + s * 2 * H, mask=s < SPLITS, other=-1e30)
+        total = tl.load(share + s * 2 * H + H, mask=s < SPLITS, other=0.0)
+        top_of_all = tl.max(top)
+        whole = tl.sum(total * tl.exp2(top - top_of_all))
+        used = tl.max(tl.where(total > 0, s + 1, 0))
+        latent = tl.zeros([L], tl.float32)
+        for start in range(0, used, GROUP):
+            place = start + g
+            there = place < used
+            top = tl.load(share + place * 2 * H, mask=there, other=-1e30)
+            there = there & (tl.load(share + place * 2 * H + H, mask=there, other=0.0) > 0)
+            part = mixed + ((row * SPLITS + place[:, None]) * H + head) * L + m[None, :]
+            part = tl.load(part, mask=there[:, None], other=0.0)
+            latent += tl.sum(part * tl.exp2(top - top_of_all)[:, None], axis=0)
+        latent = latent / tl.maximum(whole, 1e-30)
+        y = tl.sum(weights.to(tl.float32) * latent[None, :], axis=1)
+        tl.store(out + row * out_stride + head * V + v, y)
 
 
 # ------------------------------------------------------------------------------- mixture of experts
@@ -371,8 +425,8 @@ def mix_kernel(
 def route_kernel(
     logits,  # float32 [B, E]
     bias,  # [E]
-    experts,  # int32 [B, k], to be written
-    weights,  # float32 [B, k], to be written
+    experts,  # int32 [B, TOP], to be written
+    weights,  # float32 [B, TOP], to be written
     scaling,
     E: tl.constexpr,
     PLACES: tl.constexpr,  # E, or more, a power of two
@@ -380,32 +434,31 @@ def route_kernel(
     SLOTS: tl.constexpr,  # TOP, or more, a power of two
     IS_SIGMOID: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """The experts of each row, by falling score, and their weights."""
     row = tl.program_id(0)
     e, slot = tl.arange(0, PLACES), tl.arange(0, SLOTS)
+    correction = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
+    _wait(IS_LINKED)
     logit = tl.load(logits + row * E + e, mask=e < E, other=-float("inf"))
-    if IS_SIGMOID:
-        score = tl.sigmoid(logit)
-    else:
-        score = tl.exp(logit - tl.max(logit))
-        score /= tl.sum(score)
-    choice = score + tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    choice = tl.where(e < E, choice, -float("inf"))
+    largest, total = 0.0, 1.0
+    if not IS_SIGMOID:
+        largest = tl.max(logit)
+        total = tl.sum(tl.exp(logit - largest))
+    score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
+    choice = tl.where(e < E, score + correction, -float("inf"))
+    chosen = tl.zeros([SLOTS], tl.int32)
     for i in tl.static_range(TOP):
         best = tl.minimum(tl.argmax(choice, axis=0), E - 1)  # also where all is NaN
-        if i == 0:
-            chosen = tl.where(slot == 0, best, 0)
-            chosen_score = tl.where(slot == 0, tl.sum(tl.where(e == best, score, 0.0)), 0.0)
-        else:
-            chosen = tl.where(slot == i, best, chosen)
-            value = tl.sum(tl.where(e == best, score, 0.0))
-            chosen_score = tl.where(slot == i, value, chosen_score)
+        chosen = tl.where(slot == i, best, chosen)
         choice = tl.where(e == best, -float("inf"), choice)
+    logit = tl.load(logits + row * E + chosen)
+    score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
     if RENORMALIZE:
-        chosen_score /= tl.sum(chosen_score) + 1e-20
+        score /= tl.sum(tl.where(slot < TOP, score, 0.0)) + 1e-20
     tl.store(experts + row * TOP + slot, chosen, mask=slot < TOP)
-    tl.store(weights + row * TOP + slot, chosen_score * scaling, mask=slot < TOP)
+    tl.store(weights + row * TOP + slot, score * scaling, mask=slot < TOP)
 
 
 @jit
@@ -430,8 +483,10 @@ def experts_in_kernel(
     TOP: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """silu(gate) * up of every slot of every row, for norm(x)."""
+    _wait(IS_LINKED)
     slot = tl.program_id(1)
     row = (slot // SLOTS).to(tl.int64)
     slot = slot % SLOTS
@@ -480,8 +535,10 @@ def experts_out_kernel(
     TOP: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """Add the weighted outputs of a row's experts, and its shared experts', to the row."""
+    _wait(IS_LINKED)
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, PLACES)
@@ -504,43 +561,49 @@ def experts_out_kernel(
 
 # ------------------------------------------------------------------- mixture of experts, many rows
 @jit
-def _pairs_of(expert, experts, num_pairs, PAIRS: tl.constexpr):
-    """Pairs (row, choice) of an expert: whether each is one, its place among them, how many."""
+def group_kernel(
+    experts,  # int32 [pairs]
+    order,  # int32 [pairs], to be written: the pairs (row, choice) by expert
+    first,  # int32 [BINS], to be written: each expert's first place there, and beyond the last one
+    num_pairs,
+    E: tl.constexpr,
+    BINS: tl.constexpr,  # E + 1, or more, a power of two
+    PAIRS: tl.constexpr,  # num_pairs, or more, a power of two
+    IS_LINKED: tl.constexpr,
+):
+    """Sort what the rows chose by expert."""
+    _wait(IS_LINKED)
     pair = tl.arange(0, PAIRS)
-    own = tl.load(experts + pair, mask=pair < num_pairs, other=-1) == expert
-    return own, tl.cumsum(own.to(tl.int32), axis=0) - 1, tl.sum(own.to(tl.int32))
-
-
-@jit
-def _some_pairs(own, place, first, PAIRS: tl.constexpr, GROUP: tl.constexpr):
-    """Numbers of the pairs at places `first` and after, [GROUP]; beyond the last they are 0."""
-    wanted = first + tl.arange(0, GROUP)
-    hit = own[None, :] & (place[None, :] == wanted[:, None])
-    return tl.sum(tl.where(hit, tl.arange(0, PAIRS)[None, :], 0), axis=1)
+    expert = tl.load(experts + pair, mask=pair < num_pairs, other=E)
+    tl.store(order + pair, tl.sort(expert * PAIRS + pair) % PAIRS, mask=pair < num_pairs)
+    count = tl.histogram(expert, BINS)
+    tl.store(first + tl.arange(0, BINS), tl.cumsum(count, axis=0) - count)
 
 
 @jit
 def grouped_in_kernel(
     x,  # [B, D], normed
-    experts,  # int32 [B * TOP]
+    order,  # int32 [B * TOP] and
+    begin,  # int32 [E + 1], see `group_kernel`
     gate_up,  # [E, 2 * I, D]
     out,  # [B * TOP, I]
-    num_pairs,
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     TOP: tl.constexpr,
-    PAIRS: tl.constexpr,  # num_pairs, or more, a power of two
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """silu(gate) * up of the rows that chose an expert, a tile of an expert by program."""
     expert = tl.program_id(1)
-    own, place, count = _pairs_of(expert, experts, num_pairs, PAIRS)
+    _wait(IS_LINKED)
+    start_pair, stop_pair = tl.load(begin + expert), tl.load(begin + expert + 1)
     n, d, g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, GROUP)
     gate = gate_up + expert.to(tl.int64) * 2 * I * D + n[None, :] * D
-    for first in range(0, count, GROUP):
-        pair = _some_pairs(own, place, first, PAIRS, GROUP)
+    for first in range(start_pair, stop_pair, GROUP):
+        there = first + g < stop_pair
+        pair = tl.load(order + first + g, mask=there, other=0)
         row = x + (pair // TOP)[:, None] * D
         gate_y = tl.zeros([GROUP, BLOCK], tl.float32)
         up_y = tl.zeros([GROUP, BLOCK], tl.float32)
@@ -552,34 +615,36 @@ def grouped_in_kernel(
             u = tl.load(gate + I * D + k[:, None], mask=inside, other=0.0)
             gate_y = tl.dot(a, w, gate_y)
             up_y = tl.dot(a, u, up_y)
-        mask = (first + g < count)[:, None] & (n < I)[None, :]
+        mask = there[:, None] & (n < I)[None, :]
         tl.store(out + pair[:, None] * I + n[None, :], _gated(gate_y, up_y), mask=mask)
 
 
 @jit
 def grouped_out_kernel(
     x,  # [B * TOP, I]
-    experts,  # int32 [B * TOP]
+    order,  # int32 [B * TOP] and
+    begin,  # int32 [E + 1], see `group_kernel`
     weights,  # float32 [B * TOP]
     down,  # [E, D, I]
     out,  # [B, PARTS, D], the first TOP parts of each row
-    num_pairs,
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     TOP: tl.constexpr,
     PARTS: tl.constexpr,
-    PAIRS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    IS_LINKED: tl.constexpr,
 ):
     """Weighted outputs of the pairs of an expert, a tile of an expert by program."""
     expert = tl.program_id(1)
-    own, place, count = _pairs_of(expert, experts, num_pairs, PAIRS)
+    _wait(IS_LINKED)
+    start_pair, stop_pair = tl.load(begin + expert), tl.load(begin + expert + 1)
     n, i, g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, GROUP)
     weight = down + expert.to(tl.int64) * D * I + n[None, :] * I
-    for first in range(0, count, GROUP):
-        pair = _some_pairs(own, place, first, PAIRS, GROUP)
+    for first in range(start_pair, stop_pair, GROUP):
+        there = first + g < stop_pair
+        pair = tl.load(order + first + g, mask=there, other=0)
         y = tl.zeros([GROUP, BLOCK], tl.float32)
         for start in range(0, I, STEP):
             k = start + i
@@ -587,7 +652,7 @@ def grouped_out_kernel(
             inside = (k < I)[:, None] & (n < D)[None, :]
             y = tl.dot(a, tl.load(weight + k[:, None], mask=inside, other=0.0), y)
         y *= tl.load(weights + pair)[:, None]
-        mask = (first + g < count)[:, None] & (n < D)[None, :]
+        mask = there[:, None] & (n < D)[None, :]
         part = pair // TOP * PARTS + pair % TOP
         tl.store(out + part[:, None] * D + n[None, :], y, mask=mask)
 
@@ -599,6 +664,7 @@ __all__ = [
     "attend_kernel",
     "experts_in_kernel",
     "experts_out_kernel",
+    "group_kernel",
     "grouped_in_kernel",
     "grouped_out_kernel",
     "kda_kernel",

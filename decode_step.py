@@ -27,6 +27,7 @@ from .decode_kernels import (
     attend_kernel,
     experts_in_kernel,
     experts_out_kernel,
+    group_kernel,
     grouped_in_kernel,
     grouped_out_kernel,
     kda_kernel,
@@ -37,10 +38,16 @@ from .decode_kernels import (
 
 FEW_ROWS = 4
 # bytes of weights that a program of a matrix-vector kernel reads
-TILE_BYTES = 1 << 15
+TILE_BYTES = 40 << 10
 # programs that keep a GPU of about 130 multiprocessors busy
 PROGRAMS = 128
 ATTEND_TOKENS = 64
+ATTEND_WARPS = 8
+ATTEND_STAGES = 2
+# rows for which a program of the latent attention's projections uses the weights it has read
+ROWS_AT_ONCE = 8
+KDA_WARPS = 16
+OUT_BLOCK = 4
 TABLE_COLUMNS = 6
 
 
@@ -55,30 +62,40 @@ def _cut(size: int) -> tuple[int, int]:
     return large, power_of_two(size - large) if size > large else 0
 
 
+def can_link(device: torch.device) -> bool:
+    """Whether kernels may start early: from compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def linked(is_linked: bool) -> dict[str, bool]:
+    """Arguments of a kernel that may start before the one before it has ended."""
+    return {"IS_LINKED": True, "launch_pdl": True} if is_linked else {"IS_LINKED": False}
+
+
 class _Projection:
     """Weights [n, D] that are applied to the same input, their outputs side by side.
 
     Args:
         weights: The weights, contiguous.
         num_rows: B.
-        by_rows: Whether to use the matrix-vector kernel, which takes any number of rows, instead
-            of cuBLAS.
+        by_rows: Whether to use the matrix-vector kernel instead of cuBLAS.
+        is_linked: See `linked`.
     """
 
-    def __init__(self, weights: Sequence[Tensor], num_rows: int, by_rows: bool) -> None:
-        self.weights, self.by_rows = list(weights), by_rows
+    def __init__(
+        self, weights: Sequence[Tensor], num_rows: int, by_rows: bool, is_linked: bool
+    ) -> None:
+        self.weights, self.by_rows, self.is_linked = list(weights), by_rows, is_linked
         self.width = sum(weight.shape[0] for weight in weights)
         first = weights[0]
         self.size = first.shape[1]
-        self.rows = min(num_rows, FEW_ROWS)
-        self.groups = -(-num_rows // self.rows)
         block = max(1, min(TILE_BYTES // (2 * self.size), self.width // PROGRAMS))
         self.block = 1 << (block.bit_length() - 1)
         tiles, column = [], 0
         for weight in weights:
             for start in range(0, weight.shape[0], self.block):
                 count = min(self.block, weight.shape[0] - start)
-                tiles.append([weight[start].data_ptr(), count, column + start, 0])
+                tiles.append([weight[start].data_ptr(), count, column + start])
             column += weight.shape[0]
         self.tiles = torch.tensor(tiles, dtype=torch.int64, device=first.device)
 
@@ -102,7 +119,7 @@ class _Projection:
                 start = stop
             return
         large, small = _cut(self.size)
-        project_kernel[(self.tiles.shape[0], self.groups)](
+        project_kernel[(self.tiles.shape[0],)](
             x,
             x if norm is None else norm.weight,
             self.tiles,
@@ -111,19 +128,21 @@ class _Projection:
             out,
             x if table is None else table,
             x if counters is None else counters,
-            x.shape[0],
             x.stride(0),
             out.stride(0),
             0.0 if norm is None else norm.eps,
+            self.width,
             D=self.size,
             LARGE=large,
             SMALL=small,
-            ROWS=self.rows,
+            ROWS=x.shape[0],
             BLOCK=self.block,
+            HAS_TILES=len(self.weights) > 1,
             HAS_NORM=norm is not None,
             HAS_RESIDUAL=residual is not None,
             HAS_LOG=table is not None,
             num_warps=8,
+            **linked(self.is_linked),
         )
 
 
@@ -147,6 +166,7 @@ class DecodeStep:
         config, backbone = model.config, model.model
         self.config, self.num_rows, self.has_padding = config, num_rows, has_padding
         self.few = num_rows <= FEW_ROWS
+        self.is_linked = can_link(model.device)
         self.layers, self.norm, self.embed = backbone.layers, backbone.norm, backbone.embed_tokens
         weight = self.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -168,8 +188,8 @@ class DecodeStep:
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
 
-    def _projection(self, *weights: Tensor, by_rows: bool = False) -> _Projection:
-        return _Projection(weights, self.num_rows, by_rows or self.few)
+    def _projection(self, *weights: Tensor) -> _Projection:
+        return _Projection(weights, self.num_rows, self.few, self.is_linked)
 
     def _prepare_attention(self) -> None:
         """The projections of all attention layers, and the buffers that they share."""
@@ -187,6 +207,8 @@ class DecodeStep:
             self.outputs.append(self._projection(a.o_proj.weight))
         H, L, P = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.projected = self._empty(B, max(proj.width for proj in self.inputs))
+        linear = config.linear_attn_config
+        self.gates = self._empty(B, 2, linear["num_heads"] * linear["head_dim"])
         self.mixed_heads = self._empty(B, max(proj.size for proj in self.outputs))
         self.query = self._empty(B, H, L + P)
         self.splits = max(1, PROGRAMS // B)
@@ -205,7 +227,7 @@ class DecodeStep:
         for layer in self.layers:
             moe = layer.block_sparse_moe if layer.is_moe else None
             self.routers.append(
-                None if moe is None else self._projection(moe.gate.weight, by_rows=True)
+                None if moe is None else self._projection(moe.gate.weight)
             )
             mlp = layer.mlp if moe is None else getattr(moe, "shared_experts", None)
             self.shared.append(
@@ -226,6 +248,8 @@ class DecodeStep:
         self.router_logits = self._empty(B, config.num_experts, dtype=wide)
         self.experts = self._empty(B, self.top, dtype=torch.int32)
         self.weights = self._empty(B, self.top, dtype=wide)
+        self.order = self._empty(B * self.top, dtype=torch.int32)
+        self.begin = self._empty(power_of_two(config.num_experts + 1), dtype=torch.int32)
         self.activations = self._empty(B, slots, config.moe_intermediate_size)
         self.parts = self._empty(B, self.top + bool(self.num_shared), D)
 
@@ -272,6 +296,8 @@ class DecodeStep:
             PLACES=power_of_two(D),
             PARTS=0 if added is None else added.shape[1],
             HAS_LOG=table is not None,
+            num_warps=8,
+            **linked(self.is_linked),
         )
 
     def _add(self, projection: _Projection, x: Tensor) -> Tensor | None:
@@ -288,8 +314,14 @@ class DecodeStep:
         self._project(proj, layer.input_layernorm, added, self.projected[:, : proj.width], table)
         H, K = a.num_heads, a.head_dim
         out = self.mixed_heads[:, : H * K]
+        if not self.few:
+            inner = 3 * H * K
+            f_a, g_a = self.projected[:, inner : inner + 2 * K].split(K, dim=1)
+            torch.mm(f_a, a.f_b_proj.weight.t(), out=self.gates[:, 0])
+            torch.mm(g_a, a.g_b_proj.weight.t(), out=self.gates[:, 1])
         kda_kernel[(self.num_rows, H)](
             self.projected,
+            self.gates,
             a.q_conv1d.weight,
             a.k_conv1d.weight,
             a.v_conv1d.weight,
@@ -306,7 +338,9 @@ class DecodeStep:
             H=H,
             K=K,
             WIDTH=a.q_conv1d.weight.shape[-1],
-            num_warps=8 if K >= 128 else 4,
+            HAS_GATES=not self.few,
+            num_warps=KDA_WARPS if K >= 128 else 4,
+            **linked(self.is_linked),
         )
         return self._add(self.outputs[i], out)
 
@@ -314,21 +348,25 @@ class DecodeStep:
         a, table, proj, B = layer.self_attn, self.table[i], self.inputs[i], self.num_rows
         self._project(proj, layer.input_layernorm, added, self.projected[:, : proj.width])
         H, N, V = a.num_heads, a.key_dim, a.value_dim
-        sizes = {"H": H, "L": a.latent_dim, "P": a.shared_key_dim}
+        sizes = {"H": H, "L": a.latent_dim, **linked(self.is_linked)}
         kv_b = a.kv_b_proj.weight
+        rows = min(B, ROWS_AT_ONCE)
         block = min(128, a.latent_dim)
-        absorb_kernel[(B, H + 1, a.latent_dim // block)](
+        absorb_kernel[(-(-B // rows), H + 1, a.latent_dim // block)](
             self.projected,
             kv_b,
             a.kv_a_layernorm.weight,
             table,
             self.counters,
             self.query,
+            B,
             self.projected.stride(0),
             a.scaling * LOG2_E,
             a.kv_a_layernorm.eps,
             N=N,
             V=V,
+            P=a.shared_key_dim,
+            ROWS=rows,
             BLOCK=block,
             **sizes,
         )
@@ -339,29 +377,32 @@ class DecodeStep:
             self.real,
             self.shares,
             self.share_weights,
+            P=a.shared_key_dim,
             HEADS=max(16, power_of_two(H)),
             SPLITS=self.splits,
             BLOCK=ATTEND_TOKENS,
             HAS_PADDING=self.has_padding,
-            num_warps=8,
-            num_stages=2,
+            num_warps=ATTEND_WARPS,
+            num_stages=ATTEND_STAGES,
             **sizes,
         )
         out = self.mixed_heads[:, : H * V]
         block = min(32, V)
-        mix_kernel[(B, H, V // block)](
+        mix_kernel[(-(-B // rows), H, V // block)](
             self.shares,
             self.share_weights,
             kv_b,
             out,
+            B,
             out.stride(0),
-            H=H,
             N=N,
             V=V,
-            L=a.latent_dim,
             SPLITS=self.splits,
             PLACES=power_of_two(self.splits),
+            GROUP=min(16, power_of_two(self.splits)),
+            ROWS=rows,
             BLOCK=block,
+            **sizes,
         )
         return self._add(self.outputs[i], out)
 
@@ -383,7 +424,7 @@ class DecodeStep:
             router.launch(self.hidden, self.router_logits, norm=norm)
         else:
             self._add_norm(norm, added)
-            router.launch(self.normed, self.router_logits)
+            self._wide_router(moe.gate.weight)
         config = self.config
         route_kernel[(self.num_rows,)](
             self.router_logits,
@@ -397,8 +438,19 @@ class DecodeStep:
             SLOTS=power_of_two(self.top),
             IS_SIGMOID=config.moe_router_activation_func == "sigmoid",
             RENORMALIZE=config.moe_renormalize and self.top > 1,
+            num_warps=1,
+            **linked(self.is_linked),
         )
         return self._few_experts(moe, norm) if self.few else self._many_experts(i, moe)
+
+    def _wide_router(self, weight: Tensor) -> None:
+        """Router logits in float32, as the layers make them."""
+        if self.dtype == torch.float32:
+            torch.mm(self.normed, weight.t(), out=self.router_logits)
+        else:
+            torch.ops.aten.mm.dtype_out(
+                self.normed, weight.t(), torch.float32, out=self.router_logits
+            )
 
     def _few_experts(self, moe: nn.Module, norm: nn.Module) -> None:
         """Each row reads the experts that it chose."""
@@ -426,8 +478,9 @@ class DecodeStep:
             SLOTS=slots,
             BLOCK=block,
             num_warps=8,
+            **linked(self.is_linked),
         )
-        block = 8
+        block = OUT_BLOCK
         experts_out_kernel[(-(-D // block), B)](
             self.activations,
             self.experts,
@@ -442,43 +495,54 @@ class DecodeStep:
             SLOTS=slots,
             BLOCK=block,
             num_warps=8,
+            **linked(self.is_linked),
         )
 
     def _many_experts(self, i: int, moe: nn.Module) -> Tensor:
         """Each expert is read once for all rows that chose it."""
         B, D, width = self.num_rows, self.config.hidden_size, self.config.moe_intermediate_size
         E, pairs = self.config.num_experts, B * self.top
+        group_kernel[(1,)](
+            self.experts,
+            self.order,
+            self.begin,
+            pairs,
+            E=E,
+            BINS=self.begin.shape[0],
+            PAIRS=power_of_two(pairs),
+            num_warps=8,
+            **linked(self.is_linked),
+        )
         sizes: dict[str, Any] = {
-            "num_pairs": pairs,
             "D": D,
             "I": width,
             "TOP": self.top,
-            "PAIRS": power_of_two(pairs),
             "GROUP": 16,
+            "num_warps": 4,
+            "num_stages": 4,
+            **linked(self.is_linked),
         }
         activations = self.activations.view(-1)[: pairs * width]
         grouped_in_kernel[(-(-width // 32), E)](
             self.normed,
-            self.experts,
+            self.order,
+            self.begin,
             moe.experts.gate_up_proj,
             activations,
             BLOCK=32,
             STEP=128,
-            num_warps=4,
-            num_stages=4,
             **sizes,
         )
         grouped_out_kernel[(-(-D // 64), E)](
             activations,
-            self.experts,
+            self.order,
+            self.begin,
             self.weights,
             moe.experts.down_proj,
             self.parts,
             PARTS=self.parts.shape[1],
             BLOCK=64,
             STEP=128,
-            num_warps=4,
-            num_stages=4,
             **sizes,
         )
         pair = self.shared[i]
