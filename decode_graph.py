@@ -33,6 +33,7 @@ MAX_PAIRS = 2048  # of rows and experts
 MAX_STEPS = 8  # recordings kept per model
 # what only the layers themselves can hand out
 RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+DEVICE_TYPES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -162,8 +163,8 @@ def model_obstacle(model: nn.Module) -> str:
     config = model.config
     if triton is None:
         return "triton is not installed"
-    if model.device.type != "cuda":
-        return f"the model is on {model.device.type!r}, it must be on 'cuda'"
+    if model.device.type not in DEVICE_TYPES:
+        return f"the model is on {model.device.type!r}, it must be on one of {DEVICE_TYPES}"
     return _size_obstacle(config) or _weight_obstacle(model)
 
 
@@ -197,7 +198,7 @@ def _size_obstacle(config: Any) -> str:
 def _weight_obstacle(model: nn.Module) -> str:
     """Weights that the kernels cannot read: adapters, quantised, sharded, spread or unaligned."""
     device, dtype = model.device, model.dtype
-    if dtype not in DTYPES and device.type == "cuda":
+    if dtype not in DTYPES:
         return f"the weights are {dtype}, they must be one of {DTYPES}"
     for name, module in model.named_modules():
         if not type(module).__module__.startswith(("torch.nn.", "transformers.")):

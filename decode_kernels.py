@@ -410,11 +410,11 @@ def mix_kernel(
         for start in range(0, used, GROUP):
             place = start + g
             there = place < used
-            top = tl.load(share + place * 2 * H, mask=there, other=-1e30)
+            own_top = tl.load(share + place * 2 * H, mask=there, other=-1e30)
             there = there & (tl.load(share + place * 2 * H + H, mask=there, other=0.0) > 0)
             part = mixed + ((row * SPLITS + place[:, None]) * H + head) * L + m[None, :]
             part = tl.load(part, mask=there[:, None], other=0.0)
-            latent += tl.sum(part * tl.exp2(top - top_of_all)[:, None], axis=0)
+            latent += tl.sum(part * tl.exp2(own_top - top_of_all)[:, None], axis=0)
         latent = latent / tl.maximum(whole, 1e-30)
         y = tl.sum(weights.to(tl.float32) * latent[None, :], axis=1)
         tl.store(out + row * out_stride + head * V + v, y)
