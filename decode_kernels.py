@@ -16,6 +16,8 @@ KDA, W taps, L latent rank, P shared key part, R = L + P, E experts, I expert wi
 chosen experts of a row and then its shared ones.
 """
 
+from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
+
 from typing import Any
 
 try:
@@ -56,7 +58,7 @@ def _norm_scale(square, size, eps):
 def project_kernel(
     x,  # [B, D], rows of x_stride
     norm,  # [D], or anything without HAS_NORM
-    tiles,  # int64 [tiles, 3]: address of the first weight, rows, column of out
+    tiles,  # int64 [tiles, 4]: address of the first weight, rows, column of out, 0
     weights,  # [N, D] without HAS_TILES, else any tensor of the weights' dtype
     residual,  # [B, N], rows of out_stride, or anything without HAS_RESIDUAL
     out,  # [B, N], rows of out_stride
@@ -80,7 +82,7 @@ def project_kernel(
     """out = norm(x) @ weights^T + residual, a tile of `BLOCK` columns by program."""
     n, d = tl.arange(0, BLOCK), tl.arange(0, LARGE)
     if HAS_TILES:
-        tile = tiles + tl.program_id(0) * 3
+        tile = tiles + tl.program_id(0) * 4
         weight = _at(tl.load(tile), weights)
         inside = n < tl.load(tile + 1)
         column = tl.load(tile + 2)
@@ -132,6 +134,49 @@ def project_kernel(
 
 
 @jit
+def project_many_kernel(
+    x,  # [B, D], rows of x_stride
+    tiles,  # int64 [tiles, 4]: address of the first weight, rows, column of out, column of x
+    ups,  # int64 [tiles]: addresses of a second matrix's weights, with IS_GATED
+    weights,  # any tensor of the weights' dtype
+    out,  # [B, N], rows of out_stride
+    num_rows,
+    x_stride,
+    out_stride,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,  # B, or more, a power of two of at least 16
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """out = x @ weights^T, or silu(x @ weights^T) * (x @ ups^T); a tile of columns by program."""
+    n, d, row = tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, ROWS)
+    tile = tiles + tl.program_id(0) * 4
+    weight = _at(tl.load(tile), weights) + n[None, :] * D
+    up = _at(tl.load(ups + tl.program_id(0)), weights) + n[None, :] * D if IS_GATED else weight
+    inside = n < tl.load(tile + 1)
+    column = tl.load(tile + 2)
+    x += tl.multiple_of(tl.load(tile + 3), 8)
+    _wait(IS_LINKED)
+    y = tl.zeros([ROWS, BLOCK], tl.float32)
+    up_y = tl.zeros([ROWS, BLOCK], tl.float32)
+    live = row < num_rows
+    for start in range(0, D, STEP):
+        k = start + d
+        a = x + row[:, None] * x_stride + k[None, :]
+        a = tl.load(a, mask=live[:, None] & (k < D)[None, :], other=0.0)
+        both = (k < D)[:, None] & inside[None, :]
+        y = tl.dot(a, tl.load(weight + k[:, None], mask=both, other=0.0), y)
+        if IS_GATED:
+            up_y = tl.dot(a, tl.load(up + k[:, None], mask=both, other=0.0), up_y)
+    if IS_GATED:
+        y = y * tl.sigmoid(y) * up_y
+    place = row[:, None].to(tl.int64) * out_stride + column + n[None, :]
+    tl.store(out + place, y, mask=live[:, None] & inside[None, :])
+
+
+@jit
 def add_norm_kernel(
     hidden,  # [B, D], added to
     parts,  # [B, PARTS, D]
@@ -156,6 +201,7 @@ def add_norm_kernel(
         part = tl.load(parts + (row * PARTS + i) * D + d, mask=inside, other=0.0)
         x += part.to(tl.float32)
     if PARTS > 0:
+        tl.debug_barrier()  # small rows are held by several threads, all of which must have read
         tl.store(hidden + row * D + d, x, mask=inside)
     x *= _norm_scale(tl.sum(x * x), D, eps)
     x *= tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
@@ -169,17 +215,21 @@ def add_norm_kernel(
 
 # ---------------------------------------------------------------------------- Kimi Delta Attention
 @jit
-def _convolved(x, state, taps, channel, WIDTH: tl.constexpr):
-    """SiLU of the convolution of one new input per channel; the state [D, W - 1] moves on."""
-    new = tl.load(x + channel).to(tl.float32)
-    y = new * tl.load(taps + channel * WIDTH + WIDTH - 1).to(tl.float32)
-    place = state + channel * (WIDTH - 1)
-    for j in tl.static_range(WIDTH - 1):
-        old = tl.load(place + j)
-        y += old.to(tl.float32) * tl.load(taps + channel * WIDTH + j).to(tl.float32)
-        if j > 0:
-            tl.store(place + j - 1, old)
-    tl.store(place + WIDTH - 2, new)
+def _window(state, taps, channel, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """Cached inputs and taps of the channels, [D, TAPS] each, the newest tap [D] apart."""
+    j = tl.arange(0, TAPS)
+    there = (j < WIDTH - 1)[None, :]
+    place = state + channel[:, None] * (WIDTH - 1) + j[None, :]
+    past = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    tap = tl.load(taps + channel[:, None] * WIDTH + j[None, :], mask=there, other=0.0)
+    newest = tl.load(taps + channel * WIDTH + WIDTH - 1).to(tl.float32)
+    return past * tap.to(tl.float32), newest
+
+
+@jit
+def _convolved(past, newest, new):
+    """SiLU of the convolution."""
+    y = tl.sum(past, axis=1) + newest * new.to(tl.float32)
     return y * tl.sigmoid(y)
 
 
@@ -191,12 +241,71 @@ def kda_kernel(
     k_taps,
     v_taps,
     f_b,  # [H * K, K]
-    g_b,
     A_log,  # float32 [H]
     dt_bias,  # float32 [H * K]
-    norm,  # [K]
     table,  # int64 [6]: addresses of the conv state [B, 3, H * K, W - 1] and the float32 state
     # [B, H, K, K]; address (or 0) of the log [B, .., D] of `rollback.py`, and its row stride
+    out,  # float32 [B, H, K], to be written
+    x_stride,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,  # WIDTH - 1, or more, a power of two
+    BLOCK: tl.constexpr,  # columns of the state of a program
+    HAS_GATES: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """The delta rule, a block of a head's values by program."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, K)
+    value = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    channel, value_channel = head * K + i, head * K + value
+    inner: tl.constexpr = H * K
+    x += row * x_stride
+    # everything that the kernels before this one do not write
+    state = _at(tl.load(table + 1), A_log) + (row * H + head) * K * K
+    place = state + i[:, None] * K + value[None, :]
+    state_KV = tl.load(place)
+    conv = _at(tl.load(table), x) + row * 3 * inner * (WIDTH - 1)
+    past: tl.constexpr = inner * (WIDTH - 1)
+    q_past, q_tap = _window(conv, q_taps, channel, WIDTH, TAPS)
+    k_past, k_tap = _window(conv + past, k_taps, channel, WIDTH, TAPS)
+    v_past, v_tap = _window(conv + 2 * past, v_taps, value_channel, WIDTH, TAPS)
+    if not HAS_GATES:
+        f_w = tl.load(f_b + channel[:, None] * K + i[None, :])
+    A = tl.exp(tl.load(A_log + head))
+    bias = tl.load(dt_bias + channel)
+    _wait(IS_LINKED)
+    q_new, k_new = tl.load(x + channel), tl.load(x + inner + channel)
+    v_new = tl.load(x + 2 * inner + value_channel)
+    beta = tl.sigmoid(tl.load(x + 3 * inner + 2 * K + head).to(tl.float32))
+    if HAS_GATES:
+        f = tl.load(gates + row * 2 * inner + channel).to(tl.float32)
+    else:
+        f_a = tl.load(x + 3 * inner + i).to(tl.float32)
+        f = tl.sum(f_w.to(tl.float32) * f_a[None, :], axis=1)
+    f += bias
+    softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
+    decay = tl.exp(-A * softplus)
+    q, k = _convolved(q_past, q_tap, q_new), _convolved(k_past, k_tap, k_new)
+    v = _convolved(v_past, v_tap, v_new)
+    q = q / tl.sqrt((tl.sum(q * q) + 1e-6) * K)
+    k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
+    state_KV *= decay[:, None]
+    error = beta * (v - tl.sum(state_KV * k[:, None], axis=0))
+    state_KV += k[:, None] * error[None, :]
+    tl.store(place, state_KV)
+    tl.store(out + (row * H + head) * K + value, tl.sum(state_KV * q[:, None], axis=0))
+
+
+@jit
+def kda_out_kernel(
+    x,  # as in `kda_kernel`
+    gates,
+    g_b,  # [H * K, K]
+    norm,  # [K]
+    table,
+    mixed,  # float32 [B, H, K], what `kda_kernel` has written
     out,  # [B, out_stride]
     x_stride,
     out_stride,
@@ -204,53 +313,36 @@ def kda_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """One step of a KDA layer between its input and output projections, a head by program."""
+    """Gated norm of a head, and its channels' step of the convolutions' states."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, K)
+    i, j = tl.arange(0, K), tl.arange(0, TAPS)
     channel = head * K + i
     inner: tl.constexpr = H * K
     x += row * x_stride
-    state = _at(tl.load(table + 1), A_log) + (row * H + head) * K * K
-    place = state + i[:, None] * K + i[None, :]
-    state_KV = tl.load(place)
+    conv = _at(tl.load(table), x) + row * 3 * inner * (WIDTH - 1)
+    weight = tl.load(norm + i).to(tl.float32)
     if not HAS_GATES:
-        weight = head * K * K + i[:, None] * K + i[None, :]
-        f_w = tl.load(f_b + weight)
-        g_w = tl.load(g_b + weight)
-    A = tl.exp(tl.load(A_log + head))
-    bias = tl.load(dt_bias + channel)
+        g_w = tl.load(g_b + channel[:, None] * K + i[None, :])
     _wait(IS_LINKED)
-    # log decay and output gate
+    for kind in tl.static_range(3):
+        place = conv + (kind * inner + channel[:, None]) * (WIDTH - 1) + j[None, :]
+        # each cached input but the oldest moves to the place before it
+        new = tl.load(x + kind * inner + channel)
+        past = tl.load(place + 1, mask=(j < WIDTH - 2)[None, :], other=0.0)
+        tl.debug_barrier()
+        past = tl.where((j == WIDTH - 2)[None, :], new[:, None], past)
+        tl.store(place, past, mask=(j < WIDTH - 1)[None, :])
+    o = tl.load(mixed + (row * H + head) * K + i)
     if HAS_GATES:
-        f = tl.load(gates + row * 2 * inner + channel).to(tl.float32)
         gate = tl.load(gates + (row * 2 + 1) * inner + channel).to(tl.float32)
     else:
-        f_a = tl.load(x + 3 * inner + i).to(tl.float32)
         g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
-        f = tl.sum(f_w.to(tl.float32) * f_a[None, :], axis=1)
         gate = tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
-    f += bias
-    softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
-    decay = tl.exp(-A * softplus)
-    beta = tl.sigmoid(tl.load(x + 3 * inner + 2 * K + head).to(tl.float32))
-    # short convolutions and L2 norms
-    conv = _at(tl.load(table), x) + row * 3 * inner * (WIDTH - 1)
-    past: tl.constexpr = inner * (WIDTH - 1)
-    q = _convolved(x, conv, q_taps, channel, WIDTH)
-    k = _convolved(x + inner, conv + past, k_taps, channel, WIDTH)
-    v = _convolved(x + 2 * inner, conv + 2 * past, v_taps, channel, WIDTH)
-    q = q / tl.sqrt((tl.sum(q * q) + 1e-6) * K)
-    k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
-    # the delta rule
-    state_KV *= decay[:, None]
-    error = beta * (v - tl.sum(state_KV * k[:, None], axis=0))
-    state_KV += k[:, None] * error[None, :]
-    tl.store(place, state_KV)
-    o = tl.sum(state_KV * q[:, None], axis=0)
-    o *= _norm_scale(tl.sum(o * o), K, eps) * tl.load(norm + i).to(tl.float32)
+    o *= _norm_scale(tl.sum(o * o), K, eps) * weight
     tl.store(out + row * out_stride + channel, o * tl.sigmoid(gate))
 
 
@@ -263,55 +355,51 @@ def absorb_kernel(
     table,  # int64 [6], see `attend_kernel`
     length,  # int64 [1], cached tokens
     query,  # [B, H, L + P], to be written
-    num_rows,
     x_stride,
-    scaling,
     eps,
+    FIRST: tl.constexpr,  # first head to do; H for the latent only
     H: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
     """Write the new latent into the cache, and the queries in the latents' coordinates."""
-    head = tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), FIRST + tl.program_id(1)
     R: tl.constexpr = L + P
     p, n, all_m = tl.arange(0, P), tl.arange(0, N), tl.arange(0, L)
     m = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    own = tl.minimum(head, H - 1)  # the program after the last head writes latents
-    weight = tl.load(kv_b + (own * (N + V) + n[:, None]) * L + m[None, :])
+    if FIRST < H:
+        own = tl.minimum(head, H - 1)  # the program after the last head writes the latent
+        weight = tl.load(kv_b + (own * (N + V) + n[:, None]) * L + m[None, :])
     _wait(IS_LINKED)
-    for i in tl.static_range(ROWS):
-        row = tl.minimum(tl.program_id(0) * ROWS + i, num_rows - 1).to(tl.int64)
-        source = x + row * x_stride
-        if head == H:
-            new = _at(tl.load(table + 3), x) + row * tl.load(table + 4)
-            new += (tl.load(length) - tl.load(table + 1)) * R
-            latent = tl.load(source + H * (N + P) + all_m).to(tl.float32)
-            latent *= _norm_scale(tl.sum(latent * latent), L, eps)
-            tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
-            tl.store(new + L + p, tl.load(source + H * (N + P) + L + p))
-        else:
-            inner = tl.load(source + head * (N + P) + n).to(tl.float32)
-            target = query + (row * H + head) * R
-            mixed = tl.sum(weight.to(tl.float32) * inner[:, None], axis=0)
-            tl.store(target + m, mixed * scaling)
-            if tl.program_id(2) == 0:
-                shared = tl.load(source + head * (N + P) + N + p).to(tl.float32)
-                tl.store(target + L + p, shared * scaling)
+    x += row * x_stride
+    if head == H:
+        new = _at(tl.load(table + 3), x) + row * tl.load(table + 4)
+        new += (tl.load(length) - tl.load(table + 1)) * R
+        latent = tl.load(x + H * (N + P) + all_m).to(tl.float32)
+        latent *= _norm_scale(tl.sum(latent * latent), L, eps)
+        tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
+        tl.store(new + L + p, tl.load(x + H * (N + P) + L + p))
+    elif FIRST < H:
+        inner = tl.load(x + head * (N + P) + n).to(tl.float32)
+        query += (row * H + head) * R
+        tl.store(query + m, tl.sum(weight.to(tl.float32) * inner[:, None], axis=0))
+        if tl.program_id(2) == 0:
+            tl.store(query + L + p, tl.load(x + head * (N + P) + N + p))
 
 
 @jit
 def attend_kernel(
-    query,  # [B, H, R], scaled, for powers of two
+    query,  # [B, H, R]
     table,  # int64 [6]: prefix address, tokens, row stride; tail address, row stride; unused
     length,  # int64 [1], tokens cached before this step; its own are cached by now
     real,  # int64 [2]: address of uint8 [B, ..], 0 at padding, and its row stride
     mixed,  # float32 [B, SPLITS, H, L], to be written
     weight,  # float32 [B, SPLITS, 2, H]: largest score and sum of weights, to be written
+    scaling,  # of the scores, for powers of two
     H: tl.constexpr,
     HEADS: tl.constexpr,  # H, or more, a power of two of at least 16
     L: tl.constexpr,
@@ -357,7 +445,7 @@ def attend_kernel(
             seen = seen & (tl.load(mask + place, mask=seen, other=0) != 0)
         scores = tl.dot(latent, q_m)
         scores = tl.dot(shared, q_p, scores)
-        scores = tl.where(seen[:, None], scores, -1e30)
+        scores = tl.where(seen[:, None], scores * scaling, -1e30)
         larger = tl.maximum(largest, tl.max(scores, axis=0))
         weights = tl.where(seen[:, None], tl.exp2(scores - larger[None, :]), 0.0)
         shrink = tl.exp2(largest - larger)
@@ -378,8 +466,7 @@ def mix_kernel(
     mixed,  # float32 [B, SPLITS, H, L]
     weight,  # float32 [B, SPLITS, 2, H]
     kv_b,  # [H, N + V, L]
-    out,  # [B, out_stride]
-    num_rows,
+    out,  # [B, out_stride], or without HAS_VALUES [B, H, L]
     out_stride,
     H: tl.constexpr,
     N: tl.constexpr,
@@ -388,36 +475,38 @@ def mix_kernel(
     SPLITS: tl.constexpr,
     PLACES: tl.constexpr,  # SPLITS, or more, a power of two
     GROUP: tl.constexpr,  # shares to load at once, a power of two
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
     """Join the shares of `attend_kernel`, and apply the heads' value matrices."""
-    head = tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s, m, g = tl.arange(0, PLACES), tl.arange(0, L), tl.arange(0, GROUP)
     v = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    weights = tl.load(kv_b + (head * (N + V) + N + v[:, None]) * L + m[None, :])
+    if HAS_VALUES:
+        weights = tl.load(kv_b + (head * (N + V) + N + v[:, None]) * L + m[None, :])
     _wait(IS_LINKED)
-    for i in tl.static_range(ROWS):
-        row = tl.minimum(tl.program_id(0) * ROWS + i, num_rows - 1).to(tl.int64)
-        share = weight + row * SPLITS * 2 * H + head
-        top = tl.load(share + s * 2 * H, mask=s < SPLITS, other=-1e30)
-        total = tl.load(share + s * 2 * H + H, mask=s < SPLITS, other=0.0)
-        top_of_all = tl.max(top)
-        whole = tl.sum(total * tl.exp2(top - top_of_all))
-        used = tl.max(tl.where(total > 0, s + 1, 0))
-        latent = tl.zeros([L], tl.float32)
-        for start in range(0, used, GROUP):
-            place = start + g
-            there = place < used
-            own_top = tl.load(share + place * 2 * H, mask=there, other=-1e30)
-            there = there & (tl.load(share + place * 2 * H + H, mask=there, other=0.0) > 0)
-            part = mixed + ((row * SPLITS + place[:, None]) * H + head) * L + m[None, :]
-            part = tl.load(part, mask=there[:, None], other=0.0)
-            latent += tl.sum(part * tl.exp2(own_top - top_of_all)[:, None], axis=0)
-        latent = latent / tl.maximum(whole, 1e-30)
+    share = weight + row * SPLITS * 2 * H + head
+    top = tl.load(share + s * 2 * H, mask=s < SPLITS, other=-1e30)
+    total = tl.load(share + s * 2 * H + H, mask=s < SPLITS, other=0.0)
+    top_of_all = tl.max(top)
+    whole = tl.sum(total * tl.exp2(top - top_of_all))
+    used = tl.max(tl.where(total > 0, s + 1, 0))
+    latent = tl.zeros([L], tl.float32)
+    for start in range(0, used, GROUP):
+        place = start + g
+        there = place < used
+        own_top = tl.load(share + place * 2 * H, mask=there, other=-1e30)
+        there = there & (tl.load(share + place * 2 * H + H, mask=there, other=0.0) > 0)
+        part = mixed + ((row * SPLITS + place[:, None]) * H + head) * L + m[None, :]
+        part = tl.load(part, mask=there[:, None], other=0.0)
+        latent += tl.sum(part * tl.exp2(own_top - top_of_all)[:, None], axis=0)
+    latent = latent / tl.maximum(whole, 1e-30)
+    if HAS_VALUES:
         y = tl.sum(weights.to(tl.float32) * latent[None, :], axis=1)
         tl.store(out + row * out_stride + head * V + v, y)
+    else:
+        tl.store(out + (row * H + head) * L + m, latent)
 
 
 # ------------------------------------------------------------------------------- mixture of experts
@@ -668,7 +757,9 @@ __all__ = [
     "grouped_in_kernel",
     "grouped_out_kernel",
     "kda_kernel",
+    "kda_out_kernel",
     "mix_kernel",
     "project_kernel",
+    "project_many_kernel",
     "route_kernel",
 ]

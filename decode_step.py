@@ -31,24 +31,26 @@ from .decode_kernels import (
     grouped_in_kernel,
     grouped_out_kernel,
     kda_kernel,
+    kda_out_kernel,
     mix_kernel,
     project_kernel,
+    project_many_kernel,
     route_kernel,
 )
 
 FEW_ROWS = 4
+# rows up to which several weights are applied in one launch; beyond, cuBLAS takes one by one
+SOME_ROWS = 64
 # bytes of weights that a program of a matrix-vector kernel reads
 TILE_BYTES = 40 << 10
 # programs that keep a GPU of about 130 multiprocessors busy
 PROGRAMS = 128
-ATTEND_TOKENS = 64
-ATTEND_WARPS = 8
-ATTEND_STAGES = 2
-# rows for which a program of the latent attention's projections uses the weights it has read
-ROWS_AT_ONCE = 8
-KDA_WARPS = 16
-OUT_BLOCK = 4
+# shares of a row's latents, and tokens that a program loads at once
+SPLITS = 256
+ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 16, 8, 4
 TABLE_COLUMNS = 6
+KDA_BLOCK, KDA_WARPS = 32, 8
+OUT_BLOCK = 2
 
 
 def power_of_two(size: int) -> int:
@@ -72,34 +74,50 @@ def linked(is_linked: bool) -> dict[str, bool]:
     return {"IS_LINKED": True, "launch_pdl": True} if is_linked else {"IS_LINKED": False}
 
 
+def _tiles(weights: Sequence[Tensor], block: int, x_columns: Sequence[int] = ()) -> Tensor:
+    """A row of `project_kernel`'s table for every `block` rows of the weights."""
+    tiles, column = [], 0
+    for i, weight in enumerate(weights):
+        size, x_column = weight.shape[0], x_columns[i] if x_columns else 0
+        for start in range(0, size, block):
+            count = min(block, size - start)
+            tiles.append([weight[start].data_ptr(), count, column + start, x_column])
+        column += size
+    return torch.tensor(tiles, dtype=torch.int64, device=weights[0].device)
+
+
 class _Projection:
     """Weights [n, D] that are applied to the same input, their outputs side by side.
 
     Args:
         weights: The weights, contiguous.
         num_rows: B.
-        by_rows: Whether to use the matrix-vector kernel instead of cuBLAS.
         is_linked: See `linked`.
+        x_columns: Where each weight's input begins in the rows of x; the same for all if not given.
+        ups: As many weights of the same shapes: out is silu(x @ weights^T) * (x @ ups^T).
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], num_rows: int, by_rows: bool, is_linked: bool
+        self,
+        weights: Sequence[Tensor],
+        num_rows: int,
+        is_linked: bool,
+        x_columns: Sequence[int] = (),
+        ups: Sequence[Tensor] = (),
     ) -> None:
-        self.weights, self.by_rows, self.is_linked = list(weights), by_rows, is_linked
+        self.weights, self.is_linked, self.ups = list(weights), is_linked, list(ups)
+        self.x_columns = list(x_columns) or [0] * len(self.weights)
         self.width = sum(weight.shape[0] for weight in weights)
-        first = weights[0]
-        self.size = first.shape[1]
-        block = max(1, min(TILE_BYTES // (2 * self.size), self.width // PROGRAMS))
-        self.block = 1 << (block.bit_length() - 1)
-        tiles, column = [], 0
-        for weight in weights:
-            for start in range(0, weight.shape[0], self.block):
-                count = min(self.block, weight.shape[0] - start)
-                tiles.append([weight[start].data_ptr(), count, column + start])
-            column += weight.shape[0]
-        self.tiles = torch.tensor(tiles, dtype=torch.int64, device=first.device)
+        self.size, self.num_rows = weights[0].shape[1], num_rows
+        if num_rows <= FEW_ROWS:
+            block = max(1, min(TILE_BYTES // (2 * self.size), self.width // PROGRAMS))
+            self.block = 1 << (block.bit_length() - 1)
+        else:
+            self.block = 32
+        self.tiles = _tiles(weights, self.block, self.x_columns)
+        self.up_tiles = _tiles(ups, self.block)[:, 0].contiguous() if ups else self.tiles
 
-    def launch(
+    def launch_norm(
         self,
         x: Tensor,
         out: Tensor,
@@ -109,15 +127,7 @@ class _Projection:
         table: Tensor | None = None,
         counters: Tensor | None = None,
     ) -> None:
-        """out [B, width] = norm(x [B, D]) @ weights^T + residual."""
-        if not self.by_rows:
-            assert norm is None and residual is None
-            start = 0
-            for weight in self.weights:
-                stop = start + weight.shape[0]
-                torch.mm(x, weight.t(), out=out[:, start:stop])
-                start = stop
-            return
+        """For few rows: out [B, width] = norm(x [B, D]) @ weights^T + residual."""
         large, small = _cut(self.size)
         project_kernel[(self.tiles.shape[0],)](
             x,
@@ -135,7 +145,7 @@ class _Projection:
             D=self.size,
             LARGE=large,
             SMALL=small,
-            ROWS=x.shape[0],
+            ROWS=self.num_rows,
             BLOCK=self.block,
             HAS_TILES=len(self.weights) > 1,
             HAS_NORM=norm is not None,
@@ -144,6 +154,42 @@ class _Projection:
             num_warps=8,
             **linked(self.is_linked),
         )
+
+    def launch(self, x: Tensor, out: Tensor) -> None:
+        """For more rows: out [B, width] = x [B, ..] @ weights^T, or gated with `ups`."""
+        is_single = len(self.weights) == 1 and not self.ups
+        if self.num_rows > SOME_ROWS or is_single:
+            self._launch_each(x, out)
+            return
+        project_many_kernel[(self.tiles.shape[0],)](
+            x,
+            self.tiles,
+            self.up_tiles,
+            self.weights[0],
+            out,
+            self.num_rows,
+            x.stride(0),
+            out.stride(0),
+            D=self.size,
+            ROWS=max(16, power_of_two(self.num_rows)),
+            BLOCK=self.block,
+            STEP=min(128, max(16, power_of_two(self.size))),
+            IS_GATED=bool(self.ups),
+            num_warps=4,
+            num_stages=4,
+            **linked(self.is_linked),
+        )
+
+    def _launch_each(self, x: Tensor, out: Tensor) -> None:
+        start = 0
+        for weight, column in zip(self.weights, self.x_columns, strict=True):
+            stop = start + weight.shape[0]
+            source = x[:, column : column + self.size]
+            torch.mm(source, weight.t(), out=out[:, start:stop])
+            start = stop
+        if self.ups:
+            (up,) = self.ups
+            torch.mul(F.silu(out), torch.mm(x, up.t()), out=out)
 
 
 class DecodeStep:
@@ -188,30 +234,44 @@ class DecodeStep:
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
 
-    def _projection(self, *weights: Tensor) -> _Projection:
-        return _Projection(weights, self.num_rows, self.few, self.is_linked)
+    def _projection(self, *weights: Tensor, **kwargs: Any) -> _Projection:
+        return _Projection(weights, self.num_rows, self.is_linked, **kwargs)
 
     def _prepare_attention(self) -> None:
         """The projections of all attention layers, and the buffers that they share."""
         config, B = self.config, self.num_rows
         self.inputs: list[_Projection] = []
         self.outputs: list[_Projection] = []
+        self.gate_inputs: list[_Projection | None] = []
         for layer in self.layers:
             a = layer.self_attn
+            is_kda = hasattr(a, "b_proj")
             projs = (
                 (a.q_proj, a.k_proj, a.v_proj, a.f_a_proj, a.g_a_proj, a.b_proj)
-                if hasattr(a, "b_proj")
+                if is_kda
                 else (a.q_proj, a.kv_a_proj_with_mqa)
             )
             self.inputs.append(self._projection(*(proj.weight for proj in projs)))
+            gates = None
+            if is_kda and not self.few:  # else `kda_kernel` does them
+                first = 3 * a.num_heads * a.head_dim
+                gates = self._projection(
+                    a.f_b_proj.weight,
+                    a.g_b_proj.weight,
+                    x_columns=[first, first + a.head_dim],
+                )
+            self.gate_inputs.append(gates)
             self.outputs.append(self._projection(a.o_proj.weight))
         H, L, P = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.projected = self._empty(B, max(proj.width for proj in self.inputs))
         linear = config.linear_attn_config
-        self.gates = self._empty(B, 2, linear["num_heads"] * linear["head_dim"])
+        inner = linear["num_heads"] * linear["head_dim"]
+        self.gates = self._empty(B, 2 * inner)
+        self.kda_out = self._empty(B, inner, dtype=torch.float32)
         self.mixed_heads = self._empty(B, max(proj.size for proj in self.outputs))
         self.query = self._empty(B, H, L + P)
-        self.splits = max(1, PROGRAMS // B)
+        self.latents = self._empty(B, H, L)
+        self.splits = max(1, SPLITS // B)
         wide = torch.float32
         self.shares = self._empty(B, self.splits, H, L, dtype=wide)
         self.share_weights = self._empty(B, self.splits, 2, H, dtype=wide)
@@ -230,14 +290,7 @@ class DecodeStep:
                 None if moe is None else self._projection(moe.gate.weight)
             )
             mlp = layer.mlp if moe is None else getattr(moe, "shared_experts", None)
-            self.shared.append(
-                None
-                if mlp is None
-                else (
-                    self._projection(mlp.gate_proj.weight, mlp.up_proj.weight),
-                    self._projection(mlp.down_proj.weight),
-                )
-            )
+            self.shared.append(None if mlp is None else self._mlp(mlp))
         widths = [pair[0].width for pair in self.shared if pair is not None]
         self.mlp = self._empty(B, max(widths, default=0))
         if not any(layer.is_moe for layer in self.layers):
@@ -252,6 +305,13 @@ class DecodeStep:
         self.begin = self._empty(power_of_two(config.num_experts + 1), dtype=torch.int32)
         self.activations = self._empty(B, slots, config.moe_intermediate_size)
         self.parts = self._empty(B, self.top + bool(self.num_shared), D)
+
+    def _mlp(self, mlp: nn.Module) -> tuple[_Projection, _Projection]:
+        """The two halves of a gated MLP."""
+        gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        if self.few:
+            return self._projection(gate, up), self._projection(down)
+        return self._projection(gate, ups=[up]), self._projection(down)
 
     def run(self) -> None:
         """Launch the step. Nothing here waits for the device."""
@@ -276,7 +336,7 @@ class DecodeStep:
         """out = projection of norm(hidden + added); the table's log gets the normed input."""
         counters = None if table is None else self.counters
         if self.few:
-            projection.launch(self.hidden, out, norm=norm, table=table, counters=counters)
+            projection.launch_norm(self.hidden, out, norm=norm, table=table, counters=counters)
             return
         self._add_norm(norm, added, table)
         projection.launch(self.normed, out)
@@ -303,7 +363,7 @@ class DecodeStep:
     def _add(self, projection: _Projection, x: Tensor) -> Tensor | None:
         """hidden += projection of x, now or, for many rows, by whoever gets the returned part."""
         if self.few:
-            projection.launch(x, self.hidden, residual=self.hidden)
+            projection.launch_norm(x, self.hidden, residual=self.hidden)
             return None
         projection.launch(x, self.delta[:, 0])
         return self.delta
@@ -312,64 +372,56 @@ class DecodeStep:
         a, table = layer.self_attn, self.table[i]
         proj = self.inputs[i]
         self._project(proj, layer.input_layernorm, added, self.projected[:, : proj.width], table)
-        H, K = a.num_heads, a.head_dim
-        out = self.mixed_heads[:, : H * K]
-        if not self.few:
-            inner = 3 * H * K
-            f_a, g_a = self.projected[:, inner : inner + 2 * K].split(K, dim=1)
-            torch.mm(f_a, a.f_b_proj.weight.t(), out=self.gates[:, 0])
-            torch.mm(g_a, a.g_b_proj.weight.t(), out=self.gates[:, 1])
-        kda_kernel[(self.num_rows, H)](
+        gates = self.gate_inputs[i]
+        if gates is not None:
+            gates.launch(self.projected, self.gates)
+        H, K, width = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
+        sizes = {
+            "x_stride": self.projected.stride(0),
+            "H": H,
+            "K": K,
+            "WIDTH": width,
+            "TAPS": power_of_two(width - 1),
+            "HAS_GATES": gates is not None,
+            "num_warps": KDA_WARPS if K >= 128 else 4,
+            **linked(self.is_linked),
+        }
+        block = min(KDA_BLOCK, K)
+        kda_kernel[(self.num_rows, H, K // block)](
             self.projected,
             self.gates,
             a.q_conv1d.weight,
             a.k_conv1d.weight,
             a.v_conv1d.weight,
             a.f_b_proj.weight,
-            a.g_b_proj.weight,
             a.A_log,
             a.dt_bias,
+            table,
+            self.kda_out,
+            BLOCK=block,
+            **sizes,
+        )
+        out = self.mixed_heads[:, : H * K]
+        kda_out_kernel[(self.num_rows, H)](
+            self.projected,
+            self.gates,
+            a.g_b_proj.weight,
             a.o_norm.weight,
             table,
+            self.kda_out,
             out,
-            self.projected.stride(0),
-            out.stride(0),
-            a.o_norm.eps,
-            H=H,
-            K=K,
-            WIDTH=a.q_conv1d.weight.shape[-1],
-            HAS_GATES=not self.few,
-            num_warps=KDA_WARPS if K >= 128 else 4,
-            **linked(self.is_linked),
+            out_stride=out.stride(0),
+            eps=a.o_norm.eps,
+            **sizes,
         )
         return self._add(self.outputs[i], out)
 
     def _latent(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
         a, table, proj, B = layer.self_attn, self.table[i], self.inputs[i], self.num_rows
         self._project(proj, layer.input_layernorm, added, self.projected[:, : proj.width])
-        H, N, V = a.num_heads, a.key_dim, a.value_dim
-        sizes = {"H": H, "L": a.latent_dim, **linked(self.is_linked)}
-        kv_b = a.kv_b_proj.weight
-        rows = min(B, ROWS_AT_ONCE)
-        block = min(128, a.latent_dim)
-        absorb_kernel[(-(-B // rows), H + 1, a.latent_dim // block)](
-            self.projected,
-            kv_b,
-            a.kv_a_layernorm.weight,
-            table,
-            self.counters,
-            self.query,
-            B,
-            self.projected.stride(0),
-            a.scaling * LOG2_E,
-            a.kv_a_layernorm.eps,
-            N=N,
-            V=V,
-            P=a.shared_key_dim,
-            ROWS=rows,
-            BLOCK=block,
-            **sizes,
-        )
+        self._absorb(a, table)
+        H, L = a.num_heads, a.latent_dim
+        sizes = {"H": H, "L": L, "SPLITS": self.splits, **linked(self.is_linked)}
         attend_kernel[(B, self.splits)](
             self.query,
             table,
@@ -377,51 +429,86 @@ class DecodeStep:
             self.real,
             self.shares,
             self.share_weights,
+            a.scaling * LOG2_E,
             P=a.shared_key_dim,
             HEADS=max(16, power_of_two(H)),
-            SPLITS=self.splits,
             BLOCK=ATTEND_TOKENS,
             HAS_PADDING=self.has_padding,
             num_warps=ATTEND_WARPS,
             num_stages=ATTEND_STAGES,
             **sizes,
         )
-        out = self.mixed_heads[:, : H * V]
-        block = min(32, V)
-        mix_kernel[(-(-B // rows), H, V // block)](
+        out = self.mixed_heads[:, : H * a.value_dim]
+        block = min(32, a.value_dim) if self.few else a.value_dim
+        mix_kernel[(B, H, a.value_dim // block)](
             self.shares,
             self.share_weights,
-            kv_b,
-            out,
-            B,
+            a.kv_b_proj.weight,
+            out if self.few else self.latents,
             out.stride(0),
-            N=N,
-            V=V,
-            SPLITS=self.splits,
+            N=a.key_dim,
+            V=a.value_dim,
             PLACES=power_of_two(self.splits),
             GROUP=min(16, power_of_two(self.splits)),
-            ROWS=rows,
             BLOCK=block,
+            HAS_VALUES=self.few,
             **sizes,
         )
+        if not self.few:
+            values = a.kv_b_proj.weight.unflatten(0, (H, -1))[:, a.key_dim :]  # [H, V, L]
+            torch.bmm(
+                self.latents.transpose(0, 1),
+                values.transpose(1, 2),
+                out=out.unflatten(1, (H, -1)).transpose(0, 1),
+            )
         return self._add(self.outputs[i], out)
+
+    def _absorb(self, a: nn.Module, table: Tensor) -> None:
+        """The new latent into the cache, the queries into the latents' coordinates."""
+        H, N, L, P = a.num_heads, a.key_dim, a.latent_dim, a.shared_key_dim
+        kv_b = a.kv_b_proj.weight
+        block = min(128, L)
+        absorb_kernel[(self.num_rows, H + 1 if self.few else 1, L // block if self.few else 1)](
+            self.projected,
+            kv_b,
+            a.kv_a_layernorm.weight,
+            table,
+            self.counters,
+            self.query,
+            self.projected.stride(0),
+            a.kv_a_layernorm.eps,
+            FIRST=0 if self.few else H,
+            H=H,
+            N=N,
+            V=a.value_dim,
+            L=L,
+            P=P,
+            BLOCK=block,
+            **linked(self.is_linked),
+        )
+        if not self.few:
+            query = self.projected[:, : H * (N + P)].unflatten(1, (H, -1))  # [B, H, N + P]
+            keys = kv_b.unflatten(0, (H, -1))[:, :N]  # [H, N, L]
+            target = self.query[..., :L].transpose(0, 1)
+            torch.bmm(query[..., :N].transpose(0, 1), keys, out=target)
+            self.query[..., L:].copy_(query[..., N:])
 
     def _dense(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
         pair = self.shared[i]
         assert pair is not None
-        gate_up, down = pair
-        self._project(gate_up, layer.post_attention_layernorm, added, self.mlp[:, : gate_up.width])
-        return self._add(down, self._gated(gate_up.width))
-
-    def _gated(self, width: int) -> Tensor:
-        gate, up = self.mlp[:, :width].chunk(2, dim=-1)
-        return F.silu(gate) * up
+        first, down = pair
+        out = self.mlp[:, : first.width]
+        self._project(first, layer.post_attention_layernorm, added, out)
+        if self.few:
+            gate, up = out.chunk(2, dim=-1)
+            out = F.silu(gate) * up
+        return self._add(down, out)
 
     def _experts(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
         moe, norm, router = layer.block_sparse_moe, layer.post_attention_layernorm, self.routers[i]
         assert router is not None
         if self.few:
-            router.launch(self.hidden, self.router_logits, norm=norm)
+            router.launch_norm(self.hidden, self.router_logits, norm=norm)
         else:
             self._add_norm(norm, added)
             self._wide_router(moe.gate.weight)
@@ -547,9 +634,10 @@ class DecodeStep:
         )
         pair = self.shared[i]
         if pair is not None:
-            gate_up, down = pair
-            gate_up.launch(self.normed, self.mlp[:, : gate_up.width])
-            down.launch(self._gated(gate_up.width), self.parts[:, -1])
+            first, down = pair
+            out = self.mlp[:, : first.width]
+            first.launch(self.normed, out)
+            down.launch(out, self.parts[:, -1])
         return self.parts
 
 

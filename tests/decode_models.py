@@ -57,5 +57,6 @@ def small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter, which runs program by program: fewer programs, and any device."""
     if INTERPRETED and not torch.cuda.is_available():
         monkeypatch.setattr(decode_step, "PROGRAMS", 4)
+        monkeypatch.setattr(decode_step, "SPLITS", 6)
         monkeypatch.setattr(decode_graph, "DEVICE_TYPES", ("cpu",))
         monkeypatch.setattr(decode_graph, "DTYPES", (torch.float32,))
