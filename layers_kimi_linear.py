@@ -22,7 +22,12 @@ from .cache_kimi_linear import KDALayerCache, LatentLayerCache, States
 from .configuration_kimi_linear import KimiLinearConfig
 from .gated_norm import gated_rms_norm
 from .kda import kda_attention
-from .latent_attention import latent_attention, latent_attention_weights
+from .latent_attention import (
+    FUSED_QUERY_TOKENS,
+    first_tokens,
+    latent_attention,
+    latent_attention_weights,
+)
 from .rollback import KDAPlan
 from .sequence_layout import SequenceLayout
 from .short_conv import short_convolution
@@ -283,20 +288,36 @@ class KimiLinearLatentAttention(nn.Module):
         packed = use_flash and layout.cu_seqlens is not None and past_key_values is None
         packed = packed and not by_blocks
         x = layout.pack(hidden_states) if packed else hidden_states
-        query = self._query(x)  # [B, T, H, K]
         latent = self._latent(x)  # [B, T, L + P]
         segments = [latent]
         if past_key_values is not None:
             cache: LatentLayerCache = past_key_values.layers[self.layer_idx]
             segments = cache.update(latent)
         if by_blocks:
-            out, weights = self._attend(query, segments, real_tokens)
-        else:
-            mask = None if packed else attention_mask
-            lengths = _flash_lengths(layout) if packed else {}
-            out, weights = self._backend(query, latent, mask, **lengths, **kwargs)
+            return self._attend_in_tiles(x, segments, real_tokens)
+        mask = None if packed else attention_mask
+        lengths = _flash_lengths(layout) if packed else {}
+        out, weights = self._backend(self._query(x), latent, mask, **lengths, **kwargs)
         out = self.o_proj(out.flatten(-2))
         return (layout.unpack(out, batch_size) if packed else out), weights
+
+    def _attend_in_tiles(
+        self, x: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, T, D] and weights; a long call's queries are made a tile of tokens at a time,
+        for memory's sake."""
+        T = x.shape[1]
+        if T <= FUSED_QUERY_TOKENS or not x.is_cuda or torch.is_grad_enabled():
+            out, weights = self._attend(self._query(x), segments, real_tokens)
+            return self.o_proj(out.flatten(-2)), weights
+        past, result = sum(segment.shape[1] for segment in segments) - T, torch.empty_like(x)
+        for start in range(0, T, FUSED_QUERY_TOKENS):
+            stop = min(start + FUSED_QUERY_TOKENS, T)
+            seen, real = first_tokens(segments, past + stop), real_tokens
+            real = None if real is None else real[:, : past + stop]
+            out, weights = self._attend(self._query(x[:, start:stop]), seen, real)
+            result[:, start:stop] = self.o_proj(out.flatten(-2))
+        return result, None
 
     def _attend(
         self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
