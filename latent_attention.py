@@ -239,12 +239,13 @@ def _expanded_by_queries(
     B, T = query_BTHK.shape[:2]
     query = query_BTHK.transpose(1, 2)  # [B, H, T, K]
     past = sum(segment.shape[1] for segment in segments) - T
+    size = max(EXPANDED_TOKENS, FUSED_EXPANDED_TOKENS // B)
     wide_key = _wide_key(key_HNL, query.shape[-1] - key_HNL.shape[1])
     outputs = []
-    for tile in _tiles(segments, FUSED_QUERY_TOKENS, past):
+    for tile in _tiles(segments, max(EXPANDED_TOKENS, FUSED_QUERY_TOKENS // B), past):
         part, merged = query[:, :, tile.start - past : tile.stop - past], _Merged()
         cuts = (tile.start,)
-        for keys, latent in _blocks(segments, FUSED_EXPANDED_TOKENS, tile.stop, query.device, cuts):
+        for keys, latent in _blocks(segments, size, tile.stop, query.device, cuts):
             is_causal = keys == tile
             key, value = _expand_wide(latent.to(query.dtype), wide_key, value_HVL)
             key, value = key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1)
@@ -364,6 +365,8 @@ def _cudnn(
     pairs = B * T * key.shape[2]
     if (
         pairs < (CUDNN_OWN_PAIRS if is_causal else CUDNN_PAIRS)
+        or K % 8 != 0
+        or value.shape[-1] % 8 != 0
         or not torch.backends.cuda.cudnn_sdp_enabled()
         or (K, value.shape[-1]) in _without_cudnn
     ):
