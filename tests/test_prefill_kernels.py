@@ -1,0 +1,93 @@
+"""The feed-forward layers' kernels beside their references: on a GPU, or by Triton's interpreter.
+
+The interpreter must be chosen before triton is imported, so that a process of its own runs it.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kimi_linear import prefill_kernels as kernels
+from tolerance import assert_close
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+DTYPES = [torch.float32] if IS_INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
+needs_kernels = [
+    pytest.mark.skipif(kernels.triton is None, reason="needs triton"),
+    *([] if IS_INTERPRETED else [pytest.mark.gpu]),
+]
+
+
+def with_kernels(test):
+    for mark in needs_kernels:
+        test = mark(test)
+    return test
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(IS_INTERPRETED, reason="this is it")
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 24, 1024, 1030])
+def test_silu_mul(size, dtype):
+    both = draw(5, 2 * size, dtype=dtype)
+    for gate, up in (
+        both.chunk(2, dim=1),
+        (draw(3, size, dtype=dtype), draw(3, size, dtype=dtype)),
+    ):
+        assert_close(kernels.silu_mul(gate, up), kernels.reference_silu_mul(gate, up), dtype)
+
+
+@with_kernels
+def test_take_rows():
+    x, rows = draw(7, 20), torch.tensor([3, 1, 1, 6, 0], device=DEVICE)
+    assert torch.equal(kernels.take_rows(x, rows), kernels.reference_take_rows(x, rows))
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_sum_leaves_out_experts_of_other_ranks(dtype):
+    place = torch.randperm(33, device=DEVICE).view(11, 3)
+    weights, experts = draw(11, 3), torch.randint(0, 6, (11, 3), device=DEVICE)
+    x = draw(33, 20, dtype=dtype)
+    x[place[experts >= 5]] = float("nan")  # what a grouped product leaves there
+    args = (x, place, weights, experts, 5)
+    assert_close(kernels.weighted_sum(*args), kernels.reference_weighted_sum(*args), dtype)
+
+
+@with_kernels
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("num_experts", "num_chosen"), [(12, 3), (8, 8), (256, 8), (5, 1)])
+def test_choose_experts(num_experts, num_chosen, renormalize):
+    logits, bias = draw(21, num_experts), draw(num_experts)
+    args = (logits, bias, num_chosen, renormalize, 2.5)
+    weights, experts = kernels.choose_experts(*args)
+    expected_weights, expected = kernels.reference_choose_experts(*args)
+    assert torch.equal(experts, expected)
+    assert_close(weights, expected_weights, torch.float32)
+
+
+@with_kernels
+def test_choose_experts_stays_in_range_where_logits_are_not_numbers():
+    logits = draw(3, 12)
+    logits[1] = float("nan")
+    experts = kernels.choose_experts(logits, draw(12), 3, True, 1.0)[1]
+    assert bool(((experts >= 0) & (experts < 12)).all())
