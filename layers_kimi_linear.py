@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_kimi_linear import KDALayerCache, LatentLayerCache, States
 from .configuration_kimi_linear import KimiLinearConfig
+from .conv_kernel import convolve_three
 from .gated_norm import gated_rms_norm
 from .kda import CHUNK_SIZE, kda_attention
 from .latent_attention import (
@@ -225,19 +226,22 @@ class KimiLinearDeltaAttention(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """q, k, v [.., .., H, K] after convolution and SiLU; its states [B, 3, H * K, W - 1] after
         all tokens and after `cut` tokens."""
-        states = layout.initial_states(state)
-        outputs, tails, tails_at_cut = [], [], []
         projections = (self.q_proj, self.k_proj, self.v_proj)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        for i, (proj, conv) in enumerate(zip(projections, convolutions, strict=True)):
-            y, initial = proj(x), None if states is None else states[:, i]
+        inputs, weights = [proj(x) for proj in projections], [c.weight for c in convolutions]
+        if layout.cu_seqlens is None and has_kernels(*inputs, *weights):
+            outputs, after, at_cut = convolve_three(inputs, weights, state, cut)
+            return [self._heads(out) for out in outputs], [after if output_state else None, at_cut]
+        states = layout.initial_states(state)
+        outputs, tails, tails_at_cut = [], [], []
+        for i, (y, conv) in enumerate(zip(inputs, convolutions, strict=True)):
+            initial = None if states is None else states[:, i]
             out, tail = conv(y, initial, output_state, layout.cu_seqlens)
             outputs.append(self._heads(out))
             tails.append(tail)
             if cut:
-                tails_at_cut.append(
-                    convolution_state(y[:, :cut], initial, conv.weight.shape[2] - 1)
-                )
+                width = conv.weight.shape[2]
+                tails_at_cut.append(convolution_state(y[:, :cut], initial, width - 1))
         conv_state = layout.row_states(torch.stack(tails, dim=1)) if output_state else None
         return outputs, [conv_state, torch.stack(tails_at_cut, dim=1) if cut else None]
 

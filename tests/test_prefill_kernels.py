@@ -1,4 +1,4 @@
-"""The feed-forward layers' kernels beside their references: on a GPU, or by Triton's interpreter.
+"""Prefill's kernels beside their references: on a GPU, or by Triton's interpreter.
 
 The interpreter must be chosen before triton is imported, so that a process of its own runs it.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from kimi_linear import prefill_kernels as kernels
+from kimi_linear.conv_kernel import convolve_three
+from kimi_linear.short_conv import convolution_state, short_convolution
 from tolerance import assert_close
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -91,3 +93,33 @@ def test_choose_experts_stays_in_range_where_logits_are_not_numbers():
     logits[1] = float("nan")
     experts = kernels.choose_experts(logits, draw(12), 3, True, 1.0)[1]
     assert bool(((experts >= 0) & (experts < 12)).all())
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "channels", "width", "cut"),
+    [
+        (2, 50, 130, 4, 20),
+        (1, 1, 40, 4, 0),
+        (2, 2, 10, 4, 1),
+        (1, 33, 20, 3, 33),
+        (1, 70, 24, 4, 0),
+    ],
+)
+def test_three_convolutions_in_one(rows, tokens, channels, width, cut, has_state, dtype):
+    inputs = [draw(rows, tokens, channels, dtype=dtype) for _ in range(3)]
+    weights = [draw(channels, 1, width, dtype=dtype) for _ in range(3)]
+    state = draw(rows, 3, channels, width - 1, dtype=dtype) if has_state else None
+    outputs, after, at_cut = convolve_three(inputs, weights, state, cut)
+    for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+        initial = None if state is None else state[:, i]
+        out, last = short_convolution(
+            x, weight, initial_state=initial, output_final_state=True, backend="torch"
+        )
+        assert_close(outputs[i], out, dtype)
+        assert torch.equal(after[:, i], last)
+        if cut:
+            expected = convolution_state(x[:, :cut], initial, width - 1)
+            assert torch.equal(at_cut[:, i], expected)
