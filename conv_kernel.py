@@ -63,12 +63,13 @@ def convolve_three(
 if triton is not None:
 
     @triton.jit
-    def _input(x, state, token, channel, inside, D, W: tl.constexpr):
-        """Inputs at tokens that may lie before the first one: in the state, or zeros."""
-        value = tl.load(x + token * D + channel, mask=inside & (token >= 0), other=0.0)
+    def _last_input(x, state, token, channel, D, W: tl.constexpr):
+        """The input at a token that may lie before the first one: in the state, or zeros."""
+        inside = channel < D
+        value = tl.load(x + token.to(tl.int64) * D + channel, mask=inside & (token >= 0), other=0.0)
         if state is not None:
             place = state + channel * (W - 1) + token + W - 1
-            value += tl.load(place, mask=inside & (token < 0) & (token >= 1 - W), other=0.0)
+            value += tl.load(place, mask=inside & (token < 0), other=0.0)
         return value
 
     @triton.jit
@@ -100,27 +101,38 @@ if triton is not None:
             x, weight, out = x1, weight1, out1
         else:
             x, weight, out = x2, weight2, out2
+        first = tl.program_id(0) * TOKENS
         x += row // 3 * T * D
         out += row // 3 * T * D
         if state is not None:
             state += row * D * (W - 1)
-        token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
-        channel = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+        token = first + tl.arange(0, TOKENS)[:, None]
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
         inside = (token < T) & (channel < D)
+        own = tl.arange(0, TOKENS)[:, None] * D + channel  # from the program's first token
+        start = first.to(tl.int64) * D
         total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
         for tap in tl.static_range(W):
             factor = tl.load(weight + channel * W + tap, mask=channel < D, other=0.0)
-            value = _input(x, state, token + (tap - W + 1), channel, inside, D, W)
+            back = tap - W + 1
+            value = tl.load(
+                x + start + own + back * D, mask=inside & (token + back >= 0), other=0.0
+            )
             total += factor.to(tl.float32) * value.to(tl.float32)
+            if first == 0:
+                if state is not None:
+                    place = state + channel * (W - 1) + token + tap
+                    value = tl.load(place, mask=inside & (token + back < 0), other=0.0)
+                    total += factor.to(tl.float32) * value.to(tl.float32)
         total = total * tl.sigmoid(total)
-        tl.store(out + token * D + channel, total.to(out.dtype.element_ty), mask=inside)
-        if tl.program_id(0) == 0:
+        tl.store(out + start + own, total.to(out.dtype.element_ty), mask=inside)
+        if first == 0:
             for column in tl.static_range(W - 1):
                 place = row * D * (W - 1) + channel * (W - 1) + column
-                zero = tl.zeros((1, CHANNELS), dtype=tl.int64)
-                last = _input(x, state, zero + (T - W + 1 + column), channel, channel < D, D, W)
+                back = column - W + 1 + tl.zeros((1, CHANNELS), dtype=tl.int32)
+                last = _last_input(x, state, T + back, channel, D, W)
                 tl.store(after + place, last, mask=channel < D)
-                last = _input(x, state, zero + (cut - W + 1 + column), channel, channel < D, D, W)
+                last = _last_input(x, state, cut + back, channel, D, W)
                 tl.store(at_cut + place, last, mask=channel < D)
 
 

@@ -1,10 +1,10 @@
 """Routed experts of many tokens: Transformers' "grouped_mm", and a leaner form of it.
 
 Both sort the pairs of a token and one of its experts by expert and multiply each expert's rows by
-its matrices in one grouped product. Ours takes over where no graph is recorded: it goes through the
-tokens in pieces, so that memory does not grow with their number, and what lies between the products
-(rows by expert, gated SiLU, weighted sum) is one kernel each, in the order of the slots, so that
-results do not change from run to run.
+its matrices. Ours takes over where no graph is recorded: it goes through the tokens in pieces, so
+that memory does not grow with their number, and what stands around the products is inside their
+kernels (`grouped_kernels.py`). Sums are in the order of the slots: results do not change from run
+to run. Any other experts implementation than "grouped_mm" turns it off.
 
 Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs.
 """
@@ -12,13 +12,16 @@ Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one tok
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from transformers.utils import logging
 
-from .prefill_kernels import has_kernels, silu_mul, take_rows, weighted_sum
+from .grouped_kernels import TensorDescriptor, TritonError, down, gate_up, sort_pairs
+from .prefill_kernels import has_kernels, weighted_sum
 
-# Tokens of a piece: 75 KB each at the 48B model's sizes, and every expert has its 1,024.
+logger = logging.get_logger(__name__)
+
+# Tokens of a piece: 55 KB each at the 48B model's sizes, and every expert has its 1,024.
 PIECE_TOKENS = 32768
-# torch._grouped_mm's on CUDA; Hopper and later have the fast one
-GROUPED_DTYPES = (torch.bfloat16,)
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 def grouped_experts(
@@ -28,53 +31,56 @@ def grouped_experts(
 
     An expert's number of E or more is another rank's: it adds nothing.
     """
-    if not _is_lean(experts, hidden_states):
-        transformers_own = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
-        return transformers_own(experts, hidden_states, top_k_index, top_k_weights)
-    if hidden_states.shape[0] <= PIECE_TOKENS:
-        return _grouped(experts, hidden_states, top_k_index, top_k_weights)
-    out = torch.empty_like(hidden_states)
-    for start in range(0, hidden_states.shape[0], PIECE_TOKENS):
-        piece = slice(start, start + PIECE_TOKENS)
-        out[piece] = _grouped(
-            experts, hidden_states[piece], top_k_index[piece], top_k_weights[piece]
-        )
-    return out
+    if is_lean(experts, hidden_states):
+        try:
+            return _in_pieces(experts, hidden_states, top_k_index, top_k_weights)
+        except TritonError as error:
+            _refused.append(error)
+            logger.warning_once(f"the experts' kernels cannot be used, grouped_mm is: {error}")
+    transformers_own = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    return transformers_own(experts, hidden_states, top_k_index, top_k_weights)
 
 
-def _is_lean(experts: nn.Module, x: Tensor) -> bool:
-    """Whether our form takes these experts and this input."""
-    up, down = experts.gate_up_proj, experts.down_proj
+_refused: list[Exception] = []  # why the kernels cannot be compiled here
+
+
+def is_lean(experts: nn.Module, x: Tensor) -> bool:
+    """Whether our form takes these experts and this input: on Hopper and later, which copy the
+    matrices' tiles by hardware."""
+    matrices = experts.gate_up_proj, experts.down_proj
     return (
-        has_kernels(x, up, down)
-        and x.dtype == up.dtype == down.dtype
-        and x.dtype in GROUPED_DTYPES
-        and hasattr(torch, "_grouped_mm")
+        has_kernels(x, *matrices)
+        and not _refused
+        and TensorDescriptor is not None
+        and all(type(m) in (nn.Parameter, Tensor) and m.is_contiguous() for m in matrices)
+        and all(matrix.dtype == x.dtype for matrix in matrices)
+        and x.dtype in DTYPES
+        and x.shape[1] % 8 == matrices[1].shape[2] % 8 == 0
         and experts.config.hidden_act in ("silu", "swish")
-        and x.shape[1] % 8 == down.shape[2] % 8 == 0
         and torch.cuda.get_device_capability(x.device)[0] >= 9
     )
 
 
-def _grouped(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """One piece of tokens."""
+def _in_pieces(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    if x.shape[0] <= PIECE_TOKENS:
+        return _one_piece(experts, x, index, weights)
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[0], PIECE_TOKENS):
+        piece = slice(start, start + PIECE_TOKENS)
+        out[piece] = _one_piece(experts, x[piece], index[piece], weights[piece])
+    return out
+
+
+def _one_piece(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     num_experts, num_chosen = experts.gate_up_proj.shape[0], index.shape[1]
-    # sorting int16 takes two passes where int64 takes eight
-    keys, order = index.flatten().to(torch.int16).sort(stable=True)
-    numbers = torch.arange(num_experts, dtype=torch.int16, device=x.device)
-    ends = torch.searchsorted(keys, numbers, right=True, out_int32=True)
-    place = torch.empty_like(order)
-    place.scatter_(0, order, torch.arange(order.numel(), device=x.device))
-    rows = take_rows(x, order // num_chosen)
-    both = torch._grouped_mm(rows, experts.gate_up_proj.transpose(1, 2), offs=ends)
-    del rows
-    inner = silu_mul(*both.chunk(2, dim=1))
-    del both
-    out = torch._grouped_mm(inner, experts.down_proj.transpose(1, 2), offs=ends)
-    return weighted_sum(out, place.view_as(index), weights, index, num_experts)
+    x, weights = x.contiguous(), weights.contiguous()
+    order, ends = sort_pairs(index, num_experts)
+    inner = gate_up(x, order, ends, experts.gate_up_proj, num_chosen)
+    pairs = down(inner, order, ends, experts.down_proj)
+    return weighted_sum(pairs, weights, index.contiguous(), num_experts)
 
 
 EXPERTS = ExpertsInterface()
 EXPERTS["grouped_mm"] = grouped_experts
 
-__all__ = ["EXPERTS", "grouped_experts"]
+__all__ = ["EXPERTS", "grouped_experts", "is_lean"]

@@ -38,7 +38,7 @@ SCORE_ELEMENTS = {"cpu": 1 << 20}
 SCORE_ELEMENTS_ELSEWHERE = 1 << 27
 # Tokens of a block of queries or keys in the expanded form, and where a fused kernel takes it.
 EXPANDED_TOKENS = 1024
-FUSED_QUERY_TOKENS = 32768
+FUSED_QUERY_TOKENS = 65536
 FUSED_EXPANDED_TOKENS = 65536
 MIN_BLOCK_TOKENS = 256
 FUSED_MAX_HEAD_DIM = 256
@@ -242,7 +242,7 @@ def _expanded_by_queries(
     size = max(EXPANDED_TOKENS, FUSED_EXPANDED_TOKENS // B)
     wide_key = _wide_key(key_HNL, query.shape[-1] - key_HNL.shape[1])
     outputs = []
-    for tile in _tiles(segments, max(EXPANDED_TOKENS, FUSED_QUERY_TOKENS // B), past):
+    for tile in _tiles(segments, min(size, max(EXPANDED_TOKENS, FUSED_QUERY_TOKENS // B)), past):
         part, merged = query[:, :, tile.start - past : tile.stop - past], _Merged()
         cuts = (tile.start,)
         for keys, latent in _blocks(segments, size, tile.stop, query.device, cuts):
@@ -487,10 +487,11 @@ class _Merged:
         total = torch.logaddexp(self._lse, lse)
         safe = total.masked_fill(total == float("-inf"), 0)
         share = (lse - safe).exp().unsqueeze(-1)
-        wide = torch.promote_types(mean.dtype, torch.float32)
-        old, new = self._mean.to(wide), mean.to(wide)
-        # in place where no graph needs what is overwritten: the means are the largest tensors here
-        self._mean = old.lerp(new, share) if _records(old, new) else old.lerp_(new, share)
+        old = self._mean.to(torch.promote_types(mean.dtype, torch.float32))
+        if _records(old, mean, share):
+            self._mean = old.lerp(mean.to(old.dtype), share)
+        else:  # in place, and without a wide copy: these are the largest tensors here
+            self._mean = old.mul_(1 - share).addcmul_(mean, share)
         self._lse = total
 
     def result(self) -> Tensor:

@@ -1,5 +1,5 @@
-"""Triton kernels of the feed-forward layers, where no graph is recorded: choice of experts, rows
-by expert, gated SiLU, and the weighted sum of what a token's experts say.
+"""Triton kernels of the feed-forward layers, where no graph is recorded: choice of experts, gated
+SiLU, and the weighted sum of what a token's experts say.
 
 Each reads its inputs once and writes its output once; the chains of torch operators that they take
 the place of are beside them, as `reference_...`. Sums are in float32, in a fixed order.
@@ -22,8 +22,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def has_kernels(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: on CUDA, with triton, and no graph is recorded."""
-    if triton is None or torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    """Whether the kernels take these: on CUDA, with triton, neither recorded nor compiled."""
+    if triton is None or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
     return all(x.is_cuda and x.dtype in DTYPES for x in tensors)
 
@@ -45,43 +47,27 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-# ------------------------------------------------------------------------------ rows by expert
-def reference_take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    return x.index_select(0, rows)
-
-
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x [T, D] at `rows` [P]."""
-    out = x.new_empty(rows.numel(), x.shape[1])
-    if rows.numel():
-        block = triton.next_power_of_2(x.shape[1])
-        _take_rows[(rows.numel(),)](x, rows, out, x.stride(0), x.shape[1], BLOCK=block)
-    return out
-
-
+# ---------------------------------------------------------------------------------- weighted sum
 def reference_weighted_sum(
-    x: Tensor, place: Tensor, weights: Tensor, experts: Tensor, num_experts: int
+    pairs: Tensor, weights: Tensor, experts: Tensor, num_experts: int
 ) -> Tensor:
-    """[T, D] from the pairs' rows x [P, D], their places [T, k], weights [T, k] and experts [T, k].
+    """[T, D] from the pairs' rows [P, D], weights [T, k] and experts [T, k].
 
     Rows of experts that there are not, of number `num_experts` or more, do not count.
     """
     counts = (experts < num_experts)[..., None]
-    rows = (x.float()[place] * weights.float()[..., None]).where(counts, 0.0)
-    return rows.sum(dim=1).to(x.dtype)
+    rows = (pairs.float().unflatten(0, weights.shape) * weights.float()[..., None]).where(counts, 0)
+    return rows.sum(dim=1).to(pairs.dtype)
 
 
-def weighted_sum(
-    x: Tensor, place: Tensor, weights: Tensor, experts: Tensor, num_experts: int
-) -> Tensor:
+def weighted_sum(pairs: Tensor, weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     """The same, one program a token; rows that do not count are not read."""
-    T, k = place.shape
-    D = x.shape[1]
-    out = x.new_empty(T, D)
+    (T, k), D = weights.shape, pairs.shape[1]
+    out = pairs.new_empty(T, D)
     if T:
         block = triton.next_power_of_2(D)
         _weighted_sum[(T,)](
-            x, place, weights, experts, out, D, num_experts, NUM=k, BLOCK=block, num_warps=8
+            pairs, weights, experts, out, D, num_experts, NUM=k, BLOCK=block, num_warps=8
         )
     return out
 
@@ -139,38 +125,19 @@ if triton is not None:
         tl.store(out + row * size + column, y.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _take_rows(x, rows, out, x_stride, size, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        inside = column < size
-        source = tl.load(rows + row).to(tl.int64)
-        values = tl.load(x + source * x_stride + column, mask=inside)
-        tl.store(out + row * size + column, values, mask=inside)
-
-    @triton.jit
     def _weighted_sum(
-        x,
-        place,
-        weights,
-        experts,
-        out,
-        size,
-        num_experts,
-        NUM: tl.constexpr,
-        BLOCK: tl.constexpr,
+        pairs, weights, experts, out, size, num_experts, NUM: tl.constexpr, BLOCK: tl.constexpr
     ):
         token = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
-        inside = column < size
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for i in tl.static_range(NUM):
-            row = tl.load(place + token * NUM + i).to(tl.int64)
-            weight = tl.load(weights + token * NUM + i).to(tl.float32)
-            expert = tl.load(experts + token * NUM + i)
-            length = tl.where(expert < num_experts, size, 0)
-            values = tl.load(x + row * size + column, mask=column < length, other=0.0)
+        for slot in tl.static_range(NUM):
+            pair = token * NUM + slot
+            weight = tl.load(weights + pair).to(tl.float32)
+            length = tl.where(tl.load(experts + pair) < num_experts, size, 0)
+            values = tl.load(pairs + pair * size + column, mask=column < length, other=0.0)
             total += weight * values.to(tl.float32)
-        tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=column < size)
 
     @triton.jit
     def _choose_experts(
@@ -219,9 +186,7 @@ __all__ = [
     "has_kernels",
     "reference_choose_experts",
     "reference_silu_mul",
-    "reference_take_rows",
     "reference_weighted_sum",
     "silu_mul",
-    "take_rows",
     "weighted_sum",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kimi_linear import grouped_kernels as grouped
 from kimi_linear import prefill_kernels as kernels
 from kimi_linear.conv_kernel import convolve_three
 from kimi_linear.short_conv import convolution_state, short_convolution
@@ -59,20 +60,36 @@ def test_silu_mul(size, dtype):
 
 
 @with_kernels
-def test_take_rows():
-    x, rows = draw(7, 20), torch.tensor([3, 1, 1, 6, 0], device=DEVICE)
-    assert torch.equal(kernels.take_rows(x, rows), kernels.reference_take_rows(x, rows))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_sum_leaves_out_experts_of_other_ranks(dtype):
+    weights, experts = draw(11, 3), torch.randint(0, 6, (11, 3), device=DEVICE)
+    pairs = draw(33, 20, dtype=dtype)
+    pairs[experts.flatten() >= 5] = float("nan")  # what the products leave there
+    args = (pairs, weights, experts, 5)
+    assert_close(kernels.weighted_sum(*args), kernels.reference_weighted_sum(*args), dtype)
 
 
 @with_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weighted_sum_leaves_out_experts_of_other_ranks(dtype):
-    place = torch.randperm(33, device=DEVICE).view(11, 3)
-    weights, experts = draw(11, 3), torch.randint(0, 6, (11, 3), device=DEVICE)
-    x = draw(33, 20, dtype=dtype)
-    x[place[experts >= 5]] = float("nan")  # what a grouped product leaves there
-    args = (x, place, weights, experts, 5)
-    assert_close(kernels.weighted_sum(*args), kernels.reference_weighted_sum(*args), dtype)
+@pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
+@pytest.mark.parametrize(("tokens", "hidden", "width"), [(1, 64, 40), (50, 40, 64), (330, 72, 136)])
+def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
+    if IS_INTERPRETED:
+        monkeypatch.setattr(grouped, "GATE_UP_TILE", (16, 32, 16))
+        monkeypatch.setattr(grouped, "DOWN_TILE", (16, 32, 16))
+    x = draw(tokens, hidden, dtype=dtype)
+    up_weight = draw(6, 2 * width, hidden, dtype=dtype) * hidden**-0.5
+    down_weight = draw(6, hidden, width, dtype=dtype) * width**-0.5
+    experts = torch.rand(tokens, 8, device=DEVICE).topk(3, dim=-1).indices  # 6 and 7: other ranks'
+    experts[experts == 2] = 4
+    order, ends = grouped.sort_pairs(experts, 6)
+    real = int(ends[-1])
+    inner = grouped.gate_up(x, order, ends, up_weight, 3)
+    expected_inner = grouped.reference_gate_up(x, order, ends, up_weight, 3)
+    assert_close(inner[:real], expected_inner[:real], dtype)
+    pairs = grouped.down(expected_inner, order, ends, down_weight)
+    expected = grouped.reference_down(expected_inner, order, ends, down_weight)
+    written = (experts < 6).flatten()
+    assert_close(pairs[written], expected[written], dtype)
 
 
 @with_kernels
