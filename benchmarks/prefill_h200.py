@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chunk-tokens", type=int, default=32768)
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--reference", type=Path, help="another checkout to measure")
+    parser.add_argument("--reference-commit", default="unknown")
     parser.add_argument("--name", default="new", help="what the lines call this checkout")
     parser.add_argument("--commit", help="where there is no history to ask")
     parser.add_argument("--states", type=Path, help=argparse.SUPPRESS)
@@ -160,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.exactness:
             compare(args.reference, tell)
         if args.reference is not None and args.lengths:
-            run_other(args.reference, ["--name", "old", "--lengths", args.lengths], tell)
+            flags = ["--name", "old", "--lengths", args.lengths]
+            run_other(args.reference, [*flags, "--commit", args.reference_commit], tell)
         if not args.lengths and not args.chunks:
             return
         model = random_model(None)
