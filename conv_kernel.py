@@ -30,8 +30,8 @@ def convolve_three(
     """SiLU of three causal depthwise convolutions, each over its own input.
 
     Args:
-        inputs: three [B, T, D], contiguous.
-        weights: three [D, 1, W], oldest tap first, contiguous.
+        inputs: three [B, T, D].
+        weights: three [D, 1, W], oldest tap first.
         state: the W - 1 inputs before the first token, [B, 3, D, W - 1]; None for zeros.
         cut: number of tokens after which a state is wanted too.
 
@@ -40,23 +40,25 @@ def convolve_three(
     """
     B, T, D = inputs[0].shape
     W = weights[0].shape[-1]
+    inputs, weights = [x.contiguous() for x in inputs], [x.contiguous() for x in weights]
     outputs = [torch.empty_like(x) for x in inputs]
     after, at_cut = (inputs[0].new_empty(B, 3, D, W - 1) for _ in range(2))
     grid = (triton.cdiv(T, TOKENS), triton.cdiv(D, CHANNELS), 3 * B)
-    _convolve[grid](
-        *inputs,
-        *weights,
-        *outputs,
-        state if state is None else state.contiguous(),
-        after,
-        at_cut,
-        T,
-        D,
-        cut,
-        W=W,
-        TOKENS=TOKENS,
-        CHANNELS=CHANNELS,
-    )
+    with torch.cuda.device_of(inputs[0]):
+        _convolve[grid](
+            *inputs,
+            *weights,
+            *outputs,
+            state if state is None else state.contiguous(),
+            after,
+            at_cut,
+            T,
+            D,
+            cut,
+            W=W,
+            TOKENS=TOKENS,
+            CHANNELS=CHANNELS,
+        )
     return outputs, after, at_cut
 
 

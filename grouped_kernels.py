@@ -58,9 +58,10 @@ def gate_up(x: Tensor, order: Tensor, ends: Tensor, weight: Tensor, k: int) -> T
     out = x.new_empty(P, width // 2)
     matrices = TensorDescriptor.from_tensor(weight.view(E * width, D), [columns, summands])
     grid = ((triton.cdiv(P, rows) + E) * triton.cdiv(width // 2, columns),)
-    _gate_up[grid](
-        x, order, matrices, out, ends, K=k, D=D, I=width // 2, E=E, **_tile(E, GATE_UP_TILE)
-    )
+    with torch.cuda.device_of(x):
+        _gate_up[grid](
+            x, order, matrices, out, ends, K=k, D=D, I=width // 2, E=E, **_tile(E, GATE_UP_TILE)
+        )
     return out
 
 
@@ -80,7 +81,8 @@ def down(inner: Tensor, order: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
     out = inner.new_empty(P, D)
     matrices = TensorDescriptor.from_tensor(weight.view(E * D, width), [columns, summands])
     grid = ((triton.cdiv(P, rows) + E) * triton.cdiv(D, columns),)
-    _down[grid](inner, order, matrices, out, ends, D=D, I=width, E=E, **_tile(E, DOWN_TILE))
+    with torch.cuda.device_of(inner):
+        _down[grid](inner, order, matrices, out, ends, D=D, I=width, E=E, **_tile(E, DOWN_TILE))
     return out
 
 

@@ -43,7 +43,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     block = 1024
     grid = (M, triton.cdiv(size, block))
     if M:
-        _silu_mul[grid](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=block)
+        with torch.cuda.device_of(gate):
+            _silu_mul[grid](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=block)
     return out
 
 
@@ -66,9 +67,10 @@ def weighted_sum(pairs: Tensor, weights: Tensor, experts: Tensor, num_experts: i
     out = pairs.new_empty(T, D)
     if T:
         block = triton.next_power_of_2(D)
-        _weighted_sum[(T,)](
-            pairs, weights, experts, out, D, num_experts, NUM=k, BLOCK=block, num_warps=8
-        )
+        with torch.cuda.device_of(pairs):
+            _weighted_sum[(T,)](
+                pairs, weights, experts, out, D, num_experts, NUM=k, BLOCK=block, num_warps=8
+            )
     return out
 
 
@@ -94,20 +96,21 @@ def choose_experts(
     experts = torch.empty(T, num_chosen, dtype=torch.int64, device=logits.device)
     if T:
         rows = 8
-        _choose_experts[(triton.cdiv(T, rows),)](
-            logits,
-            bias,
-            weights,
-            experts,
-            T,
-            E,
-            factor,
-            NUM=num_chosen,
-            NUM_BLOCK=triton.next_power_of_2(num_chosen),
-            RENORMALIZE=renormalize and num_chosen > 1,
-            ROWS=rows,
-            BLOCK=triton.next_power_of_2(E),
-        )
+        with torch.cuda.device_of(logits):
+            _choose_experts[(triton.cdiv(T, rows),)](
+                logits,
+                bias,
+                weights,
+                experts,
+                T,
+                E,
+                factor,
+                NUM=num_chosen,
+                NUM_BLOCK=triton.next_power_of_2(num_chosen),
+                RENORMALIZE=renormalize and num_chosen > 1,
+                ROWS=rows,
+                BLOCK=triton.next_power_of_2(E),
+            )
     return weights, experts
 
 
