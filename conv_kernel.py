@@ -116,25 +116,25 @@ if triton is not None:
         total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
         for tap in tl.static_range(W):
             factor = tl.load(weight + channel * W + tap, mask=channel < D, other=0.0)
-            back = tap - W + 1
+            source = token + (tap - W + 1)
             value = tl.load(
-                x + start + own + back * D, mask=inside & (token + back >= 0), other=0.0
+                x + start + own + (tap - W + 1) * D, mask=inside & (source >= 0), other=0.0
             )
             total += factor.to(tl.float32) * value.to(tl.float32)
             if first == 0:
                 if state is not None:
-                    place = state + channel * (W - 1) + token + tap
-                    value = tl.load(place, mask=inside & (token + back < 0), other=0.0)
-                    total += factor.to(tl.float32) * value.to(tl.float32)
+                    before = state + channel * (W - 1) + token + tap
+                    old = tl.load(before, mask=inside & (source < 0), other=0.0)
+                    total += factor.to(tl.float32) * old.to(tl.float32)
         total = total * tl.sigmoid(total)
         tl.store(out + start + own, total.to(out.dtype.element_ty), mask=inside)
         if first == 0:
             for column in tl.static_range(W - 1):
                 place = row * D * (W - 1) + channel * (W - 1) + column
-                back = column - W + 1 + tl.zeros((1, CHANNELS), dtype=tl.int32)
-                last = _last_input(x, state, T + back, channel, D, W)
+                offset = tl.full((1, CHANNELS), column - W + 1, dtype=tl.int32)
+                last = _last_input(x, state, T + offset, channel, D, W)
                 tl.store(after + place, last, mask=channel < D)
-                last = _last_input(x, state, cut + back, channel, D, W)
+                last = _last_input(x, state, cut + offset, channel, D, W)
                 tl.store(at_cut + place, last, mask=channel < D)
 
 
