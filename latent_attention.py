@@ -249,8 +249,10 @@ def _expanded_by_queries(
             is_causal = keys == tile
             key, value = _expand_wide(latent.to(query.dtype), wide_key, value_HVL)
             key, value = key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1)
-            merged.add(*_fused_on_cuda(part, key, value, scaling, is_causal))
-            del key, value
+            out, lse = _fused_on_cuda(part, key, value, scaling, is_causal)
+            del key, value  # gigabytes, which merging can do without
+            merged.add(out, lse)
+            del out
         outputs.append(merged.result().transpose(1, 2).to(query_BTHK.dtype))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 

@@ -43,6 +43,15 @@ def test_under_the_interpreter():
     assert " passed" in done.stdout
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
+def test_all_compile_for_hopper(tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def draw(*shape, dtype=torch.float32):
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
