@@ -9,6 +9,8 @@ to run. Any other experts implementation than "grouped_mm" turns it off.
 Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
@@ -25,7 +27,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def grouped_experts(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """[T, D], experts and weights [T, k] to [T, D].
 
@@ -44,11 +46,11 @@ def grouped_experts(
 _refused: list[Exception] = []  # why the kernels cannot be compiled here
 
 
-def is_lean(experts: nn.Module, x: Tensor) -> bool:
+def is_lean(experts: Any, x: Tensor) -> bool:
     """Whether our form takes these experts and this input: on Hopper and later, which copy the
     matrices' tiles by hardware."""
     matrices = experts.gate_up_proj, experts.down_proj
-    return (
+    return bool(
         has_kernels(x, *matrices)
         and not _refused
         and TensorDescriptor is not None
@@ -61,7 +63,7 @@ def is_lean(experts: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _in_pieces(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def _in_pieces(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     if x.shape[0] <= PIECE_TOKENS:
         return _one_piece(experts, x, index, weights)
     out = torch.empty_like(x)
@@ -71,7 +73,7 @@ def _in_pieces(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) ->
     return out
 
 
-def _one_piece(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def _one_piece(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     num_experts, num_chosen = experts.gate_up_proj.shape[0], index.shape[1]
     x, weights = x.contiguous(), weights.contiguous()
     order, ends = sort_pairs(index, num_experts)

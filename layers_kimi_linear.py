@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call, R real token
 W convolution width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -163,7 +164,8 @@ class KimiLinearDeltaAttention(nn.Module):
         size = max(CHUNK_SIZE, PIECE_TOKENS // B // CHUNK_SIZE * CHUNK_SIZE)
         if size >= T or layout.cu_seqlens is not None or torch.is_grad_enabled():
             return self._run(x, layout, states, state_out, cut)
-        out, at_cut, states = torch.empty_like(x), (None, None), states or (None, None)
+        out, states = torch.empty_like(x), states or (None, None)
+        at_cut: States = (None, None)
         for start in range(0, T, size):
             stop = min(start + size, T)
             inside = cut - start if start < cut <= stop else 0
@@ -209,16 +211,12 @@ class KimiLinearDeltaAttention(nn.Module):
         self, inputs: tuple[Tensor, ...], cut: int, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`kda_attention` and its state after the first `cut` tokens too, if there is a cut."""
-        decay = {"A_log": self.A_log, "dt_bias": self.dt_bias}
+        attend = functools.partial(kda_attention, A_log=self.A_log, dt_bias=self.dt_bias, **kwargs)
         if cut in (0, inputs[0].shape[1]):
-            out, state = kda_attention(*inputs, **decay, **kwargs)
+            out, state = attend(*inputs)
             return out, state, state if cut else None
-        state_out = kwargs.pop("state_out")
-        before, at_cut = kda_attention(*(x[:, :cut] for x in inputs), **decay, **kwargs)
-        kwargs["initial_state"] = at_cut
-        after, state = kda_attention(
-            *(x[:, cut:] for x in inputs), **decay, **kwargs, state_out=state_out
-        )
+        before, at_cut = attend(*(x[:, :cut] for x in inputs), state_out=None)
+        after, state = attend(*(x[:, cut:] for x in inputs), initial_state=at_cut)
         return torch.cat([before, after], dim=1), state, at_cut
 
     def _project(
