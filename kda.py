@@ -37,6 +37,8 @@ CHUNK_SIZE = 64
 SEGMENT_ELEMENTS = 1 << 19
 FLA_DEVICES = ("cuda", "xpu", "npu")
 FLA_HEAD_DIMS = (16, 256)
+# Up to so many tokens FLA's recurrence, one launch, is faster than its chunked form, nine.
+RECURRENT_TOKENS = 64
 
 
 # ------------------------------------------------------------------------------------------ backend
@@ -691,7 +693,8 @@ def _fla_kda(x: _Inputs, output_final_state: bool) -> tuple[Tensor, Tensor | Non
     """FLA's kernels, with gate, beta and L2 norm inside them."""
     chunk_kda, fused_recurrent_kda, _ = _fla_kernels()
     assert chunk_kda is not None and fused_recurrent_kda is not None
-    kernel = fused_recurrent_kda if x.q.shape[1] == 1 and not needs_grad(*x) else chunk_kda
+    is_short = x.q.shape[1] <= RECURRENT_TOKENS and not needs_grad(*x)
+    kernel = fused_recurrent_kda if is_short else chunk_kda
     layout = None if x.cu_seqlens is None else fla_layout(x.cu_seqlens)
     filled = None if layout is None else layout.filled
     state = x.initial_state

@@ -12,7 +12,10 @@ key token L (N + V). `absorbed_is_cheaper` counts them: with the 48B model's siz
 wins up to about 170 query tokens a call.
 
 Both go through the keys block by block and merge partial results by their log-sum-exp, so that
-memory beyond inputs and outputs does not grow with the context.
+memory beyond inputs and outputs does not grow with the context. On CUDA the blocks of the expanded
+form go to cuDNN, which takes keys wider than values (on an H200 630 TFLOP/s in bfloat16 with 192
+and 128, where flash attention on padded values reaches 230), and to flash attention where cuDNN has
+nothing that fits. `torch.backends.cuda.enable_cudnn_sdp(False)` turns cuDNN off.
 
 Shapes: B batch, T query tokens, S key tokens (the last T are the queries' own), H heads, N key size
 without the shared part, P shared key part, K = N + P, V value size, L latent rank, R = L + P,
@@ -24,17 +27,25 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 
 from .kda import no_autocast
+
+logger = logging.get_logger(__name__)
 
 # Elements of one tensor of scores: it fits a CPU's caches, and fills an accelerator.
 SCORE_ELEMENTS = {"cpu": 1 << 20}
 SCORE_ELEMENTS_ELSEWHERE = 1 << 27
 # Tokens of a block of queries or keys in the expanded form, and where a fused kernel takes it.
 EXPANDED_TOKENS = 1024
-FUSED_EXPANDED_TOKENS = 16384
+FUSED_QUERY_TOKENS = 65536
+FUSED_EXPANDED_TOKENS = 65536
 MIN_BLOCK_TOKENS = 256
 FUSED_MAX_HEAD_DIM = 256
+# cuDNN makes a plan for every new shape, in 40 ms. Pairs of a query and a key token from which it
+# is worth its plan, and what tokens that attend to each other are padded to, to share plans.
+CUDNN_PAIRS, CUDNN_OWN_PAIRS = 1 << 26, 1 << 24
+CUDNN_OWN_MULTIPLE = 512
 FUSED_DTYPES = (torch.float16, torch.bfloat16)  # on CUDA; a CPU's kernel takes float32 and 64 too
 
 
@@ -187,15 +198,17 @@ def _expanded(
     real_BS: Tensor | None,
 ) -> Tensor:
     B, T, H, _ = query_BTHK.shape
-    query = query_BTHK.transpose(1, 2)  # [B, H, T, K]
     is_fused = (
-        query.is_cuda
+        query_BTHK.is_cuda
         and real_BS is None
-        and query.dtype in FUSED_DTYPES
-        and max(query.shape[-1], value_HVL.shape[1]) <= FUSED_MAX_HEAD_DIM
-        and not _records(query, *segments, key_HNL, value_HVL)
+        and query_BTHK.dtype in FUSED_DTYPES
+        and max(query_BTHK.shape[-1], value_HVL.shape[1]) <= FUSED_MAX_HEAD_DIM
+        and not _records(query_BTHK, *segments, key_HNL, value_HVL)
     )
-    size = FUSED_EXPANDED_TOKENS if is_fused else EXPANDED_TOKENS
+    if is_fused:
+        return _expanded_by_queries(query_BTHK, segments, key_HNL, value_HVL, scaling)
+    query = query_BTHK.transpose(1, 2)  # [B, H, T, K]
+    size = EXPANDED_TOKENS
     past = sum(segment.shape[1] for segment in segments) - T
     tiles = _tiles(segments, size, past)
     merged = [_Merged() for _ in tiles]
@@ -212,6 +225,38 @@ def _expanded(
     return out.transpose(1, 2).to(query_BTHK.dtype)
 
 
+def _expanded_by_queries(
+    query_BTHK: Tensor,
+    segments: Sequence[Tensor],
+    key_HNL: Tensor,
+    value_HVL: Tensor,
+    scaling: float,
+) -> Tensor:
+    """The same for fused kernels: queries outside, keys inside, so that one partial result is held.
+
+    Keys are expanded again for every `FUSED_QUERY_TOKENS` queries, which costs them 1 %.
+    """
+    B, T = query_BTHK.shape[:2]
+    query = query_BTHK.transpose(1, 2)  # [B, H, T, K]
+    past = sum(segment.shape[1] for segment in segments) - T
+    size = max(EXPANDED_TOKENS, FUSED_EXPANDED_TOKENS // B)
+    wide_key = _wide_key(key_HNL, query.shape[-1] - key_HNL.shape[1])
+    outputs = []
+    for tile in _tiles(segments, min(size, max(EXPANDED_TOKENS, FUSED_QUERY_TOKENS // B)), past):
+        part, merged = query[:, :, tile.start - past : tile.stop - past], _Merged()
+        cuts = (tile.start,)
+        for keys, latent in _blocks(segments, size, tile.stop, query.device, cuts):
+            is_causal = keys == tile
+            key, value = _expand_wide(latent.to(query.dtype), wide_key, value_HVL)
+            key, value = key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1)
+            out, lse = _fused_on_cuda(part, key, value, scaling, is_causal)
+            del key, value  # gigabytes, which merging can do without
+            merged.add(out, lse)
+            del out
+        outputs.append(merged.result().transpose(1, 2).to(query_BTHK.dtype))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
 def _expand(latent_BnR: Tensor, key_HNL: Tensor, value_HVL: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [B, H, n, K] and values [B, H, n, V] of one block."""
     H, _, rank = key_HNL.shape
@@ -219,6 +264,23 @@ def _expand(latent_BnR: Tensor, key_HNL: Tensor, value_HVL: Tensor) -> tuple[Ten
     key = torch.einsum("bsl,hnl->bhsn", latent, key_HNL)
     value = torch.einsum("bsl,hvl->bhsv", latent, value_HVL)
     return torch.cat([key, shared.unsqueeze(1).expand(-1, H, -1, -1)], dim=-1), value
+
+
+def _wide_key(key_HNL: Tensor, shared_dim: int) -> Tensor:
+    """[H * K, R]: the key matrices, and ones that hand the shared part on: keys in one product."""
+    H, N, L = key_HNL.shape
+    wide = key_HNL.new_zeros(H, N + shared_dim, L + shared_dim)
+    wide[:, :N, :L] = key_HNL
+    wide[:, N:, L:] = torch.eye(shared_dim, dtype=wide.dtype, device=wide.device)
+    return wide.flatten(0, 1)
+
+
+def _expand_wide(latent_BnR: Tensor, wide_key: Tensor, value_HVL: Tensor) -> tuple[Tensor, Tensor]:
+    """`_expand` without copies; in memory tokens lie outside heads."""
+    H, V, rank = value_HVL.shape
+    key = F.linear(latent_BnR, wide_key).unflatten(-1, (H, -1))
+    value = F.linear(latent_BnR[..., :rank], value_HVL.reshape(H * V, rank)).unflatten(-1, (H, V))
+    return key.transpose(1, 2), value.transpose(1, 2)
 
 
 def _expanded_block(
@@ -254,33 +316,86 @@ def _fused(
     real_Bn: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """`_expanded_block` by torch's fused kernel; None where it has none that fits."""
-    device, value_dim = query.device.type, value.shape[-1]
-    # the kernels want one head size for all, CUDA's a multiple of 8
-    size = -(-max(query.shape[-1], value_dim) // 8) * 8
+    device = query.device.type
+    wide = torch.promote_types(query.dtype, torch.float32)
+    size = max(query.shape[-1], value.shape[-1])
     if _records(query, key, value) or size > FUSED_MAX_HEAD_DIM:
         return None
-    query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
-    if device == "cpu":
-        bias = None
-        if real_Bn is not None:
-            if is_causal:
-                return None
-            bias = torch.zeros_like(real_Bn, dtype=query.dtype)
-            bias = bias.masked_fill(~real_Bn, float("-inf"))[:, None, None]
-            bias = bias.expand(-1, 1, query.shape[2], -1)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=bias, scale=scaling
-        )
-        if real_Bn is not None:  # the kernel says 0 where there is nothing to attend to
-            lse = lse.masked_fill(~real_Bn.any(dim=1)[:, None, None], float("-inf"))
-    elif device == "cuda" and real_Bn is None and query.dtype in FUSED_DTYPES:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, is_causal, False, scale=scaling
-        )[:2]
-    else:
+    if device == "cuda" and real_Bn is None and query.dtype in FUSED_DTYPES:
+        out, lse = _fused_on_cuda(query, key, value, scaling, is_causal)
+        return out.to(wide), lse
+    if device != "cpu" or (is_causal and real_Bn is not None):
         return None
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return out[..., :value_dim].to(wide), lse.to(wide)
+    bias = None
+    if real_Bn is not None:
+        bias = torch.zeros_like(real_Bn, dtype=query.dtype)
+        bias = bias.masked_fill(~real_Bn, float("-inf"))[:, None, None]
+        bias = bias.expand(-1, 1, query.shape[2], -1)
+    padded = _of_one_size(query, key, value)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *padded, 0.0, is_causal, attn_mask=bias, scale=scaling
+    )
+    if real_Bn is not None:  # the kernel says 0 where there is nothing to attend to
+        lse = lse.masked_fill(~real_Bn.any(dim=1)[:, None, None], float("-inf"))
+    return out[..., : value.shape[-1]].to(wide), lse.to(wide)
+
+
+def _of_one_size(*heads: Tensor) -> list[Tensor]:
+    """Padded to one head size, a multiple of 8, as flash attention wants them."""
+    size = -(-max(x.shape[-1] for x in heads) // 8) * 8
+    return [F.pad(x, (0, size - x.shape[-1])) for x in heads]
+
+
+def _fused_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`_expanded_block` by cuDNN, or flash attention; the output is in the query's dtype."""
+    found = _cudnn(query, key, value, scaling, is_causal)
+    if found is not None:
+        return found
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+        *_of_one_size(query, key, value), 0.0, is_causal, False, scale=scaling
+    )[:2]
+    return out[..., : value.shape[-1]], lse
+
+
+def _cudnn(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal: bool
+) -> tuple[Tensor, Tensor] | None:
+    """`_fused_on_cuda` by cuDNN; None where it is not worth a plan, or has none."""
+    B, H, T, K = query.shape
+    pairs = B * T * key.shape[2]
+    if (
+        pairs < (CUDNN_OWN_PAIRS if is_causal else CUDNN_PAIRS)
+        or K % 8 != 0
+        or value.shape[-1] % 8 != 0
+        or not torch.backends.cuda.cudnn_sdp_enabled()
+        or (K, value.shape[-1]) in _without_cudnn
+    ):
+        return None
+    if is_causal:  # nothing real sees what is padded behind it
+        query, key, value = (_more_tokens(x, -T % CUDNN_OWN_MULTIPLE) for x in (query, key, value))
+    try:
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, is_causal, False, scale=scaling
+        )[:2]
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _without_cudnn.add((K, value.shape[-1]))
+        logger.warning_once(f"cuDNN has no attention for these heads, flash is used: {error}")
+        return None
+    return out[:, :, :T], lse.view(B, H, -1)[:, :, :T]
+
+
+def _more_tokens(x_BHnK: Tensor, count: int) -> Tensor:
+    """Zeros behind the tokens, which stay outside heads in memory."""
+    return (
+        F.pad(x_BHnK.transpose(1, 2), (0, 0, 0, 0, 0, count)).transpose(1, 2) if count else x_BHnK
+    )
+
+
+_without_cudnn: set[tuple[int, int]] = set()  # sizes of keys and values that it refused
 
 
 # ----------------------------------------------------------------------------------- blocks of keys
@@ -305,6 +420,16 @@ def _blocks(
                 latent = segment[:, first - start : last - start]
                 yield range(first, last), latent.to(device, non_blocking=True)
         start += segment.shape[1]
+
+
+def first_tokens(segments: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The segments [B or 1, n, R] up to the first `count` tokens."""
+    found = []
+    for segment in segments:
+        if count > 0:
+            found.append(segment[:, :count])
+        count -= segment.shape[1]
+    return found
 
 
 def _tiles(segments: Sequence[Tensor], size: int, past: int) -> list[range]:
@@ -363,8 +488,12 @@ class _Merged:
             return
         total = torch.logaddexp(self._lse, lse)
         safe = total.masked_fill(total == float("-inf"), 0)
-        old, new = (self._lse - safe).exp(), (lse - safe).exp()
-        self._mean = self._mean * old.unsqueeze(-1) + mean * new.unsqueeze(-1)
+        share = (lse - safe).exp().unsqueeze(-1)
+        old = self._mean.to(torch.promote_types(mean.dtype, torch.float32))
+        if _records(old, mean, share):
+            self._mean = old.lerp(mean.to(old.dtype), share)
+        else:  # in place, and without a wide copy: these are the largest tensors here
+            self._mean = old.mul_(1 - share).addcmul_(mean, share)
         self._lse = total
 
     def result(self) -> Tensor:
@@ -387,4 +516,10 @@ def _wide_bmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.to(wide), b.to(wide))
 
 
-__all__ = ["absorbed_is_cheaper", "latent_attention", "latent_attention_weights"]
+__all__ = [
+    "FUSED_QUERY_TOKENS",
+    "absorbed_is_cheaper",
+    "first_tokens",
+    "latent_attention",
+    "latent_attention_weights",
+]

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call, R real token
 W convolution width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +21,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_kimi_linear import KDALayerCache, LatentLayerCache, States
 from .configuration_kimi_linear import KimiLinearConfig
+from .conv_kernel import convolve_three
 from .gated_norm import gated_rms_norm
-from .kda import kda_attention
-from .latent_attention import latent_attention, latent_attention_weights
+from .kda import CHUNK_SIZE, kda_attention
+from .latent_attention import (
+    FUSED_QUERY_TOKENS,
+    first_tokens,
+    latent_attention,
+    latent_attention_weights,
+)
+from .prefill_kernels import has_kernels, silu_mul
 from .rollback import KDAPlan
 from .sequence_layout import SequenceLayout
-from .short_conv import short_convolution
+from .short_conv import convolution_state, short_convolution
 
 LATENT_NORM_EPS = 1e-6
+# Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
+# take 130 KB a token at the 48B model's sizes, and longer pieces are not faster.
+PIECE_TOKENS = 16384
+# Likewise for the gated MLP.
+MLP_PIECE_TOKENS = 32768
 
 
 class KimiLinearRMSNorm(nn.Module):
@@ -39,6 +52,8 @@ class KimiLinearRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype == self.weight.dtype and not torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel, wide too
         wide = torch.promote_types(x.dtype, torch.float32)
         return self.weight * F.rms_norm(x.to(wide), self.weight.shape, eps=self.eps).to(x.dtype)
 
@@ -113,22 +128,53 @@ class KimiLinearDeltaAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if past_key_values is None or kda_plan is None:
-            return self._run(hidden_states, layout)[0], None
+            return self._read(hidden_states, layout)[0], None
         cache: KDALayerCache = past_key_values.layers[self.layer_idx]
         x, states = cache.start(hidden_states, kda_plan)
         own = cache.writable_state(hidden_states.shape[0])
+        *_, last = runs = kda_plan.runs
         outputs = []
-        for run in kda_plan.runs:
-            part = x[:, run.start : run.stop]
+        if len(runs) == 2 and all(r.start < r.stop and r.layout.cu_seqlens is None for r in runs):
+            out, states, anchor = self._read(x, last.layout, states, own, last.start)
+            cache.keep_anchor(anchor)
+            outputs.append(out)
+            runs = ()
+        for run in runs:
             if run.start < run.stop:
-                state_out = None if run.makes_anchor else own
-                out, states = self._run(part, run.layout, states, state_out)
+                part, state_out = x[:, run.start : run.stop], None if run.makes_anchor else own
+                out, states, _ = self._read(part, run.layout, states, state_out)
                 outputs.append(out)
             if run.makes_anchor:
                 cache.keep_anchor(states)
-        cache.update(states, hidden_states, kda_plan, part)
+        cache.update(states, hidden_states, kda_plan, x[:, last.start : last.stop])
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return out[:, -hidden_states.shape[1] :], None
+
+    def _read(
+        self,
+        x: Tensor,  # [B, T, D]
+        layout: SequenceLayout,
+        states: States | None = None,
+        state_out: Tensor | None = None,
+        cut: int = 0,
+    ) -> tuple[Tensor, States, States]:
+        """`_run`, for memory's sake in pieces of tokens where plain rows are long and no graph is
+        recorded."""
+        B, T = x.shape[:2]
+        size = max(CHUNK_SIZE, PIECE_TOKENS // B // CHUNK_SIZE * CHUNK_SIZE)
+        if size >= T or layout.cu_seqlens is not None or torch.is_grad_enabled():
+            return self._run(x, layout, states, state_out, cut)
+        out, states = torch.empty_like(x), states or (None, None)
+        at_cut: States = (None, None)
+        for start in range(0, T, size):
+            stop = min(start + size, T)
+            inside = cut - start if start < cut <= stop else 0
+            piece_out, states, found = self._run(
+                x[:, start:stop], layout, states, state_out if stop == T else None, inside
+            )
+            out[:, start:stop] = piece_out
+            at_cut = found if inside else at_cut
+        return out, states, at_cut
 
     def _run(
         self,
@@ -136,56 +182,66 @@ class KimiLinearDeltaAttention(nn.Module):
         layout: SequenceLayout,
         states: States | None = None,
         state_out: Tensor | None = None,
-    ) -> tuple[Tensor, States]:
-        """Output [B, T, D] and the states after the last token, from those before the first one.
+        cut: int = 0,
+    ) -> tuple[Tensor, States, States]:
+        """Output [B, T, D], the states after the last token, from those before the first one, and
+        if `cut` is not 0 the states after so many tokens: of plain rows only.
 
         No states are made if `states` is None, which is not the same as a pair of None: that stands
         for the states of nothing.
         """
         conv_state, recurrent_state = states or (None, None)
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
-        q, k, v, conv_state = self._project(x, layout, conv_state, states is not None)
-        gate = self._heads(self.g_b_proj(self.g_a_proj(x)))
-        out, state = kda_attention(
-            q,
-            k,
-            v,
-            self._heads(self.f_b_proj(self.f_a_proj(x))),
-            self.b_proj(x),
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
+        qkv, conv_states = self._project(x, layout, conv_state, states is not None, cut)
+        out, state, state_at_cut = self._attend(
+            (*qkv, self._heads(self.f_b_proj(self.f_a_proj(x))), self.b_proj(x)),
+            cut,
             initial_state=layout.initial_states(recurrent_state),
             output_final_state=states is not None,
             cu_seqlens=layout.cu_seqlens,
             state_out=state_out,
         )
+        del qkv
+        gate = self._heads(self.g_b_proj(self.g_a_proj(x)))
         out = self.o_proj(self.o_norm(out, gate).flatten(-2))
         out = layout.unpack(out, hidden_states.shape[0])
-        return out, (conv_state, layout.row_states(state))
+        return out, (conv_states[0], layout.row_states(state)), (conv_states[1], state_at_cut)
+
+    def _attend(
+        self, inputs: tuple[Tensor, ...], cut: int, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`kda_attention` and its state after the first `cut` tokens too, if there is a cut."""
+        attend = functools.partial(kda_attention, A_log=self.A_log, dt_bias=self.dt_bias, **kwargs)
+        if cut in (0, inputs[0].shape[1]):
+            out, state = attend(*inputs)
+            return out, state, state if cut else None
+        before, at_cut = attend(*(x[:, :cut] for x in inputs), state_out=None)
+        after, state = attend(*(x[:, cut:] for x in inputs), initial_state=at_cut)
+        return torch.cat([before, after], dim=1), state, at_cut
 
     def _project(
-        self, x: Tensor, layout: SequenceLayout, state: Tensor | None, output_state: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q, k, v [.., .., H, K] after convolution and SiLU, and its state [B, 3, H * K, W - 1]."""
+        self, x: Tensor, layout: SequenceLayout, state: Tensor | None, output_state: bool, cut: int
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """q, k, v [.., .., H, K] after convolution and SiLU; its states [B, 3, H * K, W - 1] after
+        all tokens and after `cut` tokens."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        inputs, weights = [proj(x) for proj in projections], [c.weight for c in convolutions]
+        if layout.cu_seqlens is None and has_kernels(*inputs, *weights):
+            outputs, after, at_cut = convolve_three(inputs, weights, state, cut)
+            return [self._heads(out) for out in outputs], [after if output_state else None, at_cut]
         states = layout.initial_states(state)
-        outputs, tails = [], []
-        for i, (proj, conv) in enumerate(
-            (
-                (self.q_proj, self.q_conv1d),
-                (self.k_proj, self.k_conv1d),
-                (self.v_proj, self.v_conv1d),
-            )
-        ):
-            y, tail = conv(
-                proj(x),
-                None if states is None else states[:, i],
-                output_state,
-                layout.cu_seqlens,
-            )
-            outputs.append(self._heads(y))
+        outputs, tails, tails_at_cut = [], [], []
+        for i, (y, conv) in enumerate(zip(inputs, convolutions, strict=True)):
+            initial = None if states is None else states[:, i]
+            out, tail = conv(y, initial, output_state, layout.cu_seqlens)
+            outputs.append(self._heads(out))
             tails.append(tail)
+            if cut:
+                width = conv.weight.shape[2]
+                tails_at_cut.append(convolution_state(y[:, :cut], initial, width - 1))
         conv_state = layout.row_states(torch.stack(tails, dim=1)) if output_state else None
-        return outputs[0], outputs[1], outputs[2], conv_state
+        return outputs, [conv_state, torch.stack(tails_at_cut, dim=1) if cut else None]
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -283,20 +339,37 @@ class KimiLinearLatentAttention(nn.Module):
         packed = use_flash and layout.cu_seqlens is not None and past_key_values is None
         packed = packed and not by_blocks
         x = layout.pack(hidden_states) if packed else hidden_states
-        query = self._query(x)  # [B, T, H, K]
         latent = self._latent(x)  # [B, T, L + P]
         segments = [latent]
         if past_key_values is not None:
             cache: LatentLayerCache = past_key_values.layers[self.layer_idx]
             segments = cache.update(latent)
         if by_blocks:
-            out, weights = self._attend(query, segments, real_tokens)
-        else:
-            mask = None if packed else attention_mask
-            lengths = _flash_lengths(layout) if packed else {}
-            out, weights = self._backend(query, latent, mask, **lengths, **kwargs)
+            return self._attend_in_tiles(x, segments, real_tokens)
+        mask = None if packed else attention_mask
+        lengths = _flash_lengths(layout) if packed else {}
+        out, weights = self._backend(self._query(x), latent, mask, **lengths, **kwargs)
         out = self.o_proj(out.flatten(-2))
         return (layout.unpack(out, batch_size) if packed else out), weights
+
+    def _attend_in_tiles(
+        self, x: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, T, D] and weights; a long call's queries are made a tile of tokens at a time,
+        for memory's sake."""
+        T = x.shape[1]
+        size = max(1024, FUSED_QUERY_TOKENS // x.shape[0])
+        if size >= T or torch.is_grad_enabled():
+            out, weights = self._attend(self._query(x), segments, real_tokens)
+            return self.o_proj(out.flatten(-2)), weights
+        past, result = sum(segment.shape[1] for segment in segments) - T, torch.empty_like(x)
+        for start in range(0, T, size):
+            stop = min(start + size, T)
+            seen, real = first_tokens(segments, past + stop), real_tokens
+            real = None if real is None else real[:, : past + stop]
+            out, weights = self._attend(self._query(x[:, start:stop]), seen, real)
+            result[:, start:stop] = self.o_proj(out.flatten(-2))
+        return result, None
 
     def _attend(
         self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
@@ -405,9 +478,25 @@ class KimiLinearMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.is_silu = config.hidden_act in ("silu", "swish")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        tokens = x.flatten(0, -2)
+        if tokens.shape[0] <= MLP_PIECE_TOKENS or torch.is_grad_enabled():
+            return self._run(x)
+        out = torch.empty_like(tokens)
+        for start in range(0, tokens.shape[0], MLP_PIECE_TOKENS):
+            piece = slice(start, start + MLP_PIECE_TOKENS)
+            out[piece] = self._run(tokens[piece])
+        return out.view_as(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.is_silu and has_kernels(gate, up):
+            inner = silu_mul(gate.flatten(0, -2), up.flatten(0, -2)).view_as(up)
+        else:
+            inner = self.act_fn(gate) * up
+        return self.down_proj(inner)
 
 
 __all__ = [

@@ -37,6 +37,7 @@ from .cache_kimi_linear import prepare_cache
 from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
 from .decode_graph import DecodeBackend, decode_logits, is_decode_step
+from .experts_kimi_linear import EXPERTS
 from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
     KimiLinearDeltaAttention,
@@ -46,6 +47,7 @@ from .layers_kimi_linear import (
     KimiLinearShortConv,
     is_flash_attention,
 )
+from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
 from .weight_conversion import (
     check_checkpoint,
@@ -94,19 +96,40 @@ class KimiLinearRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
         config = self.config
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
-        scores = (
-            logits.sigmoid()
-            if config.moe_router_activation_func == "sigmoid"
-            else logits.softmax(dim=-1)
-        )
-        choice = self._within_best_groups(scores + self.e_score_correction_bias.to(wide))
+        logits = self._logits(x)
+        bias = self.e_score_correction_bias.to(logits.dtype)
+        renormalize = config.moe_renormalize and config.num_experts_per_token > 1  # as released
+        is_sigmoid = config.moe_router_activation_func == "sigmoid"
+        in_groups = config.num_expert_group != config.topk_group
+        if is_sigmoid and not in_groups and has_kernels(logits, bias):
+            return logits, *choose_experts(
+                logits,
+                bias,
+                config.num_experts_per_token,
+                renormalize,
+                config.routed_scaling_factor,
+            )
+        scores = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
+        choice = self._within_best_groups(scores + bias)
         experts = choice.topk(config.num_experts_per_token, dim=-1, sorted=False).indices
         weights = scores.gather(1, experts)
-        if config.moe_renormalize and config.num_experts_per_token > 1:  # as in the released code
+        if renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * config.routed_scaling_factor, experts
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[tokens, E] float32. Products of 16-bit numbers are exact in float32, so that a GPU needs
+        no wide copies of them, only a wide sum."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        records = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if (
+            x.is_cuda
+            and not records
+            and x.dtype == self.weight.dtype != wide
+            and "dtype" in torch.ops.aten.mm.overloads()
+        ):
+            return torch.ops.aten.mm.dtype(x, self.weight.t(), wide)
+        return F.linear(x.to(wide), self.weight.to(wide))
 
     def _within_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""
@@ -119,7 +142,7 @@ class KimiLinearRouter(nn.Module):
         return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-@use_experts_implementation
+@use_experts_implementation(experts_interface=EXPERTS)
 class KimiLinearExperts(nn.Module):
     """The routed experts, fused; Transformers' experts interface picks the forward."""
 
@@ -181,7 +204,10 @@ class KimiLinearMoE(nn.Module):
         tokens = x.flatten(0, -2)
         _, weights, experts = self.gate(tokens)
         out = self.experts(tokens, experts, weights).view_as(x)
-        return out + self.shared_experts(x) if hasattr(self, "shared_experts") else out
+        if not hasattr(self, "shared_experts"):
+            return out
+        shared = self.shared_experts(x)
+        return out + shared if torch.is_grad_enabled() else out.add_(shared)
 
 
 class KimiLinearDecoderLayer(GradientCheckpointingLayer):

@@ -173,13 +173,23 @@ def _fla_short_convolution(
     )
     if not output_final_state:
         return y, None
-    return y, _final_state(x, initial_state, weight_DW.shape[1] - 1, cu_seqlens)
+    return y, convolution_state(x, initial_state, weight_DW.shape[1] - 1, cu_seqlens)
 
 
-def _final_state(
-    x: Tensor, initial_state: Tensor | None, history: int, cu_seqlens: Tensor | None
+def convolution_state(
+    x: Tensor, initial_state: Tensor | None, history: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The last `history` inputs of each sequence, [N, D, history], without touching the others."""
+    """The last `history` inputs of each sequence, without touching the others.
+
+    Args:
+        x: inputs [B, T, D].
+        initial_state: those before them, [N, D, history]; None for zeros.
+        history: W - 1.
+        cu_seqlens: ends of packed sequences, with B = 1.
+
+    Returns:
+        [N, D, history], a copy.
+    """
     B, T, D = x.shape
     if cu_seqlens is None:
         if history <= T:
@@ -237,3 +247,6 @@ def short_convolution(
     with no_autocast(x.device):
         y, state = _torch_convolution(x, weight_DW, activation, initial_state, cu_seqlens)
     return y, (state if output_final_state else None)
+
+
+__all__ = ["convolution_state", "short_convolution"]
