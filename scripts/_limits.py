@@ -15,64 +15,13 @@ Symbols: B rows, T tokens of a row, S cached tokens, E experts, k of them per to
 Activations are left out: what is fused well need not leave the chip.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _device import Rates
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-
-COPY_BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
-MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
-RATE_REPEATS = {"cuda": 20, "cpu": 3}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the device was seen to do.
-
-    Attributes:
-        copy_bytes_per_second: Bytes read and written while a large tensor is copied.
-        operations_per_second: Of a large square matrix product in the model's dtype.
-    """
-
-    copy_bytes_per_second: float
-    operations_per_second: float
-
-
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure both, as medians after a warm-up."""
-    count = COPY_BYTES[device.type]
-    if device.type == "cuda":
-        count = min(count, torch.cuda.mem_get_info(device)[0] // 4)
-    source = torch.ones(count // 2, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    copy = _seconds(lambda: target.copy_(source), device)
-    del source, target
-    size = MATRIX_SIZE[device.type]
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = _seconds(lambda: left @ right, device)
-    return Rates(2 * count / copy, 2 * size**3 / product)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one of several calls in a row; on a GPU the time between two events."""
-    repeats = RATE_REPEATS[device.type]
-    call()
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    before.record()
-    for _ in range(repeats):
-        call()
-    after.record()
-    torch.cuda.synchronize(device)
-    return before.elapsed_time(after) / 1e3 / repeats
 
 
 @dataclass(frozen=True)
