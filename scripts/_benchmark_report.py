@@ -48,7 +48,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+def environment(
+    device: torch.device, command: Sequence[str], commit: str | None = None
+) -> dict[str, Any]:
     """Device, versions, commit and command line."""
     is_cuda = device.type == "cuda"
     return {
@@ -56,7 +58,7 @@ def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         **{package: _version(package) for package in PACKAGES},
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "command": shlex.join(command),
     }
 
