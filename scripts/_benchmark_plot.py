@@ -12,6 +12,8 @@ STYLES = {
     "native": ("#c0562f", "s", "Transformers' own"),
 }
 LIMIT_COLOUR = "#777777"
+# Highest over lowest value beyond which only powers of ten are numbered.
+WIDE_RANGE = 3000
 # Measure, what it is drawn over, title, name of the horizontal axis.
 COLUMNS = (
     ("prefill", "context", "prefill, one row", "tokens read"),
@@ -85,7 +87,7 @@ def _draw(axes: Any, points: dict[str, list[Line]], key: str, field: str, unit: 
             is_speed = field == "tokens_per_second"
             limit = line["limit"][field] if is_speed else line["needed_bytes_above_weights"]
             limits[line[key]] = limit / unit
-    name = "limit of the device, or of memory: the cache"
+    name = "limit (speed: of the device; memory: the cache)"
     ordered = sorted(limits.items())
     marker = "" if len(ordered) > 1 else "_"
     axes.plot(
@@ -93,7 +95,19 @@ def _draw(axes: Any, points: dict[str, list[Line]], key: str, field: str, unit: 
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    _number_upwards(axes)
     axes.grid(alpha=0.25, which="major")
+
+
+def _number_upwards(axes: Any) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten, or at the powers if there are many."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    lowest, highest = axes.get_ylim()
+    steps = (1.0, 2.0, 5.0) if highest / lowest < WIDE_RANGE else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_failures(axes: Any, lines: Sequence[Line], measure: str, key: str) -> None:
@@ -107,6 +121,8 @@ def _mark_failures(axes: Any, lines: Sequence[Line], measure: str, key: str) -> 
             and not line["error"].startswith("not ")
         ]
         if failed:
+            lowest, highest = axes.get_ylim()  # with room for the cross below what was measured
+            axes.set_ylim(lowest * (lowest / highest) ** 0.1, highest)
             axes.plot(
                 failed,
                 [0.04] * len(failed),

@@ -16,6 +16,8 @@ Line = Mapping[str, Any]
 PACKAGES = ("torch", "transformers", "triton", "fla-core")
 # Figures are kept with so many significant digits: more would be noise.
 DIGITS = 5
+# Of an error in the table; the JSON line has all of it.
+TABLE_WIDTH = 48
 
 
 class Recorder:
@@ -79,9 +81,12 @@ def read_lines(paths: Sequence[Path]) -> list[Line]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """One row per figure, columns aligned."""
+    """One row per figure, the models' one below the other, columns aligned."""
     head = ("measure", "at", "model", "figure", "limit", "of limit", "above weights")
-    rows = [head, *(_row(line) for line in lines if "model" in line)]
+    groups: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for row in (_row(line) for line in lines if "model" in line):
+        groups.setdefault(row[:2], []).append(row)
+    rows = [head, *(row for group in groups.values() for row in group)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     rows.insert(1, tuple("-" * width for width in widths))
     texts = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
@@ -93,7 +98,7 @@ def _row(line: Line) -> tuple[str, ...]:
     at = next((f"{key} {line[key]}" for key in places if key in line), "")
     start = (line["measure"], at.replace("_", " "), line["model"])
     if "error" in line:
-        return (*start, line["error"][:60], "", "", "")
+        return (*start, line["error"][:TABLE_WIDTH], "", "", "")
     limit = line.get("limit", {})
     fraction, memory = line.get("fraction_of_limit"), line.get("peak_bytes_above_weights")
     return (
@@ -101,7 +106,7 @@ def _row(line: Line) -> tuple[str, ...]:
         _figure(line),
         _milliseconds(limit["ms"]) if limit else "",
         "" if fraction is None else f"{100 * fraction:.3g} %",
-        "" if memory is None else f"{memory / 1e9:.2f} GB",
+        "" if memory is None else _size(memory),
     )
 
 
@@ -119,7 +124,13 @@ def _figure(line: Line) -> str:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value / 1e3:.4g} s" if abs(value) >= 1e4 else f"{value:.3g} ms"
+    if abs(value) >= 1e4:
+        return f"{value / 1e3:.4g} s"
+    return f"{value:,.0f} ms" if abs(value) >= 100 else f"{value:.3g} ms"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _rounded(value: Any) -> Any:

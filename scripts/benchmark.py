@@ -15,9 +15,10 @@ The 48B model's shape on one GPU that holds it, eight minutes at most, and a tra
 smaller one; then the longest context with this package only:
 
     python scripts/benchmark.py --preset 48b-a3b --train-preset 1b-a0.3b --train-tokens 8k \\
-        --contexts 4k,32k,128k --batches 1,8,32,128 --time-limit 480 --output both.jsonl
+        --contexts 4k,32k,128k --batches 1,8,32,128 --new-tokens 128 --time-limit 480 \\
+        --output both.jsonl
     python scripts/benchmark.py --preset 48b-a3b --models ours --measure decode,first-token \\
-        --contexts 1m --output long.jsonl
+        --contexts 1m --new-tokens 128 --output long.jsonl
 
 Draw what was measured, without measuring:
 
@@ -102,12 +103,12 @@ class Settings:
     measure: Sequence[str] = ("prefill", "decode", "generate", "first-token", "train")
     device: str = "auto"
     dtype: str = "auto"
-    contexts: Sequence[int] = (256, 1024)
-    batches: Sequence[int] = (1, 4)
+    contexts: Sequence[int] = (128, 512)
+    batches: Sequence[int] = (1, 2)
     prompt_length: int = 512
-    new_tokens: int = 128
+    new_tokens: int = 16
     prefill_chunk: int | None = None
-    train_tokens: int = 2048
+    train_tokens: int = 512
     repeats: int = 3
     time_limit: float | None = None
 
