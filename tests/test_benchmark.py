@@ -142,7 +142,10 @@ def test_a_failed_reading_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """Folder and lines of one run of everything but first-call."""
     folder = tmp_path_factory.mktemp("benchmark")
-    lines = benchmark.main(output=folder / "lines.jsonl", plot=folder / "speed.png", **SMALL)
+    for _ in range(4):  # on a busy machine a run of 9 tokens may take no longer than one of 1
+        lines = benchmark.main(output=folder / "lines.jsonl", plot=folder / "speed.png", **SMALL)
+        if not any("the machine is busy" in line.get("error", "") for line in lines):
+            break
     return folder, lines
 
 
@@ -196,12 +199,21 @@ def test_what_fails_is_a_line_and_the_run_goes_on(
 
     prefill = Bench.prefill
     monkeypatch.setattr(Bench, "prefill", refuse)
+
+    def decode(self: LongText, context: int) -> dict[str, Any]:
+        return {"context": context, **figures}
+
+    figures: dict[str, Any] = {"ms_per_token": 1.0, "tokens_per_second": 1e3, "limit": {"ms": 0.5}}
+    figures["limit"]["tokens_per_second"] = 2e3
+    figures |= {"peak_bytes_above_weights": None, "needed_bytes_above_weights": 9}
+    monkeypatch.setattr(LongText, "decode", decode)
     options = {**SMALL, "models": ("ours",), "measure": ("prefill", "decode")}
     lines = benchmark.main(plot=tmp_path / "failed.png", **options)
     errors = {line["context"]: line["error"] for line in lines if "error" in line}
     assert list(errors) == [24]
     assert errors[24].startswith("OutOfMemoryError: CUDA out of memory")
     assert [line["context"] for line in lines if line["measure"] == "decode"] == [8, 24]
+    assert (tmp_path / "failed.png").read_bytes().startswith(PNG_SIGNATURE)
 
 
 def test_after_the_time_limit_what_was_not_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,7 +280,7 @@ def test_numbers_of_the_command_line() -> None:
 
 
 def test_the_command_prints_lines_only(tmp_path: Path) -> None:
-    flags = "--models ours --measure prefill --contexts 8 --repeats 1 --device cpu".split()
+    flags = ["--models", "ours", "--measure", "prefill", "--contexts", "8", "--device", "cpu"]
     command = [sys.executable, SCRIPT, *flags, "--commit", "abc", "--output", tmp_path / "x.jsonl"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
