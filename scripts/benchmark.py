@@ -50,114 +50,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from _benchmark_measures import Bench, Effort, LongText, TimeLimitError
+from _benchmark_long_text import LongText
+from _benchmark_measures import Bench, Effort, TimeLimitError
 from _benchmark_models import MODELS, build
 from _benchmark_plot import plot_lines
 from _benchmark_report import Line, Recorder, environment, read_lines, say, table
+from _benchmark_settings import DEVICES, MEASURES, Settings, number, numbers
 from _device import collect_garbage, measure_rates
 from _generation import DTYPES
 from _limits import Limits
-from kimi_linear import PRESETS, KimiLinearConfig
+from kimi_linear import KimiLinearConfig
 
-MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call")
-DEVICES = ("auto", "cuda", "cpu")
-SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 MESSAGE_LENGTH = 300
 # Where what is compiled is kept from one process to the next.
 DISK_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured.
-
-    Attributes:
-        preset: Name of the size, see `presets.py`.
-        train_preset: The size for "train"; None: `preset`.
-        models: Some of `MODELS`, in the order in which they are measured.
-        measure: Some of `MEASURES`.
-        device: One of `DEVICES`; "auto": CUDA if there is one.
-        dtype: One of `_generation.DTYPES`; "auto": bfloat16 on a GPU, float32 on a CPU.
-        contexts: Tokens, for "prefill", "decode" and "first-token".
-        batches: Rows, for "generate".
-        prompt_length, new_tokens: Tokens, for "generate", "decode" and "first-call".
-        prefill_chunk: Tokens of a call while a text is read; None: all at once in "prefill", a
-            default elsewhere.
-        train_tokens: Tokens of the packed row, for "train".
-        repeats: Runs per figure at most, after a warm-up.
-        time_limit: Seconds after which no measurement is begun; each model gets its share. None:
-            no limit.
-
-    Raises:
-        ValueError: For a value out of range.
-    """
-
-    preset: str = "2m"
-    train_preset: str | None = None
-    models: Sequence[str] = MODELS
-    measure: Sequence[str] = ("prefill", "decode", "generate", "first-token", "train")
-    device: str = "auto"
-    dtype: str = "auto"
-    contexts: Sequence[int] = (128, 512)
-    batches: Sequence[int] = (1, 2)
-    prompt_length: int = 512
-    new_tokens: int = 16
-    prefill_chunk: int | None = None
-    train_tokens: int = 512
-    repeats: int = 3
-    time_limit: float | None = None
-
-    def __post_init__(self) -> None:
-        choices = {
-            "preset": PRESETS,
-            "train_preset": (None, *PRESETS),
-            "models": MODELS,
-            "measure": MEASURES,
-            "device": DEVICES,
-            "dtype": DTYPES,
-        }
-        for name, allowed in choices.items():
-            given = getattr(self, name)
-            several = name in ("models", "measure")
-            for value in given if several else (given,):
-                names = ", ".join(str(choice) for choice in allowed if choice is not None)
-                _require(value in allowed, name, value, f"one of {names}")
-            _require(not several or len(given) > 0, name, given, "at least one")
-        for name in ("contexts", "batches"):
-            values = getattr(self, name)
-            is_allowed = len(values) > 0 and min(values) >= 1
-            _require(is_allowed, name, values, "one or more integers of at least 1")
-        for name in ("prompt_length", "new_tokens", "repeats", "prefill_chunk"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        _require(self.train_tokens >= 16, "train_tokens", self.train_tokens, "at least 16")
-        limit = self.time_limit
-        _require(limit is None or limit > 0, "time_limit", limit, "above 0")
-        has_device = self.device != "cuda" or torch.cuda.is_available()
-        _require(has_device, "device", self.device, "cpu, since there is no CUDA device")
-
-    def torch_device(self) -> torch.device:
-        """The device itself."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
-
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
-        if self.dtype == "auto":
-            return torch.float32 if self.torch_device().type == "cpu" else torch.bfloat16
-        return getattr(torch, self.dtype)
-
-
-def _require(is_allowed: bool, name: str, value: Any, allowed: str) -> None:
-    if not is_allowed:
-        flag = "--" + name.replace("_", "-")
-        raise ValueError(f"{flag} {value!r} is not allowed: it must be {allowed}")
 
 
 class Run:
@@ -192,16 +101,14 @@ class Run:
             for kind in self.settings.models:
                 self._first_calls(kind)
         if "train" in self.settings.measure:
-            preset, place = self.settings.train_preset or self.settings.preset, self._train_place()
+            preset = self.settings.train_preset or self.settings.preset
+            places = [("train", {"tokens": self.settings.train_tokens})]
             for kind in self.settings.models:
-                self._with_model(kind, preset, self.deadline, [("train", place)])
+                self._with_model(kind, preset, self.deadline, places)
         for i, kind in enumerate(self.settings.models):
             now = time.monotonic()
             share = now + (self.deadline - now) / (len(self.settings.models) - i)
             self._with_model(kind, self.settings.preset, share, self._inference_places())
-
-    def _train_place(self) -> dict[str, int]:
-        return {"tokens": self.settings.train_tokens}
 
     def _inference_places(self) -> list[tuple[str, dict[str, int]]]:
         """Measurements and where they are made, cheap ones first, contexts in rising order."""
@@ -362,21 +269,6 @@ def main(
     return lines
 
 
-def _number(text: str) -> int:
-    """An integer, perhaps in units of 1,024 ("k") or 1,048,576 ("m")."""
-    factor = SUFFIXES.get(text[-1:].lower(), 1)
-    try:
-        return factor * int(text if factor == 1 else text[:-1])
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: it must be an integer such as 512, 4k or 1m"
-        ) from None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_number(part) for part in text.split(","))
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
@@ -400,10 +292,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default=default.dtype, help=", ".join(DTYPES))
     lists = {"contexts": "tokens, such as 4k,32k,1m", "batches": "rows, such as 1,8,32"}
     for name, text in lists.items():
-        add(f"--{name}", type=_numbers, default=getattr(default, name), metavar="N,N", help=text)
+        add(f"--{name}", type=numbers, default=getattr(default, name), metavar="N,N", help=text)
     for name in ("prompt_length", "new_tokens", "prefill_chunk", "train_tokens", "repeats"):
         flag = "--" + name.replace("_", "-")
-        add(flag, type=_number, default=getattr(default, name), metavar="N")
+        add(flag, type=number, default=getattr(default, name), metavar="N")
     add("--time-limit", type=float, metavar="SECONDS", help="begin no measurement after that")
     add("--output", metavar="FILE", help="write the JSON lines here too")
     add("--plot", metavar="FILE", help="draw a PNG")

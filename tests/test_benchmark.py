@@ -9,9 +9,11 @@ from typing import Any
 import benchmark
 import pytest
 import torch
-from _benchmark_measures import Bench, Effort, LongText, packed_lengths
+from _benchmark_long_text import LongText
+from _benchmark_measures import Bench, Effort, packed_lengths
 from _benchmark_models import MODELS, build
 from _benchmark_plot import plot_lines
+from _benchmark_settings import numbers
 from _device import Rates
 from _limits import Limits
 from kimi_linear import KimiLinearConfig
@@ -125,6 +127,42 @@ def test_decoding_goes_on_behind_the_text_that_was_read(kind: str) -> None:
         assert torch.equal(whole, text.text)
 
 
+class FakeEvent:
+    """A CUDA event whose time is a count of the events recorded before it."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.recorded += 1
+        self.time = FakeEvent.recorded
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.time - self.time
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_decoding_forwards_are_timed_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = bench(kind)
+    ids = ready.random_ids(1, 4)
+
+    def run(count: int) -> None:
+        ready.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+        )
+
+    assert ready._forward_ms(run, 3) is None  # there is no GPU here
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    ready.device = torch.device("cuda")
+    before = FakeEvent.recorded
+    assert ready._forward_ms(run, 3) == 1.0
+    assert FakeEvent.recorded - before == 2 * (1 + 3)
+    assert not ready.model._forward_hooks and not ready.model._forward_pre_hooks
+
+
 def test_a_failed_reading_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
     text = LongText(bench("ours", repeats=1, new_tokens=3), 16)
     monkeypatch.setattr(text, "_read_to", lambda context: 1 / 0)
@@ -224,6 +262,18 @@ def test_after_the_time_limit_what_was_not_run_is_said(capsys: pytest.CaptureFix
     assert "prefill native 2m 24: not run" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu(tmp_path: Path) -> None:
+    options = {**SMALL, "device": "cuda", "new_tokens": 24, "repeats": 3, "prompt_length": 64}
+    lines = benchmark.main(plot=tmp_path / "speed.png", **options)
+    assert [line for line in lines if "error" in line] == []
+    assert lines[0]["gpu"] == torch.cuda.get_device_name() and lines[0]["dtype"] == "bfloat16"
+    for line in lines[1:]:
+        assert line["peak_bytes_above_weights"] > 0
+        if line["measure"] in ("generate", "decode"):
+            assert 0 < line["device_ms_per_token"] < 2 * line["ms_per_token"]
+
+
 @pytest.mark.slow
 def test_the_first_call_of_a_new_process() -> None:
     options = {**SMALL, "models": ("native",), "measure": ("first-call",)}
@@ -271,7 +321,7 @@ def test_files_without_figures_are_refused(tmp_path: Path) -> None:
 
 
 def test_numbers_of_the_command_line() -> None:
-    assert benchmark._numbers("512,4k,1M") == (512, 4096, 1048576)
+    assert numbers("512,4k,1M") == (512, 4096, 1048576)
     found = subprocess.run(
         [sys.executable, SCRIPT, "--contexts", "4k,many"], capture_output=True, text=True
     )
