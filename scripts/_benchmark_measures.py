@@ -84,7 +84,8 @@ class Bench:
 
     def repeat(self, measure: Callable[[], Any]) -> list[Any]:
         """Results of the repeats, at least one."""
-        start, results = time.monotonic(), []
+        start = time.monotonic()
+        results: list[Any] = []
         while len(results) < self.effort.repeats:
             results.append(measure())
             if time.monotonic() - start > REPEAT_SECONDS:

@@ -83,7 +83,7 @@ def read_lines(paths: Sequence[Path]) -> list[Line]:
 def table(lines: Sequence[Line]) -> str:
     """One row per figure, the models' one below the other, columns aligned."""
     head = ("measure", "at", "model", "figure", "limit", "of limit", "above weights")
-    groups: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for row in (_row(line) for line in lines if "model" in line):
         groups.setdefault(row[:2], []).append(row)
     rows = [head, *(row for group in groups.values() for row in group)]

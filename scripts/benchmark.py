@@ -42,6 +42,7 @@ it, and "host_ms_per_token" the rest.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -67,6 +68,33 @@ from kimi_linear import KimiLinearConfig
 MESSAGE_LENGTH = 300
 # Where what is compiled is kept from one process to the next.
 DISK_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+class Subject:
+    """A model that is built when the first figure of it is wanted.
+
+    Args:
+        make_bench: Builds it.
+        longest: The longest context behind which tokens will be decoded.
+    """
+
+    def __init__(self, make_bench: Callable[[], Bench], longest: int) -> None:
+        self.make_bench, self.longest = make_bench, longest
+
+    @functools.cached_property
+    def bench(self) -> Bench:
+        """The model, for what begins with an empty cache."""
+        return self.make_bench()
+
+    @functools.cached_property
+    def long_text(self) -> LongText:
+        """The text in a cache, for what goes on from there."""
+        return LongText(self.bench, self.longest)
+
+    def measure(self, measure: str, place: int) -> dict[str, Any]:
+        """Figures of one kind of measurement, at a context, batch or number of tokens."""
+        source = self.long_text if measure in ("decode", "first-token") else self.bench
+        return getattr(source, measure.replace("-", "_"))(place)
 
 
 class Run:
@@ -105,10 +133,11 @@ class Run:
             places = [("train", {"tokens": self.settings.train_tokens})]
             for kind in self.settings.models:
                 self._with_model(kind, preset, self.deadline, places)
-        for i, kind in enumerate(self.settings.models):
+        places = self._inference_places()
+        for i, kind in enumerate(self.settings.models if places else ()):
             now = time.monotonic()
             share = now + (self.deadline - now) / (len(self.settings.models) - i)
-            self._with_model(kind, self.settings.preset, share, self._inference_places())
+            self._with_model(kind, self.settings.preset, share, places)
 
     def _inference_places(self) -> list[tuple[str, dict[str, int]]]:
         """Measurements and where they are made, cheap ones first, contexts in rising order."""
@@ -129,32 +158,12 @@ class Run:
         self, kind: str, preset: str, deadline: float, places: list[tuple[str, dict[str, int]]]
     ) -> None:
         """Build a model, measure, and free it."""
-        if not places:
-            return
-        bench, texts = None, []
-
-        def long_text() -> LongText:
-            if not texts:
-                texts.append(LongText(bench, max(self.settings.contexts)))
-            return texts[0]
-
-        calls: dict[str, Callable[..., dict[str, Any]]] = {
-            "prefill": lambda context: bench.prefill(context),
-            "generate": lambda batch: bench.generate(batch),
-            "train": lambda tokens: bench.train(tokens),
-            "first-token": lambda context: long_text().first_token(context),
-            "decode": lambda context: long_text().decode(context),
-        }
+        subject = Subject(lambda: self._bench(kind, preset, deadline), max(self.settings.contexts))
         for measure, place in places:
             line = {"measure": measure, "model": kind, "preset": preset, **place}
-
-            def call(measure: str = measure, place: dict[str, int] = place) -> dict[str, Any]:
-                nonlocal bench
-                bench = bench or self._bench(kind, preset, deadline)
-                return calls[measure](*place.values())
-
+            call = functools.partial(subject.measure, measure, *place.values())
             self._attempt(line, call, deadline)
-        bench, texts = None, []
+        del subject, call
         collect_garbage(self.device)
 
     def _bench(self, kind: str, preset: str, deadline: float) -> Bench:
