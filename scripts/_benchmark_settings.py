@@ -35,6 +35,7 @@ class Settings:
         repeats: Runs per figure at most, after a warm-up.
         time_limit: Seconds after which no measurement is begun; each model gets its share. None:
             no limit.
+        threads: CPU threads; None: torch's choice. Where others use the cores too, one is faster.
 
     Raises:
         ValueError: For a value out of range.
@@ -54,6 +55,7 @@ class Settings:
     train_tokens: int = 512
     repeats: int = 3
     time_limit: float | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -75,7 +77,7 @@ class Settings:
             values = getattr(self, name)
             is_allowed = len(values) > 0 and min(values) >= 1
             _require(is_allowed, name, values, "one or more integers of at least 1")
-        for name in ("prompt_length", "new_tokens", "repeats", "prefill_chunk"):
+        for name in ("prompt_length", "new_tokens", "repeats", "prefill_chunk", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.train_tokens >= 16, "train_tokens", self.train_tokens, "at least 16")

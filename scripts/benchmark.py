@@ -6,7 +6,7 @@ latents take to move at the device's measured rate, or the operations to be done
 longer (`_limits.py`). What fails, for instance for want of memory, is a line with "error". Progress
 and a table go to stderr.
 
-On a CPU, in less than a minute:
+On a CPU, in less than a minute if nobody else uses it:
 
     python scripts/benchmark.py
     python scripts/benchmark.py --preset 20m --contexts 1k,4k --batches 1,2 --plot speed.png
@@ -54,6 +54,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from _benchmark_long_text import LongText
 from _benchmark_measures import Bench, Effort, TimeLimitError
 from _benchmark_models import MODELS, build
@@ -113,6 +114,8 @@ class Run:
 
     def run(self, command: Sequence[str], commit: str | None) -> None:
         """Measure everything."""
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
         self.rates = measure_rates(self.device, self.dtype)
         collect_garbage(self.device)
         self.recorder.tell(
@@ -202,10 +205,12 @@ class Run:
     def _first_call(self, options: dict[str, Any], folder: str) -> dict[str, Any]:
         script = Path(__file__).parent / "_first_call.py"
         seconds = self.deadline - time.monotonic()
+        variables = {name: f"{folder}/{name}" for name in DISK_CACHES}
+        variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         try:
             done = subprocess.run(
                 [sys.executable, str(script), json.dumps(options)],
-                env={**os.environ, **{name: f"{folder}/{name}" for name in DISK_CACHES}},
+                env={**os.environ, **variables},
                 capture_output=True,
                 text=True,
                 timeout=None if seconds == float("inf") else seconds,
@@ -302,7 +307,14 @@ def _parser() -> argparse.ArgumentParser:
     lists = {"contexts": "tokens, such as 4k,32k,1m", "batches": "rows, such as 1,8,32"}
     for name, text in lists.items():
         add(f"--{name}", type=numbers, default=getattr(default, name), metavar="N,N", help=text)
-    for name in ("prompt_length", "new_tokens", "prefill_chunk", "train_tokens", "repeats"):
+    for name in (
+        "prompt_length",
+        "new_tokens",
+        "prefill_chunk",
+        "train_tokens",
+        "repeats",
+        "threads",
+    ):
         flag = "--" + name.replace("_", "-")
         add(flag, type=number, default=getattr(default, name), metavar="N")
     add("--time-limit", type=float, metavar="SECONDS", help="begin no measurement after that")

@@ -303,6 +303,7 @@ def test_a_first_call_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> No
         ({"contexts": (8, 0)}, r"--contexts \(8, 0\) .*integers of at least 1"),
         ({"batches": ()}, r"--batches \(\) .*one or more integers"),
         ({"prefill_chunk": 0}, "--prefill-chunk 0 .*at least 1"),
+        ({"threads": 0}, "--threads 0 .*at least 1"),
         ({"train_tokens": 3}, "--train-tokens 3 .*at least 16"),
         ({"time_limit": 0}, "--time-limit 0 .*above 0"),
     ],
@@ -330,11 +331,13 @@ def test_numbers_of_the_command_line() -> None:
 
 
 def test_the_command_prints_lines_only(tmp_path: Path) -> None:
-    flags = ["--models", "ours", "--measure", "prefill", "--contexts", "8", "--device", "cpu"]
-    command = [sys.executable, SCRIPT, *flags, "--commit", "abc", "--output", tmp_path / "x.jsonl"]
+    flags = ["--models", "ours", "--measure", "prefill", "--contexts", "8", "--threads", "1"]
+    flags += ["--device", "cpu", "--commit", "abc", "--output", str(tmp_path / "x.jsonl")]
+    command = [sys.executable, SCRIPT, *flags]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert [line["measure"] for line in lines] == ["environment", "prefill"]
+    assert lines[0]["threads"] == 1
     assert lines[0]["commit"] == "abc" and lines[0]["command"].endswith("x.jsonl")
     assert (tmp_path / "x.jsonl").read_text() == found.stdout
