@@ -45,17 +45,19 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     figure = Figure(figsize=(0.8 + 3.9 * len(columns), 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
+    largest = max(line.get("peak_bytes_above_weights") or 0 for line in lines)
+    unit, unit_name = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     for i, (measure, key, title, label) in enumerate(columns):
         points = _points(lines, measure, key)
         speed, memory = panels[0][i], panels[1][i]
         _draw(speed, points, key, "tokens_per_second", 1)
-        _draw(memory, points, key, "peak_bytes_above_weights", 1e9)
+        _draw(memory, points, key, "peak_bytes_above_weights", unit)
         _mark_failures(speed, lines, measure, key)
         speed.set_title(title, fontsize=10)
         memory.set_xlabel(label)
         _set_ticks(memory, sorted({line[key] for line in lines if line["measure"] == measure}))
     panels[0][0].set_ylabel("tokens per second")
-    panels[1][0].set_ylabel("memory above the weights (GB)")
+    panels[1][0].set_ylabel(f"memory above the weights ({unit_name})")
     figure.suptitle(_title(lines), fontsize=11)
     handles = {}
     for axes in panels.flat:
@@ -158,5 +160,5 @@ def _title(lines: Sequence[Line]) -> str:
     first = next((line for line in lines if line["measure"] == "environment"), {})
     drawn = {column[0] for column in COLUMNS}
     presets = sorted({line["preset"] for line in lines if line["measure"] in drawn})
-    device = first.get("gpu") or f"{first.get('threads', '?')} CPU threads"
+    device = first.get("gpu") or f"CPU, threads: {first.get('threads', '?')}"
     return f"Kimi Linear {', '.join(presets)}, random weights, {first.get('dtype', '')}, {device}"
