@@ -197,6 +197,36 @@ class KDALayerCache(_LayerCache):
         other._map(Tensor.clone)
         return other
 
+    def step_table(self, num_rows: int, dtype: torch.dtype) -> list[int] | None:
+        """Where a decode step finds this layer: addresses of conv state, recurrent state and log
+        (0: none), and the log's row stride. None if the layer is not ready for a step in place.
+        """
+        conv, state = self.conv_state, self.recurrent_state
+        if conv is None or state is None or self.is_stale:
+            return None
+        if conv.shape[0] != num_rows or conv.dtype != dtype or state.dtype != torch.float32:
+            return None
+        self.conv_state, self.recurrent_state = _in_place(conv), _in_place(state)
+        addresses = [self.conv_state.data_ptr(), self.recurrent_state.data_ptr()]
+        if self.rollback_tokens == 0:
+            return [*addresses, 0, 0]
+        log, logged = self.log, self.num_logged
+        if logged is None or log is None or logged >= min(log.shape[1], 2 * self.rollback_tokens):
+            return None
+        if log.dtype != dtype or not _may_write(log) or log.shape[0] != num_rows:
+            return None
+        return [*addresses, log.data_ptr(), log.stride(0)]
+
+    def count_step(self) -> None:
+        """Count the token that a decode step has written."""
+        self.num_tokens += 1
+        if self.rollback_tokens:
+            assert self.num_logged is not None
+            self.num_logged += 1
+        else:
+            self.num_logged = self.log = None
+            self.anchor_conv_state = self.anchor_recurrent_state = None
+
     def keep_anchor(self, states: States) -> None:
         """Make copies of `states` the anchor, with an empty log."""
         self.anchor_conv_state, self.anchor_recurrent_state = (
@@ -327,6 +357,34 @@ class LatentLayerCache(_LayerCache):
         self._write(latent, used)
         self.is_initialized = True
         return self.segments()
+
+    def step_table(self, num_rows: int, dtype: torch.dtype) -> list[int] | None:
+        """Where a decode step finds this layer: address, tokens and row stride of all but the last
+        segment, which are made one, then address and row stride of the last one, which has room.
+        None if the layer is not ready for a step in place.
+        """
+        if self._num_rows != num_rows or self.offload_latents:
+            return None
+        if any(x.dtype != dtype for x in (*self.full, self.tail) if x is not None):
+            return None
+        used = self.num_tokens - self.num_full
+        if self.tail is not None and used == self.tail.shape[1] >= SEGMENT_TOKENS:
+            self.full, self.tail, used = self.segments(), None, 0
+        if len(self.full) > 1:
+            rows = max(x.shape[0] for x in self.full)
+            self.full = [torch.cat([x.expand(rows, -1, -1) for x in self.full], dim=1)]
+        last = self.full[-1] if self.tail is None else self.tail
+        self.tail = self._reserved(last[:, :1].expand(num_rows, -1, -1), used)
+        row = [0, 0, 0, self.tail.data_ptr(), self.tail.stride(0)]
+        if self.full:
+            prefix = self.full[0]
+            stride = prefix.stride(0) if prefix.shape[0] == num_rows else 0
+            row[:3] = [prefix.data_ptr(), prefix.shape[1], stride]
+        return row
+
+    def count_step(self) -> None:
+        """Count the token that a decode step has written."""
+        self.num_tokens += 1
 
     def fill(self, segments: list[Tensor], num_rows: int) -> None:
         """Hold these latents [B or 1, n, R] for `num_rows` rows, and nothing else."""
@@ -545,6 +603,11 @@ def _has_state(layer: object) -> bool:
 def _may_write(x: Tensor) -> bool:
     """Whether `x` may be written in place: it is in no graph, and not made by inference_mode."""
     return not x.requires_grad and (not x.is_inference() or torch.is_inference_mode_enabled())
+
+
+def _in_place(x: Tensor) -> Tensor:
+    """`x` if a kernel may write over it, else a copy."""
+    return x if _may_write(x) and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
 def _records(*tensors: Tensor | None) -> bool:

@@ -56,6 +56,30 @@ class KimiLinearGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As usual, but without a mask of ones at a decode step: to look into it, the host would
+        have to wait for the device."""
+        layers = getattr(past_key_values, "layers", None)
+        if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
+            past = layers[0].num_tokens
+            # the last token of a text is real: the prompt's is checked, others were generated
+            if past and input_ids.shape[1] == past + 1:
+                attention_mask = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
     def _new_cache(self, generation_config: Any, max_cache_length: int) -> KimiLinearCache:
         """A cache that can be cropped if someone will be able to: it is returned, or a draft's."""
         kind = generation_config.cache_implementation or ""

@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_kimi_linear import prepare_cache
 from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
+from .decode_graph import DecodeBackend, decode_logits, is_decode_step
 from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
     KimiLinearDeltaAttention,
@@ -462,6 +463,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     """Kimi Linear as a language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # "auto": one token per row runs as one recorded graph where it can; "graph": or is an error;
+    # "eager": it runs layer by layer. See `decode_graph.py`.
+    decode_backend: DecodeBackend = "auto"
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__(config)
@@ -499,6 +503,13 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         """
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
+        others = {"labels": labels, "cu_seq_lens_q": cu_seq_lens_q, "seq_idx": seq_idx, **kwargs}
+        if isinstance(logits_to_keep, int) and is_decode_step(
+            self.config, input_ids, inputs_embeds, past_key_values, others
+        ):
+            logits = self._decode(input_ids, attention_mask, past_key_values)
+            if logits is not None:
+                return MoeCausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -539,6 +550,18 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+    def _decode(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Any:
+        """Logits by the recorded decode step, or None if the call has to run layer by layer."""
+        past = cache.layers[0].num_tokens
+        mask = unless_all_real(attention_mask)
+        check_columns(attention_mask, past, 1)
+        if mask is not None and not bool((mask[:, -1] != 0).all()):
+            return None
+        prepare_cache(cache, self.config)
+        note_padding(cache, attention_mask, mask, past)
+        return decode_logits(self, input_ids, mask, cache)
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:

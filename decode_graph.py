@@ -1,0 +1,336 @@
+"""Decoding as one recorded graph: when a call is one, and what it replays.
+
+A forward of one token per row behind a cache is answered by `DecodeStep`, recorded once per model,
+number of rows, and with or without padding, as a CUDA graph. The recording reads the cache's
+tensors through a table of addresses, so it serves every cache, and caches of other steps read and
+write the same tensors. Whatever the step does not cover runs layer by layer as ever.
+
+The switch is the model's attribute `decode_backend`: "auto" takes the graph where it can and says
+once why it cannot, "graph" insists on it, "eager" never takes it.
+
+Shapes: B rows, S tokens of cache and call.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from .cache_kimi_linear import KDALayerCache, LatentLayerCache
+from .decode_kernels import triton
+from .decode_step import TABLE_COLUMNS, DecodeStep, power_of_two
+
+logger = logging.get_logger(__name__)
+
+DecodeBackend = Literal["auto", "graph", "eager"]
+MAX_ROWS = 256
+MAX_PAIRS = 2048  # of rows and experts
+MAX_STEPS = 8  # recordings kept per model
+# what only the layers themselves can hand out
+RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+DEVICE_TYPES = ("cuda",)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def is_decode_step(
+    config: Any,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    cache: Cache | None,
+    others: dict[str, Any],
+) -> bool:
+    """Whether a call's arguments are those of a decode step: one token id per row, behind a cache
+    of ours that holds some, and nothing asked for but logits."""
+    if input_ids is None or inputs_embeds is not None or cache is None:
+        return False
+    if input_ids.shape[1] != 1 or any(x is not None and x is not False for x in others.values()):
+        return False
+    layers = getattr(cache, "layers", None)
+    if not layers or not hasattr(layers[0], "step_table") or layers[0].num_tokens == 0:
+        return False
+    return not any(getattr(config, name, False) for name in RECORDED)
+
+
+def decode_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache
+) -> Tensor | None:
+    """Logits [B, 1, vocab_size] of one token per row behind `cache`, which takes the tokens in.
+
+    Args:
+        model: A `KimiLinearForCausalLM`.
+        input_ids: [B, 1].
+        attention_mask: [B, S]; None if all tokens are real.
+        cache: A cache of this model.
+
+    Returns:
+        The logits, or None if this call has to run layer by layer.
+
+    Raises:
+        ValueError: If `model.decode_backend` is unknown, or is "graph" and there is an obstacle.
+    """
+    backend = model.decode_backend
+    if backend not in get_args(DecodeBackend):
+        raise ValueError(
+            f"decode_backend={backend!r} is not allowed: it must be one of {get_args(DecodeBackend)}"
+        )
+    if backend == "eager" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    decoder = _decoders.get(model)
+    if decoder is None:
+        decoder = _decoders[model] = _Decoder(model)
+    reason = decoder.obstacle(model, input_ids, cache)
+    if reason:
+        if backend == "graph":
+            raise ValueError(f"decode_backend='graph' is not possible here: {reason}")
+        if model.device.type == "cuda":
+            logger.warning_once(f"decoding runs layer by layer, not as one graph: {reason}")
+        return None
+    return decoder.step(model, input_ids, attention_mask, cache)
+
+
+class _Decoder:
+    """The recordings of one model, and what was found out about it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._steps: OrderedDict[tuple[int, bool], _Recording] = OrderedDict()
+        self._lock = threading.Lock()
+        self._cache: weakref.ref[Cache] | None = None
+        self._addresses: list[int] = []
+        self._obstacle = ""
+        self._hooks: list[Any] = []
+
+    def obstacle(self, model: nn.Module, input_ids: Tensor, cache: Cache) -> str:
+        """Why this call cannot be a recorded step, or ""."""
+        if self._cache is None or self._cache() is not cache:
+            self._examine(model)
+            self._cache = weakref.ref(cache)
+        if self._obstacle:
+            return self._obstacle
+        if any(self._hooks):
+            return "a module has hooks"
+        B, width = input_ids.shape[0], self._width
+        if B > MAX_ROWS or B * width > MAX_PAIRS:
+            rows = min(MAX_ROWS, MAX_PAIRS // width)
+            return f"the batch has {B} rows, the step takes up to {rows}"
+        if torch.is_autocast_enabled(model.device.type):
+            return "autocast is on"
+        return ""
+
+    def _examine(self, model: nn.Module) -> None:
+        """Look at the whole model, once per cache: weights may have moved since the last one."""
+        self._obstacle = model_obstacle(model)
+        self._width = model.config.num_experts_per_token or 1
+        modules = list(model.modules())
+        self._hooks = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
+        addresses = [p.data_ptr() for p in model.parameters()]
+        if addresses != self._addresses:
+            self._steps.clear()
+            self._addresses = addresses
+
+    def step(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache
+    ) -> Tensor | None:
+        B = input_ids.shape[0]
+        rows = _cache_rows(cache, B, model.dtype)
+        if rows is None:
+            return None
+        with self._lock:
+            key = (B, attention_mask is not None)
+            recording = self._steps.get(key)
+            if recording is None:
+                recording = self._steps[key] = _Recording(model, *key)
+                while len(self._steps) > MAX_STEPS:
+                    self._steps.popitem(last=False)
+            self._steps.move_to_end(key)
+            logged = next((n for layer in cache.layers if (n := _logged(layer)) is not None), 0)
+            tokens = cache.layers[0].num_tokens
+            logits = recording.run(input_ids, attention_mask, rows, tokens, logged)
+        for layer in cache.layers:
+            layer.count_step()
+        return logits.unsqueeze(1)
+
+
+_decoders: weakref.WeakKeyDictionary[nn.Module, _Decoder] = weakref.WeakKeyDictionary()
+
+
+def model_obstacle(model: nn.Module) -> str:
+    """Why this model cannot decode by `DecodeStep`, or ""."""
+    config = model.config
+    if triton is None:
+        return "triton is not installed"
+    if model.device.type not in DEVICE_TYPES:
+        return f"the model is on {model.device.type!r}, it must be on one of {DEVICE_TYPES}"
+    return _size_obstacle(config) or _weight_obstacle(model)
+
+
+def _size_obstacle(config: Any) -> str:
+    """Sizes that the kernels do not take."""
+    linear = config.linear_attn_config
+    powers = {
+        "linear_attn_config.head_dim": linear["head_dim"],
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+    }
+    for name, size in powers.items():
+        if size < 16 or size != power_of_two(size):
+            return f"{name}={size} is no power of two of at least 16"
+    for name in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
+        if getattr(config, name) % 8:
+            return f"{name}={getattr(config, name)} is no multiple of 8"
+    if config.q_lora_rank is not None:
+        return f"q_lora_rank={config.q_lora_rank} is not None"
+    if config.num_expert_group != config.topk_group:
+        return f"num_expert_group={config.num_expert_group} is not topk_group={config.topk_group}"
+    if config.hidden_act != "silu":
+        return f"hidden_act={config.hidden_act!r} is not 'silu'"
+    if linear["short_conv_kernel_size"] < 2:
+        return "linear_attn_config.short_conv_kernel_size is below 2"
+    return ""
+
+
+def _weight_obstacle(model: nn.Module) -> str:
+    """Weights that the kernels cannot read: adapters, quantised, sharded, spread or unaligned."""
+    device, dtype = model.device, model.dtype
+    if dtype not in DTYPES:
+        return f"the weights are {dtype}, they must be one of {DTYPES}"
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith(("torch.nn.", "transformers.")):
+            kind = type(module).__name__
+            if not kind.startswith("KimiLinear"):
+                return f"{name} is a {kind}"
+        elif isinstance(module, nn.Linear) and (
+            type(module) is not nn.Linear or module.bias is not None
+        ):
+            return f"{name} is a {type(module).__name__} with something else than a weight"
+    for name, parameter in model.named_parameters():
+        wide = name.endswith(("A_log", "dt_bias"))
+        if type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}"
+        if parameter.device != device:
+            return f"{name} is on {parameter.device}, others are on {device}"
+        if parameter.dtype != (torch.float32 if wide else dtype):
+            return f"{name} is {parameter.dtype}, others are {dtype}"
+        if not parameter.is_contiguous() or parameter.data_ptr() % 16:
+            return f"{name} is not contiguous from a multiple of 16 bytes"
+    return ""
+
+
+def _cache_rows(cache: Cache, num_rows: int, dtype: torch.dtype) -> list[list[int]] | None:
+    """The table of a cache with room for one token per row, or None if it is not ready for it."""
+    rows = []
+    for layer in cache.layers:
+        row = layer.step_table(num_rows, dtype)
+        if row is None:
+            return None
+        rows.append(row + [0] * (TABLE_COLUMNS - len(row)))
+    return rows
+
+
+def _logged(layer: KDALayerCache | LatentLayerCache) -> int | None:
+    return getattr(layer, "num_logged", None)
+
+
+class _Recording:
+    """A `DecodeStep` and its CUDA graph; on other devices it is launched each time."""
+
+    def __init__(self, model: nn.Module, num_rows: int, has_padding: bool) -> None:
+        self._step = DecodeStep(model, num_rows, has_padding)
+        self._rows: list[list[int]] = []
+        self._counts: tuple[int, int] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if self._step.device.type == "cuda":
+            with torch.inference_mode(), torch.cuda.device(self._step.device):
+                self._record(model)
+
+    def _record(self, model: nn.Module) -> None:
+        """Run once, on scratch memory, so that all kernels are compiled; then record."""
+        step = self._step
+        scratch = _scratch_table(model, step)
+        self._load_table(scratch.rows)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step.run()
+        self._graph = graph
+        self._counts = None
+        del scratch
+
+    def run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        rows: list[list[int]],
+        tokens: int,
+        logged: int,
+    ) -> Tensor:
+        """Logits [B, vocab_size] behind a cache of `tokens` tokens, `logged` of them in its logs."""
+        step = self._step
+        if rows != self._rows:
+            self._load_table(rows)
+        if self._counts != (tokens, logged):
+            step.counters[0].fill_(tokens)
+            step.counters[1].fill_(logged)
+        if attention_mask is not None:
+            self._load_mask(attention_mask)
+        step.ids.copy_(input_ids)
+        if self._graph is None:
+            step.run()
+        else:
+            self._graph.replay()
+        self._counts = (tokens + 1, logged + 1)
+        return step.logits.clone()
+
+    def _load_table(self, rows: list[list[int]]) -> None:
+        self._step.table.copy_(torch.tensor(rows, dtype=torch.int64))
+        self._rows = rows
+
+    def _load_mask(self, attention_mask: Tensor) -> None:
+        """Copy the mask [B, S] to where the kernels look for it."""
+        step, tokens = self._step, attention_mask.shape[1]
+        if step.real_tokens.shape[1] < tokens:
+            step.real_tokens = torch.empty(
+                step.num_rows, 2 * tokens, dtype=torch.uint8, device=step.device
+            )
+            place = [step.real_tokens.data_ptr(), step.real_tokens.stride(0)]
+            step.real.copy_(torch.tensor(place, dtype=torch.int64))
+        step.real_tokens[:, :tokens] = attention_mask != 0
+
+
+class _scratch_table:
+    """Memory for a step to write to while it is tried out, the same for all layers of a kind."""
+
+    def __init__(self, model: nn.Module, step: DecodeStep) -> None:
+        B, device, dtype = step.num_rows, step.device, step.dtype
+        self.rows: list[list[int]] = []
+        self.tensors: dict[str, Tensor] = {}
+
+        def address(name: str, *shape: int, dtype: torch.dtype = dtype) -> int:
+            if name not in self.tensors:
+                self.tensors[name] = torch.zeros(*shape, dtype=dtype, device=device)
+            return self.tensors[name].data_ptr()
+
+        for layer in step.layers:
+            a = layer.self_attn
+            if hasattr(a, "b_proj"):
+                H, K, W = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
+                conv = address("conv", B, 3, H * K, W - 1)
+                state = address("state", B, H, K, K, dtype=torch.float32)
+                self.rows.append([conv, state, 0, 0, 0, 0])
+            else:
+                width = a.latent_dim + a.shared_key_dim
+                self.rows.append([0, 0, 0, address("latent", B, 64, width), 64 * width, 0])
+
+
+__all__ = ["DecodeBackend", "decode_logits", "is_decode_step", "model_obstacle"]

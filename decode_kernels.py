@@ -1,0 +1,674 @@
+"""Triton kernels of the decode step: one new token for each of a few rows.
+
+At so few tokens a step is a walk through the weights, and its time is the time to read them. Each
+kernel here reads its weights once, in long rows, and does around it what would otherwise be
+kernels of its own: norms before, activations and residuals after. Where tensors lie is told by
+tables of addresses on the device, so that a recorded graph serves any cache. `decode_step.py` says
+in which order they run; `tests/test_decode_kernels.py` compares each with torch.
+
+Sums are in float32. What passes from kernel to kernel is in the buffers' dtype.
+
+With IS_LINKED, kernels are launched before the ones before them have ended (programmatic dependent
+launch, from compute capability 9.0): they load weights, then `_wait`, then touch all else.
+
+Shapes: B rows (one token each), D hidden size, N output columns, H heads, K key and value size of
+KDA, W taps, L latent rank, P shared key part, R = L + P, E experts, I expert width, S slots: the
+chosen experts of a row and then its shared ones.
+"""
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a machine without a GPU; nothing below is called there
+    triton = tl = None
+
+LOG2_E = 1.4426950408889634
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit`, or the function itself where there is no triton."""
+    return function if triton is None else triton.jit(function)
+
+
+@jit
+def _at(address, like):
+    """A pointer to `address`, of the type of the pointer `like`, aligned to 16 bytes."""
+    return tl.multiple_of(tl.multiple_of(address, 16).to(like.dtype), 16)
+
+
+@jit
+def _wait(IS_LINKED: tl.constexpr):
+    """Wait for the kernel before, then let the next one start, which may load its weights."""
+    if IS_LINKED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _norm_scale(square, size, eps):
+    """1 / root mean square, from a sum of squares."""
+    return 1.0 / tl.sqrt(square / size + eps)
+
+
+@jit
+def project_kernel(
+    x,  # [B, D], rows of x_stride
+    norm,  # [D], or anything without HAS_NORM
+    tiles,  # int64 [tiles, 3]: address of the first weight, rows, column of out
+    weights,  # [N, D] without HAS_TILES, else any tensor of the weights' dtype
+    residual,  # [B, N], rows of out_stride, or anything without HAS_RESIDUAL
+    out,  # [B, N], rows of out_stride
+    table,  # int64 [6], see `kda_kernel`; its log takes the normed x
+    counters,  # int64 [2]: cached tokens, logged tokens
+    x_stride,
+    out_stride,
+    eps,
+    N,
+    D: tl.constexpr,
+    LARGE: tl.constexpr,  # the first so many columns, a power of two
+    SMALL: tl.constexpr,  # the others, in a power of two of places; 0: none
+    ROWS: tl.constexpr,  # B
+    BLOCK: tl.constexpr,
+    HAS_TILES: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_LOG: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """out = norm(x) @ weights^T + residual, a tile of `BLOCK` columns by program."""
+    n, d = tl.arange(0, BLOCK), tl.arange(0, LARGE)
+    if HAS_TILES:
+        tile = tiles + tl.program_id(0) * 3
+        weight = _at(tl.load(tile), weights)
+        inside = n < tl.load(tile + 1)
+        column = tl.load(tile + 2)
+    else:
+        column = tl.program_id(0).to(tl.int64) * BLOCK
+        weight = weights + column * D
+        inside = n < N - column
+    w = tl.load(weight + n[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+    if SMALL > 0:
+        e = LARGE + tl.arange(0, SMALL)
+        rest = e < D
+        w_e = tl.load(
+            weight + n[:, None] * D + e[None, :], mask=inside[:, None] & rest[None, :], other=0.0
+        )
+    if HAS_NORM:
+        norm_d = tl.load(norm + d).to(tl.float32)
+        if SMALL > 0:
+            norm_e = tl.load(norm + e, mask=rest, other=0.0).to(tl.float32)
+    _wait(IS_LINKED)
+    for i in tl.static_range(ROWS):
+        row = i
+        x_d = tl.load(x + row * x_stride + d).to(tl.float32)
+        if SMALL > 0:
+            x_e = tl.load(x + row * x_stride + e, mask=rest, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            square = tl.sum(x_d * x_d)
+            x_d *= norm_d
+            if SMALL > 0:
+                square += tl.sum(x_e * x_e)
+                x_e *= norm_e
+            scale = _norm_scale(square, D, eps)
+            if HAS_LOG:
+                if tl.program_id(0) == 0:
+                    if tl.load(table + 2) != 0:
+                        entry = tl.load(table + 2).to(weights.dtype) + row * tl.load(table + 3)
+                        entry += tl.load(counters + 1) * D
+                        tl.store(entry + d, x_d * scale)
+                        if SMALL > 0:
+                            tl.store(entry + e, x_e * scale, mask=rest)
+        y = tl.sum(w.to(tl.float32) * x_d[None, :], axis=1)
+        if SMALL > 0:
+            y += tl.sum(w_e.to(tl.float32) * x_e[None, :], axis=1)
+        if HAS_NORM:
+            y *= scale
+        place = row * out_stride + column + n
+        if HAS_RESIDUAL:
+            y += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + place, y, mask=inside)
+
+
+@jit
+def add_norm_kernel(
+    hidden,  # [B, D], added to
+    parts,  # [B, PARTS, D]
+    norm,  # [D]
+    out,  # [B, D], to be written
+    table,  # int64 [6], see `kda_kernel`; its log takes the normed rows
+    counters,  # int64 [2]: cached tokens, logged tokens
+    eps,
+    D: tl.constexpr,
+    PLACES: tl.constexpr,  # D, or more, a power of two
+    PARTS: tl.constexpr,
+    HAS_LOG: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """hidden += sum of parts; out = norm(hidden); a row by program."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, PLACES)
+    inside = d < D
+    _wait(IS_LINKED)
+    x = tl.load(hidden + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(PARTS):
+        part = tl.load(parts + (row * PARTS + i) * D + d, mask=inside, other=0.0)
+        x += part.to(tl.float32)
+    if PARTS > 0:
+        tl.store(hidden + row * D + d, x, mask=inside)
+    x *= _norm_scale(tl.sum(x * x), D, eps)
+    x *= tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * D + d, x, mask=inside)
+    if HAS_LOG:
+        entry = tl.load(table + 2).to(out.dtype) + row * tl.load(table + 3)
+        entry += tl.load(counters + 1) * D
+        if tl.load(table + 2) != 0:
+            tl.store(entry + d, x, mask=inside)
+
+
+# ---------------------------------------------------------------------------- Kimi Delta Attention
+@jit
+def _convolved(x, state, taps, channel, WIDTH: tl.constexpr):
+    """SiLU of the convolution of one new input per channel; the state [D, W - 1] moves on."""
+    new = tl.load(x + channel).to(tl.float32)
+    y = new * tl.load(taps + channel * WIDTH + WIDTH - 1).to(tl.float32)
+    place = state + channel * (WIDTH - 1)
+    for j in tl.static_range(WIDTH - 1):
+        old = tl.load(place + j)
+        y += old.to(tl.float32) * tl.load(taps + channel * WIDTH + j).to(tl.float32)
+        if j > 0:
+            tl.store(place + j - 1, old)
+    tl.store(place + WIDTH - 2, new)
+    return y * tl.sigmoid(y)
+
+
+@jit
+def kda_kernel(
+    x,  # [B, x_stride]: the projections q, k, v [H * K] each, f_a and g_a [K] each, b [H]
+    gates,  # [B, 2, H * K], f_b of f_a and g_b of g_a, with HAS_GATES
+    q_taps,  # [H * K, W]
+    k_taps,
+    v_taps,
+    f_b,  # [H * K, K]
+    g_b,
+    A_log,  # float32 [H]
+    dt_bias,  # float32 [H * K]
+    norm,  # [K]
+    table,  # int64 [6]: addresses of the conv state [B, 3, H * K, W - 1] and the float32 state
+    # [B, H, K, K]; address (or 0) of the log [B, .., D] of `rollback.py`, and its row stride
+    out,  # [B, out_stride]
+    x_stride,
+    out_stride,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """One step of a KDA layer between its input and output projections, a head by program."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, K)
+    channel = head * K + i
+    inner: tl.constexpr = H * K
+    x += row * x_stride
+    state = _at(tl.load(table + 1), A_log) + (row * H + head) * K * K
+    place = state + i[:, None] * K + i[None, :]
+    state_KV = tl.load(place)
+    if not HAS_GATES:
+        weight = head * K * K + i[:, None] * K + i[None, :]
+        f_w = tl.load(f_b + weight)
+        g_w = tl.load(g_b + weight)
+    A = tl.exp(tl.load(A_log + head))
+    bias = tl.load(dt_bias + channel)
+    _wait(IS_LINKED)
+    # log decay and output gate
+    if HAS_GATES:
+        f = tl.load(gates + row * 2 * inner + channel).to(tl.float32)
+        gate = tl.load(gates + (row * 2 + 1) * inner + channel).to(tl.float32)
+    else:
+        f_a = tl.load(x + 3 * inner + i).to(tl.float32)
+        g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
+        f = tl.sum(f_w.to(tl.float32) * f_a[None, :], axis=1)
+        gate = tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
+    f += bias
+    softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
+    decay = tl.exp(-A * softplus)
+    beta = tl.sigmoid(tl.load(x + 3 * inner + 2 * K + head).to(tl.float32))
+    # short convolutions and L2 norms
+    conv = _at(tl.load(table), x) + row * 3 * inner * (WIDTH - 1)
+    past: tl.constexpr = inner * (WIDTH - 1)
+    q = _convolved(x, conv, q_taps, channel, WIDTH)
+    k = _convolved(x + inner, conv + past, k_taps, channel, WIDTH)
+    v = _convolved(x + 2 * inner, conv + 2 * past, v_taps, channel, WIDTH)
+    q = q / tl.sqrt((tl.sum(q * q) + 1e-6) * K)
+    k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
+    # the delta rule
+    state_KV *= decay[:, None]
+    error = beta * (v - tl.sum(state_KV * k[:, None], axis=0))
+    state_KV += k[:, None] * error[None, :]
+    tl.store(place, state_KV)
+    o = tl.sum(state_KV * q[:, None], axis=0)
+    o *= _norm_scale(tl.sum(o * o), K, eps) * tl.load(norm + i).to(tl.float32)
+    tl.store(out + row * out_stride + channel, o * tl.sigmoid(gate))
+
+
+# --------------------------------------------------------------------------------- latent attention
+@jit
+def absorb_kernel(
+    x,  # [B, x_stride]: the projections of the query [H, N + P], of the latent [L] and [P]
+    kv_b,  # [H, N + V, L]
+    norm,  # [L]
+    table,  # int64 [6], see `attend_kernel`
+    length,  # int64 [1], cached tokens
+    query,  # [B, H, L + P], to be written
+    num_rows,
+    x_stride,
+    scaling,
+    eps,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """Write the new latent into the cache, and the queries in the latents' coordinates."""
+    head = tl.program_id(1)
+    R: tl.constexpr = L + P
+    p, n, all_m = tl.arange(0, P), tl.arange(0, N), tl.arange(0, L)
+    m = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.minimum(head, H - 1)  # the program after the last head writes latents
+    weight = tl.load(kv_b + (own * (N + V) + n[:, None]) * L + m[None, :])
+    _wait(IS_LINKED)
+    for i in tl.static_range(ROWS):
+        row = tl.minimum(tl.program_id(0) * ROWS + i, num_rows - 1).to(tl.int64)
+        source = x + row * x_stride
+        if head == H:
+            new = _at(tl.load(table + 3), x) + row * tl.load(table + 4)
+            new += (tl.load(length) - tl.load(table + 1)) * R
+            latent = tl.load(source + H * (N + P) + all_m).to(tl.float32)
+            latent *= _norm_scale(tl.sum(latent * latent), L, eps)
+            tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
+            tl.store(new + L + p, tl.load(source + H * (N + P) + L + p))
+        else:
+            inner = tl.load(source + head * (N + P) + n).to(tl.float32)
+            target = query + (row * H + head) * R
+            mixed = tl.sum(weight.to(tl.float32) * inner[:, None], axis=0)
+            tl.store(target + m, mixed * scaling)
+            if tl.program_id(2) == 0:
+                shared = tl.load(source + head * (N + P) + N + p).to(tl.float32)
+                tl.store(target + L + p, shared * scaling)
+
+
+@jit
+def attend_kernel(
+    query,  # [B, H, R], scaled, for powers of two
+    table,  # int64 [6]: prefix address, tokens, row stride; tail address, row stride; unused
+    length,  # int64 [1], tokens cached before this step; its own are cached by now
+    real,  # int64 [2]: address of uint8 [B, ..], 0 at padding, and its row stride
+    mixed,  # float32 [B, SPLITS, H, L], to be written
+    weight,  # float32 [B, SPLITS, 2, H]: largest score and sum of weights, to be written
+    H: tl.constexpr,
+    HEADS: tl.constexpr,  # H, or more, a power of two of at least 16
+    L: tl.constexpr,
+    P: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """Absorbed attention to a share of the cached latents, which lie in a prefix and a tail."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    R: tl.constexpr = L + P
+    _wait(IS_LINKED)
+    prefix_tokens = tl.load(table + 1)
+    tail_tokens = tl.load(length) + 1 - prefix_tokens
+    prefix_blocks = tl.cdiv(prefix_tokens, BLOCK)
+    blocks = prefix_blocks + tl.cdiv(tail_tokens, BLOCK)
+    share = tl.cdiv(blocks, SPLITS)
+    first = split * share
+    last = tl.minimum(first + share, blocks)
+    h, m, p, t = tl.arange(0, HEADS), tl.arange(0, L), tl.arange(0, P), tl.arange(0, BLOCK)
+    head = h < H
+    query += (row * H + h[None, :]) * R
+    q_m = tl.load(query + m[:, None], mask=head[None, :], other=0.0)
+    q_p = tl.load(query + L + p[:, None], mask=head[None, :], other=0.0)
+    size: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
+    prefix = tl.load(table) + row * tl.load(table + 2) * size
+    tail = tl.load(table + 3) + row * tl.load(table + 4) * size
+    largest = tl.full([HEADS], -1e30, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    sums = tl.zeros([L, HEADS], tl.float32)
+    for block in range(first, last):
+        in_prefix = block < prefix_blocks
+        start = tl.where(in_prefix, block, block - prefix_blocks) * BLOCK
+        tokens = tl.where(in_prefix, prefix_tokens, tail_tokens)
+        base = _at(tl.where(in_prefix, prefix, tail), query) + start * R
+        seen = start + t < tokens
+        latent = tl.load(base + t[:, None] * R + m[None, :], mask=seen[:, None], other=0.0)
+        shared = tl.load(base + t[:, None] * R + L + p[None, :], mask=seen[:, None], other=0.0)
+        if HAS_PADDING:
+            place = tl.where(in_prefix, 0, prefix_tokens) + start + t
+            mask = tl.load(real).to(tl.pointer_type(tl.uint8)) + row * tl.load(real + 1)
+            seen = seen & (tl.load(mask + place, mask=seen, other=0) != 0)
+        scores = tl.dot(latent, q_m)
+        scores = tl.dot(shared, q_p, scores)
+        scores = tl.where(seen[:, None], scores, -1e30)
+        larger = tl.maximum(largest, tl.max(scores, axis=0))
+        weights = tl.where(seen[:, None], tl.exp2(scores - larger[None, :]), 0.0)
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(weights, axis=0)
+        sums *= shrink[None, :]
+        sums = tl.dot(tl.trans(latent), weights.to(latent.dtype), sums)
+        largest = larger
+    place = row * SPLITS + split
+    if first < last:
+        out = mixed + (place * H + h[None, :]) * L + m[:, None]
+        tl.store(out, sums, mask=head[None, :])
+    tl.store(weight + place * 2 * H + h, largest, mask=head)
+    tl.store(weight + (place * 2 + 1) * H + h, total, mask=head)
+
+
+@jit
+def mix_kernel(
+    mixed,  # float32 [B, SPLITS, H, L]
+    weight,  # float32 [B, SPLITS, 2, H]
+    kv_b,  # [H, N + V, L]
+    out,  # [B, out_stride]
+    num_rows,
+    out_stride,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PLACES: tl.constexpr,  # SPLITS, or more, a power of two
+    GROUP: tl.constexpr,  # shares to load at once, a power of two
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """Join the shares of `attend_kernel`, and apply the heads' value matrices."""
+    head = tl.program_id(1)
+    s, m, g = tl.arange(0, PLACES), tl.arange(0, L), tl.arange(0, GROUP)
+    v = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    weights = tl.load(kv_b + (head * (N + V) + N + v[:, None]) * L + m[None, :])
+    _wait(IS_LINKED)
+    for i in tl.static_range(ROWS):
+        row = tl.minimum(tl.program_id(0) * ROWS + i, num_rows - 1).to(tl.int64)
+        share = weight + row * SPLITS * 2 * H + head
+        top = tl.load(share + s * 2 * H, mask=s < SPLITS, other=-1e30)
+        total = tl.load(share + s * 2 * H + H, mask=s < SPLITS, other=0.0)
+        top_of_all = tl.max(top)
+        whole = tl.sum(total * tl.exp2(top - top_of_all))
+        used = tl.max(tl.where(total > 0, s + 1, 0))
+        latent = tl.zeros([L], tl.float32)
+        for start in range(0, used, GROUP):
+            place = start + g
+            there = place < used
+            own_top = tl.load(share + place * 2 * H, mask=there, other=-1e30)
+            there = there & (tl.load(share + place * 2 * H + H, mask=there, other=0.0) > 0)
+            part = mixed + ((row * SPLITS + place[:, None]) * H + head) * L + m[None, :]
+            part = tl.load(part, mask=there[:, None], other=0.0)
+            latent += tl.sum(part * tl.exp2(own_top - top_of_all)[:, None], axis=0)
+        latent = latent / tl.maximum(whole, 1e-30)
+        y = tl.sum(weights.to(tl.float32) * latent[None, :], axis=1)
+        tl.store(out + row * out_stride + head * V + v, y)
+
+
+# ------------------------------------------------------------------------------- mixture of experts
+@jit
+def route_kernel(
+    logits,  # float32 [B, E]
+    bias,  # [E]
+    experts,  # int32 [B, TOP], to be written
+    weights,  # float32 [B, TOP], to be written
+    scaling,
+    E: tl.constexpr,
+    PLACES: tl.constexpr,  # E, or more, a power of two
+    TOP: tl.constexpr,
+    SLOTS: tl.constexpr,  # TOP, or more, a power of two
+    IS_SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """The experts of each row, by falling score, and their weights."""
+    row = tl.program_id(0)
+    e, slot = tl.arange(0, PLACES), tl.arange(0, SLOTS)
+    correction = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
+    _wait(IS_LINKED)
+    logit = tl.load(logits + row * E + e, mask=e < E, other=-float("inf"))
+    largest, total = 0.0, 1.0
+    if not IS_SIGMOID:
+        largest = tl.max(logit)
+        total = tl.sum(tl.exp(logit - largest))
+    score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
+    choice = tl.where(e < E, score + correction, -float("inf"))
+    chosen = tl.zeros([SLOTS], tl.int32)
+    for i in tl.static_range(TOP):
+        best = tl.minimum(tl.argmax(choice, axis=0), E - 1)  # also where all is NaN
+        chosen = tl.where(slot == i, best, chosen)
+        choice = tl.where(e == best, -float("inf"), choice)
+    logit = tl.load(logits + row * E + chosen)
+    score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
+    if RENORMALIZE:
+        score /= tl.sum(tl.where(slot < TOP, score, 0.0)) + 1e-20
+    tl.store(experts + row * TOP + slot, chosen, mask=slot < TOP)
+    tl.store(weights + row * TOP + slot, score * scaling, mask=slot < TOP)
+
+
+@jit
+def _gated(gate, up):
+    return gate * tl.sigmoid(gate) * up
+
+
+@jit
+def experts_in_kernel(
+    x,  # [B, D]
+    norm,  # [D]
+    experts,  # int32 [B, TOP]
+    gate_up,  # [E, 2 * I, D]
+    shared_gate,  # [shared * I, D]
+    shared_up,
+    out,  # [B, S, I]
+    eps,
+    D: tl.constexpr,
+    LARGE: tl.constexpr,
+    SMALL: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TOP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """silu(gate) * up of every slot of every row, for norm(x)."""
+    _wait(IS_LINKED)
+    slot = tl.program_id(1)
+    row = (slot // SLOTS).to(tl.int64)
+    slot = slot % SLOTS
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if slot < TOP:
+        gate = gate_up + tl.load(experts + row * TOP + slot).to(tl.int64) * 2 * I * D
+        up = gate + I * D
+    else:
+        gate = shared_gate + (slot - TOP) * I * D
+        up = shared_up + (slot - TOP) * I * D
+    d = tl.arange(0, LARGE)
+    inside = (n < I)[:, None]
+    gate_w = tl.load(gate + n[:, None] * D + d[None, :], mask=inside, other=0.0)
+    up_w = tl.load(up + n[:, None] * D + d[None, :], mask=inside, other=0.0)
+    x_d = tl.load(x + row * D + d).to(tl.float32)
+    square = tl.sum(x_d * x_d)
+    if SMALL > 0:
+        e = LARGE + tl.arange(0, SMALL)
+        both = inside & (e < D)[None, :]
+        gate_e = tl.load(gate + n[:, None] * D + e[None, :], mask=both, other=0.0)
+        up_e = tl.load(up + n[:, None] * D + e[None, :], mask=both, other=0.0)
+        x_e = tl.load(x + row * D + e, mask=e < D, other=0.0).to(tl.float32)
+        square += tl.sum(x_e * x_e)
+        x_e *= tl.load(norm + e, mask=e < D, other=0.0).to(tl.float32)
+    x_d *= tl.load(norm + d).to(tl.float32)
+    gate_y = tl.sum(gate_w.to(tl.float32) * x_d[None, :], axis=1)
+    up_y = tl.sum(up_w.to(tl.float32) * x_d[None, :], axis=1)
+    if SMALL > 0:
+        gate_y += tl.sum(gate_e.to(tl.float32) * x_e[None, :], axis=1)
+        up_y += tl.sum(up_e.to(tl.float32) * x_e[None, :], axis=1)
+    scale = _norm_scale(square, D, eps)
+    tl.store(out + (row * SLOTS + slot) * I + n, _gated(gate_y * scale, up_y * scale), mask=n < I)
+
+
+@jit
+def experts_out_kernel(
+    x,  # [B, S, I]
+    experts,  # int32 [B, TOP]
+    weights,  # float32 [B, TOP]
+    down,  # [E, D, I]
+    shared_down,  # [D, shared * I]
+    out,  # [B, D], added to
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    PLACES: tl.constexpr,  # I, or more, a power of two
+    TOP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """Add the weighted outputs of a row's experts, and its shared experts', to the row."""
+    _wait(IS_LINKED)
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, PLACES)
+    inside = (n < D)[:, None] & (i < I)[None, :]
+    y = tl.load(out + row * D + n, mask=n < D, other=0.0).to(tl.float32)
+    for slot in tl.static_range(SLOTS):
+        if slot < TOP:
+            expert = tl.load(experts + row * TOP + slot).to(tl.int64)
+            place = down + (expert * D + n[:, None]) * I + i[None, :]
+            factor = tl.load(weights + row * TOP + slot)
+        else:
+            width: tl.constexpr = (SLOTS - TOP) * I
+            place = shared_down + n[:, None] * width + (slot - TOP) * I + i[None, :]
+            factor = 1.0
+        w = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(x + (row * SLOTS + slot) * I + i, mask=i < I, other=0.0).to(tl.float32)
+        y += factor * tl.sum(w * a[None, :], axis=1)
+    tl.store(out + row * D + n, y, mask=n < D)
+
+
+# ------------------------------------------------------------------- mixture of experts, many rows
+@jit
+def group_kernel(
+    experts,  # int32 [pairs]
+    order,  # int32 [pairs], to be written: the pairs (row, choice) by expert
+    first,  # int32 [BINS], to be written: each expert's first place there, and beyond the last one
+    num_pairs,
+    E: tl.constexpr,
+    BINS: tl.constexpr,  # E + 1, or more, a power of two
+    PAIRS: tl.constexpr,  # num_pairs, or more, a power of two
+    IS_LINKED: tl.constexpr,
+):
+    """Sort what the rows chose by expert."""
+    _wait(IS_LINKED)
+    pair = tl.arange(0, PAIRS)
+    expert = tl.load(experts + pair, mask=pair < num_pairs, other=E)
+    tl.store(order + pair, tl.sort(expert * PAIRS + pair) % PAIRS, mask=pair < num_pairs)
+    count = tl.histogram(expert, BINS)
+    tl.store(first + tl.arange(0, BINS), tl.cumsum(count, axis=0) - count)
+
+
+@jit
+def grouped_in_kernel(
+    x,  # [B, D], normed
+    order,  # int32 [B * TOP] and
+    begin,  # int32 [E + 1], see `group_kernel`
+    gate_up,  # [E, 2 * I, D]
+    out,  # [B * TOP, I]
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """silu(gate) * up of the rows that chose an expert, a tile of an expert by program."""
+    expert = tl.program_id(1)
+    _wait(IS_LINKED)
+    start_pair, stop_pair = tl.load(begin + expert), tl.load(begin + expert + 1)
+    n, d, g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, GROUP)
+    gate = gate_up + expert.to(tl.int64) * 2 * I * D + n[None, :] * D
+    for first in range(start_pair, stop_pair, GROUP):
+        there = first + g < stop_pair
+        pair = tl.load(order + first + g, mask=there, other=0)
+        row = x + (pair // TOP)[:, None] * D
+        gate_y = tl.zeros([GROUP, BLOCK], tl.float32)
+        up_y = tl.zeros([GROUP, BLOCK], tl.float32)
+        for start in range(0, D, STEP):
+            k = start + d
+            a = tl.load(row + k[None, :], mask=(k < D)[None, :], other=0.0)
+            inside = (k < D)[:, None] & (n < I)[None, :]
+            w = tl.load(gate + k[:, None], mask=inside, other=0.0)
+            u = tl.load(gate + I * D + k[:, None], mask=inside, other=0.0)
+            gate_y = tl.dot(a, w, gate_y)
+            up_y = tl.dot(a, u, up_y)
+        mask = there[:, None] & (n < I)[None, :]
+        tl.store(out + pair[:, None] * I + n[None, :], _gated(gate_y, up_y), mask=mask)
+
+
+@jit
+def grouped_out_kernel(
+    x,  # [B * TOP, I]
+    order,  # int32 [B * TOP] and
+    begin,  # int32 [E + 1], see `group_kernel`
+    weights,  # float32 [B * TOP]
+    down,  # [E, D, I]
+    out,  # [B, PARTS, D], the first TOP parts of each row
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TOP: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """Weighted outputs of the pairs of an expert, a tile of an expert by program."""
+    expert = tl.program_id(1)
+    _wait(IS_LINKED)
+    start_pair, stop_pair = tl.load(begin + expert), tl.load(begin + expert + 1)
+    n, i, g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, GROUP)
+    weight = down + expert.to(tl.int64) * D * I + n[None, :] * I
+    for first in range(start_pair, stop_pair, GROUP):
+        there = first + g < stop_pair
+        pair = tl.load(order + first + g, mask=there, other=0)
+        y = tl.zeros([GROUP, BLOCK], tl.float32)
+        for start in range(0, I, STEP):
+            k = start + i
+            a = tl.load(x + pair[:, None] * I + k[None, :], mask=(k < I)[None, :], other=0.0)
+            inside = (k < I)[:, None] & (n < D)[None, :]
+            y = tl.dot(a, tl.load(weight + k[:, None], mask=inside, other=0.0), y)
+        y *= tl.load(weights + pair)[:, None]
+        mask = there[:, None] & (n < D)[None, :]
+        part = pair // TOP * PARTS + pair % TOP
+        tl.store(out + part[:, None] * D + n[None, :], y, mask=mask)
+
+
+__all__ = [
+    "LOG2_E",
+    "absorb_kernel",
+    "add_norm_kernel",
+    "attend_kernel",
+    "experts_in_kernel",
+    "experts_out_kernel",
+    "group_kernel",
+    "grouped_in_kernel",
+    "grouped_out_kernel",
+    "kda_kernel",
+    "mix_kernel",
+    "project_kernel",
+    "route_kernel",
+]

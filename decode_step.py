@@ -1,0 +1,556 @@
+"""The decode step: all layers of the model for one new token per row, by few and large kernels.
+
+`DecodeStep` owns the buffers between its kernels and launches them in order. What changes from
+token to token lies on the device: the ids, two counters, and a table that says where the cache's
+tensors are. A recording of the launches therefore serves any cache of as many rows
+(`decode_graph.py` makes one).
+
+Up to `FEW_ROWS` rows each weight is read by our own matrix-vector kernels, with norms, activations
+and residuals inside; beyond that by cuBLAS, and each expert once for all rows that chose it.
+
+Shapes: B rows, D hidden size, H heads, K key size, V value size, N key size without the shared
+part, L latent rank, P shared key part, E experts, I expert width, S slots of a row: its experts
+and the shared ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .decode_kernels import (
+    LOG2_E,
+    absorb_kernel,
+    add_norm_kernel,
+    attend_kernel,
+    experts_in_kernel,
+    experts_out_kernel,
+    group_kernel,
+    grouped_in_kernel,
+    grouped_out_kernel,
+    kda_kernel,
+    mix_kernel,
+    project_kernel,
+    route_kernel,
+)
+
+FEW_ROWS = 4
+# bytes of weights that a program of a matrix-vector kernel reads
+TILE_BYTES = 40 << 10
+# programs that keep a GPU of about 130 multiprocessors busy
+PROGRAMS = 128
+ATTEND_TOKENS = 64
+ATTEND_WARPS = 8
+ATTEND_STAGES = 2
+# rows for which a program of the latent attention's projections uses the weights it has read
+ROWS_AT_ONCE = 8
+KDA_WARPS = 16
+OUT_BLOCK = 4
+TABLE_COLUMNS = 6
+
+
+def power_of_two(size: int) -> int:
+    """The smallest one that is at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def _cut(size: int) -> tuple[int, int]:
+    """A row's length as a power of two and, in a power of two of places, what is left of it."""
+    large = 1 << (size.bit_length() - 1)
+    return large, power_of_two(size - large) if size > large else 0
+
+
+def can_link(device: torch.device) -> bool:
+    """Whether kernels may start early: from compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def linked(is_linked: bool) -> dict[str, bool]:
+    """Arguments of a kernel that may start before the one before it has ended."""
+    return {"IS_LINKED": True, "launch_pdl": True} if is_linked else {"IS_LINKED": False}
+
+
+class _Projection:
+    """Weights [n, D] that are applied to the same input, their outputs side by side.
+
+    Args:
+        weights: The weights, contiguous.
+        num_rows: B.
+        by_rows: Whether to use the matrix-vector kernel instead of cuBLAS.
+        is_linked: See `linked`.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], num_rows: int, by_rows: bool, is_linked: bool
+    ) -> None:
+        self.weights, self.by_rows, self.is_linked = list(weights), by_rows, is_linked
+        self.width = sum(weight.shape[0] for weight in weights)
+        first = weights[0]
+        self.size = first.shape[1]
+        block = max(1, min(TILE_BYTES // (2 * self.size), self.width // PROGRAMS))
+        self.block = 1 << (block.bit_length() - 1)
+        tiles, column = [], 0
+        for weight in weights:
+            for start in range(0, weight.shape[0], self.block):
+                count = min(self.block, weight.shape[0] - start)
+                tiles.append([weight[start].data_ptr(), count, column + start])
+            column += weight.shape[0]
+        self.tiles = torch.tensor(tiles, dtype=torch.int64, device=first.device)
+
+    def launch(
+        self,
+        x: Tensor,
+        out: Tensor,
+        *,
+        norm: nn.Module | None = None,
+        residual: Tensor | None = None,
+        table: Tensor | None = None,
+        counters: Tensor | None = None,
+    ) -> None:
+        """out [B, width] = norm(x [B, D]) @ weights^T + residual."""
+        if not self.by_rows:
+            assert norm is None and residual is None
+            start = 0
+            for weight in self.weights:
+                stop = start + weight.shape[0]
+                torch.mm(x, weight.t(), out=out[:, start:stop])
+                start = stop
+            return
+        large, small = _cut(self.size)
+        project_kernel[(self.tiles.shape[0],)](
+            x,
+            x if norm is None else norm.weight,
+            self.tiles,
+            self.weights[0],
+            x if residual is None else residual,
+            out,
+            x if table is None else table,
+            x if counters is None else counters,
+            x.stride(0),
+            out.stride(0),
+            0.0 if norm is None else norm.eps,
+            self.width,
+            D=self.size,
+            LARGE=large,
+            SMALL=small,
+            ROWS=x.shape[0],
+            BLOCK=self.block,
+            HAS_TILES=len(self.weights) > 1,
+            HAS_NORM=norm is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_LOG=table is not None,
+            num_warps=8,
+            **linked(self.is_linked),
+        )
+
+
+class DecodeStep:
+    """One token for each of B rows.
+
+    Args:
+        model: A `KimiLinearForCausalLM` that `decode_graph.obstacle` has nothing against.
+        num_rows: B.
+        has_padding: Whether attention has to look at `real_tokens`.
+
+    Attributes:
+        ids: [B, 1] int64, the tokens.
+        table: [layers, 6] int64, where the cache's tensors lie, see `kda_kernel` and
+            `attend_kernel`.
+        counters: [2] int64, cached and logged tokens; a run adds one to each.
+        logits: [B, vocab_size], the result.
+    """
+
+    def __init__(self, model: nn.Module, num_rows: int, has_padding: bool) -> None:
+        config, backbone = model.config, model.model
+        self.config, self.num_rows, self.has_padding = config, num_rows, has_padding
+        self.few = num_rows <= FEW_ROWS
+        self.is_linked = can_link(model.device)
+        self.layers, self.norm, self.embed = backbone.layers, backbone.norm, backbone.embed_tokens
+        weight = self.embed.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.ids = torch.zeros(num_rows, 1, dtype=torch.int64, device=self.device)
+        self.table = torch.zeros(
+            len(self.layers), TABLE_COLUMNS, dtype=torch.int64, device=self.device
+        )
+        self.counters = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.real_tokens = torch.ones(
+            num_rows, 1 if has_padding else 0, dtype=torch.uint8, device=self.device
+        )
+        self.real = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.hidden = torch.empty(num_rows, config.hidden_size, device=self.device)
+        self.logits = self._empty(num_rows, config.vocab_size)
+        self.head = self._projection(model.lm_head.weight)
+        self._prepare_attention()
+        self._prepare_experts()
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def _projection(self, *weights: Tensor) -> _Projection:
+        return _Projection(weights, self.num_rows, self.few, self.is_linked)
+
+    def _prepare_attention(self) -> None:
+        """The projections of all attention layers, and the buffers that they share."""
+        config, B = self.config, self.num_rows
+        self.inputs: list[_Projection] = []
+        self.outputs: list[_Projection] = []
+        for layer in self.layers:
+            a = layer.self_attn
+            projs = (
+                (a.q_proj, a.k_proj, a.v_proj, a.f_a_proj, a.g_a_proj, a.b_proj)
+                if hasattr(a, "b_proj")
+                else (a.q_proj, a.kv_a_proj_with_mqa)
+            )
+            self.inputs.append(self._projection(*(proj.weight for proj in projs)))
+            self.outputs.append(self._projection(a.o_proj.weight))
+        H, L, P = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+        self.projected = self._empty(B, max(proj.width for proj in self.inputs))
+        linear = config.linear_attn_config
+        self.gates = self._empty(B, 2, linear["num_heads"] * linear["head_dim"])
+        self.mixed_heads = self._empty(B, max(proj.size for proj in self.outputs))
+        self.query = self._empty(B, H, L + P)
+        self.splits = max(1, PROGRAMS // B)
+        wide = torch.float32
+        self.shares = self._empty(B, self.splits, H, L, dtype=wide)
+        self.share_weights = self._empty(B, self.splits, 2, H, dtype=wide)
+        # for many rows: the normed input of a block, and what it adds to the residual stream
+        self.normed = self._empty(B, config.hidden_size)
+        self.delta = self._empty(B, 1, config.hidden_size)
+
+    def _prepare_experts(self) -> None:
+        """The feed-forward layers' projections, and the buffers that they share."""
+        config, B, D = self.config, self.num_rows, self.config.hidden_size
+        self.routers: list[_Projection | None] = []
+        self.shared: list[tuple[_Projection, _Projection] | None] = []
+        for layer in self.layers:
+            moe = layer.block_sparse_moe if layer.is_moe else None
+            self.routers.append(
+                None if moe is None else self._projection(moe.gate.weight)
+            )
+            mlp = layer.mlp if moe is None else getattr(moe, "shared_experts", None)
+            self.shared.append(
+                None
+                if mlp is None
+                else (
+                    self._projection(mlp.gate_proj.weight, mlp.up_proj.weight),
+                    self._projection(mlp.down_proj.weight),
+                )
+            )
+        widths = [pair[0].width for pair in self.shared if pair is not None]
+        self.mlp = self._empty(B, max(widths, default=0))
+        if not any(layer.is_moe for layer in self.layers):
+            return
+        self.top, self.num_shared = config.num_experts_per_token, config.num_shared_experts or 0
+        slots = self.top + self.num_shared
+        wide = torch.float32
+        self.router_logits = self._empty(B, config.num_experts, dtype=wide)
+        self.experts = self._empty(B, self.top, dtype=torch.int32)
+        self.weights = self._empty(B, self.top, dtype=wide)
+        self.order = self._empty(B * self.top, dtype=torch.int32)
+        self.begin = self._empty(power_of_two(config.num_experts + 1), dtype=torch.int32)
+        self.activations = self._empty(B, slots, config.moe_intermediate_size)
+        self.parts = self._empty(B, self.top + bool(self.num_shared), D)
+
+    def run(self) -> None:
+        """Launch the step. Nothing here waits for the device."""
+        self.hidden.copy_(F.embedding(self.ids[:, 0], self.embed.weight))
+        added: Tensor | None = None  # what is still to be added to the residual stream
+        for i, layer in enumerate(self.layers):
+            attend = self._kda if hasattr(layer.self_attn, "b_proj") else self._latent
+            added = attend(i, layer, added)
+            feed = self._experts if layer.is_moe else self._dense
+            added = feed(i, layer, added)
+        self._project(self.head, self.norm, added, self.logits)
+        self.counters += 1
+
+    def _project(
+        self,
+        projection: _Projection,
+        norm: nn.Module,
+        added: Tensor | None,
+        out: Tensor,
+        table: Tensor | None = None,
+    ) -> None:
+        """out = projection of norm(hidden + added); the table's log gets the normed input."""
+        counters = None if table is None else self.counters
+        if self.few:
+            projection.launch(self.hidden, out, norm=norm, table=table, counters=counters)
+            return
+        self._add_norm(norm, added, table)
+        projection.launch(self.normed, out)
+
+    def _add_norm(self, norm: nn.Module, added: Tensor | None, table: Tensor | None = None) -> None:
+        """hidden += added; normed = norm(hidden)."""
+        D = self.config.hidden_size
+        add_norm_kernel[(self.num_rows,)](
+            self.hidden,
+            self.hidden if added is None else added,
+            norm.weight,
+            self.normed,
+            self.hidden if table is None else table,
+            self.counters,
+            norm.eps,
+            D=D,
+            PLACES=power_of_two(D),
+            PARTS=0 if added is None else added.shape[1],
+            HAS_LOG=table is not None,
+            num_warps=8,
+            **linked(self.is_linked),
+        )
+
+    def _add(self, projection: _Projection, x: Tensor) -> Tensor | None:
+        """hidden += projection of x, now or, for many rows, by whoever gets the returned part."""
+        if self.few:
+            projection.launch(x, self.hidden, residual=self.hidden)
+            return None
+        projection.launch(x, self.delta[:, 0])
+        return self.delta
+
+    def _kda(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
+        a, table = layer.self_attn, self.table[i]
+        proj = self.inputs[i]
+        self._project(proj, layer.input_layernorm, added, self.projected[:, : proj.width], table)
+        H, K = a.num_heads, a.head_dim
+        out = self.mixed_heads[:, : H * K]
+        if not self.few:
+            inner = 3 * H * K
+            f_a, g_a = self.projected[:, inner : inner + 2 * K].split(K, dim=1)
+            torch.mm(f_a, a.f_b_proj.weight.t(), out=self.gates[:, 0])
+            torch.mm(g_a, a.g_b_proj.weight.t(), out=self.gates[:, 1])
+        kda_kernel[(self.num_rows, H)](
+            self.projected,
+            self.gates,
+            a.q_conv1d.weight,
+            a.k_conv1d.weight,
+            a.v_conv1d.weight,
+            a.f_b_proj.weight,
+            a.g_b_proj.weight,
+            a.A_log,
+            a.dt_bias,
+            a.o_norm.weight,
+            table,
+            out,
+            self.projected.stride(0),
+            out.stride(0),
+            a.o_norm.eps,
+            H=H,
+            K=K,
+            WIDTH=a.q_conv1d.weight.shape[-1],
+            HAS_GATES=not self.few,
+            num_warps=KDA_WARPS if K >= 128 else 4,
+            **linked(self.is_linked),
+        )
+        return self._add(self.outputs[i], out)
+
+    def _latent(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
+        a, table, proj, B = layer.self_attn, self.table[i], self.inputs[i], self.num_rows
+        self._project(proj, layer.input_layernorm, added, self.projected[:, : proj.width])
+        H, N, V = a.num_heads, a.key_dim, a.value_dim
+        sizes = {"H": H, "L": a.latent_dim, **linked(self.is_linked)}
+        kv_b = a.kv_b_proj.weight
+        rows = min(B, ROWS_AT_ONCE)
+        block = min(128, a.latent_dim)
+        absorb_kernel[(-(-B // rows), H + 1, a.latent_dim // block)](
+            self.projected,
+            kv_b,
+            a.kv_a_layernorm.weight,
+            table,
+            self.counters,
+            self.query,
+            B,
+            self.projected.stride(0),
+            a.scaling * LOG2_E,
+            a.kv_a_layernorm.eps,
+            N=N,
+            V=V,
+            P=a.shared_key_dim,
+            ROWS=rows,
+            BLOCK=block,
+            **sizes,
+        )
+        attend_kernel[(B, self.splits)](
+            self.query,
+            table,
+            self.counters,
+            self.real,
+            self.shares,
+            self.share_weights,
+            P=a.shared_key_dim,
+            HEADS=max(16, power_of_two(H)),
+            SPLITS=self.splits,
+            BLOCK=ATTEND_TOKENS,
+            HAS_PADDING=self.has_padding,
+            num_warps=ATTEND_WARPS,
+            num_stages=ATTEND_STAGES,
+            **sizes,
+        )
+        out = self.mixed_heads[:, : H * V]
+        block = min(32, V)
+        mix_kernel[(-(-B // rows), H, V // block)](
+            self.shares,
+            self.share_weights,
+            kv_b,
+            out,
+            B,
+            out.stride(0),
+            N=N,
+            V=V,
+            SPLITS=self.splits,
+            PLACES=power_of_two(self.splits),
+            GROUP=min(16, power_of_two(self.splits)),
+            ROWS=rows,
+            BLOCK=block,
+            **sizes,
+        )
+        return self._add(self.outputs[i], out)
+
+    def _dense(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
+        pair = self.shared[i]
+        assert pair is not None
+        gate_up, down = pair
+        self._project(gate_up, layer.post_attention_layernorm, added, self.mlp[:, : gate_up.width])
+        return self._add(down, self._gated(gate_up.width))
+
+    def _gated(self, width: int) -> Tensor:
+        gate, up = self.mlp[:, :width].chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def _experts(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
+        moe, norm, router = layer.block_sparse_moe, layer.post_attention_layernorm, self.routers[i]
+        assert router is not None
+        if self.few:
+            router.launch(self.hidden, self.router_logits, norm=norm)
+        else:
+            self._add_norm(norm, added)
+            self._wide_router(moe.gate.weight)
+        config = self.config
+        route_kernel[(self.num_rows,)](
+            self.router_logits,
+            moe.gate.e_score_correction_bias,
+            self.experts,
+            self.weights,
+            config.routed_scaling_factor,
+            E=config.num_experts,
+            PLACES=power_of_two(config.num_experts),
+            TOP=self.top,
+            SLOTS=power_of_two(self.top),
+            IS_SIGMOID=config.moe_router_activation_func == "sigmoid",
+            RENORMALIZE=config.moe_renormalize and self.top > 1,
+            num_warps=1,
+            **linked(self.is_linked),
+        )
+        return self._few_experts(moe, norm) if self.few else self._many_experts(i, moe)
+
+    def _wide_router(self, weight: Tensor) -> None:
+        """Router logits in float32, as the layers make them."""
+        if self.dtype == torch.float32:
+            torch.mm(self.normed, weight.t(), out=self.router_logits)
+        else:
+            torch.ops.aten.mm.dtype_out(
+                self.normed, weight.t(), torch.float32, out=self.router_logits
+            )
+
+    def _few_experts(self, moe: nn.Module, norm: nn.Module) -> None:
+        """Each row reads the experts that it chose."""
+        B, D, width = self.num_rows, self.config.hidden_size, self.config.moe_intermediate_size
+        slots = self.top + self.num_shared
+        gate_up, down = moe.experts.gate_up_proj, moe.experts.down_proj
+        shared = getattr(moe, "shared_experts", None)
+        large, small = _cut(D)
+        block = max(1, TILE_BYTES // (4 * D))
+        block = 1 << (block.bit_length() - 1)
+        experts_in_kernel[(-(-width // block), B * slots)](
+            self.hidden,
+            norm.weight,
+            self.experts,
+            gate_up,
+            gate_up if shared is None else shared.gate_proj.weight,
+            gate_up if shared is None else shared.up_proj.weight,
+            self.activations,
+            norm.eps,
+            D=D,
+            LARGE=large,
+            SMALL=small,
+            I=width,
+            TOP=self.top,
+            SLOTS=slots,
+            BLOCK=block,
+            num_warps=8,
+            **linked(self.is_linked),
+        )
+        block = OUT_BLOCK
+        experts_out_kernel[(-(-D // block), B)](
+            self.activations,
+            self.experts,
+            self.weights,
+            down,
+            down if shared is None else shared.down_proj.weight,
+            self.hidden,
+            D=D,
+            I=width,
+            PLACES=power_of_two(width),
+            TOP=self.top,
+            SLOTS=slots,
+            BLOCK=block,
+            num_warps=8,
+            **linked(self.is_linked),
+        )
+
+    def _many_experts(self, i: int, moe: nn.Module) -> Tensor:
+        """Each expert is read once for all rows that chose it."""
+        B, D, width = self.num_rows, self.config.hidden_size, self.config.moe_intermediate_size
+        E, pairs = self.config.num_experts, B * self.top
+        group_kernel[(1,)](
+            self.experts,
+            self.order,
+            self.begin,
+            pairs,
+            E=E,
+            BINS=self.begin.shape[0],
+            PAIRS=power_of_two(pairs),
+            num_warps=8,
+            **linked(self.is_linked),
+        )
+        sizes: dict[str, Any] = {
+            "D": D,
+            "I": width,
+            "TOP": self.top,
+            "GROUP": 16,
+            "num_warps": 4,
+            "num_stages": 4,
+            **linked(self.is_linked),
+        }
+        activations = self.activations.view(-1)[: pairs * width]
+        grouped_in_kernel[(-(-width // 32), E)](
+            self.normed,
+            self.order,
+            self.begin,
+            moe.experts.gate_up_proj,
+            activations,
+            BLOCK=32,
+            STEP=128,
+            **sizes,
+        )
+        grouped_out_kernel[(-(-D // 64), E)](
+            activations,
+            self.order,
+            self.begin,
+            self.weights,
+            moe.experts.down_proj,
+            self.parts,
+            PARTS=self.parts.shape[1],
+            BLOCK=64,
+            STEP=128,
+            **sizes,
+        )
+        pair = self.shared[i]
+        if pair is not None:
+            gate_up, down = pair
+            gate_up.launch(self.normed, self.mlp[:, : gate_up.width])
+            down.launch(self._gated(gate_up.width), self.parts[:, -1])
+        return self.parts
+
+
+__all__ = ["ATTEND_TOKENS", "FEW_ROWS", "TABLE_COLUMNS", "DecodeStep", "power_of_two"]
