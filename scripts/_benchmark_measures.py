@@ -5,6 +5,7 @@ Memory is the largest amount that tensors take up during the repeats, above what
 them, which is the weights; on a CPU the same of the process's resident size (Linux only).
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -188,28 +189,30 @@ class Bench:
 
         CUDA events are recorded at the beginning and the end of every forward, in a run of its own.
         A GPU that waits inside of a forward for its host is counted as busy: what is left of the
-        wall time is what `generate()` adds around it.
+        wall time is what `generate()` adds around it. `forward` is wrapped since hooks would not
+        do: with one, a step runs layer by layer, not as the graph that was recorded of it.
         """
         if self.device.type != "cuda":
             return None
-        spans: list[list[torch.cuda.Event]] = []
+        spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        forward = self.model.forward
 
-        def mark() -> torch.cuda.Event:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
+        @functools.wraps(forward)
+        def timed_forward(*args: Any, **kwargs: Any) -> Any:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            out = forward(*args, **kwargs)
+            after.record()
+            spans.append((before, after))
+            return out
 
-        hooks = (
-            self.model.register_forward_pre_hook(lambda *_: spans.append([mark()])),
-            self.model.register_forward_hook(lambda *_: spans[-1].append(mark())),
-        )
+        self.model.forward = timed_forward
         try:
             run(1 + count)
         finally:
-            for hook in hooks:
-                hook.remove()
+            del self.model.forward
         synchronise(self.device)
-        if len(spans) != 1 + count or any(len(span) != 2 for span in spans):
+        if len(spans) != 1 + count:
             return None
         return statistics.median(before.elapsed_time(after) for before, after in spans[1:])
 

@@ -149,6 +149,7 @@ def test_decoding_forwards_are_timed_one_by_one(kind: str, monkeypatch: pytest.M
     ids = ready.random_ids(1, 4)
 
     def run(count: int) -> None:
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in ready.model.modules())
         ready.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
         )
@@ -160,7 +161,7 @@ def test_decoding_forwards_are_timed_one_by_one(kind: str, monkeypatch: pytest.M
     before = FakeEvent.recorded
     assert ready._forward_ms(run, 3) == 1.0
     assert FakeEvent.recorded - before == 2 * (1 + 3)
-    assert not ready.model._forward_hooks and not ready.model._forward_pre_hooks
+    assert "forward" not in vars(ready.model)
 
 
 def test_a_failed_reading_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
