@@ -1,0 +1,134 @@
+"""The two models that `benchmark.py` compares, from one configuration and with the same weights."""
+
+import importlib
+import importlib.util
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+MODELS = ("ours", "native")
+NATIVE_MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"
+# The fields that Transformers' own configuration knows too, under these or their older names.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "routed_scaling_factor",
+    "rms_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "topk_group",
+    "num_experts",
+    "num_shared_experts",
+    "num_experts_per_token",
+    "num_expert_group",
+    "moe_renormalize",
+    "first_k_dense_replace",
+)
+
+
+def build(
+    kind: str, config: KimiLinearConfig, *, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model in eval mode with random weights, made on the device.
+
+    Both kinds get the same weights: each tensor is drawn from a seed that is its official name's.
+
+    Args:
+        kind: One of `MODELS`.
+        config: Of ours; the native model's is made from it.
+        device, dtype: Of the weights; the decay parameters of ours stay in float32.
+    """
+    with torch.device("meta"):
+        empty = KimiLinearForCausalLM(config) if kind == "ours" else _native_model(config, device)
+        empty = empty.to(dtype)
+    model = empty.to_empty(device=device).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for official_name, part in _official_parts(name, parameter):
+                _fill(official_name, part)
+        for buffer in model.buffers():
+            buffer.zero_()
+    # a benchmark counts tokens: no text may end early
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def new_cache(kind: str, config: Any, reserve_tokens: int) -> Cache:
+    """An empty cache: ours with room for so many tokens, as far as they are known beforehand."""
+    if kind == "native":
+        return DynamicCache(config=config)
+    return KimiLinearCache(config, rollback_tokens=0, reserve_tokens=reserve_tokens)
+
+
+def _native_model(config: KimiLinearConfig, device: torch.device) -> PreTrainedModel:
+    if config.moe_layer_freq != 1:
+        raise ValueError(
+            f"moe_layer_freq={config.moe_layer_freq} is not allowed: the native model knows 1 only"
+        )
+    module = _native_module(device)
+    native_config = module.KimiLinearConfig(
+        **{field: getattr(config, field) for field in SHARED_FIELDS},
+        linear_attn_config=dict(config.linear_attn_config),
+    )
+    native_config._attn_implementation = "sdpa"
+    return module.KimiLinearForCausalLM(native_config)
+
+
+def _native_module(device: torch.device) -> Any:
+    """Transformers' module, bound to its torch operators where there is no GPU.
+
+    It binds its operators when it is imported, to FLA's if there is such a package, and then calls
+    them whatever the device: on a CPU they fail.
+    """
+    is_hidden = device.type == "cpu" and importlib.util.find_spec("fla") is not None
+    if not is_hidden or "fla" in sys.modules or NATIVE_MODULE in sys.modules:
+        return importlib.import_module(NATIVE_MODULE)
+    sys.modules["fla"] = None  # type: ignore[assignment]  # an import fails
+    try:
+        return importlib.import_module(NATIVE_MODULE)
+    finally:
+        del sys.modules["fla"]
+
+
+def _official_parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter under its official name; the native model has three convolutions in one."""
+    name = name.replace("forget_gate.", "").replace("block_sparse_moe", "mlp")
+    if ".conv1d." not in name:
+        yield name, parameter
+        return
+    for letter, part in zip("qkv", parameter.chunk(3), strict=True):
+        yield name.replace("conv1d", f"{letter}_conv1d"), part
+
+
+def _fill(name: str, part: Tensor) -> None:
+    """Values of the size that a trained model's have, so that decays and states stay in range."""
+    if "norm" in name:
+        part.fill_(1)
+        return
+    generator = torch.Generator(part.device).manual_seed(zlib.crc32(name.encode()))
+    if name.endswith("A_log"):
+        part.uniform_(0, 2.7, generator=generator)
+    elif name.endswith("dt_bias"):
+        part.uniform_(-6, -2, generator=generator)
+    else:
+        part.normal_(0, 0.02, generator=generator)

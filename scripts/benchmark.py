@@ -1,0 +1,334 @@
+"""Measure this package and Transformers' own Kimi Linear side by side, beside what is possible.
+
+Both models are built from one preset with the same random weights, one after the other. Every
+figure is a line of JSON on stdout, and beside it the least time that the weights, states and
+latents take to move at the device's measured rate, or the operations to be done, whichever is
+longer (`_limits.py`). What fails, for instance for want of memory, is a line with "error". Progress
+and a table go to stderr.
+
+On a CPU, in less than a minute if nobody else uses it:
+
+    python scripts/benchmark.py
+    python scripts/benchmark.py --preset 20m --contexts 1k,4k --batches 1,2 --plot speed.png
+
+The 48B model's shape on one GPU that holds it, eight minutes at most, and a training step of a
+smaller one; then the longest context with this package only:
+
+    python scripts/benchmark.py --preset 48b-a3b --train-preset 1b-a0.3b --train-tokens 8k \\
+        --contexts 4k,32k,128k --batches 1,8,32,128 --new-tokens 128 --time-limit 480 \\
+        --output both.jsonl
+    python scripts/benchmark.py --preset 48b-a3b --models ours --measure decode,first-token \\
+        --contexts 1m --new-tokens 128 --output long.jsonl
+
+Draw what was measured, without measuring:
+
+    python scripts/benchmark.py --plot-from both.jsonl long.jsonl --plot speed.png
+
+The kinds of measurement:
+
+    prefill      reading a text of each of --contexts, in pieces of --prefill-chunk if given
+    decode       generate() of one row behind a cache of each of --contexts, which is filled by
+                 reading a text in pieces
+    generate     generate() of each of --batches rows with prompts of --prompt-length
+    first-token  reading the longest of --contexts in pieces, to the first new token
+    train        forward, loss and backward of one packed row of --train-tokens, no optimiser
+    first-call   the first generate() of a new process: with empty disk caches, and again with what
+                 that left in them
+
+`generate()` is timed by the difference between a run of 1 + --new-tokens tokens and a run of one:
+reading the prompt and what a call costs once drop out, and are "first_token_ms". On a GPU
+"device_ms_per_token" is the time between the beginning and the end of a forward as CUDA events see
+it, and "host_ms_per_token" the rest.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _benchmark_long_text import LongText
+from _benchmark_measures import Bench, Effort, TimeLimitError
+from _benchmark_models import MODELS, build
+from _benchmark_plot import plot_lines
+from _benchmark_report import Line, Recorder, environment, read_lines, say, table
+from _benchmark_settings import DEVICES, MEASURES, Settings, number, numbers
+from _device import collect_garbage, measure_rates
+from _generation import DTYPES
+from _limits import Limits
+from kimi_linear import KimiLinearConfig
+
+MESSAGE_LENGTH = 300
+# Where what is compiled is kept from one process to the next.
+DISK_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+class Subject:
+    """A model that is built when the first figure of it is wanted.
+
+    Args:
+        make_bench: Builds it.
+        longest: The longest context behind which tokens will be decoded.
+    """
+
+    def __init__(self, make_bench: Callable[[], Bench], longest: int) -> None:
+        self.make_bench, self.longest = make_bench, longest
+
+    @functools.cached_property
+    def bench(self) -> Bench:
+        """The model, for what begins with an empty cache."""
+        return self.make_bench()
+
+    @functools.cached_property
+    def long_text(self) -> LongText:
+        """The text in a cache, for what goes on from there."""
+        return LongText(self.bench, self.longest)
+
+    def measure(self, measure: str, place: int) -> dict[str, Any]:
+        """Figures of one kind of measurement, at a context, batch or number of tokens."""
+        source = self.long_text if measure in ("decode", "first-token") else self.bench
+        return getattr(source, measure.replace("-", "_"))(place)
+
+
+class Run:
+    """One run over models and measurements.
+
+    Args:
+        settings: What is measured.
+        recorder: Where the lines go.
+    """
+
+    def __init__(self, settings: Settings, recorder: Recorder) -> None:
+        self.settings, self.recorder = settings, recorder
+        self.device, self.dtype = settings.torch_device(), settings.torch_dtype()
+        seconds = settings.time_limit
+        self.deadline = float("inf") if seconds is None else time.monotonic() + seconds
+
+    def run(self, command: Sequence[str], commit: str | None) -> None:
+        """Measure everything."""
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
+        self.rates = measure_rates(self.device, self.dtype)
+        collect_garbage(self.device)
+        self.recorder.tell(
+            {
+                "measure": "environment",
+                **environment(self.device, command, commit),
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "copy_bytes_per_second": self.rates.copy_bytes_per_second,
+                "operations_per_second": self.rates.operations_per_second,
+            }
+        )
+        if "first-call" in self.settings.measure:
+            for kind in self.settings.models:
+                self._first_calls(kind)
+        if "train" in self.settings.measure:
+            preset = self.settings.train_preset or self.settings.preset
+            places = [("train", {"tokens": self.settings.train_tokens})]
+            for kind in self.settings.models:
+                self._with_model(kind, preset, self.deadline, places)
+        places = self._inference_places()
+        for i, kind in enumerate(self.settings.models if places else ()):
+            now = time.monotonic()
+            share = now + (self.deadline - now) / (len(self.settings.models) - i)
+            self._with_model(kind, self.settings.preset, share, places)
+
+    def _inference_places(self) -> list[tuple[str, dict[str, int]]]:
+        """Measurements and where they are made, cheap ones first, contexts in rising order."""
+        wanted, contexts = self.settings.measure, sorted(set(self.settings.contexts))
+        places = []
+        if "generate" in wanted:
+            places += [("generate", {"batch": batch}) for batch in self.settings.batches]
+        if "prefill" in wanted:
+            places += [("prefill", {"context": context}) for context in contexts]
+        for context in contexts:
+            if "first-token" in wanted and context == contexts[-1]:
+                places.append(("first-token", {"context": context}))
+            if "decode" in wanted:
+                places.append(("decode", {"context": context}))
+        return places
+
+    def _with_model(
+        self, kind: str, preset: str, deadline: float, places: list[tuple[str, dict[str, int]]]
+    ) -> None:
+        """Build a model, measure, and free it."""
+        subject = Subject(lambda: self._bench(kind, preset, deadline), max(self.settings.contexts))
+        for measure, place in places:
+            line = {"measure": measure, "model": kind, "preset": preset, **place}
+            call = functools.partial(subject.measure, measure, *place.values())
+            self._attempt(line, call, deadline)
+        del subject, call
+        collect_garbage(self.device)
+
+    def _bench(self, kind: str, preset: str, deadline: float) -> Bench:
+        """A model with random weights, ready to be measured."""
+        settings, start = self.settings, time.perf_counter()
+        config = KimiLinearConfig.from_preset(preset)
+        limits = Limits.of(config, self.dtype, self.rates)
+        model = build(kind, config, device=self.device, dtype=self.dtype)
+        effort = Effort(
+            repeats=settings.repeats,
+            new_tokens=settings.new_tokens,
+            prompt_length=settings.prompt_length,
+            prefill_chunk=settings.prefill_chunk,
+            deadline=deadline,
+        )
+        say(f"{kind}: {preset} built in {time.perf_counter() - start:.1f} s")
+        return Bench(kind, model, limits, effort)
+
+    def _first_calls(self, kind: str) -> None:
+        """Two new processes, one after the other, with disk caches of their own."""
+        settings = self.settings
+        options = {
+            "kind": kind,
+            "preset": settings.preset,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "prompt_length": settings.prompt_length,
+            "new_tokens": settings.new_tokens,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            for caches in ("empty", "filled"):
+                line = {"measure": "first-call", "model": kind, "preset": settings.preset}
+                line["disk_caches"] = caches
+                self._attempt(line, lambda: self._first_call(options, folder), self.deadline)
+
+    def _first_call(self, options: dict[str, Any], folder: str) -> dict[str, Any]:
+        script = Path(__file__).parent / "_first_call.py"
+        seconds = self.deadline - time.monotonic()
+        variables = {name: f"{folder}/{name}" for name in DISK_CACHES}
+        variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        try:
+            done = subprocess.run(
+                [sys.executable, str(script), json.dumps(options)],
+                env={**os.environ, **variables},
+                capture_output=True,
+                text=True,
+                timeout=None if seconds == float("inf") else seconds,
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeLimitError from None
+        if done.returncode:
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise RuntimeError(f"the process ended with {done.returncode}: {reason}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def _attempt(self, line: Line, call: Callable[[], Line], deadline: float) -> None:
+        """Measure and record one line; whatever goes wrong becomes the line's "error"."""
+        name = " ".join(str(value) for value in line.values())
+        spent = f"--time-limit {self.settings.time_limit} is spent"
+        start = time.monotonic()
+        if start > deadline:
+            say(f"{name}: not run, {spent}")
+            self.recorder.tell({**line, "error": f"not run: {spent}"})
+            return
+        say(f"{name} ...")
+        try:
+            result = {**line, **call()}
+        except TimeLimitError:
+            result = {**line, "error": f"not finished: {spent}"}
+        # any kind: what a model refuses or cannot do is a result, and the others are still wanted
+        except Exception as error:
+            result = {**line, "error": f"{type(error).__name__}: {error}"[:MESSAGE_LENGTH]}
+        collect_garbage(self.device)
+        self.recorder.tell(result)
+        say(f"{name}: {result.get('error', 'done')}, {time.monotonic() - start:.1f} s")
+
+
+def main(
+    *,
+    output: str | os.PathLike[str] | None = None,
+    plot: str | os.PathLike[str] | None = None,
+    plot_from: Sequence[str | os.PathLike[str]] = (),
+    commit: str | None = None,
+    **options: Any,
+) -> list[Line]:
+    """Measure, or read what was measured; print a table and draw a figure.
+
+    Args:
+        output: File for the JSON lines.
+        plot: PNG file for speed and memory over context and batch.
+        plot_from: Files of earlier runs, to draw instead of measuring.
+        commit: What was measured, where git cannot tell.
+        **options: Fields of `Settings`.
+
+    Returns:
+        The lines.
+
+    Raises:
+        ValueError: For an option out of range.
+    """
+    settings = Settings(**options)
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"--plot {plot} is not allowed: it needs matplotlib, which is not there")
+    if plot_from:
+        lines = read_lines([Path(path) for path in plot_from])
+    else:
+        recorder = Recorder(None if output is None else Path(output))
+        Run(settings, recorder).run(["python", *sys.argv], commit)
+        lines = recorder.lines
+    say("\n" + table(lines))
+    if plot is not None:
+        plot_lines(lines, Path(plot))
+        say(f"\ndrawn: {plot}")
+    return lines
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, default = parser.add_argument, Settings()
+    add("--preset", default=default.preset, help="size, see presets.py")
+    add("--train-preset", help="size for train; else --preset")
+    add("--models", type=_names, default=default.models, metavar="NAMES", help=",".join(MODELS))
+    add(
+        "--measure",
+        type=_names,
+        default=default.measure,
+        metavar="NAMES",
+        help=f"some of {','.join(MEASURES)}; default: all but first-call",
+    )
+    add("--device", default=default.device, help=", ".join(DEVICES))
+    add("--dtype", default=default.dtype, help=", ".join(DTYPES))
+    lists = {"contexts": "tokens, such as 4k,32k,1m", "batches": "rows, such as 1,8,32"}
+    for name, text in lists.items():
+        add(f"--{name}", type=numbers, default=getattr(default, name), metavar="N,N", help=text)
+    for name in (
+        "prompt_length",
+        "new_tokens",
+        "prefill_chunk",
+        "train_tokens",
+        "repeats",
+        "threads",
+    ):
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=number, default=getattr(default, name), metavar="N")
+    add("--time-limit", type=float, metavar="SECONDS", help="begin no measurement after that")
+    add("--output", metavar="FILE", help="write the JSON lines here too")
+    add("--plot", metavar="FILE", help="draw a PNG")
+    add("--plot-from", metavar="FILE", nargs="+", default=(), help="draw these lines, measure none")
+    add("--commit", help="what is measured, where git cannot tell")
+    return parser
+
+
+if __name__ == "__main__":
+    parser = _parser()
+    arguments = vars(parser.parse_args())
+    try:
+        main(**arguments)
+    except ValueError as problem:
+        parser.error(str(problem))
