@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .cache_kimi_linear import KDALayerCache, LatentLayerCache
 from .decode_kernels import triton
 from .decode_step import TABLE_COLUMNS, DecodeStep, power_of_two
 
@@ -83,12 +82,12 @@ def decode_logits(
         return None
     decoder = _decoders.get(model)
     if decoder is None:
-        decoder = _decoders[model] = _Decoder(model)
+        decoder = _decoders[model] = _Decoder()
     reason = decoder.obstacle(model, input_ids, cache)
     if reason:
         if backend == "graph":
             raise ValueError(f"decode_backend='graph' is not possible here: {reason}")
-        if model.device.type == "cuda":
+        if input_ids.is_cuda:
             logger.warning_once(f"decoding runs layer by layer, not as one graph: {reason}")
         return None
     return decoder.step(model, input_ids, attention_mask, cache)
@@ -97,28 +96,32 @@ def decode_logits(
 class _Decoder:
     """The recordings of one model, and what was found out about it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self._steps: OrderedDict[tuple[int, bool], _Recording] = OrderedDict()
         self._lock = threading.Lock()
         self._cache: weakref.ref[Cache] | None = None
+        self._table: list[list[int]] | None = None
+        self._tensors: list[weakref.ref[Tensor] | None] = []  # that the table depends on
         self._addresses: list[int] = []
         self._obstacle = ""
         self._hooks: list[Any] = []
+        self._width = 1
+        self._mode = False
 
     def obstacle(self, model: nn.Module, input_ids: Tensor, cache: Cache) -> str:
         """Why this call cannot be a recorded step, or ""."""
         if self._cache is None or self._cache() is not cache:
             self._examine(model)
-            self._cache = weakref.ref(cache)
+            self._cache, self._table = weakref.ref(cache), None
         if self._obstacle:
             return self._obstacle
         if any(self._hooks):
             return "a module has hooks"
-        B, width = input_ids.shape[0], self._width
-        if B > MAX_ROWS or B * width > MAX_PAIRS:
-            rows = min(MAX_ROWS, MAX_PAIRS // width)
+        B = input_ids.shape[0]
+        if B > MAX_ROWS or B * self._width > MAX_PAIRS:
+            rows = min(MAX_ROWS, MAX_PAIRS // self._width)
             return f"the batch has {B} rows, the step takes up to {rows}"
-        if torch.is_autocast_enabled(model.device.type):
+        if torch.is_autocast_enabled(self._device_type):
             return "autocast is on"
         return ""
 
@@ -126,6 +129,7 @@ class _Decoder:
         """Look at the whole model, once per cache: weights may have moved since the last one."""
         self._obstacle = model_obstacle(model)
         self._width = model.config.num_experts_per_token or 1
+        self._device_type, self._dtype = model.device.type, model.dtype
         modules = list(model.modules())
         self._hooks = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
         addresses = [p.data_ptr() for p in model.parameters()]
@@ -136,24 +140,53 @@ class _Decoder:
     def step(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache
     ) -> Tensor | None:
-        B = input_ids.shape[0]
-        rows = _cache_rows(cache, B, model.dtype)
-        if rows is None:
-            return None
+        """Logits [B, 1, vocab_size], or None if the cache is not ready for a step in place."""
         with self._lock:
-            key = (B, attention_mask is not None)
+            table = self._table_for(cache, input_ids.shape[0])
+            if table is None:
+                return None
+            key = (input_ids.shape[0], attention_mask is not None)
             recording = self._steps.get(key)
             if recording is None:
                 recording = self._steps[key] = _Recording(model, *key)
                 while len(self._steps) > MAX_STEPS:
                     self._steps.popitem(last=False)
             self._steps.move_to_end(key)
-            logged = next((n for layer in cache.layers if (n := _logged(layer)) is not None), 0)
-            tokens = cache.layers[0].num_tokens
-            logits = recording.run(input_ids, attention_mask, rows, tokens, logged)
-        for layer in cache.layers:
-            layer.count_step()
+            layers = cache.layers
+            logged = next((n for x in layers if (n := getattr(x, "num_logged", None))), 0)
+            logits = recording.run(input_ids, attention_mask, table, layers[0].num_tokens, logged)
+            for layer in layers:
+                layer.count_step()
         return logits.unsqueeze(1)
+
+    def _table_for(self, cache: Cache, num_rows: int) -> list[list[int]] | None:
+        """Where the cache's tensors lie, with room for one token per row; None if not ready."""
+        mode = torch.is_inference_mode_enabled()  # decides what may be written in place
+        if self._table is not None and mode == self._mode and self._is_unchanged(cache, num_rows):
+            return self._table
+        self._table, self._mode = None, mode
+        table = []
+        for layer in cache.layers:
+            row = layer.step_table(num_rows, self._dtype)
+            if row is None:
+                return None
+            table.append(row + [0] * (TABLE_COLUMNS - len(row)))
+        self._table = table
+        tensors = [x for layer in cache.layers for x in layer.step_tensors(num_rows)]
+        self._tensors = [None if x is None else weakref.ref(x) for x in tensors]
+        return table
+
+    def _is_unchanged(self, cache: Cache, num_rows: int) -> bool:
+        tensors: list[Tensor | None] = []
+        for layer in cache.layers:
+            own = layer.step_tensors(num_rows)
+            if own is None:
+                return False
+            tensors += own
+        return len(tensors) == len(self._tensors) and all(
+            x is (None if ref is None else ref())
+            for x, ref in zip(tensors, self._tensors, strict=True)
+        )
 
 
 _decoders: weakref.WeakKeyDictionary[nn.Module, _Decoder] = weakref.WeakKeyDictionary()
@@ -221,21 +254,6 @@ def _weight_obstacle(model: nn.Module) -> str:
     return ""
 
 
-def _cache_rows(cache: Cache, num_rows: int, dtype: torch.dtype) -> list[list[int]] | None:
-    """The table of a cache with room for one token per row, or None if it is not ready for it."""
-    rows = []
-    for layer in cache.layers:
-        row = layer.step_table(num_rows, dtype)
-        if row is None:
-            return None
-        rows.append(row + [0] * (TABLE_COLUMNS - len(row)))
-    return rows
-
-
-def _logged(layer: KDALayerCache | LatentLayerCache) -> int | None:
-    return getattr(layer, "num_logged", None)
-
-
 class _Recording:
     """A `DecodeStep` and its CUDA graph; on other devices it is launched each time."""
 
@@ -276,7 +294,7 @@ class _Recording:
     ) -> Tensor:
         """Logits [B, vocab_size] behind a cache of `tokens` tokens, `logged` of them in its logs."""
         step = self._step
-        if rows != self._rows:
+        if rows is not self._rows:
             self._load_table(rows)
         if self._counts != (tokens, logged):
             step.counters[0].fill_(tokens)
@@ -299,11 +317,7 @@ class _Recording:
         """Copy the mask [B, S] to where the kernels look for it."""
         step, tokens = self._step, attention_mask.shape[1]
         if step.real_tokens.shape[1] < tokens:
-            step.real_tokens = torch.empty(
-                step.num_rows, 2 * tokens, dtype=torch.uint8, device=step.device
-            )
-            place = [step.real_tokens.data_ptr(), step.real_tokens.stride(0)]
-            step.real.copy_(torch.tensor(place, dtype=torch.int64))
+            step.reserve_mask(2 * tokens)
         step.real_tokens[:, :tokens] = attention_mask != 0
 
 

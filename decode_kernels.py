@@ -633,13 +633,13 @@ def experts_out_kernel(
     i = tl.arange(0, PLACES)
     inside = (n < D)[:, None] & (i < I)[None, :]
     y = tl.load(out + row * D + n, mask=n < D, other=0.0).to(tl.float32)
+    width: tl.constexpr = (SLOTS - TOP) * I
     for slot in tl.static_range(SLOTS):
         if slot < TOP:
             expert = tl.load(experts + row * TOP + slot).to(tl.int64)
             place = down + (expert * D + n[:, None]) * I + i[None, :]
             factor = tl.load(weights + row * TOP + slot)
         else:
-            width: tl.constexpr = (SLOTS - TOP) * I
             place = shared_down + n[:, None] * width + (slot - TOP) * I + i[None, :]
             factor = 1.0
         w = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -654,6 +654,7 @@ def group_kernel(
     experts,  # int32 [pairs]
     order,  # int32 [pairs], to be written: the pairs (row, choice) by expert
     first,  # int32 [BINS], to be written: each expert's first place there, and beyond the last one
+    active,  # int32 [E + 1], to be written: how many experts were chosen, and which
     num_pairs,
     E: tl.constexpr,
     BINS: tl.constexpr,  # E + 1, or more, a power of two
@@ -665,15 +666,20 @@ def group_kernel(
     pair = tl.arange(0, PAIRS)
     expert = tl.load(experts + pair, mask=pair < num_pairs, other=E)
     tl.store(order + pair, tl.sort(expert * PAIRS + pair) % PAIRS, mask=pair < num_pairs)
-    count = tl.histogram(expert, BINS)
-    tl.store(first + tl.arange(0, BINS), tl.cumsum(count, axis=0) - count)
+    count, e = tl.histogram(expert, BINS), tl.arange(0, BINS)
+    tl.store(first + e, tl.cumsum(count, axis=0) - count)
+    chosen = (count > 0) & (e < E)
+    place = tl.cumsum(chosen.to(tl.int32), axis=0)
+    tl.store(active + place, e, mask=chosen)
+    tl.store(active, tl.sum(chosen.to(tl.int32)))
 
 
 @jit
 def grouped_in_kernel(
     x,  # [B, D], normed
     order,  # int32 [B * TOP] and
-    begin,  # int32 [E + 1], see `group_kernel`
+    begin,  # int32 [E + 1] and
+    active,  # int32 [E + 1], see `group_kernel`
     gate_up,  # [E, 2 * I, D]
     out,  # [B * TOP, I]
     D: tl.constexpr,
@@ -685,10 +691,16 @@ def grouped_in_kernel(
     IS_LINKED: tl.constexpr,
 ):
     """silu(gate) * up of the rows that chose an expert, a tile of an expert by program."""
-    expert = tl.program_id(1)
     _wait(IS_LINKED)
-    start_pair, stop_pair = tl.load(begin + expert), tl.load(begin + expert + 1)
-    n, d, g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, GROUP)
+    is_used = tl.program_id(1) < tl.load(active)
+    expert = tl.load(active + 1 + tl.program_id(1), mask=is_used, other=0)
+    start_pair = tl.load(begin + expert)
+    stop_pair = tl.where(is_used, tl.load(begin + expert + 1), start_pair)
+    n, d, g = (
+        tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),
+        tl.arange(0, STEP),
+        tl.arange(0, GROUP),
+    )
     gate = gate_up + expert.to(tl.int64) * 2 * I * D + n[None, :] * D
     for first in range(start_pair, stop_pair, GROUP):
         there = first + g < stop_pair
@@ -712,7 +724,8 @@ def grouped_in_kernel(
 def grouped_out_kernel(
     x,  # [B * TOP, I]
     order,  # int32 [B * TOP] and
-    begin,  # int32 [E + 1], see `group_kernel`
+    begin,  # int32 [E + 1] and
+    active,  # int32 [E + 1], see `group_kernel`
     weights,  # float32 [B * TOP]
     down,  # [E, D, I]
     out,  # [B, PARTS, D], the first TOP parts of each row
@@ -726,10 +739,16 @@ def grouped_out_kernel(
     IS_LINKED: tl.constexpr,
 ):
     """Weighted outputs of the pairs of an expert, a tile of an expert by program."""
-    expert = tl.program_id(1)
     _wait(IS_LINKED)
-    start_pair, stop_pair = tl.load(begin + expert), tl.load(begin + expert + 1)
-    n, i, g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, GROUP)
+    is_used = tl.program_id(1) < tl.load(active)
+    expert = tl.load(active + 1 + tl.program_id(1), mask=is_used, other=0)
+    start_pair = tl.load(begin + expert)
+    stop_pair = tl.where(is_used, tl.load(begin + expert + 1), start_pair)
+    n, i, g = (
+        tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),
+        tl.arange(0, STEP),
+        tl.arange(0, GROUP),
+    )
     weight = down + expert.to(tl.int64) * D * I + n[None, :] * I
     for first in range(start_pair, stop_pair, GROUP):
         there = first + g < stop_pair

@@ -47,9 +47,9 @@ TILE_BYTES = 40 << 10
 PROGRAMS = 128
 # shares of a row's latents, and tokens that a program loads at once
 SPLITS = 256
-ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 16, 8, 4
+ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 16, 4, 4
 TABLE_COLUMNS = 6
-KDA_BLOCK, KDA_WARPS = 32, 8
+KDA_BLOCK, KDA_WARPS = 64, 8
 OUT_BLOCK = 2
 
 
@@ -205,6 +205,7 @@ class DecodeStep:
         table: [layers, 6] int64, where the cache's tensors lie, see `kda_kernel` and
             `attend_kernel`.
         counters: [2] int64, cached and logged tokens; a run adds one to each.
+        real_tokens: [B, at least S] uint8, 0 at padding.
         logits: [B, vocab_size], the result.
     """
 
@@ -221,10 +222,8 @@ class DecodeStep:
             len(self.layers), TABLE_COLUMNS, dtype=torch.int64, device=self.device
         )
         self.counters = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self.real_tokens = torch.ones(
-            num_rows, 1 if has_padding else 0, dtype=torch.uint8, device=self.device
-        )
         self.real = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.reserve_mask(1)
         self.hidden = torch.empty(num_rows, config.hidden_size, device=self.device)
         self.logits = self._empty(num_rows, config.vocab_size)
         self.head = self._projection(model.lm_head.weight)
@@ -233,6 +232,13 @@ class DecodeStep:
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def reserve_mask(self, num_tokens: int) -> None:
+        """Make room for a mask of so many tokens."""
+        shape = (self.num_rows, num_tokens)
+        self.real_tokens = torch.ones(*shape, dtype=torch.uint8, device=self.device)
+        place = [self.real_tokens.data_ptr(), self.real_tokens.stride(0)]
+        self.real.copy_(torch.tensor(place))
 
     def _projection(self, *weights: Tensor, **kwargs: Any) -> _Projection:
         return _Projection(weights, self.num_rows, self.is_linked, **kwargs)
@@ -286,9 +292,7 @@ class DecodeStep:
         self.shared: list[tuple[_Projection, _Projection] | None] = []
         for layer in self.layers:
             moe = layer.block_sparse_moe if layer.is_moe else None
-            self.routers.append(
-                None if moe is None else self._projection(moe.gate.weight)
-            )
+            self.routers.append(None if moe is None else self._projection(moe.gate.weight))
             mlp = layer.mlp if moe is None else getattr(moe, "shared_experts", None)
             self.shared.append(None if mlp is None else self._mlp(mlp))
         widths = [pair[0].width for pair in self.shared if pair is not None]
@@ -302,6 +306,7 @@ class DecodeStep:
         self.experts = self._empty(B, self.top, dtype=torch.int32)
         self.weights = self._empty(B, self.top, dtype=wide)
         self.order = self._empty(B * self.top, dtype=torch.int32)
+        self.active = self._empty(config.num_experts + 1, dtype=torch.int32)
         self.begin = self._empty(power_of_two(config.num_experts + 1), dtype=torch.int32)
         self.activations = self._empty(B, slots, config.moe_intermediate_size)
         self.parts = self._empty(B, self.top + bool(self.num_shared), D)
@@ -593,6 +598,7 @@ class DecodeStep:
             self.experts,
             self.order,
             self.begin,
+            self.active,
             pairs,
             E=E,
             BINS=self.begin.shape[0],
@@ -610,20 +616,23 @@ class DecodeStep:
             **linked(self.is_linked),
         }
         activations = self.activations.view(-1)[: pairs * width]
-        grouped_in_kernel[(-(-width // 32), E)](
+        most = min(E, pairs)  # experts that can be chosen
+        grouped_in_kernel[(-(-width // 32), most)](
             self.normed,
             self.order,
             self.begin,
+            self.active,
             moe.experts.gate_up_proj,
             activations,
             BLOCK=32,
             STEP=128,
             **sizes,
         )
-        grouped_out_kernel[(-(-D // 64), E)](
+        grouped_out_kernel[(-(-D // 64), most)](
             activations,
             self.order,
             self.begin,
+            self.active,
             self.weights,
             moe.experts.down_proj,
             self.parts,

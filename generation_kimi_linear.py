@@ -11,6 +11,8 @@ from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
 from .sessions import Session, load_session, read_session, save_session
 
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "static", "offloaded", "offloaded_static")
+# what `generate()` hands to every step, without effect on one token behind a cache
+DECODE_ARGUMENTS = {"next_sequence_length", "position_ids", "logits_to_keep", "use_cache"}
 
 
 class KimiLinearGenerationMixin(GenerationMixin):
@@ -64,14 +66,17 @@ class KimiLinearGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As usual, but without a mask of ones at a decode step: to look into it, the host would
-        have to wait for the device."""
+        """As usual, but a decode step without padding gets what it needs and nothing else: to look
+        into a mask, the host would have to wait for the device."""
         layers = getattr(past_key_values, "layers", None)
         if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
             past = layers[0].num_tokens
             # the last token of a text is real: the prompt's is checked, others were generated
             if past and input_ids.shape[1] == past + 1:
                 attention_mask = None
+                if DECODE_ARGUMENTS.issuperset(name for name, x in kwargs.items() if x is not None):
+                    last = input_ids[:, -1:].contiguous()
+                    return {"input_ids": last, "past_key_values": past_key_values}
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

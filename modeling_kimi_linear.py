@@ -577,7 +577,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             router_logits=outputs.router_logits,
         )
 
-
     def _decode(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Any:
         """Logits by the recorded decode step, or None if the call has to run layer by layer."""
         past = cache.layers[0].num_tokens
