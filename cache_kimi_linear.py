@@ -212,9 +212,9 @@ class KDALayerCache(_LayerCache):
         if self.rollback_tokens == 0:
             self.num_logged = self.log = log = None
             self.anchor_conv_state = self.anchor_recurrent_state = None
-        elif log is None or log.dtype != dtype or log.shape[0] != num_rows or not _may_write(log):
+        elif log is None or log.dtype != dtype or log.shape[0] != num_rows:
             return None
-        elif not self._log_has_room():
+        if log is not None and not (_may_write(log) and self._log_has_room()):
             return None
         return addresses if log is None else [*addresses, log.data_ptr(), log.stride(0)]
 

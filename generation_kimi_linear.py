@@ -6,9 +6,12 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.utils import logging
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
 from .sessions import Session, load_session, read_session, save_session
+
+logger = logging.get_logger(__name__)
 
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "static", "offloaded", "offloaded_static")
 # what `generate()` hands to every step, without effect on one token behind a cache
@@ -28,9 +31,9 @@ class KimiLinearGenerationMixin(GenerationMixin):
     ) -> None:
         """Give `generate()` a hybrid cache, unless it is given one or wants none."""
         if generation_config.compile_config is not None:
-            raise ValueError(
-                "compile_config is not supported: it must be None, since KDA reads lengths and "
-                "padding on the host"
+            logger.warning_once(
+                "compile_config has no effect: on a GPU decoding replays one CUDA graph already, "
+                "whatever the cache (decode_backend)"
             )
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):

@@ -224,6 +224,31 @@ def test_new_weights_are_seen(device):
 
 
 @each_device
+def test_recordings_serve_inference_mode_and_no_grad(device):
+    """Tensors made in inference mode must not be written to outside of it."""
+    model = decode_model(device)
+    with torch.inference_mode():
+        cache = KimiLinearCache(model.config)
+        call(model, "eager", token_ids(1, 5), cache)
+        both(model, cache, token_ids(1, 5), steps=1)
+    with torch.no_grad():
+        both(model, cache, token_ids(1, 5), steps=1)
+    with torch.inference_mode():
+        both(model, cache, token_ids(1, 5), steps=1)
+
+
+@each_device
+@torch.no_grad()
+def test_recordings_know_the_config(device):
+    model = decode_model(device)
+    for scaling in (2.5, 0.5):
+        model.config.routed_scaling_factor = scaling
+        cache = KimiLinearCache(model.config)
+        call(model, "eager", token_ids(1, 5), cache)
+        both(model, cache, token_ids(1, 5), steps=1)
+
+
+@each_device
 @torch.no_grad()
 def test_hooks_are_called(device):
     model = decode_model(device)
