@@ -46,7 +46,7 @@ def _at(address, like):
 def wait(IS_LINKED: tl.constexpr):
     """Wait for the kernel before, then let the next one start, which may load its weights."""
     if IS_LINKED:
-        tl.extra.cuda.gdcwait()
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
