@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .rollback import KDAPlan
@@ -550,6 +550,11 @@ class KimiLinearCache(Cache):
         return other
 
 
+class KimiLinearDynamicCache(KimiLinearCache, DynamicCache):
+    """What a `DynamicCache` becomes when a Kimi Linear model writes to it: with layers of ours, and
+    methods that act on all of them or on none."""
+
+
 def cache_memory(cache: Cache) -> dict[str, int]:
     """Bytes that a cache of ours holds, by purpose.
 
@@ -600,6 +605,7 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
         )
     cache.layers = _layers_for(config, ROLLBACK_TOKENS, 0, getattr(cache, "offloading", False))
     cache.layer_class_to_replicate = None
+    cache.__class__ = KimiLinearDynamicCache
     return cache
 
 
