@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .decode_kernels import triton
+from .decode_kernels import TritonError, triton
 from .decode_projection import power_of_two
 from .decode_step import TABLE_COLUMNS, DecodeStep
 
@@ -92,7 +92,13 @@ def decode_logits(
         if input_ids.is_cuda:
             logger.warning_once(f"decoding runs layer by layer, not as one graph: {reason}")
         return None
-    return decoder.step(model, input_ids, attention_mask, cache)
+    try:
+        return decoder.step(model, input_ids, attention_mask, cache)
+    except TritonError as error:  # sizes that do not fit the chip
+        if backend == "graph":
+            raise
+        decoder.give_up(f"its kernels cannot be built ({error})")
+        return decode_logits(model, input_ids, attention_mask, cache)
 
 
 class _Decoder:
@@ -105,19 +111,23 @@ class _Decoder:
         self._table: list[list[int]] | None = None
         self._tensors: list[weakref.ref[Tensor] | None] = []  # that the table depends on
         self._recorded: list[Any] = []  # addresses and constants that recordings contain
-        self._obstacle = ""
+        self._failure = self._obstacle = ""
         self._hooks: list[Any] = []
         self._width, self._has_dropout = 1, False
         self._mode = False
         self._device_type, self._dtype = "", torch.float32
+
+    def give_up(self, reason: str) -> None:
+        """Never try again with this model."""
+        self._failure = reason
 
     def obstacle(self, model: nn.Module, input_ids: Tensor, cache: Cache) -> str:
         """Why this call cannot be a recorded step, or ""."""
         if self._cache is None or self._cache() is not cache:
             self._examine(model)
             self._cache, self._table = weakref.ref(cache), None
-        if self._obstacle:
-            return self._obstacle
+        if self._failure or self._obstacle:
+            return self._failure or self._obstacle
         if any(self._hooks):
             return "a module has hooks"
         B = input_ids.shape[0]
@@ -155,11 +165,7 @@ class _Decoder:
             if table is None:
                 return None
             key = (input_ids.shape[0], attention_mask is not None)
-            recording = self._steps.get(key)
-            if recording is None:
-                recording = self._steps[key] = _Recording(model, *key)
-                while len(self._steps) > MAX_STEPS:
-                    self._steps.popitem(last=False)
+            recording = self._steps.get(key) or self._record(model, key)
             self._steps.move_to_end(key)
             layers = cache.layers
             logged = next((n for x in layers if (n := getattr(x, "num_logged", None))), 0)
@@ -167,6 +173,12 @@ class _Decoder:
             for layer in layers:
                 layer.count_step()
         return logits.unsqueeze(1)
+
+    def _record(self, model: nn.Module, key: tuple[int, bool]) -> "_Recording":
+        recording = self._steps[key] = _Recording(model, *key)
+        while len(self._steps) > MAX_STEPS:
+            self._steps.popitem(last=False)
+        return recording
 
     def _table_for(self, cache: Cache, num_rows: int) -> list[list[int]] | None:
         """Where the cache's tensors lie, with room for one token per row; None if not ready."""
@@ -276,6 +288,7 @@ class _Recording:
             self._table: list[list[int]] = []
             self._counts: tuple[int, int] | None = None
             self._graph: torch.cuda.CUDAGraph | None = None
+            self._stream: torch.cuda.Stream | None = None  # of the last run
             if self._step.device.type == "cuda":
                 with torch.cuda.device(self._step.device):
                     self._record()
@@ -311,6 +324,10 @@ class _Recording:
             return step.logits.clone()
         assert self._graph is not None
         with torch.cuda.device(step.device):
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)  # which may still use the same buffers
+            self._stream = stream
             self._load(input_ids, attention_mask, table, (tokens, logged))
             self._graph.replay()
             return step.logits.clone()

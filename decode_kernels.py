@@ -25,8 +25,13 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
 except ImportError:  # a machine without a GPU; nothing below is called there
     triton = tl = None
+
+    class TritonError(Exception):  # type: ignore[no-redef]
+        """Never raised."""
+
 
 LOG2_E = 1.4426950408889634
 
@@ -513,6 +518,7 @@ def mix_kernel(
 
 __all__ = [
     "LOG2_E",
+    "TritonError",
     "jit",
     "norm_scale",
     "tl",

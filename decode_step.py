@@ -58,7 +58,7 @@ class DecodeStep:
     """One token for each of B rows.
 
     Args:
-        model: A `KimiLinearForCausalLM` that `decode_graph.obstacle` has nothing against.
+        model: A `KimiLinearForCausalLM` that `decode_graph.model_obstacle` has nothing against.
         num_rows: B.
         has_padding: Whether attention has to look at `real_tokens`.
 
@@ -89,9 +89,9 @@ class DecodeStep:
         self.real = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.reserve_mask(1)
         self.hidden = torch.empty(num_rows, config.hidden_size, device=self.device)
-        self.logits = self._empty(num_rows, config.vocab_size)
         lm_head: Any = model.lm_head
         self.head = self._projection(lm_head.weight)
+        self.logits = self._empty(num_rows, self.head.width)
         self._prepare_attention()
         self._prepare_experts()
 

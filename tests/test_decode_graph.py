@@ -239,6 +239,25 @@ def test_recordings_serve_inference_mode_and_no_grad(device):
 
 @each_device
 @torch.no_grad()
+def test_kernels_that_cannot_be_built_leave_the_layers(device, monkeypatch):
+    model = decode_model(device)
+    cache = KimiLinearCache(model.config)
+    call(model, "eager", token_ids(1, 5), cache)
+
+    def fail(self, *args):
+        raise decode_graph.TritonError("out of resources")
+
+    monkeypatch.setattr(decode_graph.DecodeStep, "__init__", fail)
+    with pytest.raises(decode_graph.TritonError):
+        call(model, "graph", token_ids(1, 1), cache.copy())
+    a = call(model, "auto", token_ids(1, 1), cache.copy())
+    assert torch.equal(a, call(model, "eager", token_ids(1, 1), cache.copy()))
+    with pytest.raises(ValueError, match=r"its kernels cannot be built \(out of resources\)"):
+        call(model, "graph", token_ids(1, 1), cache)
+
+
+@each_device
+@torch.no_grad()
 def test_recordings_know_the_config(device):
     model = decode_model(device)
     for scaling in (2.5, 0.5):
