@@ -47,6 +47,7 @@ from .layers_kimi_linear import (
     KimiLinearShortConv,
     is_flash_attention,
 )
+from .loss_kimi_linear import DeferredLogits, LossBackend, causal_lm_loss, uses_fused_loss
 from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
 from .weight_conversion import (
@@ -492,6 +493,10 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     # "auto": one token per row runs as one recorded graph where it can; "graph": or is an error;
     # "eager": it runs layer by layer. See `decode_graph.py`.
     decode_backend: DecodeBackend = "auto"
+    # "auto": the loss of training is computed without the logits where it can be, which then are
+    # made when something asks for them; "fused": or is an error; "logits": always from logits.
+    # See `loss_kimi_linear.py`.
+    loss_backend: LossBackend = "auto"
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__(config)
@@ -525,7 +530,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 wanted.
 
         Returns:
-            `loss`, `logits` [B, kept, vocab_size], and the backbone's outputs.
+            `loss`, `logits` [B, kept, vocab_size], and the backbone's outputs. In training with
+            labels the logits are `DeferredLogits`, see `loss_backend`.
         """
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
@@ -547,9 +553,10 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             seq_idx=seq_idx,
             **kwargs,
         )
+        x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
+        is_fused = uses_fused_loss(self, x, labels, logits_to_keep)
+        logits = DeferredLogits.of(self.lm_head, x) if is_fused else self.lm_head(x[:, kept, :])
         if labels is not None:
             if logits.shape[:2] != labels.shape:
                 raise ValueError(
@@ -565,9 +572,12 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             )
             if layout.cu_seqlens is not None:
                 kwargs.setdefault("shift_labels", _next_labels(labels, layout))
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            if is_fused:
+                loss = causal_lm_loss(x, self.lm_head.weight, labels, **kwargs)
+            else:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -577,8 +587,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             router_logits=outputs.router_logits,
         )
 
-
-    def _decode(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Any:
+    def _decode(self, input_ids: Any, attention_mask: Tensor | None, cache: Cache) -> Any:
         """Logits by the recorded decode step, or None if the call has to run layer by layer."""
         past = cache.layers[0].num_tokens
         mask = unless_all_real(attention_mask)
