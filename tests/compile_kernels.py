@@ -1,4 +1,4 @@
-"""Compile prefill's kernels for a Hopper GPU without having one.
+"""Compile the kernels of prefill and training for a Hopper GPU without having one.
 
 Triton's interpreter runs what its compiler refuses, such as a name of two types. A process of its
 own does this, since it takes the place of Triton's driver.
@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import triton
-from kimi_linear import conv_kernel, grouped_kernels, prefill_kernels
+from kimi_linear import conv_kernel, grouped_kernels, loss_kernel, prefill_kernels
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 KERNELS = {
     conv_kernel: ["_convolve"],
     grouped_kernels: ["_gate_up", "_down"],
+    loss_kernel: ["_loss_and_gradient"],
     prefill_kernels: ["_silu_mul", "_weighted_sum", "_choose_experts"],
 }
 
@@ -57,6 +58,10 @@ def compile_all(dtype: torch.dtype) -> None:
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
             conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
+    for V in (97, 163840):
+        logits, labels = torch.zeros(2, V), torch.zeros(2, dtype=torch.int64)
+        for out in (dtype, torch.float32):
+            loss_kernel.loss_and_gradient(logits, labels, torch.ones(()), -100, out)
 
 
 if __name__ == "__main__":
