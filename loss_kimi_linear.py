@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .kda import no_autocast
 from .loss_kernel import loss_and_gradient, reference_loss_and_gradient
 from .prefill_kernels import has_kernels
+from .wide_product import add_wide_product, wide_product
 
 LossBackend = Literal["auto", "fused", "logits"]
 # Logits of a chunk: 512 MB in float32.
@@ -153,7 +154,7 @@ def _by_chunks(
     losses_N = torch.zeros(N, dtype=wide, device=x_ND.device)
     for start in range(0, N, size):
         chunk = slice(start, start + size)
-        logits_CV = _product(x_ND[chunk], weight_VD.t(), wide)
+        logits_CV = wide_product(x_ND[chunk], weight_VD.t(), wide)
         compute = loss_and_gradient if has_kernels(logits_CV) else reference_loss_and_gradient
         losses_N[chunk], grad_CV = compute(
             logits_CV, labels_N[chunk], scale, ignore_index, x_ND.dtype
@@ -162,7 +163,7 @@ def _by_chunks(
         if dx_ND is not None:
             torch.mm(grad_CV, weight_VD, out=dx_ND[chunk])
         if dweight_VD is not None:
-            _add_product(dweight_VD, grad_CV.t(), x_ND[chunk])
+            add_wide_product(dweight_VD, grad_CV.t(), x_ND[chunk])
         del grad_CV
     return losses_N.sum() * scale, dx_ND, dweight_VD
 
@@ -170,25 +171,6 @@ def _by_chunks(
 def chunk_tokens(vocab_size: int) -> int:
     """C: a power of two, the largest that keeps a chunk's logits within `CHUNK_ELEMENTS`."""
     return max(MIN_CHUNK_TOKENS, 1 << max(0, (CHUNK_ELEMENTS // vocab_size).bit_length() - 1))
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`; on a GPU it is rounded once where its factors are 16-bit numbers."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
-        return torch.ops.aten.mm.dtype(a, b, dtype)
-    return (a @ b).to(dtype)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in the dtype of `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-    else:
-        total.add_(a @ b)
 
 
 def uses_fused_loss(

@@ -56,6 +56,7 @@ from .weight_conversion import (
     register_conversion,
     stored_tensors,
 )
+from .wide_product import wide_linear
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +98,7 @@ class KimiLinearRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
         config = self.config
-        logits = self._logits(x)
+        logits = wide_linear(x, self.weight)
         bias = self.e_score_correction_bias.to(logits.dtype)
         renormalize = config.moe_renormalize and config.num_experts_per_token > 1  # as released
         is_sigmoid = config.moe_router_activation_func == "sigmoid"
@@ -117,20 +118,6 @@ class KimiLinearRouter(nn.Module):
         if renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * config.routed_scaling_factor, experts
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """[tokens, E] float32. Products of 16-bit numbers are exact in float32, so that a GPU needs
-        no wide copies of them, only a wide sum."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        records = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if (
-            x.is_cuda
-            and not records
-            and x.dtype == self.weight.dtype != wide
-            and "dtype" in torch.ops.aten.mm.overloads()
-        ):
-            return torch.ops.aten.mm.dtype(x, self.weight.t(), wide)
-        return F.linear(x.to(wide), self.weight.to(wide))
 
     def _within_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""

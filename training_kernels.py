@@ -1,7 +1,7 @@
 """Triton kernels of the experts in training: a gated SiLU's backward pass, and sums of rows.
 
-Each reads its inputs once and writes its outputs once; beside them, as `reference_...`, is what they
-do in torch, which is what runs elsewhere. Sums are in float32, in a fixed order.
+Each reads its inputs once and writes its outputs once; beside them, as `reference_...`, is what
+they do in torch, which is what runs elsewhere. Sums are in float32, in a fixed order.
 
 Shapes: P pairs of a token and one of its experts, T tokens, k experts of one token, D hidden size,
 I expert width.

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 import triton
-from kimi_linear import conv_kernel, grouped_kernels, loss_kernel, prefill_kernels
+from kimi_linear import (
+    conv_kernel,
+    grouped_kernels,
+    loss_kernel,
+    prefill_kernels,
+    training_kernels,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -17,6 +23,7 @@ KERNELS = {
     grouped_kernels: ["_gate_up", "_down"],
     loss_kernel: ["_loss_and_gradient"],
     prefill_kernels: ["_silu_mul", "_weighted_sum", "_choose_experts"],
+    training_kernels: ["_weighted_silu_backward", "_sum_of_rows"],
 }
 
 
@@ -55,6 +62,11 @@ def compile_all(dtype: torch.dtype) -> None:
         )
         prefill_kernels.weighted_sum(torch.zeros(2 * k, D, dtype=dtype), weights, experts, E)
         prefill_kernels.silu_mul(inner, inner)
+        both = torch.zeros(2 * k, 2 * I, dtype=dtype)
+        training_kernels.launch_weighted_silu_backward(both, weights.flatten(), inner)
+        rows = torch.zeros(2 * k, D, dtype=dtype)
+        for each in (weights, None):
+            training_kernels.launch_sum_of_rows(rows, experts, each)
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
             conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
