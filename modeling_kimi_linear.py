@@ -45,6 +45,7 @@ from .layers_kimi_linear import (
     KimiLinearMLP,
     KimiLinearRMSNorm,
     KimiLinearShortConv,
+    attends_by_sequence,
     is_flash_attention,
 )
 from .loss_kimi_linear import DeferredLogits, LossBackend, causal_lm_loss, uses_fused_loss
@@ -456,6 +457,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             return None
         if is_flash_attention(self.config) and past_key_values is None:
             return None  # the layout's boundaries say it all
+        if attends_by_sequence(self.config, layout):
+            return None
         inside = packed_sequence_mask_function(layout.sequence_ids) if layout.is_packed else None
         return create_causal_mask(
             config=self.config,
