@@ -436,13 +436,14 @@ class KimiLinearLatentAttention(nn.Module):
             )
         dropout = self.config.attention_dropout if self.training else 0.0
         sizes = [stop - start for start, stop in pairwise(ends)]
+        parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
         with kernels:
             outputs = [
                 F.scaled_dot_product_attention(
-                    *each, dropout_p=dropout, is_causal=True, scale=self.scaling
+                    q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling
                 )
-                for each in zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-                if each[0].shape[2]
+                for q, k, v in parts
+                if q.shape[2]
             ]
         return torch.cat(outputs, dim=2).transpose(1, 2)[..., : self.value_dim]
 

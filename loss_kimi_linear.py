@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .kda import no_autocast
@@ -218,7 +219,7 @@ def _obstacle(model: Any, x: Tensor, labels: Tensor, logits_to_keep: int | Tenso
     return ""
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: Any) -> bool:
     """Whether `head(x)` is nothing but the product with a weight that is all here."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
@@ -245,11 +246,12 @@ class DeferredLogits:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._make, self._made = make, None
+        self._make = make
+        self._made: Any = None
         self.shape, self.dtype, self.device = shape, dtype, device
 
     @classmethod
-    def of(cls, head: nn.Module, hidden_states: Tensor) -> "DeferredLogits":
+    def of(cls, head: Any, hidden_states: Tensor) -> "DeferredLogits":
         """`head(hidden_states)`, under the autocast of now."""
         shape = torch.Size((*hidden_states.shape[:-1], head.weight.shape[0]))
         autocast = _current_autocast(hidden_states.device)
@@ -286,7 +288,7 @@ class DeferredLogits:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.tensor, (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, cls.tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -297,8 +299,8 @@ def _current_autocast(device: torch.device) -> Callable[[], AbstractContextManag
     kind = device.type
     if not torch.amp.is_autocast_available(kind):
         return nullcontext
-    state = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-    return lambda: torch.autocast(kind, **state)
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
 
 
 def _as_tensor(name: str) -> Callable[..., Any]:
