@@ -224,7 +224,7 @@ def _is_plain(head: Any) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(head) is nn.Linear
-        and head.bias is None
+        and getattr(head, "bias", None) is None
         and type(head.weight) in (nn.Parameter, Tensor)
         and not head.weight.is_meta
         and "forward" not in vars(head)  # accelerate puts hooks there
