@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .rollback import KDAPlan
@@ -208,24 +208,35 @@ class KDALayerCache(_LayerCache):
             return None
         self.conv_state, self.recurrent_state = _in_place(conv), _in_place(state)
         addresses = [self.conv_state.data_ptr(), self.recurrent_state.data_ptr()]
+        log = self.log
         if self.rollback_tokens == 0:
-            return [*addresses, 0, 0]
-        log, logged = self.log, self.num_logged
-        if logged is None or log is None or logged >= min(log.shape[1], 2 * self.rollback_tokens):
+            self.num_logged = self.log = log = None
+            self.anchor_conv_state = self.anchor_recurrent_state = None
+        elif log is None or log.dtype != dtype or log.shape[0] != num_rows:
             return None
-        if log.dtype != dtype or not _may_write(log) or log.shape[0] != num_rows:
+        if log is not None and not (_may_write(log) and self._log_has_room()):
             return None
-        return [*addresses, log.data_ptr(), log.stride(0)]
+        return addresses if log is None else [*addresses, log.data_ptr(), log.stride(0)]
+
+    def step_tensors(self, num_rows: int) -> list[Tensor | None] | None:
+        """What `step_table` depends on; None if another step in place cannot follow the last."""
+        state = self.recurrent_state
+        if state is None or state.shape[0] != num_rows or self.is_stale:
+            return None
+        if self.rollback_tokens and not self._log_has_room():
+            return None
+        return [self.conv_state, state, self.log]
+
+    def _log_has_room(self) -> bool:
+        if self.log is None or self.num_logged is None:
+            return False
+        return self.num_logged < min(self.log.shape[1], 2 * self.rollback_tokens)
 
     def count_step(self) -> None:
         """Count the token that a decode step has written."""
         self.num_tokens += 1
-        if self.rollback_tokens:
-            assert self.num_logged is not None
+        if self.num_logged is not None:
             self.num_logged += 1
-        else:
-            self.num_logged = self.log = None
-            self.anchor_conv_state = self.anchor_recurrent_state = None
 
     def keep_anchor(self, states: States) -> None:
         """Make copies of `states` the anchor, with an empty log."""
@@ -382,6 +393,14 @@ class LatentLayerCache(_LayerCache):
             row[:3] = [prefix.data_ptr(), prefix.shape[1], stride]
         return row
 
+    def step_tensors(self, num_rows: int) -> list[Tensor | None] | None:
+        """What `step_table` depends on; None if another step in place cannot follow the last."""
+        tail = self.tail
+        if tail is None or num_rows != self._num_rows or self.num_tokens < self.num_shared:
+            return None
+        has_room = self.num_tokens - self.num_full < tail.shape[1]
+        return [*self.full, tail] if has_room else None
+
     def count_step(self) -> None:
         """Count the token that a decode step has written."""
         self.num_tokens += 1
@@ -531,6 +550,11 @@ class KimiLinearCache(Cache):
         return other
 
 
+class KimiLinearDynamicCache(KimiLinearCache, DynamicCache):
+    """What a `DynamicCache` becomes when a Kimi Linear model writes to it: with layers of ours, and
+    methods that act on all of them or on none."""
+
+
 def cache_memory(cache: Cache) -> dict[str, int]:
     """Bytes that a cache of ours holds, by purpose.
 
@@ -581,6 +605,7 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
         )
     cache.layers = _layers_for(config, ROLLBACK_TOKENS, 0, getattr(cache, "offloading", False))
     cache.layer_class_to_replicate = None
+    cache.__class__ = KimiLinearDynamicCache
     return cache
 
 
@@ -607,7 +632,9 @@ def _may_write(x: Tensor) -> bool:
 
 def _in_place(x: Tensor) -> Tensor:
     """`x` if a kernel may write over it, else a copy."""
-    return x if _may_write(x) and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    return (
+        x if _may_write(x) and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _records(*tensors: Tensor | None) -> bool:

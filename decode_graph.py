@@ -21,16 +21,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .cache_kimi_linear import KDALayerCache, LatentLayerCache
 from .decode_kernels import triton
-from .decode_step import TABLE_COLUMNS, DecodeStep, power_of_two
+from .decode_projection import power_of_two
+from .decode_step import TABLE_COLUMNS, DecodeStep
 
 logger = logging.get_logger(__name__)
 
 DecodeBackend = Literal["auto", "graph", "eager"]
+BACKENDS = get_args(DecodeBackend)
 MAX_ROWS = 256
 MAX_PAIRS = 2048  # of rows and experts
 MAX_STEPS = 8  # recordings kept per model
+# fields whose values a recording contains
+CONSTANTS = ("num_experts_per_token", "routed_scaling_factor", "moe_renormalize")
 # what only the layers themselves can hand out
 RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 DEVICE_TYPES = ("cuda",)
@@ -74,21 +77,19 @@ def decode_logits(
     Raises:
         ValueError: If `model.decode_backend` is unknown, or is "graph" and there is an obstacle.
     """
-    backend = model.decode_backend
-    if backend not in get_args(DecodeBackend):
-        raise ValueError(
-            f"decode_backend={backend!r} is not allowed: it must be one of {get_args(DecodeBackend)}"
-        )
+    backend: Any = model.decode_backend
+    if backend not in BACKENDS:
+        raise ValueError(f"decode_backend={backend!r} is not allowed: it must be one of {BACKENDS}")
     if backend == "eager" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     decoder = _decoders.get(model)
     if decoder is None:
-        decoder = _decoders[model] = _Decoder(model)
+        decoder = _decoders[model] = _Decoder()
     reason = decoder.obstacle(model, input_ids, cache)
     if reason:
         if backend == "graph":
             raise ValueError(f"decode_backend='graph' is not possible here: {reason}")
-        if model.device.type == "cuda":
+        if input_ids.is_cuda:
             logger.warning_once(f"decoding runs layer by layer, not as one graph: {reason}")
         return None
     return decoder.step(model, input_ids, attention_mask, cache)
@@ -97,63 +98,104 @@ def decode_logits(
 class _Decoder:
     """The recordings of one model, and what was found out about it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self._steps: OrderedDict[tuple[int, bool], _Recording] = OrderedDict()
         self._lock = threading.Lock()
         self._cache: weakref.ref[Cache] | None = None
-        self._addresses: list[int] = []
+        self._table: list[list[int]] | None = None
+        self._tensors: list[weakref.ref[Tensor] | None] = []  # that the table depends on
+        self._recorded: list[Any] = []  # addresses and constants that recordings contain
         self._obstacle = ""
         self._hooks: list[Any] = []
+        self._width, self._has_dropout = 1, False
+        self._mode = False
+        self._device_type, self._dtype = "", torch.float32
 
     def obstacle(self, model: nn.Module, input_ids: Tensor, cache: Cache) -> str:
         """Why this call cannot be a recorded step, or ""."""
         if self._cache is None or self._cache() is not cache:
             self._examine(model)
-            self._cache = weakref.ref(cache)
+            self._cache, self._table = weakref.ref(cache), None
         if self._obstacle:
             return self._obstacle
         if any(self._hooks):
             return "a module has hooks"
-        B, width = input_ids.shape[0], self._width
-        if B > MAX_ROWS or B * width > MAX_PAIRS:
-            rows = min(MAX_ROWS, MAX_PAIRS // width)
+        B = input_ids.shape[0]
+        if B > MAX_ROWS or B * self._width > MAX_PAIRS:
+            rows = min(MAX_ROWS, MAX_PAIRS // self._width)
             return f"the batch has {B} rows, the step takes up to {rows}"
-        if torch.is_autocast_enabled(model.device.type):
+        if torch.is_autocast_enabled(self._device_type):
             return "autocast is on"
+        if model.training and self._has_dropout:
+            return "attention_dropout is on"
         return ""
 
     def _examine(self, model: nn.Module) -> None:
         """Look at the whole model, once per cache: weights may have moved since the last one."""
+        config: Any = model.config
+        parameter = next(model.parameters())
         self._obstacle = model_obstacle(model)
-        self._width = model.config.num_experts_per_token or 1
+        self._width = config.num_experts_per_token or 1
+        self._has_dropout = bool(config.attention_dropout)
+        self._device_type, self._dtype = parameter.device.type, parameter.dtype
         modules = list(model.modules())
         self._hooks = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
-        addresses = [p.data_ptr() for p in model.parameters()]
-        if addresses != self._addresses:
+        tensors = (*model.parameters(), *model.buffers())
+        recorded = [x.data_ptr() for x in tensors] + [getattr(config, name) for name in CONSTANTS]
+        if recorded != self._recorded:
             self._steps.clear()
-            self._addresses = addresses
+            self._recorded = recorded
 
     def step(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache
     ) -> Tensor | None:
-        B = input_ids.shape[0]
-        rows = _cache_rows(cache, B, model.dtype)
-        if rows is None:
-            return None
+        """Logits [B, 1, vocab_size], or None if the cache is not ready for a step in place."""
         with self._lock:
-            key = (B, attention_mask is not None)
+            table = self._table_for(cache, input_ids.shape[0])
+            if table is None:
+                return None
+            key = (input_ids.shape[0], attention_mask is not None)
             recording = self._steps.get(key)
             if recording is None:
                 recording = self._steps[key] = _Recording(model, *key)
                 while len(self._steps) > MAX_STEPS:
                     self._steps.popitem(last=False)
             self._steps.move_to_end(key)
-            logged = next((n for layer in cache.layers if (n := _logged(layer)) is not None), 0)
-            tokens = cache.layers[0].num_tokens
-            logits = recording.run(input_ids, attention_mask, rows, tokens, logged)
-        for layer in cache.layers:
-            layer.count_step()
+            layers = cache.layers
+            logged = next((n for x in layers if (n := getattr(x, "num_logged", None))), 0)
+            logits = recording.run(input_ids, attention_mask, table, layers[0].num_tokens, logged)
+            for layer in layers:
+                layer.count_step()
         return logits.unsqueeze(1)
+
+    def _table_for(self, cache: Cache, num_rows: int) -> list[list[int]] | None:
+        """Where the cache's tensors lie, with room for one token per row; None if not ready."""
+        mode = torch.is_inference_mode_enabled()  # decides what may be written in place
+        if self._table is not None and mode == self._mode and self._is_unchanged(cache, num_rows):
+            return self._table
+        self._table, self._mode = None, mode
+        table = []
+        for layer in cache.layers:
+            row = layer.step_table(num_rows, self._dtype)
+            if row is None:
+                return None
+            table.append(row + [0] * (TABLE_COLUMNS - len(row)))
+        self._table = table
+        tensors = [x for layer in cache.layers for x in layer.step_tensors(num_rows)]
+        self._tensors = [None if x is None else weakref.ref(x) for x in tensors]
+        return table
+
+    def _is_unchanged(self, cache: Cache, num_rows: int) -> bool:
+        tensors: list[Tensor | None] = []
+        for layer in cache.layers:
+            own = layer.step_tensors(num_rows)
+            if own is None:
+                return False
+            tensors += own
+        return len(tensors) == len(self._tensors) and all(
+            x is (None if ref is None else ref())
+            for x, ref in zip(tensors, self._tensors, strict=True)
+        )
 
 
 _decoders: weakref.WeakKeyDictionary[nn.Module, _Decoder] = weakref.WeakKeyDictionary()
@@ -161,12 +203,12 @@ _decoders: weakref.WeakKeyDictionary[nn.Module, _Decoder] = weakref.WeakKeyDicti
 
 def model_obstacle(model: nn.Module) -> str:
     """Why this model cannot decode by `DecodeStep`, or ""."""
-    config = model.config
     if triton is None:
         return "triton is not installed"
-    if model.device.type not in DEVICE_TYPES:
-        return f"the model is on {model.device.type!r}, it must be on one of {DEVICE_TYPES}"
-    return _size_obstacle(config) or _weight_obstacle(model)
+    device = next(model.parameters()).device.type
+    if device not in DEVICE_TYPES:
+        return f"the model is on {device!r}, it must be on one of {DEVICE_TYPES}"
+    return _size_obstacle(model.config) or _weight_obstacle(model)
 
 
 def _size_obstacle(config: Any) -> str:
@@ -198,7 +240,8 @@ def _size_obstacle(config: Any) -> str:
 
 def _weight_obstacle(model: nn.Module) -> str:
     """Weights that the kernels cannot read: adapters, quantised, sharded, spread or unaligned."""
-    device, dtype = model.device, model.dtype
+    first = next(model.parameters())
+    device, dtype = first.device, first.dtype
     if dtype not in DTYPES:
         return f"the weights are {dtype}, they must be one of {DTYPES}"
     for name, module in model.named_modules():
@@ -206,8 +249,10 @@ def _weight_obstacle(model: nn.Module) -> str:
         if kind not in PLAIN_MODULES and not kind.__name__.startswith("KimiLinear"):
             if not name.endswith("act_fn"):
                 return f"{name} is a {kind.__name__}"
-        if kind is nn.Linear and module.bias is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             return f"{name} has a bias"
+        if name and "forward" in vars(module):
+            return f"{name} has a forward of its own"
     for name, parameter in model.named_parameters():
         wide = name.endswith(("A_log", "dt_bias"))
         if type(parameter) is not nn.Parameter:
@@ -221,115 +266,111 @@ def _weight_obstacle(model: nn.Module) -> str:
     return ""
 
 
-def _cache_rows(cache: Cache, num_rows: int, dtype: torch.dtype) -> list[list[int]] | None:
-    """The table of a cache with room for one token per row, or None if it is not ready for it."""
-    rows = []
-    for layer in cache.layers:
-        row = layer.step_table(num_rows, dtype)
-        if row is None:
-            return None
-        rows.append(row + [0] * (TABLE_COLUMNS - len(row)))
-    return rows
-
-
-def _logged(layer: KDALayerCache | LatentLayerCache) -> int | None:
-    return getattr(layer, "num_logged", None)
-
-
 class _Recording:
     """A `DecodeStep` and its CUDA graph; on other devices it is launched each time."""
 
     def __init__(self, model: nn.Module, num_rows: int, has_padding: bool) -> None:
-        self._step = DecodeStep(model, num_rows, has_padding)
-        self._rows: list[list[int]] = []
-        self._counts: tuple[int, int] | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if self._step.device.type == "cuda":
-            with torch.inference_mode(), torch.cuda.device(self._step.device):
-                self._record(model)
+        # made in inference mode, buffers could not be written to outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            self._step = DecodeStep(model, num_rows, has_padding)
+            self._table: list[list[int]] = []
+            self._counts: tuple[int, int] | None = None
+            self._graph: torch.cuda.CUDAGraph | None = None
+            if self._step.device.type == "cuda":
+                with torch.cuda.device(self._step.device):
+                    self._record()
 
-    def _record(self, model: nn.Module) -> None:
+    def _record(self) -> None:
         """Run once, on scratch memory, so that all kernels are compiled; then record."""
         step = self._step
-        scratch = _scratch_table(model, step)
-        self._load_table(scratch.rows)
+        scratch: dict[str, Tensor] = {}
+        self._load_table(_scratch_table(step, scratch))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step.run()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
             step.run()
-        self._graph = graph
-        self._counts = None
-        del scratch
 
     def run(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        rows: list[list[int]],
+        table: list[list[int]],
         tokens: int,
         logged: int,
     ) -> Tensor:
-        """Logits [B, vocab_size] behind a cache of `tokens` tokens, `logged` of them in its logs."""
+        """Logits [B, vocab_size] behind a cache of `tokens` tokens, of which its logs hold some."""
         step = self._step
-        if rows != self._rows:
-            self._load_table(rows)
-        if self._counts != (tokens, logged):
-            step.counters[0].fill_(tokens)
-            step.counters[1].fill_(logged)
+        if step.device.type != "cuda":
+            self._load(input_ids, attention_mask, table, (tokens, logged))
+            step.run()
+            return step.logits.clone()
+        assert self._graph is not None
+        with torch.cuda.device(step.device):
+            self._load(input_ids, attention_mask, table, (tokens, logged))
+            self._graph.replay()
+            return step.logits.clone()
+
+    def _load(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        table: list[list[int]],
+        counts: tuple[int, int],
+    ) -> None:
+        """Put a step's inputs where the kernels look for them."""
+        step = self._step
+        if table is not self._table:
+            self._load_table(table)
+        if self._counts != counts:
+            for place, count in enumerate(counts):
+                step.counters[place].fill_(count)
+        self._counts = (counts[0] + 1, counts[1] + 1)  # as the step itself counts
         if attention_mask is not None:
             self._load_mask(attention_mask)
         step.ids.copy_(input_ids)
-        if self._graph is None:
-            step.run()
-        else:
-            self._graph.replay()
-        self._counts = (tokens + 1, logged + 1)
-        return step.logits.clone()
 
-    def _load_table(self, rows: list[list[int]]) -> None:
-        self._step.table.copy_(torch.tensor(rows, dtype=torch.int64))
-        self._rows = rows
+    def _load_table(self, table: list[list[int]]) -> None:
+        self._step.table.copy_(torch.tensor(table, dtype=torch.int64))
+        self._table = table
 
     def _load_mask(self, attention_mask: Tensor) -> None:
         """Copy the mask [B, S] to where the kernels look for it."""
         step, tokens = self._step, attention_mask.shape[1]
         if step.real_tokens.shape[1] < tokens:
-            step.real_tokens = torch.empty(
-                step.num_rows, 2 * tokens, dtype=torch.uint8, device=step.device
-            )
-            place = [step.real_tokens.data_ptr(), step.real_tokens.stride(0)]
-            step.real.copy_(torch.tensor(place, dtype=torch.int64))
+            with torch.inference_mode(False):
+                step.reserve_mask(2 * tokens)
         step.real_tokens[:, :tokens] = attention_mask != 0
 
 
-class _scratch_table:
-    """Memory for a step to write to while it is tried out, the same for all layers of a kind."""
+def _scratch_table(step: DecodeStep, tensors: dict[str, Tensor]) -> list[list[int]]:
+    """A table of memory to write to while a step is tried out, the same for all layers of a kind.
 
-    def __init__(self, model: nn.Module, step: DecodeStep) -> None:
-        B, device, dtype = step.num_rows, step.device, step.dtype
-        self.rows: list[list[int]] = []
-        self.tensors: dict[str, Tensor] = {}
+    `tensors` keeps it.
+    """
+    B, table = step.num_rows, []
 
-        def address(name: str, *shape: int, dtype: torch.dtype = dtype) -> int:
-            if name not in self.tensors:
-                self.tensors[name] = torch.zeros(*shape, dtype=dtype, device=device)
-            return self.tensors[name].data_ptr()
+    def address(name: str, *shape: int, dtype: torch.dtype) -> int:
+        if name not in tensors:
+            tensors[name] = torch.zeros(*shape, dtype=dtype, device=step.device)
+        return tensors[name].data_ptr()
 
-        for layer in step.layers:
-            a = layer.self_attn
-            if hasattr(a, "b_proj"):
-                H, K, W = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
-                conv = address("conv", B, 3, H * K, W - 1)
-                state = address("state", B, H, K, K, dtype=torch.float32)
-                self.rows.append([conv, state, 0, 0, 0, 0])
-            else:
-                width = a.latent_dim + a.shared_key_dim
-                self.rows.append([0, 0, 0, address("latent", B, 64, width), 64 * width, 0])
+    for layer in step.layers:
+        a = layer.self_attn
+        if hasattr(a, "b_proj"):
+            H, K, W = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
+            conv = address("conv", B, 3, H * K, W - 1, dtype=step.dtype)
+            state = address("state", B, H, K, K, dtype=torch.float32)
+            table.append([conv, state, 0, 0, 0, 0])
+        else:
+            width = a.latent_dim + a.shared_key_dim
+            latent = address("latent", B, 1, width, dtype=step.dtype)
+            table.append([0, 0, 0, latent, width, 0])
+    return table
 
 
 __all__ = ["DecodeBackend", "decode_logits", "is_decode_step", "model_obstacle"]

@@ -9,12 +9,14 @@ in which order they run; `tests/test_decode_kernels.py` compares each with torch
 Sums are in float32. What passes from kernel to kernel is in the buffers' dtype.
 
 With IS_LINKED, kernels are launched before the ones before them have ended (programmatic dependent
-launch, from compute capability 9.0): they load weights, then `_wait`, then touch all else.
+launch, from compute capability 9.0): they load weights, then `wait`, then touch all else.
 
 Shapes: B rows (one token each), D hidden size, N output columns, H heads, K key and value size of
 KDA, W taps, L latent rank, P shared key part, R = L + P, E experts, I expert width, S slots: the
 chosen experts of a row and then its shared ones.
 """
+
+# mypy: disable-error-code="no-untyped-def,union-attr,operator"
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
@@ -41,7 +43,7 @@ def _at(address, like):
 
 
 @jit
-def _wait(IS_LINKED: tl.constexpr):
+def wait(IS_LINKED: tl.constexpr):
     """Wait for the kernel before, then let the next one start, which may load its weights."""
     if IS_LINKED:
         tl.extra.cuda.gdc_wait()
@@ -49,7 +51,7 @@ def _wait(IS_LINKED: tl.constexpr):
 
 
 @jit
-def _norm_scale(square, size, eps):
+def norm_scale(square, size, eps):
     """1 / root mean square, from a sum of squares."""
     return 1.0 / tl.sqrt(square / size + eps)
 
@@ -101,7 +103,7 @@ def project_kernel(
         norm_d = tl.load(norm + d).to(tl.float32)
         if SMALL > 0:
             norm_e = tl.load(norm + e, mask=rest, other=0.0).to(tl.float32)
-    _wait(IS_LINKED)
+    wait(IS_LINKED)
     for i in tl.static_range(ROWS):
         row = i
         x_d = tl.load(x + row * x_stride + d).to(tl.float32)
@@ -113,7 +115,7 @@ def project_kernel(
             if SMALL > 0:
                 square += tl.sum(x_e * x_e)
                 x_e *= norm_e
-            scale = _norm_scale(square, D, eps)
+            scale = norm_scale(square, D, eps)
             if HAS_LOG:
                 if tl.program_id(0) == 0:
                     if tl.load(table + 2) != 0:
@@ -158,7 +160,7 @@ def project_many_kernel(
     inside = n < tl.load(tile + 1)
     column = tl.load(tile + 2)
     x += tl.multiple_of(tl.load(tile + 3), 8)
-    _wait(IS_LINKED)
+    wait(IS_LINKED)
     y = tl.zeros([ROWS, BLOCK], tl.float32)
     up_y = tl.zeros([ROWS, BLOCK], tl.float32)
     live = row < num_rows
@@ -195,7 +197,7 @@ def add_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, PLACES)
     inside = d < D
-    _wait(IS_LINKED)
+    wait(IS_LINKED)
     x = tl.load(hidden + row * D + d, mask=inside, other=0.0).to(tl.float32)
     for i in tl.static_range(PARTS):
         part = tl.load(parts + (row * PARTS + i) * D + d, mask=inside, other=0.0)
@@ -203,7 +205,7 @@ def add_norm_kernel(
     if PARTS > 0:
         tl.debug_barrier()  # small rows are held by several threads, all of which must have read
         tl.store(hidden + row * D + d, x, mask=inside)
-    x *= _norm_scale(tl.sum(x * x), D, eps)
+    x *= norm_scale(tl.sum(x * x), D, eps)
     x *= tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * D + d, x, mask=inside)
     if HAS_LOG:
@@ -275,7 +277,7 @@ def kda_kernel(
         f_w = tl.load(f_b + channel[:, None] * K + i[None, :])
     A = tl.exp(tl.load(A_log + head))
     bias = tl.load(dt_bias + channel)
-    _wait(IS_LINKED)
+    wait(IS_LINKED)
     q_new, k_new = tl.load(x + channel), tl.load(x + inner + channel)
     v_new = tl.load(x + 2 * inner + value_channel)
     beta = tl.sigmoid(tl.load(x + 3 * inner + 2 * K + head).to(tl.float32))
@@ -327,7 +329,7 @@ def kda_out_kernel(
     weight = tl.load(norm + i).to(tl.float32)
     if not HAS_GATES:
         g_w = tl.load(g_b + channel[:, None] * K + i[None, :])
-    _wait(IS_LINKED)
+    wait(IS_LINKED)
     for kind in tl.static_range(3):
         place = conv + (kind * inner + channel[:, None]) * (WIDTH - 1) + j[None, :]
         # each cached input but the oldest moves to the place before it
@@ -342,7 +344,7 @@ def kda_out_kernel(
     else:
         g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
         gate = tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
-    o *= _norm_scale(tl.sum(o * o), K, eps) * weight
+    o *= norm_scale(tl.sum(o * o), K, eps) * weight
     tl.store(out + row * out_stride + channel, o * tl.sigmoid(gate))
 
 
@@ -374,13 +376,13 @@ def absorb_kernel(
     if FIRST < H:
         own = tl.minimum(head, H - 1)  # the program after the last head writes the latent
         weight = tl.load(kv_b + (own * (N + V) + n[:, None]) * L + m[None, :])
-    _wait(IS_LINKED)
+    wait(IS_LINKED)
     x += row * x_stride
     if head == H:
         new = _at(tl.load(table + 3), x) + row * tl.load(table + 4)
         new += (tl.load(length) - tl.load(table + 1)) * R
         latent = tl.load(x + H * (N + P) + all_m).to(tl.float32)
-        latent *= _norm_scale(tl.sum(latent * latent), L, eps)
+        latent *= norm_scale(tl.sum(latent * latent), L, eps)
         tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
         tl.store(new + L + p, tl.load(x + H * (N + P) + L + p))
     elif FIRST < H:
@@ -412,7 +414,7 @@ def attend_kernel(
     """Absorbed attention to a share of the cached latents, which lie in a prefix and a tail."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     R: tl.constexpr = L + P
-    _wait(IS_LINKED)
+    wait(IS_LINKED)
     prefix_tokens = tl.load(table + 1)
     tail_tokens = tl.load(length) + 1 - prefix_tokens
     prefix_blocks = tl.cdiv(prefix_tokens, BLOCK)
@@ -485,7 +487,7 @@ def mix_kernel(
     v = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     if HAS_VALUES:
         weights = tl.load(kv_b + (head * (N + V) + N + v[:, None]) * L + m[None, :])
-    _wait(IS_LINKED)
+    wait(IS_LINKED)
     share = weight + row * SPLITS * 2 * H + head
     top = tl.load(share + s * 2 * H, mask=s < SPLITS, other=-1e30)
     total = tl.load(share + s * 2 * H + H, mask=s < SPLITS, other=0.0)
@@ -509,257 +511,19 @@ def mix_kernel(
         tl.store(out + (row * H + head) * L + m, latent)
 
 
-# ------------------------------------------------------------------------------- mixture of experts
-@jit
-def route_kernel(
-    logits,  # float32 [B, E]
-    bias,  # [E]
-    experts,  # int32 [B, TOP], to be written
-    weights,  # float32 [B, TOP], to be written
-    scaling,
-    E: tl.constexpr,
-    PLACES: tl.constexpr,  # E, or more, a power of two
-    TOP: tl.constexpr,
-    SLOTS: tl.constexpr,  # TOP, or more, a power of two
-    IS_SIGMOID: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """The experts of each row, by falling score, and their weights."""
-    row = tl.program_id(0)
-    e, slot = tl.arange(0, PLACES), tl.arange(0, SLOTS)
-    correction = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    _wait(IS_LINKED)
-    logit = tl.load(logits + row * E + e, mask=e < E, other=-float("inf"))
-    largest, total = 0.0, 1.0
-    if not IS_SIGMOID:
-        largest = tl.max(logit)
-        total = tl.sum(tl.exp(logit - largest))
-    score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
-    choice = tl.where(e < E, score + correction, -float("inf"))
-    chosen = tl.zeros([SLOTS], tl.int32)
-    for i in tl.static_range(TOP):
-        best = tl.minimum(tl.argmax(choice, axis=0), E - 1)  # also where all is NaN
-        chosen = tl.where(slot == i, best, chosen)
-        choice = tl.where(e == best, -float("inf"), choice)
-    logit = tl.load(logits + row * E + chosen)
-    score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
-    if RENORMALIZE:
-        score /= tl.sum(tl.where(slot < TOP, score, 0.0)) + 1e-20
-    tl.store(experts + row * TOP + slot, chosen, mask=slot < TOP)
-    tl.store(weights + row * TOP + slot, score * scaling, mask=slot < TOP)
-
-
-@jit
-def _gated(gate, up):
-    return gate * tl.sigmoid(gate) * up
-
-
-@jit
-def experts_in_kernel(
-    x,  # [B, D]
-    norm,  # [D]
-    experts,  # int32 [B, TOP]
-    gate_up,  # [E, 2 * I, D]
-    shared_gate,  # [shared * I, D]
-    shared_up,
-    out,  # [B, S, I]
-    eps,
-    D: tl.constexpr,
-    LARGE: tl.constexpr,
-    SMALL: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    TOP: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """silu(gate) * up of every slot of every row, for norm(x)."""
-    _wait(IS_LINKED)
-    slot = tl.program_id(1)
-    row = (slot // SLOTS).to(tl.int64)
-    slot = slot % SLOTS
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if slot < TOP:
-        gate = gate_up + tl.load(experts + row * TOP + slot).to(tl.int64) * 2 * I * D
-        up = gate + I * D
-    else:
-        gate = shared_gate + (slot - TOP) * I * D
-        up = shared_up + (slot - TOP) * I * D
-    d = tl.arange(0, LARGE)
-    inside = (n < I)[:, None]
-    gate_w = tl.load(gate + n[:, None] * D + d[None, :], mask=inside, other=0.0)
-    up_w = tl.load(up + n[:, None] * D + d[None, :], mask=inside, other=0.0)
-    x_d = tl.load(x + row * D + d).to(tl.float32)
-    square = tl.sum(x_d * x_d)
-    if SMALL > 0:
-        e = LARGE + tl.arange(0, SMALL)
-        both = inside & (e < D)[None, :]
-        gate_e = tl.load(gate + n[:, None] * D + e[None, :], mask=both, other=0.0)
-        up_e = tl.load(up + n[:, None] * D + e[None, :], mask=both, other=0.0)
-        x_e = tl.load(x + row * D + e, mask=e < D, other=0.0).to(tl.float32)
-        square += tl.sum(x_e * x_e)
-        x_e *= tl.load(norm + e, mask=e < D, other=0.0).to(tl.float32)
-    x_d *= tl.load(norm + d).to(tl.float32)
-    gate_y = tl.sum(gate_w.to(tl.float32) * x_d[None, :], axis=1)
-    up_y = tl.sum(up_w.to(tl.float32) * x_d[None, :], axis=1)
-    if SMALL > 0:
-        gate_y += tl.sum(gate_e.to(tl.float32) * x_e[None, :], axis=1)
-        up_y += tl.sum(up_e.to(tl.float32) * x_e[None, :], axis=1)
-    scale = _norm_scale(square, D, eps)
-    tl.store(out + (row * SLOTS + slot) * I + n, _gated(gate_y * scale, up_y * scale), mask=n < I)
-
-
-@jit
-def experts_out_kernel(
-    x,  # [B, S, I]
-    experts,  # int32 [B, TOP]
-    weights,  # float32 [B, TOP]
-    down,  # [E, D, I]
-    shared_down,  # [D, shared * I]
-    out,  # [B, D], added to
-    D: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    PLACES: tl.constexpr,  # I, or more, a power of two
-    TOP: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """Add the weighted outputs of a row's experts, and its shared experts', to the row."""
-    _wait(IS_LINKED)
-    row = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.arange(0, PLACES)
-    inside = (n < D)[:, None] & (i < I)[None, :]
-    y = tl.load(out + row * D + n, mask=n < D, other=0.0).to(tl.float32)
-    for slot in tl.static_range(SLOTS):
-        if slot < TOP:
-            expert = tl.load(experts + row * TOP + slot).to(tl.int64)
-            place = down + (expert * D + n[:, None]) * I + i[None, :]
-            factor = tl.load(weights + row * TOP + slot)
-        else:
-            width: tl.constexpr = (SLOTS - TOP) * I
-            place = shared_down + n[:, None] * width + (slot - TOP) * I + i[None, :]
-            factor = 1.0
-        w = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(x + (row * SLOTS + slot) * I + i, mask=i < I, other=0.0).to(tl.float32)
-        y += factor * tl.sum(w * a[None, :], axis=1)
-    tl.store(out + row * D + n, y, mask=n < D)
-
-
-# ------------------------------------------------------------------- mixture of experts, many rows
-@jit
-def group_kernel(
-    experts,  # int32 [pairs]
-    order,  # int32 [pairs], to be written: the pairs (row, choice) by expert
-    first,  # int32 [BINS], to be written: each expert's first place there, and beyond the last one
-    num_pairs,
-    E: tl.constexpr,
-    BINS: tl.constexpr,  # E + 1, or more, a power of two
-    PAIRS: tl.constexpr,  # num_pairs, or more, a power of two
-    IS_LINKED: tl.constexpr,
-):
-    """Sort what the rows chose by expert."""
-    _wait(IS_LINKED)
-    pair = tl.arange(0, PAIRS)
-    expert = tl.load(experts + pair, mask=pair < num_pairs, other=E)
-    tl.store(order + pair, tl.sort(expert * PAIRS + pair) % PAIRS, mask=pair < num_pairs)
-    count = tl.histogram(expert, BINS)
-    tl.store(first + tl.arange(0, BINS), tl.cumsum(count, axis=0) - count)
-
-
-@jit
-def grouped_in_kernel(
-    x,  # [B, D], normed
-    order,  # int32 [B * TOP] and
-    begin,  # int32 [E + 1], see `group_kernel`
-    gate_up,  # [E, 2 * I, D]
-    out,  # [B * TOP, I]
-    D: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    TOP: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """silu(gate) * up of the rows that chose an expert, a tile of an expert by program."""
-    expert = tl.program_id(1)
-    _wait(IS_LINKED)
-    start_pair, stop_pair = tl.load(begin + expert), tl.load(begin + expert + 1)
-    n, d, g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, GROUP)
-    gate = gate_up + expert.to(tl.int64) * 2 * I * D + n[None, :] * D
-    for first in range(start_pair, stop_pair, GROUP):
-        there = first + g < stop_pair
-        pair = tl.load(order + first + g, mask=there, other=0)
-        row = x + (pair // TOP)[:, None] * D
-        gate_y = tl.zeros([GROUP, BLOCK], tl.float32)
-        up_y = tl.zeros([GROUP, BLOCK], tl.float32)
-        for start in range(0, D, STEP):
-            k = start + d
-            a = tl.load(row + k[None, :], mask=(k < D)[None, :], other=0.0)
-            inside = (k < D)[:, None] & (n < I)[None, :]
-            w = tl.load(gate + k[:, None], mask=inside, other=0.0)
-            u = tl.load(gate + I * D + k[:, None], mask=inside, other=0.0)
-            gate_y = tl.dot(a, w, gate_y)
-            up_y = tl.dot(a, u, up_y)
-        mask = there[:, None] & (n < I)[None, :]
-        tl.store(out + pair[:, None] * I + n[None, :], _gated(gate_y, up_y), mask=mask)
-
-
-@jit
-def grouped_out_kernel(
-    x,  # [B * TOP, I]
-    order,  # int32 [B * TOP] and
-    begin,  # int32 [E + 1], see `group_kernel`
-    weights,  # float32 [B * TOP]
-    down,  # [E, D, I]
-    out,  # [B, PARTS, D], the first TOP parts of each row
-    D: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    TOP: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """Weighted outputs of the pairs of an expert, a tile of an expert by program."""
-    expert = tl.program_id(1)
-    _wait(IS_LINKED)
-    start_pair, stop_pair = tl.load(begin + expert), tl.load(begin + expert + 1)
-    n, i, g = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, GROUP)
-    weight = down + expert.to(tl.int64) * D * I + n[None, :] * I
-    for first in range(start_pair, stop_pair, GROUP):
-        there = first + g < stop_pair
-        pair = tl.load(order + first + g, mask=there, other=0)
-        y = tl.zeros([GROUP, BLOCK], tl.float32)
-        for start in range(0, I, STEP):
-            k = start + i
-            a = tl.load(x + pair[:, None] * I + k[None, :], mask=(k < I)[None, :], other=0.0)
-            inside = (k < I)[:, None] & (n < D)[None, :]
-            y = tl.dot(a, tl.load(weight + k[:, None], mask=inside, other=0.0), y)
-        y *= tl.load(weights + pair)[:, None]
-        mask = there[:, None] & (n < D)[None, :]
-        part = pair // TOP * PARTS + pair % TOP
-        tl.store(out + part[:, None] * D + n[None, :], y, mask=mask)
-
-
 __all__ = [
     "LOG2_E",
+    "jit",
+    "norm_scale",
+    "tl",
+    "triton",
+    "wait",
     "absorb_kernel",
     "add_norm_kernel",
     "attend_kernel",
-    "experts_in_kernel",
-    "experts_out_kernel",
-    "group_kernel",
-    "grouped_in_kernel",
-    "grouped_out_kernel",
     "kda_kernel",
     "kda_out_kernel",
     "mix_kernel",
     "project_kernel",
     "project_many_kernel",
-    "route_kernel",
 ]

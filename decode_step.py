@@ -13,183 +13,45 @@ part, L latent rank, P shared key part, E experts, I expert width, S slots of a 
 and the shared ones.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decode_kernels import (
-    LOG2_E,
-    absorb_kernel,
-    add_norm_kernel,
-    attend_kernel,
+from .decode_expert_kernels import (
     experts_in_kernel,
     experts_out_kernel,
     group_kernel,
     grouped_in_kernel,
     grouped_out_kernel,
+    route_kernel,
+)
+from .decode_kernels import (
+    LOG2_E,
+    absorb_kernel,
+    add_norm_kernel,
+    attend_kernel,
     kda_kernel,
     kda_out_kernel,
     mix_kernel,
-    project_kernel,
-    project_many_kernel,
-    route_kernel,
+)
+from .decode_projection import (
+    FEW_ROWS,
+    TILE_BYTES,
+    Projection,
+    can_link,
+    cut,
+    linked,
+    power_of_two,
 )
 
-FEW_ROWS = 4
-# rows up to which several weights are applied in one launch; beyond, cuBLAS takes one by one
-SOME_ROWS = 64
-# bytes of weights that a program of a matrix-vector kernel reads
-TILE_BYTES = 40 << 10
-# programs that keep a GPU of about 130 multiprocessors busy
-PROGRAMS = 128
 # shares of a row's latents, and tokens that a program loads at once
-SPLITS = 256
-ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 16, 8, 4
+SPLITS = 264
+ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 16, 4, 4
 TABLE_COLUMNS = 6
-KDA_BLOCK, KDA_WARPS = 32, 8
+KDA_BLOCK, KDA_WARPS = 64, 8
 OUT_BLOCK = 2
-
-
-def power_of_two(size: int) -> int:
-    """The smallest one that is at least `size`."""
-    return 1 << (size - 1).bit_length()
-
-
-def _cut(size: int) -> tuple[int, int]:
-    """A row's length as a power of two and, in a power of two of places, what is left of it."""
-    large = 1 << (size.bit_length() - 1)
-    return large, power_of_two(size - large) if size > large else 0
-
-
-def can_link(device: torch.device) -> bool:
-    """Whether kernels may start early: from compute capability 9.0."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def linked(is_linked: bool) -> dict[str, bool]:
-    """Arguments of a kernel that may start before the one before it has ended."""
-    return {"IS_LINKED": True, "launch_pdl": True} if is_linked else {"IS_LINKED": False}
-
-
-def _tiles(weights: Sequence[Tensor], block: int, x_columns: Sequence[int] = ()) -> Tensor:
-    """A row of `project_kernel`'s table for every `block` rows of the weights."""
-    tiles, column = [], 0
-    for i, weight in enumerate(weights):
-        size, x_column = weight.shape[0], x_columns[i] if x_columns else 0
-        for start in range(0, size, block):
-            count = min(block, size - start)
-            tiles.append([weight[start].data_ptr(), count, column + start, x_column])
-        column += size
-    return torch.tensor(tiles, dtype=torch.int64, device=weights[0].device)
-
-
-class _Projection:
-    """Weights [n, D] that are applied to the same input, their outputs side by side.
-
-    Args:
-        weights: The weights, contiguous.
-        num_rows: B.
-        is_linked: See `linked`.
-        x_columns: Where each weight's input begins in the rows of x; the same for all if not given.
-        ups: As many weights of the same shapes: out is silu(x @ weights^T) * (x @ ups^T).
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        num_rows: int,
-        is_linked: bool,
-        x_columns: Sequence[int] = (),
-        ups: Sequence[Tensor] = (),
-    ) -> None:
-        self.weights, self.is_linked, self.ups = list(weights), is_linked, list(ups)
-        self.x_columns = list(x_columns) or [0] * len(self.weights)
-        self.width = sum(weight.shape[0] for weight in weights)
-        self.size, self.num_rows = weights[0].shape[1], num_rows
-        if num_rows <= FEW_ROWS:
-            block = max(1, min(TILE_BYTES // (2 * self.size), self.width // PROGRAMS))
-            self.block = 1 << (block.bit_length() - 1)
-        else:
-            self.block = 32
-        self.tiles = _tiles(weights, self.block, self.x_columns)
-        self.up_tiles = _tiles(ups, self.block)[:, 0].contiguous() if ups else self.tiles
-
-    def launch_norm(
-        self,
-        x: Tensor,
-        out: Tensor,
-        *,
-        norm: nn.Module | None = None,
-        residual: Tensor | None = None,
-        table: Tensor | None = None,
-        counters: Tensor | None = None,
-    ) -> None:
-        """For few rows: out [B, width] = norm(x [B, D]) @ weights^T + residual."""
-        large, small = _cut(self.size)
-        project_kernel[(self.tiles.shape[0],)](
-            x,
-            x if norm is None else norm.weight,
-            self.tiles,
-            self.weights[0],
-            x if residual is None else residual,
-            out,
-            x if table is None else table,
-            x if counters is None else counters,
-            x.stride(0),
-            out.stride(0),
-            0.0 if norm is None else norm.eps,
-            self.width,
-            D=self.size,
-            LARGE=large,
-            SMALL=small,
-            ROWS=self.num_rows,
-            BLOCK=self.block,
-            HAS_TILES=len(self.weights) > 1,
-            HAS_NORM=norm is not None,
-            HAS_RESIDUAL=residual is not None,
-            HAS_LOG=table is not None,
-            num_warps=8,
-            **linked(self.is_linked),
-        )
-
-    def launch(self, x: Tensor, out: Tensor) -> None:
-        """For more rows: out [B, width] = x [B, ..] @ weights^T, or gated with `ups`."""
-        is_single = len(self.weights) == 1 and not self.ups
-        if self.num_rows > SOME_ROWS or is_single:
-            self._launch_each(x, out)
-            return
-        project_many_kernel[(self.tiles.shape[0],)](
-            x,
-            self.tiles,
-            self.up_tiles,
-            self.weights[0],
-            out,
-            self.num_rows,
-            x.stride(0),
-            out.stride(0),
-            D=self.size,
-            ROWS=max(16, power_of_two(self.num_rows)),
-            BLOCK=self.block,
-            STEP=min(128, max(16, power_of_two(self.size))),
-            IS_GATED=bool(self.ups),
-            num_warps=4,
-            num_stages=4,
-            **linked(self.is_linked),
-        )
-
-    def _launch_each(self, x: Tensor, out: Tensor) -> None:
-        start = 0
-        for weight, column in zip(self.weights, self.x_columns, strict=True):
-            stop = start + weight.shape[0]
-            source = x[:, column : column + self.size]
-            torch.mm(source, weight.t(), out=out[:, start:stop])
-            start = stop
-        if self.ups:
-            (up,) = self.ups
-            torch.mul(F.silu(out), torch.mm(x, up.t()), out=out)
 
 
 class DecodeStep:
@@ -205,44 +67,53 @@ class DecodeStep:
         table: [layers, 6] int64, where the cache's tensors lie, see `kda_kernel` and
             `attend_kernel`.
         counters: [2] int64, cached and logged tokens; a run adds one to each.
+        real_tokens: [B, at least S] uint8, 0 at padding.
         logits: [B, vocab_size], the result.
     """
 
     def __init__(self, model: nn.Module, num_rows: int, has_padding: bool) -> None:
-        config, backbone = model.config, model.model
+        config: Any = model.config
+        backbone: Any = model.model
         self.config, self.num_rows, self.has_padding = config, num_rows, has_padding
         self.few = num_rows <= FEW_ROWS
-        self.is_linked = can_link(model.device)
-        self.layers, self.norm, self.embed = backbone.layers, backbone.norm, backbone.embed_tokens
+        self.layers: list[Any] = list(backbone.layers)
+        self.norm, self.embed = backbone.norm, backbone.embed_tokens
         weight = self.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.is_linked = can_link(self.device)
         self.ids = torch.zeros(num_rows, 1, dtype=torch.int64, device=self.device)
         self.table = torch.zeros(
             len(self.layers), TABLE_COLUMNS, dtype=torch.int64, device=self.device
         )
         self.counters = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self.real_tokens = torch.ones(
-            num_rows, 1 if has_padding else 0, dtype=torch.uint8, device=self.device
-        )
         self.real = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.reserve_mask(1)
         self.hidden = torch.empty(num_rows, config.hidden_size, device=self.device)
         self.logits = self._empty(num_rows, config.vocab_size)
-        self.head = self._projection(model.lm_head.weight)
+        lm_head: Any = model.lm_head
+        self.head = self._projection(lm_head.weight)
         self._prepare_attention()
         self._prepare_experts()
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
 
-    def _projection(self, *weights: Tensor, **kwargs: Any) -> _Projection:
-        return _Projection(weights, self.num_rows, self.is_linked, **kwargs)
+    def reserve_mask(self, num_tokens: int) -> None:
+        """Make room for a mask of so many tokens."""
+        shape = (self.num_rows, num_tokens)
+        self.real_tokens = torch.ones(*shape, dtype=torch.uint8, device=self.device)
+        place = [self.real_tokens.data_ptr(), self.real_tokens.stride(0)]
+        self.real.copy_(torch.tensor(place))
+
+    def _projection(self, *weights: Tensor, **kwargs: Any) -> Projection:
+        return Projection(weights, self.num_rows, self.is_linked, **kwargs)
 
     def _prepare_attention(self) -> None:
         """The projections of all attention layers, and the buffers that they share."""
         config, B = self.config, self.num_rows
-        self.inputs: list[_Projection] = []
-        self.outputs: list[_Projection] = []
-        self.gate_inputs: list[_Projection | None] = []
+        self.inputs: list[Projection] = []
+        self.outputs: list[Projection] = []
+        self.gate_inputs: list[Projection | None] = []
         for layer in self.layers:
             a = layer.self_attn
             is_kda = hasattr(a, "b_proj")
@@ -282,13 +153,11 @@ class DecodeStep:
     def _prepare_experts(self) -> None:
         """The feed-forward layers' projections, and the buffers that they share."""
         config, B, D = self.config, self.num_rows, self.config.hidden_size
-        self.routers: list[_Projection | None] = []
-        self.shared: list[tuple[_Projection, _Projection] | None] = []
+        self.routers: list[Projection | None] = []
+        self.shared: list[tuple[Projection, Projection] | None] = []
         for layer in self.layers:
             moe = layer.block_sparse_moe if layer.is_moe else None
-            self.routers.append(
-                None if moe is None else self._projection(moe.gate.weight)
-            )
+            self.routers.append(None if moe is None else self._projection(moe.gate.weight))
             mlp = layer.mlp if moe is None else getattr(moe, "shared_experts", None)
             self.shared.append(None if mlp is None else self._mlp(mlp))
         widths = [pair[0].width for pair in self.shared if pair is not None]
@@ -302,11 +171,12 @@ class DecodeStep:
         self.experts = self._empty(B, self.top, dtype=torch.int32)
         self.weights = self._empty(B, self.top, dtype=wide)
         self.order = self._empty(B * self.top, dtype=torch.int32)
+        self.active = self._empty(config.num_experts + 1, dtype=torch.int32)
         self.begin = self._empty(power_of_two(config.num_experts + 1), dtype=torch.int32)
         self.activations = self._empty(B, slots, config.moe_intermediate_size)
         self.parts = self._empty(B, self.top + bool(self.num_shared), D)
 
-    def _mlp(self, mlp: nn.Module) -> tuple[_Projection, _Projection]:
+    def _mlp(self, mlp: Any) -> tuple[Projection, Projection]:
         """The two halves of a gated MLP."""
         gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
         if self.few:
@@ -327,8 +197,8 @@ class DecodeStep:
 
     def _project(
         self,
-        projection: _Projection,
-        norm: nn.Module,
+        projection: Projection,
+        norm: Any,
         added: Tensor | None,
         out: Tensor,
         table: Tensor | None = None,
@@ -341,7 +211,7 @@ class DecodeStep:
         self._add_norm(norm, added, table)
         projection.launch(self.normed, out)
 
-    def _add_norm(self, norm: nn.Module, added: Tensor | None, table: Tensor | None = None) -> None:
+    def _add_norm(self, norm: Any, added: Tensor | None, table: Tensor | None = None) -> None:
         """hidden += added; normed = norm(hidden)."""
         D = self.config.hidden_size
         add_norm_kernel[(self.num_rows,)](
@@ -360,7 +230,7 @@ class DecodeStep:
             **linked(self.is_linked),
         )
 
-    def _add(self, projection: _Projection, x: Tensor) -> Tensor | None:
+    def _add(self, projection: Projection, x: Tensor) -> Tensor | None:
         """hidden += projection of x, now or, for many rows, by whoever gets the returned part."""
         if self.few:
             projection.launch_norm(x, self.hidden, residual=self.hidden)
@@ -368,7 +238,7 @@ class DecodeStep:
         projection.launch(x, self.delta[:, 0])
         return self.delta
 
-    def _kda(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
+    def _kda(self, i: int, layer: Any, added: Tensor | None) -> Tensor | None:
         a, table = layer.self_attn, self.table[i]
         proj = self.inputs[i]
         self._project(proj, layer.input_layernorm, added, self.projected[:, : proj.width], table)
@@ -416,7 +286,7 @@ class DecodeStep:
         )
         return self._add(self.outputs[i], out)
 
-    def _latent(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
+    def _latent(self, i: int, layer: Any, added: Tensor | None) -> Tensor | None:
         a, table, proj, B = layer.self_attn, self.table[i], self.inputs[i], self.num_rows
         self._project(proj, layer.input_layernorm, added, self.projected[:, : proj.width])
         self._absorb(a, table)
@@ -463,7 +333,7 @@ class DecodeStep:
             )
         return self._add(self.outputs[i], out)
 
-    def _absorb(self, a: nn.Module, table: Tensor) -> None:
+    def _absorb(self, a: Any, table: Tensor) -> None:
         """The new latent into the cache, the queries into the latents' coordinates."""
         H, N, L, P = a.num_heads, a.key_dim, a.latent_dim, a.shared_key_dim
         kv_b = a.kv_b_proj.weight
@@ -493,7 +363,7 @@ class DecodeStep:
             torch.bmm(query[..., :N].transpose(0, 1), keys, out=target)
             self.query[..., L:].copy_(query[..., N:])
 
-    def _dense(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
+    def _dense(self, i: int, layer: Any, added: Tensor | None) -> Tensor | None:
         pair = self.shared[i]
         assert pair is not None
         first, down = pair
@@ -504,7 +374,7 @@ class DecodeStep:
             out = F.silu(gate) * up
         return self._add(down, out)
 
-    def _experts(self, i: int, layer: nn.Module, added: Tensor | None) -> Tensor | None:
+    def _experts(self, i: int, layer: Any, added: Tensor | None) -> Tensor | None:
         moe, norm, router = layer.block_sparse_moe, layer.post_attention_layernorm, self.routers[i]
         assert router is not None
         if self.few:
@@ -528,7 +398,10 @@ class DecodeStep:
             num_warps=1,
             **linked(self.is_linked),
         )
-        return self._few_experts(moe, norm) if self.few else self._many_experts(i, moe)
+        if self.few:
+            self._few_experts(moe, norm)
+            return None
+        return self._many_experts(i, moe)
 
     def _wide_router(self, weight: Tensor) -> None:
         """Router logits in float32, as the layers make them."""
@@ -539,13 +412,13 @@ class DecodeStep:
                 self.normed, weight.t(), torch.float32, out=self.router_logits
             )
 
-    def _few_experts(self, moe: nn.Module, norm: nn.Module) -> None:
+    def _few_experts(self, moe: Any, norm: Any) -> None:
         """Each row reads the experts that it chose."""
         B, D, width = self.num_rows, self.config.hidden_size, self.config.moe_intermediate_size
         slots = self.top + self.num_shared
         gate_up, down = moe.experts.gate_up_proj, moe.experts.down_proj
         shared = getattr(moe, "shared_experts", None)
-        large, small = _cut(D)
+        large, small = cut(D)
         block = max(1, TILE_BYTES // (4 * D))
         block = 1 << (block.bit_length() - 1)
         experts_in_kernel[(-(-width // block), B * slots)](
@@ -585,7 +458,7 @@ class DecodeStep:
             **linked(self.is_linked),
         )
 
-    def _many_experts(self, i: int, moe: nn.Module) -> Tensor:
+    def _many_experts(self, i: int, moe: Any) -> Tensor:
         """Each expert is read once for all rows that chose it."""
         B, D, width = self.num_rows, self.config.hidden_size, self.config.moe_intermediate_size
         E, pairs = self.config.num_experts, B * self.top
@@ -593,6 +466,7 @@ class DecodeStep:
             self.experts,
             self.order,
             self.begin,
+            self.active,
             pairs,
             E=E,
             BINS=self.begin.shape[0],
@@ -610,20 +484,23 @@ class DecodeStep:
             **linked(self.is_linked),
         }
         activations = self.activations.view(-1)[: pairs * width]
-        grouped_in_kernel[(-(-width // 32), E)](
+        most = min(E, pairs)  # experts that can be chosen
+        grouped_in_kernel[(-(-width // 32), most)](
             self.normed,
             self.order,
             self.begin,
+            self.active,
             moe.experts.gate_up_proj,
             activations,
             BLOCK=32,
             STEP=128,
             **sizes,
         )
-        grouped_out_kernel[(-(-D // 64), E)](
+        grouped_out_kernel[(-(-D // 64), most)](
             activations,
             self.order,
             self.begin,
+            self.active,
             self.weights,
             moe.experts.down_proj,
             self.parts,
@@ -641,4 +518,4 @@ class DecodeStep:
         return self.parts
 
 
-__all__ = ["ATTEND_TOKENS", "FEW_ROWS", "TABLE_COLUMNS", "DecodeStep", "power_of_two"]
+__all__ = ["TABLE_COLUMNS", "DecodeStep"]

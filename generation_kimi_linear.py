@@ -6,11 +6,16 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.utils import logging
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
 from .sessions import Session, load_session, read_session, save_session
 
+logger = logging.get_logger(__name__)
+
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "static", "offloaded", "offloaded_static")
+# what `generate()` hands to every step, without effect on one token behind a cache
+DECODE_ARGUMENTS = {"next_sequence_length", "position_ids", "logits_to_keep", "use_cache"}
 
 
 class KimiLinearGenerationMixin(GenerationMixin):
@@ -26,9 +31,9 @@ class KimiLinearGenerationMixin(GenerationMixin):
     ) -> None:
         """Give `generate()` a hybrid cache, unless it is given one or wants none."""
         if generation_config.compile_config is not None:
-            raise ValueError(
-                "compile_config is not supported: it must be None, since KDA reads lengths and "
-                "padding on the host"
+            logger.warning_once(
+                "compile_config has no effect: on a GPU decoding replays one CUDA graph already, "
+                "whatever the cache (decode_backend)"
             )
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
@@ -64,14 +69,17 @@ class KimiLinearGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As usual, but without a mask of ones at a decode step: to look into it, the host would
-        have to wait for the device."""
+        """As usual, but a decode step without padding gets what it needs and nothing else: to look
+        into a mask, the host would have to wait for the device."""
         layers = getattr(past_key_values, "layers", None)
         if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
             past = layers[0].num_tokens
             # the last token of a text is real: the prompt's is checked, others were generated
             if past and input_ids.shape[1] == past + 1:
                 attention_mask = None
+                if DECODE_ARGUMENTS.issuperset(name for name, x in kwargs.items() if x is not None):
+                    last = input_ids[:, -1:].contiguous()
+                    return {"input_ids": last, "past_key_values": past_key_values}
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

@@ -529,6 +529,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         if isinstance(logits_to_keep, int) and is_decode_step(
             self.config, input_ids, inputs_embeds, past_key_values, others
         ):
+            assert input_ids is not None and past_key_values is not None
             logits = self._decode(input_ids, attention_mask, past_key_values)
             if logits is not None:
                 return MoeCausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

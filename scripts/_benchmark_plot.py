@@ -42,7 +42,9 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(0.8 + 3.9 * len(columns), 6.6), layout="constrained")
+    is_narrow = len(columns) == 1  # the legend then needs a line per entry
+    width = 0.8 + (5.2 if is_narrow else 3.9 * len(columns))
+    figure = Figure(figsize=(width, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
     largest = max(line.get("peak_bytes_above_weights") or 0 for line in lines)
@@ -63,7 +65,11 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     for axes in panels.flat:
         handles.update({name: h for h, name in zip(*axes.get_legend_handles_labels(), strict=True)})
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=1 if is_narrow else 5,
+        frameon=False,
     )
     figure.savefig(path, dpi=110)
 

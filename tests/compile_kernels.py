@@ -1,4 +1,4 @@
-"""Compile the kernels of prefill and training for a Hopper GPU without having one.
+"""Compile the kernels for a Hopper GPU without having one.
 
 Triton's interpreter runs what its compiler refuses, such as a name of two types. A process of its
 own does this, since it takes the place of Triton's driver.
@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 import triton
+from decode_models import decode_model
 from kimi_linear import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     conv_kernel,
+    decode_expert_kernels,
+    decode_kernels,
+    decode_projection,
+    decode_step,
     grouped_kernels,
     loss_kernel,
     prefill_kernels,
@@ -76,10 +83,48 @@ def compile_all(dtype: torch.dtype) -> None:
             loss_kernel.loss_and_gradient(logits, labels, torch.ones(()), -100, out)
 
 
+def real_sizes() -> KimiLinearForCausalLM:
+    """Two layers with the 48B model's attention and experts, few of these; weights are not set."""
+    linear = dict(KimiLinearConfig.from_preset("48b-a3b").linear_attn_config)
+    linear["full_attn_layers"], linear["kda_layers"] = [2], [1]
+    few = {"num_hidden_layers": 2, "num_experts": 16, "vocab_size": 97}
+    config = KimiLinearConfig.from_preset("48b-a3b", linear_attn_config=linear, **few)
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(config).to(torch.bfloat16)
+    return model.to_empty(device="cpu")
+
+
+@torch.no_grad()
+def compile_decode_steps() -> None:
+    """Few rows and more, with padding and without, for both kinds of sizes."""
+    replace_kernels(decode_step, KERNEL_NAMES)
+    replace_kernels(decode_projection, ["project_kernel", "project_many_kernel"])
+    decode_step.can_link = lambda device: True
+    # a product that only CUDA has
+    decode_step.DecodeStep._wide_router = lambda self, weight: None
+    small = decode_model("cpu", num_shared_experts=2).to(torch.bfloat16)
+    for model in (small, real_sizes()):
+        for num_rows in (1, 4, 6, 40):
+            decode_step.DecodeStep(model, num_rows, has_padding=num_rows == 6).run()
+
+
+def replace_kernels(module: Any, names: list[str]) -> None:
+    for name in names:
+        setattr(module, name, OnlyCompiled(getattr(module, name)))
+
+
+KERNEL_NAMES = [
+    name
+    for kernels in (decode_kernels, decode_expert_kernels)
+    for name in kernels.__all__
+    if name.endswith("_kernel") and hasattr(decode_step, name)
+]
+
+
 if __name__ == "__main__":
     driver.set_active(Hopper())
     for module, names in KERNELS.items():
-        for name in names:
-            setattr(module, name, OnlyCompiled(getattr(module, name)))
+        replace_kernels(module, names)
     compile_all(torch.bfloat16)
+    compile_decode_steps()
     print(f"compiled with triton {triton.__version__}")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_model
-from kimi_linear import KimiLinearForCausalLM, decode_graph, decode_step
+from kimi_linear import KimiLinearForCausalLM, decode_graph, decode_projection, decode_step
 
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -56,7 +56,7 @@ def decode_model(device: str, seed: int = 0, **fields: Any) -> KimiLinearForCaus
 def small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter, which runs program by program: fewer programs, and any device."""
     if INTERPRETED and not torch.cuda.is_available():
-        monkeypatch.setattr(decode_step, "PROGRAMS", 4)
+        monkeypatch.setattr(decode_projection, "PROGRAMS", 4)
         monkeypatch.setattr(decode_step, "SPLITS", 6)
         monkeypatch.setattr(decode_graph, "DEVICE_TYPES", ("cpu",))
         monkeypatch.setattr(decode_graph, "DTYPES", (torch.float32,))

@@ -395,6 +395,23 @@ def test_a_cache_that_an_error_left_half_written_is_refused(hybrid):
         read(hybrid, cache, token_ids(1, 1))
 
 
+@pytest.mark.parametrize("pattern", ["hybrid", "mla_first"])
+@torch.no_grad()
+def test_dynamic_cache_is_cropped_in_all_layers_or_in_none(pattern):
+    """MLA layers could go back further than KDA layers, and may come first."""
+    model, cache = tiny_model(pattern), DynamicCache()
+    model(token_ids(1, 300), past_key_values=cache)
+    assert isinstance(cache, DynamicCache)
+    with pytest.raises(ValueError, match=r"crop\(-250\) would leave 50 of 300 tokens"):
+        cache.crop(-250)
+    assert {layer.num_tokens for layer in cache.layers} == {300}
+    cache.crop(-2)
+    expected = model(token_ids(1, 300)).logits[:, -2:]
+    assert_close(
+        model(token_ids(1, 300)[:, -2:], past_key_values=cache).logits, expected, torch.float32
+    )
+
+
 def test_an_offloading_dynamic_cache_is_taken_over(hybrid):
     cache = DynamicCache(config=tiny_config(), offloading=True)
     ids = token_ids(1, 12)

@@ -130,8 +130,7 @@ def test_crop_takes_back_what_a_step_has_written(device):
     for each in (eager, graph):
         each.crop(-2)
     both(model, graph, ids, steps=2)
-    for each in (eager, graph):
-        call(model, "eager", token_ids(2, 1, seed=3), each)
+    both(model, eager, ids, steps=2)
     check(graph.layers[0].recurrent_state, eager.layers[0].recurrent_state)
 
 
@@ -225,6 +224,31 @@ def test_new_weights_are_seen(device):
 
 
 @each_device
+def test_recordings_serve_inference_mode_and_no_grad(device):
+    """Tensors made in inference mode must not be written to outside of it."""
+    model = decode_model(device)
+    with torch.inference_mode():
+        cache = KimiLinearCache(model.config)
+        call(model, "eager", token_ids(1, 5), cache)
+        both(model, cache, token_ids(1, 5), steps=1)
+    with torch.no_grad():
+        both(model, cache, token_ids(1, 5), steps=1)
+    with torch.inference_mode():
+        both(model, cache, token_ids(1, 5), steps=1)
+
+
+@each_device
+@torch.no_grad()
+def test_recordings_know_the_config(device):
+    model = decode_model(device)
+    for scaling in (2.5, 0.5):
+        model.config.routed_scaling_factor = scaling
+        cache = KimiLinearCache(model.config)
+        call(model, "eager", token_ids(1, 5), cache)
+        both(model, cache, token_ids(1, 5), steps=1)
+
+
+@each_device
 @torch.no_grad()
 def test_hooks_are_called(device):
     model = decode_model(device)
@@ -301,5 +325,7 @@ def test_a_cpu_runs_layer_by_layer(caplog):
     with caplog.at_level(logging.WARNING):
         call(model, "auto", token_ids(1, 1), cache)
     assert not caplog.records
-    with pytest.raises(ValueError, match="not possible here: (triton is not|the model is on 'cpu')"):
+    with pytest.raises(
+        ValueError, match="not possible here: (triton is not|the model is on 'cpu')"
+    ):
         call(model, "graph", token_ids(1, 1), cache)

@@ -377,15 +377,18 @@ def test_a_speculative_loop_of_ones_own(model, batch_size):
     assert text.tolist() == expected.tolist()
 
 
+def test_static_cache_with_compilation_gives_the_same_ids(hybrid):
+    ids = token_ids(2, 6)
+    plain = hybrid.generate(ids, **COMMON)
+    options = {"cache_implementation": "static", "compile_config": CompileConfig()}
+    assert torch.equal(hybrid.generate(ids, **options, **COMMON), plain)
+
+
 # ---------------------------------------------------------------------------------------- refusals
 def test_what_cannot_work_is_refused_by_name(hybrid):
     ids = token_ids(2, 6)
     with pytest.raises(ValueError, match="cache_implementation='quantized'"):
         hybrid.generate(ids, cache_implementation="quantized", **COMMON)
-    with pytest.raises(ValueError, match="compile_config"):
-        hybrid.generate(
-            ids, cache_implementation="static", compile_config=CompileConfig(), **COMMON
-        )
     with pytest.raises(ValueError, match=r"generate_batch\(\)"):
         hybrid.generate_batch([[1, 2]])
     with pytest.raises(ValueError, match="padded on the left"):
