@@ -4,7 +4,8 @@ Both sort the pairs of a token and one of its experts by expert and multiply eac
 its matrices. Ours takes over where no graph is recorded: it goes through the tokens in pieces, so
 that memory does not grow with their number, and what stands around the products is inside their
 kernels (`grouped_kernels.py`). Sums are in the order of the slots: results do not change from run
-to run. Any other experts implementation than "grouped_mm" turns it off.
+to run. Training keeps less for its backward pass (`experts_training.py`). Any other experts
+implementation than "grouped_mm" turns both off.
 
 Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.utils import logging
 
+from .experts_training import train_experts, trains_lean
 from .grouped_kernels import TensorDescriptor, TritonError, down, gate_up, sort_pairs
 from .prefill_kernels import has_kernels, weighted_sum
 
@@ -39,6 +41,8 @@ def grouped_experts(
         except TritonError as error:
             _refused.append(error)
             logger.warning_once(f"the experts' kernels cannot be used, grouped_mm is: {error}")
+    if trains_lean(experts, hidden_states, top_k_weights):
+        return train_experts(experts, hidden_states, top_k_index, top_k_weights)
     transformers_own = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     return transformers_own(experts, hidden_states, top_k_index, top_k_weights)
 

@@ -10,11 +10,14 @@ W convolution width.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,6 +44,8 @@ LATENT_NORM_EPS = 1e-6
 PIECE_TOKENS = 16384
 # Likewise for the gated MLP.
 MLP_PIECE_TOKENS = 32768
+# Packed sequences of so many tokens on average are attended to one by one: a call for each.
+SEQUENCE_TOKENS = 128
 
 
 class KimiLinearRMSNorm(nn.Module):
@@ -52,8 +57,8 @@ class KimiLinearRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.dtype == self.weight.dtype and not torch.is_grad_enabled():
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel, wide too
+        if x.is_cuda and x.dtype == self.weight.dtype:  # one kernel, wide too, keeps nothing wide
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         return self.weight * F.rms_norm(x.to(wide), self.weight.shape, eps=self.eps).to(x.dtype)
 
@@ -335,9 +340,10 @@ class KimiLinearLatentAttention(nn.Module):
         says that the latents are attended to by our own code instead of the backend."""
         batch_size = hidden_states.shape[0]
         use_flash = is_flash_attention(self.config)
-        # flash attention takes sequences end to end; the other backends take rows and a mask
+        # flash attention takes sequences end to end, and "sdpa" one by one; else rows and a mask
+        alone = attends_by_sequence(self.config, layout)
         packed = use_flash and layout.cu_seqlens is not None and past_key_values is None
-        packed = packed and not by_blocks
+        packed = (packed and not by_blocks) or alone
         x = layout.pack(hidden_states) if packed else hidden_states
         latent = self._latent(x)  # [B, T, L + P]
         segments = [latent]
@@ -346,9 +352,12 @@ class KimiLinearLatentAttention(nn.Module):
             segments = cache.update(latent)
         if by_blocks:
             return self._attend_in_tiles(x, segments, real_tokens)
-        mask = None if packed else attention_mask
-        lengths = _flash_lengths(layout) if packed else {}
-        out, weights = self._backend(self._query(x), latent, mask, **lengths, **kwargs)
+        if alone:
+            out, weights = self._attend_by_sequence(self._query(x), latent, layout.ends), None
+        else:
+            mask = None if packed else attention_mask
+            lengths = _flash_lengths(layout) if packed else {}
+            out, weights = self._backend(self._query(x), latent, mask, **lengths, **kwargs)
         out = self.o_proj(out.flatten(-2))
         return (layout.unpack(out, batch_size) if packed else out), weights
 
@@ -415,6 +424,29 @@ class KimiLinearLatentAttention(nn.Module):
         )
         return out[..., : self.value_dim], weights
 
+    def _attend_by_sequence(self, query: Tensor, latent: Tensor, ends: list[int]) -> Tensor:
+        """Attention within each of the sequences that stand end to end: [1, R, H, V]."""
+        query, (key, value) = query.transpose(1, 2), self._expand(latent)
+        if self.value_dim < key.shape[-1]:  # flash attention wants one head size
+            value = F.pad(value, (0, key.shape[-1] - self.value_dim))
+        kernels: AbstractContextManager[Any] = nullcontext()
+        if query.is_cuda:  # all but cuDNN, which would make a plan for each length
+            kernels = sdpa_kernel(
+                [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        sizes = [stop - start for start, stop in pairwise(ends)]
+        parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        with kernels:
+            outputs = [
+                F.scaled_dot_product_attention(
+                    q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling
+                )
+                for q, k, v in parts
+                if q.shape[2]
+            ]
+        return torch.cat(outputs, dim=2).transpose(1, 2)[..., : self.value_dim]
+
     def _kv_b_weight(self) -> Tensor:
         """[H * (K - P + V), L], also where adapters or quantised weights take kv_b_proj's place."""
         proj = self.kv_b_proj
@@ -451,6 +483,17 @@ class KimiLinearLatentAttention(nn.Module):
         key, value = expanded.split([self.key_dim, self.value_dim], dim=-1)
         shared_key = shared_key.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         return torch.cat([key, shared_key], dim=-1), value
+
+
+def attends_by_sequence(config: KimiLinearConfig, layout: SequenceLayout) -> bool:
+    """Whether packed sequences are attended to one by one instead of in rows, whose mask grows with
+    the square of their length: by "sdpa", where the sequences are not too short for that."""
+    if not layout.is_packed or config._attn_implementation != "sdpa":
+        return False
+    assert layout.cu_seqlens is not None
+    count = layout.cu_seqlens.numel() - 1
+    is_long = layout.num_places >= count * SEQUENCE_TOKENS
+    return is_long and not torch.compiler.is_compiling()
 
 
 def is_flash_attention(config: KimiLinearConfig) -> bool:
@@ -505,5 +548,6 @@ __all__ = [
     "KimiLinearMLP",
     "KimiLinearRMSNorm",
     "KimiLinearShortConv",
+    "attends_by_sequence",
     "is_flash_attention",
 ]

@@ -45,8 +45,10 @@ from .layers_kimi_linear import (
     KimiLinearMLP,
     KimiLinearRMSNorm,
     KimiLinearShortConv,
+    attends_by_sequence,
     is_flash_attention,
 )
+from .loss_kimi_linear import DeferredLogits, LossBackend, causal_lm_loss, uses_fused_loss
 from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
 from .weight_conversion import (
@@ -55,6 +57,7 @@ from .weight_conversion import (
     register_conversion,
     stored_tensors,
 )
+from .wide_product import wide_linear
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +99,7 @@ class KimiLinearRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
         config = self.config
-        logits = self._logits(x)
+        logits = wide_linear(x, self.weight)
         bias = self.e_score_correction_bias.to(logits.dtype)
         renormalize = config.moe_renormalize and config.num_experts_per_token > 1  # as released
         is_sigmoid = config.moe_router_activation_func == "sigmoid"
@@ -116,20 +119,6 @@ class KimiLinearRouter(nn.Module):
         if renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * config.routed_scaling_factor, experts
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """[tokens, E] float32. Products of 16-bit numbers are exact in float32, so that a GPU needs
-        no wide copies of them, only a wide sum."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        records = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if (
-            x.is_cuda
-            and not records
-            and x.dtype == self.weight.dtype != wide
-            and "dtype" in torch.ops.aten.mm.overloads()
-        ):
-            return torch.ops.aten.mm.dtype(x, self.weight.t(), wide)
-        return F.linear(x.to(wide), self.weight.to(wide))
 
     def _within_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""
@@ -468,6 +457,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             return None
         if is_flash_attention(self.config) and past_key_values is None:
             return None  # the layout's boundaries say it all
+        if attends_by_sequence(self.config, layout):
+            return None
         inside = packed_sequence_mask_function(layout.sequence_ids) if layout.is_packed else None
         return create_causal_mask(
             config=self.config,
@@ -492,6 +483,10 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     # "auto": one token per row runs as one recorded graph where it can; "graph": or is an error;
     # "eager": it runs layer by layer. See `decode_graph.py`.
     decode_backend: DecodeBackend = "auto"
+    # "auto": the loss of training is computed without the logits where it can be, which then are
+    # made when something asks for them; "fused": or is an error; "logits": always from logits.
+    # See `loss_kimi_linear.py`.
+    loss_backend: LossBackend = "auto"
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__(config)
@@ -525,7 +520,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 wanted.
 
         Returns:
-            `loss`, `logits` [B, kept, vocab_size], and the backbone's outputs.
+            `loss`, `logits` [B, kept, vocab_size], and the backbone's outputs. In training with
+            labels the logits are `DeferredLogits`, see `loss_backend`.
         """
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
@@ -548,9 +544,10 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             seq_idx=seq_idx,
             **kwargs,
         )
+        x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
+        is_fused = uses_fused_loss(self, x, labels, logits_to_keep)
+        logits = DeferredLogits.of(self.lm_head, x) if is_fused else self.lm_head(x[:, kept, :])
         if labels is not None:
             if logits.shape[:2] != labels.shape:
                 raise ValueError(
@@ -566,9 +563,12 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             )
             if layout.cu_seqlens is not None:
                 kwargs.setdefault("shift_labels", _next_labels(labels, layout))
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            if is_fused:
+                loss = causal_lm_loss(x, self.lm_head.weight, labels, **kwargs)
+            else:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -578,7 +578,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             router_logits=outputs.router_logits,
         )
 
-    def _decode(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Any:
+    def _decode(self, input_ids: Any, attention_mask: Tensor | None, cache: Cache) -> Any:
         """Logits by the recorded decode step, or None if the call has to run layer by layer."""
         past = cache.layers[0].num_tokens
         mask = unless_all_real(attention_mask)

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call, R real token
 N sequences.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +44,12 @@ class SequenceLayout:
     def is_packed(self) -> bool:
         """Whether some row holds more than one sequence."""
         return self.sequence_ids is not None
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """`cu_seqlens` on the host, which waits for the device once."""
+        assert self.cu_seqlens is not None
+        return self.cu_seqlens.tolist()
 
     def to(self, device: torch.device, **kwargs: Any) -> "SequenceLayout":
         """A copy on another device; accelerate moves inputs to the next layers' with this."""

@@ -1,4 +1,4 @@
-"""Compile the kernels of prefill and of the decode step for a Hopper GPU without having one.
+"""Compile the kernels for a Hopper GPU without having one.
 
 Triton's interpreter runs what its compiler refuses, such as a name of two types. A process of its
 own does this, since it takes the place of Triton's driver.
@@ -18,7 +18,9 @@ from kimi_linear import (
     decode_projection,
     decode_step,
     grouped_kernels,
+    loss_kernel,
     prefill_kernels,
+    training_kernels,
 )
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -26,7 +28,9 @@ from triton.runtime import driver
 KERNELS = {
     conv_kernel: ["_convolve"],
     grouped_kernels: ["_gate_up", "_down"],
+    loss_kernel: ["_loss_and_gradient"],
     prefill_kernels: ["_silu_mul", "_weighted_sum", "_choose_experts"],
+    training_kernels: ["_weighted_silu_backward", "_sum_of_rows"],
 }
 
 
@@ -65,9 +69,18 @@ def compile_all(dtype: torch.dtype) -> None:
         )
         prefill_kernels.weighted_sum(torch.zeros(2 * k, D, dtype=dtype), weights, experts, E)
         prefill_kernels.silu_mul(inner, inner)
+        both = torch.zeros(2 * k, 2 * I, dtype=dtype)
+        training_kernels.launch_weighted_silu_backward(both, weights.flatten(), inner)
+        rows = torch.zeros(2 * k, D, dtype=dtype)
+        for each in (weights, None):
+            training_kernels.launch_sum_of_rows(rows, experts, each)
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
             conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
+    for V in (97, 163840):
+        logits, labels = torch.zeros(2, V), torch.zeros(2, dtype=torch.int64)
+        for out in (dtype, torch.float32):
+            loss_kernel.loss_and_gradient(logits, labels, torch.ones(()), -100, out)
 
 
 def real_sizes() -> KimiLinearForCausalLM:

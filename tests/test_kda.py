@@ -525,17 +525,19 @@ def pretend_fla(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("kernel", ["step", "chunk"])
 @pytest.mark.parametrize("with_state", [True, False])
-def test_fla_gets_no_empty_sequences(pretend_fla, with_state):
-    cu_seqlens = torch.tensor([0, 0, 5, 5, 12, 12], dtype=torch.int32)
-    inputs = make_inputs(B=1, T=12, V=24, num_states=5, dtype=torch.float32)
+def test_fla_gets_no_empty_sequences(pretend_fla, with_state, kernel):
+    T = kda_module.RECURRENT_TOKENS + (kernel == "chunk")
+    cu_seqlens = torch.tensor([0, 0, 5, 5, T, T], dtype=torch.int32)
+    inputs = make_inputs(B=1, T=T, V=24, num_states=5, dtype=torch.float32)
     if not with_state:
         inputs["initial_state"] = None
     expected = run(recurrent_kda, inputs, cu_seqlens=cu_seqlens)
     out, state = run(kda_attention, inputs, cu_seqlens=cu_seqlens)
-    assert [name for name, _ in pretend_fla] == ["chunk"]
-    torch.testing.assert_close(out, expected[0])
-    torch.testing.assert_close(state, expected[1])
+    assert [name for name, _ in pretend_fla] == [kernel]
+    assert_close(out, expected[0], torch.float32)
+    assert_close(state, expected[1], torch.float32)
 
 
 def test_fla_state_gradients_around_empty_sequences(pretend_fla):
@@ -548,13 +550,15 @@ def test_fla_state_gradients_around_empty_sequences(pretend_fla):
 
 
 def test_fla_kernel_by_length_and_gradients(pretend_fla):
-    one, more = (make_inputs(T=T, V=24, dtype=torch.float32) for T in (1, 2))
-    run(kda_attention, one)
-    run(kda_attention, more)
+    short = kda_module.RECURRENT_TOKENS
+    one, few, more = (make_inputs(T=T, V=24, dtype=torch.float32) for T in (1, short, short + 1))
+    for inputs in (one, few, more):
+        run(kda_attention, inputs)
     run_with_grads(kda_attention, one)
     with torch.no_grad():
         run(kda_attention, one | {"q": one["q"].clone().requires_grad_()})
-    assert [name for name, _ in pretend_fla] == ["step", "chunk", "chunk", "step"]
+    names = [name for name, _ in pretend_fla]
+    assert names == ["step", "step", "chunk", "chunk", "step"]
 
 
 def test_fla_layout_follows_writes_in_place(pretend_fla):

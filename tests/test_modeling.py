@@ -11,6 +11,8 @@ from kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
+from kimi_linear import layers_kimi_linear as layers
+from kimi_linear import modeling_kimi_linear as modeling
 from safetensors.torch import load_file
 from tolerance import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
@@ -106,6 +108,35 @@ def test_backends_agree_on_padding_and_packing(hybrid, backend):
         hybrid.set_attn_implementation("sdpa")
     assert_close(got[0][mask.bool()], expected[0][mask.bool()], FLOAT32, "padding")
     assert_close(got[1], expected[1], FLOAT32, "packing")
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_packed_sequences_attended_to_one_by_one(hybrid, monkeypatch, has_padding):
+    """What each gets, and its gradients, are those of rows with a mask; and no mask is made."""
+    ids = token_ids(2, 40)
+    inputs = {"labels": ids, "seq_idx": torch.arange(40).expand(2, -1) // 17}
+    if has_padding:
+        mask = torch.ones_like(ids)
+        mask[0, :18], mask[1, 10:13] = 0, 0  # all of a sequence, and the middle of one
+        inputs |= {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    masks = []
+    create = modeling.create_causal_mask
+    monkeypatch.setattr(
+        modeling, "create_causal_mask", lambda **kwargs: masks.append(1) or create(**kwargs)
+    )
+    found = []
+    for least in (1000, 1):
+        monkeypatch.setattr(layers, "SEQUENCE_TOKENS", least)
+        hybrid.zero_grad()
+        out = hybrid(ids, **inputs)
+        out.loss.backward()
+        grads = {name: p.grad.clone() for name, p in hybrid.named_parameters()}
+        found.append((out.logits if not has_padding else out.logits[mask.bool()], grads))
+    assert len(masks) == 1
+    assert_close(found[1][0], found[0][0], FLOAT32)
+    for name, grad in found[0][1].items():
+        assert_close(found[1][1][name], grad, FLOAT32, name)
+    hybrid.zero_grad()
 
 
 def flash_stand_in(

@@ -1,9 +1,5 @@
-"""Prefill's kernels beside their references: on a GPU, or by Triton's interpreter.
+"""Prefill's kernels beside their references: on a GPU, or by Triton's interpreter."""
 
-The interpreter must be chosen before triton is imported, so that a process of its own runs it.
-"""
-
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,49 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import DEVICE, DTYPES, IS_INTERPRETED, draw, triton, with_kernels
 from kimi_linear import grouped_kernels as grouped
 from kimi_linear import prefill_kernels as kernels
 from kimi_linear.conv_kernel import convolve_three
 from kimi_linear.short_conv import convolution_state, short_convolution
 from tolerance import assert_close
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
-DTYPES = [torch.float32] if IS_INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
-needs_kernels = [
-    pytest.mark.skipif(kernels.triton is None, reason="needs triton"),
-    *([] if IS_INTERPRETED else [pytest.mark.gpu]),
-]
 
-
-def with_kernels(test):
-    for mark in needs_kernels:
-        test = mark(test)
-    return test
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.skipif(IS_INTERPRETED, reason="this is it")
-def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(triton is None, reason="needs triton")
 @pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
 def test_all_compile_for_hopper(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def draw(*shape, dtype=torch.float32):
-    return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
 @with_kernels

@@ -1,0 +1,289 @@
+"""The loss of training without the logits, beside the loss from logits."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from builders import tiny_model, token_ids
+from kimi_linear import loss_kimi_linear
+from kimi_linear.loss_kimi_linear import DeferredLogits, chunk_tokens, linear_cross_entropy
+from tolerance import TOLERANCE, assert_close
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+V, D, C = 97, 40, 16
+WIDE_DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loss_kimi_linear, "CHUNK_ELEMENTS", V * C)
+    monkeypatch.setattr(loss_kimi_linear, "MIN_CHUNK_TOKENS", 1)
+    assert chunk_tokens(V) == C
+
+
+def draw(num_tokens, dtype):
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64) / 4
+    labels = torch.randint(0, V, (num_tokens,), generator=generator)
+    labels[1::5] = -100
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def from_logits(x, weight, labels, num_items=None):
+    """Loss and gradients by float64 logits."""
+    x, weight = (each.detach().double().requires_grad_() for each in (x, weight))
+    reduction = "mean" if num_items is None else "sum"
+    loss = F.cross_entropy(x @ weight.T, labels, reduction=reduction) / (num_items or 1)
+    return loss, *torch.autograd.grad(loss, (x, weight))
+
+
+@pytest.mark.parametrize("dtype", WIDE_DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, C - 1, C, C + 1, 3 * C + 5])
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
+def test_loss_and_gradients(num_tokens, dtype, num_items):
+    x, weight, labels = draw(num_tokens, dtype)
+    expected = from_logits(x, weight, labels, None if num_items is None else 7)
+    loss = linear_cross_entropy(x, weight, labels, num_items=num_items)
+    assert loss.dtype == dtype and loss.shape == ()
+    (3 * loss).backward()
+    for name, actual, wanted in zip(
+        ("loss", "x", "weight"), (loss, x.grad / 3, weight.grad / 3), expected, strict=True
+    ):
+        assert_close(actual, wanted, dtype, name)
+
+
+def test_only_wanted_gradients():
+    x, weight, labels = draw(C + 3, torch.float32)
+    expected = from_logits(x, weight, labels)
+    (dx,) = torch.autograd.grad(linear_cross_entropy(x, weight.detach(), labels), x)
+    assert_close(dx, expected[1], torch.float32)
+    (dweight,) = torch.autograd.grad(linear_cross_entropy(x.detach(), weight, labels), weight)
+    assert_close(dweight, expected[2], torch.float32)
+    assert not linear_cross_entropy(x.detach(), weight.detach(), labels).requires_grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bits_are_not_further_off_than_by_logits(autocast):
+    x, weight, labels = draw(5 * C, torch.bfloat16)
+    if autocast:
+        x, weight = (each.detach().float().requires_grad_() for each in (x, weight))
+    exact = from_logits(x, weight, labels)
+
+    def run(loss_of):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = loss_of()
+        return loss, *torch.autograd.grad(loss, (x, weight))
+
+    fused = run(lambda: linear_cross_entropy(x, weight, labels))
+    wide = run(lambda: F.cross_entropy(F.linear(x, weight).float(), labels))
+    for name, ours, theirs, wanted in zip(("loss", "x", "weight"), fused, wide, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        error, allowed = ((each.double() - wanted).norm() for each in (ours, theirs))
+        assert error <= 1.5 * allowed + TOLERANCE[torch.float32] * wanted.norm(), name
+
+
+def test_no_label_counts():
+    x, weight, labels = draw(C + 1, torch.float32)
+    labels[:] = -100
+    assert linear_cross_entropy(x, weight, labels).isnan()  # as F.cross_entropy
+    loss = linear_cross_entropy(x, weight, labels, num_items=5)
+    loss.backward()
+    assert loss == 0 and not x.grad.any() and not weight.grad.any()
+
+
+def test_second_backward_is_refused():
+    x, weight, labels = draw(5, torch.float32)
+    loss = linear_cross_entropy(x, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="loss_backend='fused' is not possible.*'logits'"):
+        loss.backward()
+
+
+# -------------------------------------------------------------------------------------- the model
+def run(model, backend, ids, *, labels=None, **kwargs):
+    """Output, and gradients by name."""
+    model.loss_backend = backend
+    model.zero_grad()
+    out = model(ids, labels=ids if labels is None else labels, **kwargs)
+    out.loss.backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def padded(ids):
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, 20:] = 0
+    return {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+INPUTS = {
+    "plain": lambda ids: {},
+    "padded": padded,
+    "packed": lambda ids: {"position_ids": torch.arange(ids.shape[1]).expand(2, -1) % 11},
+    "boundaries": lambda ids: {"cu_seq_lens_q": torch.tensor([0, 9, 30, ids.numel()])},
+    "count": lambda ids: {"num_items_in_batch": torch.tensor(13)},
+    "shifted": lambda ids: {"shift_labels": ids.flip(1)},
+    "ignored": lambda ids: {"labels": ids.masked_fill(ids < 50, 3), "ignore_index": 3},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_model_gets_the_gradients_of_its_logits(inputs, tied):
+    model, ids = tiny_model(tie_word_embeddings=tied).train(), token_ids(2, 30)
+    kwargs = INPUTS[inputs](ids)
+    expected, expected_grads = run(model, "logits", ids, **kwargs)
+    actual, grads = run(model, "auto", ids, **kwargs)
+    assert type(actual.logits) is DeferredLogits and type(expected.logits) is torch.Tensor
+    assert_close(actual.loss, expected.loss, torch.float32)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        assert_close(grads[name], grad, torch.float32, name)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(each, torch.Tensor):
+                self.numel = max(self.numel, each.numel())
+        return out
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
+    vocab_size, ids = 5003, token_ids(2, 64)
+    monkeypatch.setattr(loss_kimi_linear, "CHUNK_ELEMENTS", vocab_size * C)
+    model = tiny_model(vocab_size=vocab_size).train()
+    largest = {}
+    for backend in ("logits", "fused"):
+        with LargestTensor() as seen:
+            run(model, backend, ids)
+        largest[backend] = seen.numel
+    assert largest["logits"] == ids.numel() * vocab_size
+    assert largest["fused"] == model.lm_head.weight.numel()  # its gradient; a chunk is smaller
+
+
+class Adapter(nn.Module):
+    """Stands for a layer that PEFT puts in place of another."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight = base, base.weight
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def with_a_hook(model):
+    model.lm_head.register_forward_hook(lambda *args: None)
+
+
+def with_an_adapter(model):
+    model.lm_head = Adapter(model.lm_head)
+
+
+def with_a_bias(model):
+    model.lm_head = nn.Linear(D, V)
+
+
+def with_a_function(model):
+    model.loss_function = functools.partial(ForCausalLMLoss)
+
+
+def in_another_dtype(model):
+    model.lm_head.to(torch.bfloat16)
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
+
+
+@pytest.mark.parametrize(
+    "change", [with_a_hook, with_an_adapter, with_a_bias, with_a_function, in_another_dtype]
+)
+def test_logits_where_they_are_needed(change):
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    change(model)
+    out, _ = run(model, "auto", ids)
+    assert isinstance(out.logits, torch.Tensor)
+    with pytest.raises(ValueError, match="loss_backend='fused' is not possible here: .*'logits'"):
+        run(model, "fused", ids)
+
+
+def test_logits_outside_training():
+    model, ids = tiny_model(), token_ids(2, 9)
+    model.loss_backend = "fused"
+    assert isinstance(model(ids, labels=ids).logits, torch.Tensor)
+    model.train()
+    assert isinstance(model(ids).logits, torch.Tensor)
+    with torch.no_grad():
+        assert isinstance(model(ids, labels=ids).logits, torch.Tensor)
+    model.loss_backend = "auto"
+    with pytest.raises(ValueError, match="logits_to_keep=2 is not allowed"):
+        model(ids, labels=ids, logits_to_keep=2)
+
+
+def test_unknown_backend():
+    model, ids = tiny_model().train(), token_ids(1, 3)
+    model.loss_backend = "quick"
+    with pytest.raises(ValueError, match="loss_backend='quick'.*'auto', 'fused', 'logits'"):
+        model(ids, labels=ids)
+
+
+# -------------------------------------------------------------------------------- deferred logits
+def test_deferred_logits_are_the_logits():
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    expected = run(model, "logits", ids)[0].logits
+    logits = run(model, "auto", ids)[0].logits
+    assert logits.shape == expected.shape and logits.dtype == expected.dtype
+    assert logits.device == expected.device and logits._made is None
+    for actual, wanted in (
+        (logits.tensor(), expected),
+        (logits[..., :-1, :], expected[..., :-1, :]),
+        (logits.argmax(-1), expected.argmax(-1)),
+        (torch.cat([logits, logits]), torch.cat([expected, expected])),
+        (F.log_softmax(input=logits, dim=-1), F.log_softmax(expected, dim=-1)),
+        (2 * logits - 1, 2 * expected - 1),
+        (logits > 0, expected > 0),
+        (logits == expected, torch.ones_like(expected, dtype=torch.bool)),
+        (logits.to(torch.float64), expected.double()),
+        (torch.stack(list(logits)), expected),
+    ):
+        torch.testing.assert_close(getattr(actual, "tensor", lambda a=actual: a)(), wanted)
+    assert len(logits) == 2
+    with pytest.raises(AttributeError):
+        _ = logits.no_such_thing
+
+
+def test_deferred_logits_are_not_made_by_accelerate():
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model, ids = tiny_model().to(torch.bfloat16).train(), token_ids(2, 9)
+    out = convert_outputs_to_fp32(model.forward)(ids, labels=ids)
+    assert type(out.logits) is DeferredLogits and out.logits.dtype == torch.float32
+    assert out.logits._made is None
+    assert out.logits[0].dtype == torch.float32
+
+
+def test_deferred_logits_under_the_autocast_of_their_forward():
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids, labels=ids).logits
+    assert logits.dtype == logits.tensor().dtype == torch.bfloat16
+
+
+def test_deferred_logits_have_a_gradient_where_it_is_recorded():
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    out = model(ids, labels=ids)
+    with torch.no_grad():
+        assert not out.logits.tensor().requires_grad
+    (out.loss + out.logits.square().mean()).backward()
+    model.loss_backend = "logits"
+    grad, model.lm_head.weight.grad = model.lm_head.weight.grad, None
+    out = model(ids, labels=ids)
+    (out.loss + out.logits.square().mean()).backward()
+    assert_close(grad, model.lm_head.weight.grad, torch.float32)

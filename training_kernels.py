@@ -1,0 +1,194 @@
+"""Triton kernels of the experts in training: a gated SiLU's backward pass, and sums of rows.
+
+Each reads its inputs once and writes its outputs once; beside them, as `reference_...`, is what
+they do in torch, which is what runs elsewhere. Sums are in float32, in a fixed order.
+
+Shapes: P pairs of a token and one of its experts, T tokens, k experts of one token, D hidden size,
+I expert width.
+"""
+
+# mypy: disable-error-code=no-untyped-def
+# (a kernel's arguments are Triton's)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .prefill_kernels import has_kernels, reference_silu_mul, silu_mul
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up [P, I] of gate and up side by side [P, 2I]."""
+    if has_kernels(gate_up):
+        return silu_mul(*gate_up.chunk(2, dim=1))
+    if gate_up.dtype == torch.float64:
+        gate, up = gate_up.chunk(2, dim=1)
+        return F.silu(gate) * up
+    return reference_silu_mul(*gate_up.chunk(2, dim=1))
+
+
+# ------------------------------------------------------------------------ gated SiLU, backward pass
+def reference_weighted_silu_backward(
+    gate_up: Tensor, weights: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward pass of weights * silu(gate) * up.
+
+    Args:
+        gate_up: [P, 2I].
+        weights: [P].
+        grad: [P, I], of the product.
+
+    Returns:
+        The gradient of `gate_up` [P, 2I], that of `weights` [P], and the product [P, I].
+    """
+    wide = weights.dtype
+    gate, up = gate_up.to(wide).chunk(2, dim=1)
+    sigmoid, grad = gate.sigmoid(), grad.to(wide)
+    silu, weight = gate * sigmoid, weights[:, None]
+    inner, scaled = silu * up, grad * weight
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
+    grad_gate_up = torch.cat([scaled * up * slope, scaled * silu], dim=1).to(gate_up.dtype)
+    return grad_gate_up, (grad * inner).sum(dim=1), (inner * weight).to(gate_up.dtype)
+
+
+def weighted_silu_backward(
+    gate_up: Tensor, weights: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, one program a pair."""
+    if not has_kernels(gate_up, weights, grad):
+        return reference_weighted_silu_backward(gate_up, weights, grad)
+    return launch_weighted_silu_backward(gate_up, weights, grad)
+
+
+def launch_weighted_silu_backward(
+    gate_up: Tensor, weights: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    P, size = grad.shape
+    grad_gate_up, inner = torch.empty_like(gate_up), torch.empty_like(grad)
+    grad_weights = torch.empty_like(weights)
+    if P:
+        with torch.cuda.device_of(grad):
+            _weighted_silu_backward[(P,)](
+                gate_up,
+                weights,
+                grad,
+                grad_gate_up,
+                grad_weights,
+                inner,
+                size,
+                BLOCK=min(1024, triton.next_power_of_2(size)),
+            )
+    return grad_gate_up, grad_weights, inner
+
+
+# ------------------------------------------------------------------------------------ sums of rows
+def reference_sum_of_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+    """[T, D]: of each token the rows at its `places`, weighted if there are weights, summed.
+
+    Args:
+        rows: [P, D].
+        places: [T, k] int64, rows' numbers.
+        weights: [T, k], or None.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    picked = rows[places].to(wide)
+    if weights is not None:
+        picked = picked * weights[..., None]
+    return picked.sum(dim=1).to(rows.dtype)
+
+
+def sum_of_rows(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The same, one program a token."""
+    if not has_kernels(rows, *([] if weights is None else [weights])):
+        return reference_sum_of_rows(rows, places, weights)
+    return launch_sum_of_rows(rows, places, weights)
+
+
+def launch_sum_of_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+    (T, k), D = places.shape, rows.shape[1]
+    out = rows.new_empty(T, D)
+    if T:
+        with torch.cuda.device_of(rows):
+            _sum_of_rows[(T,)](
+                rows,
+                places,
+                places if weights is None else weights,
+                out,
+                D,
+                NUM=k,
+                IS_WEIGHTED=weights is not None,
+                BLOCK=triton.next_power_of_2(D),
+                num_warps=8,
+            )
+    return out
+
+
+# ----------------------------------------------------------------------------------------- kernels
+if triton is not None:
+
+    @triton.jit
+    def _weighted_silu_backward(
+        gate_up, weights, grad, grad_gate_up, grad_weights, inner, size, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        weight = tl.load(weights + row).to(tl.float32)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, size, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < size
+            left = row * 2 * size + column
+            gate = tl.load(gate_up + left, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(gate_up + left + size, mask=inside, other=0.0).to(tl.float32)
+            own = tl.load(grad + row * size + column, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            total += own * silu * up
+            scaled = own * weight
+            dtype = grad_gate_up.dtype.element_ty
+            grad_gate = scaled * up * sigmoid * (1 + gate * (1 - sigmoid))
+            tl.store(grad_gate_up + left, grad_gate.to(dtype), mask=inside)
+            tl.store(grad_gate_up + left + size, (scaled * silu).to(dtype), mask=inside)
+            product = (silu * up * weight).to(inner.dtype.element_ty)
+            tl.store(inner + row * size + column, product, mask=inside)
+        result = tl.sum(total, axis=0).to(grad_weights.dtype.element_ty)
+        tl.store(grad_weights + row, result)
+
+    @triton.jit
+    def _sum_of_rows(
+        rows,
+        places,
+        weights,
+        out,
+        size,
+        NUM: tl.constexpr,
+        IS_WEIGHTED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for slot in tl.static_range(NUM):
+            place = tl.load(places + token * NUM + slot)
+            row = tl.load(rows + place * size + column, mask=column < size, other=0.0)
+            row = row.to(tl.float32)
+            if IS_WEIGHTED:
+                row *= tl.load(weights + token * NUM + slot).to(tl.float32)
+            total += row
+        tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=column < size)
+
+
+__all__ = [
+    "gated_silu",
+    "launch_sum_of_rows",
+    "launch_weighted_silu_backward",
+    "reference_sum_of_rows",
+    "reference_weighted_silu_backward",
+    "sum_of_rows",
+    "weighted_silu_backward",
+]
