@@ -25,6 +25,9 @@ from torch.autograd.function import once_differentiable
 from .kda import no_autocast
 from .training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
 
+# Where it is used. Its kernels for CUDA have run under Triton's interpreter only.
+DEVICES = ("cpu",)
+
 
 def grouped_mm() -> Callable[..., Tensor] | None:
     """torch's products by group, under whichever name this torch has them."""
@@ -34,7 +37,9 @@ def grouped_mm() -> Callable[..., Tensor] | None:
 def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
     """Whether `train_experts` takes this call."""
     matrices = experts.gate_up_proj, experts.down_proj
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.device.type not in DEVICES or torch.compiler.is_compiling():
+        return False
+    if not torch.is_grad_enabled():
         return False
     if not any(each.requires_grad for each in (x, weights, *matrices)):
         return False

@@ -33,6 +33,8 @@ CHUNK_ELEMENTS = 1 << 27
 # The head's gradient is read and written once a chunk: small ones would do little else.
 MIN_CHUNK_TOKENS = 64
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+# Where "auto" takes it. Its kernel for CUDA has run under Triton's interpreter only.
+AUTO_DEVICES = ("cpu",)
 
 
 def linear_cross_entropy(
@@ -189,6 +191,8 @@ def uses_fused_loss(
             f"loss_backend={backend!r} is not allowed: it must be one of {get_args(LossBackend)}"
         )
     if labels is None or backend == "logits" or not (model.training and torch.is_grad_enabled()):
+        return False
+    if backend == "auto" and hidden_states.device.type not in AUTO_DEVICES:
         return False
     obstacle = _obstacle(model, hidden_states, labels, logits_to_keep)
     if obstacle and backend == "fused":
