@@ -6,12 +6,12 @@ import pytest
 import torch
 from builders import token_ids
 from decode_models import DEVICES, INTERPRETED, decode_model, small_grids  # noqa: F401
-from kimi_linear import KimiLinearCache, decode_graph
+from kimi_linear import KimiLinearCache, decode_graph, decode_projection
 from tolerance import assert_close, assert_kernel_close
 
 pytestmark = pytest.mark.usefixtures("small_grids")
 each_device = pytest.mark.parametrize("device", DEVICES)
-GREEDY = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=96)
+GREEDY = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=96)
 
 
 def check(actual, expected, name=""):
@@ -53,6 +53,17 @@ def test_steps_equal_the_layers(num_rows, device):
     for own, other in zip(graph.layers, eager.layers, strict=True):
         assert own.num_tokens == other.num_tokens
         assert getattr(own, "num_logged", None) == getattr(other, "num_logged", None)
+
+
+@each_device
+@torch.no_grad()
+def test_many_rows_equal_the_layers(device, monkeypatch):
+    """As beyond `SOME_ROWS`: each weight by a product of its own."""
+    monkeypatch.setattr(decode_projection, "SOME_ROWS", 4)
+    model = decode_model(device)
+    cache, ids = KimiLinearCache(model.config), token_ids(6, 7)
+    call(model, "eager", ids, cache)
+    both(model, cache, ids, steps=2)
 
 
 @each_device
@@ -103,8 +114,8 @@ def test_prefix_shared_by_forks_and_rows(device):
     cache.batch_repeat_interleave(3)
     fork = cache.fork()
     assert model.decode_backend == "eager" and fork.layers[1].full[0].shape[0] == 1
-    both(model, fork, ids.expand(3, -1))
-    both(model, cache, ids.expand(3, -1))
+    both(model, fork, ids.expand(3, -1), steps=2)
+    both(model, cache, ids.expand(3, -1), steps=1)
 
 
 @each_device
@@ -117,7 +128,7 @@ def test_long_texts_grow_beyond_a_block(device, monkeypatch):
     cache, ids = KimiLinearCache(model.config, rollback_tokens=0), token_ids(1, 11)
     for part in ids.split(3, dim=1):
         call(model, "eager", part, cache)
-    both(model, cache, ids, steps=10)
+    both(model, cache, ids, steps=6)
 
 
 @each_device
@@ -141,7 +152,7 @@ def test_anchors_move_under_steps(device):
     model = decode_model(device)
     cache, ids = KimiLinearCache(model.config, rollback_tokens=2), token_ids(1, 6)
     call(model, "eager", ids, cache)
-    _, graph = both(model, cache, ids, steps=8)
+    _, graph = both(model, cache, ids, steps=5)
     graph.crop(-2)
 
 
@@ -168,7 +179,7 @@ def test_caches_take_turns(device):
     [
         {},
         {"do_sample": True, "top_k": 5},
-        {"num_beams": 3},
+        {"num_beams": 2},
         {"do_sample": True, "num_return_sequences": 2},
         {"cache_implementation": "static"},
         {"return_dict_in_generate": True},
