@@ -37,6 +37,7 @@ CONSTANTS = ("num_experts_per_token", "routed_scaling_factor", "moe_renormalize"
 # what only the layers themselves can hand out
 RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 DEVICE_TYPES = ("cuda",)
+MIN_CAPABILITY = (8, 0)
 PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -217,10 +218,22 @@ def model_obstacle(model: nn.Module) -> str:
     """Why this model cannot decode by `DecodeStep`, or ""."""
     if triton is None:
         return "triton is not installed"
-    device = next(model.parameters()).device.type
-    if device not in DEVICE_TYPES:
-        return f"the model is on {device!r}, it must be on one of {DEVICE_TYPES}"
-    return _size_obstacle(model.config) or _weight_obstacle(model)
+    device = next(model.parameters()).device
+    if device.type not in DEVICE_TYPES:
+        return f"the model is on {device.type!r}, it must be on one of {DEVICE_TYPES}"
+    return _chip_obstacle(device) or _size_obstacle(model.config) or _weight_obstacle(model)
+
+
+def _chip_obstacle(device: torch.device) -> str:
+    """GPUs that the kernels are not made for."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip is not None:
+        return "this torch is not made for CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"the GPU's compute capability {capability} is below {MIN_CAPABILITY}"
+    return ""
 
 
 def _size_obstacle(config: Any) -> str:

@@ -317,6 +317,20 @@ def test_sizes_that_the_kernels_do_not_take(fields, message):
     assert reason.startswith(message)
 
 
+def test_chips_that_the_kernels_are_not_made_for(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, message in [
+        ((7, 5), "compute capability (7, 5) is below (8, 0)"),
+        ((9, 0), ""),
+    ]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert message in decode_graph._chip_obstacle(device)
+        assert bool(message) == bool(decode_graph._chip_obstacle(device))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert decode_graph._chip_obstacle(device) == "this torch is not made for CUDA"
+
+
 def test_weights_that_the_kernels_do_not_take(monkeypatch):
     monkeypatch.setattr(decode_graph, "DTYPES", (torch.float32,))
     model = decode_model("cpu")
