@@ -45,7 +45,7 @@ def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
         return False
     return (
         experts.config.hidden_act in ("silu", "swish")
-        and not experts._is_expert_parallel
+        and matrices[0].shape[0] == experts.config.num_experts  # no expert parallelism
         and all(type(each) in (nn.Parameter, Tensor) for each in matrices)
         and all(each.device == x.device and each.dtype == matrices[0].dtype for each in matrices)
         and weights.dtype == torch.promote_types(x.dtype, torch.float32)
