@@ -22,8 +22,8 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .decode_kernels import TritonError, triton
-from .decode_projection import power_of_two
 from .decode_step import TABLE_COLUMNS, DecodeStep
+from .kda import power_of_two
 
 logger = logging.get_logger(__name__)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decode_kernels import project_kernel, project_many_kernel
+from .kda import power_of_two
 
 FEW_ROWS = 4
 # rows up to which several weights are applied in one launch; beyond, cuBLAS takes one by one
@@ -19,11 +20,6 @@ SOME_ROWS = 64
 TILE_BYTES = 40 << 10
 # programs that keep a GPU of about 130 multiprocessors busy
 PROGRAMS = 128
-
-
-def power_of_two(size: int) -> int:
-    """The smallest one that is at least `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def cut(size: int) -> tuple[int, int]:
@@ -167,5 +163,4 @@ __all__ = [
     "can_link",
     "cut",
     "linked",
-    "power_of_two",
 ]

@@ -43,8 +43,8 @@ from .decode_projection import (
     can_link,
     cut,
     linked,
-    power_of_two,
 )
+from .kda import power_of_two
 
 # shares of a row's latents, and tokens that a program loads at once
 SPLITS = 264

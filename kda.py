@@ -274,7 +274,8 @@ class _Segment(NamedTuple):
     is_last: bool  # all its sequences end here
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
+    """The smallest one that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
@@ -292,7 +293,7 @@ def _plan_batch(B: int, T: int, max_tokens: int, device: torch.device) -> list[_
             tokens = slice(start, end)
             segments.append(_Segment(rows, tokens, None, CHUNK_SIZE, count, start == 0, end == T))
         if whole < T:
-            size = _power_of_two(T - whole)
+            size = power_of_two(T - whole)
             valid = None
             if size != T - whole:
                 valid = (torch.arange(size, device=device) < T - whole)[None]
