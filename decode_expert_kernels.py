@@ -11,7 +11,7 @@ chosen experts and then its shared ones.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from .decode_kernels import jit, norm_scale, tl, wait
+from .decode_kernels import jit, norm_scale, tl, wait, wait_first
 
 
 # --------------------------------------------------------------------------------------- few rows
@@ -79,13 +79,15 @@ def experts_in_kernel(
     BLOCK: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """silu(gate) * up of every slot of every row, for norm(x)."""
-    wait(IS_LINKED)
-    slot = tl.program_id(1)
-    row = (slot // SLOTS).to(tl.int64)
-    slot = slot % SLOTS
+    """silu(gate) * up of every slot of every row, for norm(x).
+
+    Programs of shared experts, whose weights need no choice, come first.
+    """
+    row = (tl.program_id(1) // SLOTS).to(tl.int64)
+    slot = (tl.program_id(1) + TOP) % SLOTS
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if slot < TOP:
+        wait_first(IS_LINKED)
         gate = gate_up + tl.load(experts + row * TOP + slot).to(tl.int64) * 2 * I * D
         up = gate + I * D
     else:
@@ -95,13 +97,16 @@ def experts_in_kernel(
     inside = (n < I)[:, None]
     gate_w = tl.load(gate + n[:, None] * D + d[None, :], mask=inside, other=0.0)
     up_w = tl.load(up + n[:, None] * D + d[None, :], mask=inside, other=0.0)
-    x_d = tl.load(x + row * D + d).to(tl.float32)
-    square = tl.sum(x_d * x_d)
     if SMALL > 0:
         e = LARGE + tl.arange(0, SMALL)
         both = inside & (e < D)[None, :]
         gate_e = tl.load(gate + n[:, None] * D + e[None, :], mask=both, other=0.0)
         up_e = tl.load(up + n[:, None] * D + e[None, :], mask=both, other=0.0)
+    if slot >= TOP:
+        wait_first(IS_LINKED)
+    x_d = tl.load(x + row * D + d).to(tl.float32)
+    square = tl.sum(x_d * x_d)
+    if SMALL > 0:
         x_e = tl.load(x + row * D + e, mask=e < D, other=0.0).to(tl.float32)
         square += tl.sum(x_e * x_e)
         x_e *= tl.load(norm + e, mask=e < D, other=0.0).to(tl.float32)
@@ -126,32 +131,42 @@ def experts_out_kernel(
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     PLACES: tl.constexpr,  # I, or more, a power of two
+    SHARED_PLACES: tl.constexpr,  # shared * I, or more, a power of two
     TOP: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """Add the weighted outputs of a row's experts, and its shared experts', to the row."""
-    wait(IS_LINKED)
+    """Add the weighted outputs of a row's experts, and its shared experts', to the row.
+
+    What was chosen is known: `experts_in_kernel`, before this one, starts it after its own wait.
+    """
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.arange(0, PLACES)
+    i, s = tl.arange(0, PLACES), tl.arange(0, SHARED_PLACES)
     inside = (n < D)[:, None] & (i < I)[None, :]
-    products = tl.zeros([BLOCK, PLACES], tl.float32)
     width: tl.constexpr = (SLOTS - TOP) * I
-    for slot in tl.static_range(SLOTS):
-        if slot < TOP:
-            expert = tl.load(experts + row * TOP + slot).to(tl.int64)
-            place = down + (expert * D + n[:, None]) * I + i[None, :]
-            factor = tl.load(weights + row * TOP + slot)
-        else:
-            place = shared_down + n[:, None] * width + (slot - TOP) * I + i[None, :]
-            factor = 1.0
-        w = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(x + (row * SLOTS + slot) * I + i, mask=i < I, other=0.0).to(tl.float32)
-        products += w * (factor * a)[None, :]
+    chosen = ()
+    for slot in tl.static_range(TOP):
+        # a multiprocessor's cache may still hold an older choice
+        expert = tl.load(experts + row * TOP + slot, cache_modifier=".cg").to(tl.int64)
+        place = down + (expert * D + n[:, None]) * I + i[None, :]
+        chosen = chosen + (tl.load(place, mask=inside, other=0.0),)
+    if SLOTS > TOP:
+        both = (n < D)[:, None] & (s < width)[None, :]
+        shared_w = tl.load(shared_down + n[:, None] * width + s[None, :], mask=both, other=0.0)
+    wait(IS_LINKED)
+    x += row * SLOTS * I
     y = tl.load(out + row * D + n, mask=n < D, other=0.0).to(tl.float32)
-    tl.store(out + row * D + n, y + tl.sum(products, axis=1), mask=n < D)
+    products = tl.zeros([BLOCK, PLACES], tl.float32)
+    for slot in tl.static_range(TOP):
+        a = tl.load(x + slot * I + i, mask=i < I, other=0.0).to(tl.float32)
+        products += chosen[slot].to(tl.float32) * (tl.load(weights + row * TOP + slot) * a)[None, :]
+    y += tl.sum(products, axis=1)
+    if SLOTS > TOP:
+        a = tl.load(x + TOP * I + s, mask=s < width, other=0.0).to(tl.float32)
+        y += tl.sum(shared_w.to(tl.float32) * a[None, :], axis=1)
+    tl.store(out + row * D + n, y, mask=n < D)
 
 
 # -------------------------------------------------------------------------------------- many rows

@@ -9,7 +9,9 @@ in which order they run; `tests/test_decode_kernels.py` compares each with torch
 Sums are in float32. What passes from kernel to kernel is in the buffers' dtype.
 
 With IS_LINKED, kernels are launched before the ones before them have ended (programmatic dependent
-launch, from compute capability 9.0): they load weights, then `wait`, then touch all else.
+launch, from compute capability 9.0): they load weights, then `wait`, then touch all else. Since
+each lets the next one start before it waits itself, weights of several kernels to come are loaded
+while a small one runs; after its wait a kernel sees what all before it have written.
 
 Shapes: B rows (one token each), D hidden size, N output columns, H heads, K key and value size of
 KDA, W taps, L latent rank, P shared key part, R = L + P, E experts, I expert width, S slots: the
@@ -49,7 +51,16 @@ def _at(address, like):
 
 @jit
 def wait(IS_LINKED: tl.constexpr):
-    """Wait for the kernel before, then let the next one start, which may load its weights."""
+    """Let the next kernel start, which may load its weights; wait for all kernels before."""
+    if IS_LINKED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@jit
+def wait_first(IS_LINKED: tl.constexpr):
+    """Wait for all kernels before; the next one, which may then read what the one before this one
+    has written, starts after that."""
     if IS_LINKED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -524,6 +535,7 @@ __all__ = [
     "tl",
     "triton",
     "wait",
+    "wait_first",
     "absorb_kernel",
     "add_norm_kernel",
     "attend_kernel",

@@ -51,7 +51,7 @@ SPLITS = 264
 ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 16, 4, 4
 TABLE_COLUMNS = 6
 KDA_BLOCK, KDA_WARPS = 64, 8
-OUT_BLOCK = 2
+OUT_BLOCK, OUT_WARPS, OUT_REGISTERS = 2, 8, None
 
 
 class DecodeStep:
@@ -451,10 +451,12 @@ class DecodeStep:
             D=D,
             I=width,
             PLACES=power_of_two(width),
+            SHARED_PLACES=power_of_two(max(1, self.num_shared * width)),
             TOP=self.top,
             SLOTS=slots,
             BLOCK=block,
-            num_warps=8,
+            num_warps=OUT_WARPS,
+            maxnreg=OUT_REGISTERS,
             **linked(self.is_linked),
         )
 

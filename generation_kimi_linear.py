@@ -9,6 +9,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
+from .late_stop import late_sample
 from .sessions import Session, load_session, read_session, save_session
 
 logger = logging.get_logger(__name__)
@@ -89,6 +90,11 @@ class KimiLinearGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """As usual, but on CUDA the host does not wait for each token, see `late_stop.py`."""
+        late = late_sample()
+        return super()._sample(*args, **kwargs) if late is None else late(self, *args, **kwargs)
 
     def _new_cache(self, generation_config: Any, max_cache_length: int) -> KimiLinearCache:
         """A cache that can be cropped if someone will be able to: it is returned, or a draft's."""
