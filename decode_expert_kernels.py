@@ -41,12 +41,15 @@ def route_kernel(
         largest = tl.max(logit)
         total = tl.sum(tl.exp(logit - largest))
     score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
-    choice = tl.where(e < E, score + correction, -float("inf"))
+    # as integers of the same order, of which a warp finds the largest in one instruction
+    choice = (score + correction).to(tl.int32, bitcast=True)
+    choice = tl.where(choice < 0, choice ^ 0x7FFFFFFF, choice)
+    choice = tl.where(e < E, choice, -0x80000000)
     chosen = tl.zeros([SLOTS], tl.int32)
     for i in tl.static_range(TOP):
-        best = tl.minimum(tl.argmax(choice, axis=0), E - 1)  # also where all is NaN
+        best = tl.min(tl.where(choice == tl.max(choice), e, PLACES))
         chosen = tl.where(slot == i, best, chosen)
-        choice = tl.where(e == best, -float("inf"), choice)
+        choice = tl.where(e == best, -0x80000000, choice)
     logit = tl.load(logits + row * E + chosen)
     score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
     if RENORMALIZE:

@@ -59,8 +59,8 @@ def wait(IS_LINKED: tl.constexpr):
 
 @jit
 def wait_first(IS_LINKED: tl.constexpr):
-    """Wait for all kernels before; the next one, which may then read what the one before this one
-    has written, starts after that."""
+    """Wait for all kernels before; then let the next one start, which may at once read what those
+    have written."""
     if IS_LINKED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

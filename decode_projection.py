@@ -17,7 +17,7 @@ FEW_ROWS = 4
 # rows up to which several weights are applied in one launch; beyond, cuBLAS takes one by one
 SOME_ROWS = 64
 # bytes of weights that a program of a matrix-vector kernel reads
-TILE_BYTES = 40 << 10
+TILE_BYTES, TILE_WARPS = 40 << 10, 4
 # programs that keep a GPU of about 130 multiprocessors busy
 PROGRAMS = 128
 
@@ -115,7 +115,7 @@ class Projection:
             HAS_NORM=norm is not None,
             HAS_RESIDUAL=residual is not None,
             HAS_LOG=table is not None,
-            num_warps=8,
+            num_warps=TILE_WARPS,
             **linked(self.is_linked),
         )
 
@@ -158,7 +158,6 @@ class Projection:
 
 __all__ = [
     "FEW_ROWS",
-    "TILE_BYTES",
     "Projection",
     "can_link",
     "cut",

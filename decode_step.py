@@ -38,7 +38,6 @@ from .decode_kernels import (
 )
 from .decode_projection import (
     FEW_ROWS,
-    TILE_BYTES,
     Projection,
     can_link,
     cut,
@@ -48,10 +47,17 @@ from .kda import power_of_two
 
 # shares of a row's latents, and tokens that a program loads at once
 SPLITS = 264
-ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 16, 4, 4
+ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 32, 4, 3
 TABLE_COLUMNS = 6
+# columns of a state that a program has, and its warps: for few rows, and for more
 KDA_BLOCK, KDA_WARPS = 64, 8
-OUT_BLOCK, OUT_WARPS, OUT_REGISTERS = 2, 8, None
+MANY_KDA_BLOCK, MANY_KDA_WARPS = 32, 4
+# bytes, or rows, of weights that a program reads, and its warps: the experts of few rows ...
+IN_BYTES, IN_WARPS = 40 << 10, 4
+OUT_BLOCK, OUT_WARPS = 4, 4
+# ... and of more: rows and columns of a tile
+GROUPED_IN_BLOCK, GROUPED_IN_STEP = 32, 128
+GROUPED_OUT_BLOCK, GROUPED_OUT_STEP = 128, 64
 
 
 class DecodeStep:
@@ -154,14 +160,14 @@ class DecodeStep:
         """The feed-forward layers' projections, and the buffers that they share."""
         config, B, D = self.config, self.num_rows, self.config.hidden_size
         self.routers: list[Projection | None] = []
-        self.shared: list[tuple[Projection, Projection] | None] = []
+        self.shared: list[tuple[Projection | None, Projection] | None] = []
         for layer in self.layers:
             moe = layer.block_sparse_moe if layer.is_moe else None
             self.routers.append(None if moe is None else self._projection(moe.gate.weight))
             mlp = layer.mlp if moe is None else getattr(moe, "shared_experts", None)
             self.shared.append(None if mlp is None else self._mlp(mlp))
-        widths = [pair[0].width for pair in self.shared if pair is not None]
-        self.mlp = self._empty(B, max(widths, default=0))
+        widths = [pair[1].size for pair in self.shared if pair is not None]
+        self.mlp = self._empty(B * max(widths, default=0))
         if not any(layer.is_moe for layer in self.layers):
             return
         self.top, self.num_shared = config.num_experts_per_token, config.num_shared_experts or 0
@@ -176,11 +182,11 @@ class DecodeStep:
         self.activations = self._empty(B, slots, config.moe_intermediate_size)
         self.parts = self._empty(B, self.top + bool(self.num_shared), D)
 
-    def _mlp(self, mlp: Any) -> tuple[Projection, Projection]:
-        """The two halves of a gated MLP."""
+    def _mlp(self, mlp: Any) -> tuple[Projection | None, Projection]:
+        """The two halves of a gated MLP; the first is done by `_gated` for few rows."""
         gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
         if self.few:
-            return self._projection(gate, up), self._projection(down)
+            return None, self._projection(down)
         return self._projection(gate, ups=[up]), self._projection(down)
 
     def run(self) -> None:
@@ -246,6 +252,10 @@ class DecodeStep:
         if gates is not None:
             gates.launch(self.projected, self.gates)
         H, K, width = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
+        block, warps = KDA_BLOCK, KDA_WARPS
+        if not self.few:
+            block, warps = MANY_KDA_BLOCK, MANY_KDA_WARPS
+        block = min(block, K)
         sizes = {
             "x_stride": self.projected.stride(0),
             "H": H,
@@ -253,10 +263,9 @@ class DecodeStep:
             "WIDTH": width,
             "TAPS": power_of_two(width - 1),
             "HAS_GATES": gates is not None,
-            "num_warps": KDA_WARPS if K >= 128 else 4,
+            "num_warps": warps if K >= 128 else 4,
             **linked(self.is_linked),
         }
-        block = min(KDA_BLOCK, K)
         kda_kernel[(self.num_rows, H, K // block)](
             self.projected,
             self.gates,
@@ -367,12 +376,16 @@ class DecodeStep:
         pair = self.shared[i]
         assert pair is not None
         first, down = pair
-        out = self.mlp[:, : first.width]
-        self._project(first, layer.post_attention_layernorm, added, out)
-        if self.few:
-            gate, up = out.chunk(2, dim=-1)
-            out = F.silu(gate) * up
+        norm, mlp, out = layer.post_attention_layernorm, layer.mlp, self._inner(down)
+        if first is None:  # as one shared expert, without others
+            self._gated(norm, mlp.gate_proj.weight, mlp, out, width=down.size, top=0, slots=1)
+        else:
+            self._project(first, norm, added, out)
         return self._add(down, out)
+
+    def _inner(self, down: Projection) -> Tensor:
+        """Where the first half of a gated MLP goes."""
+        return self.mlp[: self.num_rows * down.size].view(self.num_rows, down.size)
 
     def _experts(self, i: int, layer: Any, added: Tensor | None) -> Tensor | None:
         moe, norm, router = layer.block_sparse_moe, layer.post_attention_layernorm, self.routers[i]
@@ -418,28 +431,7 @@ class DecodeStep:
         slots = self.top + self.num_shared
         gate_up, down = moe.experts.gate_up_proj, moe.experts.down_proj
         shared = getattr(moe, "shared_experts", None)
-        large, small = cut(D)
-        block = max(1, TILE_BYTES // (4 * D))
-        block = 1 << (block.bit_length() - 1)
-        experts_in_kernel[(-(-width // block), B * slots)](
-            self.hidden,
-            norm.weight,
-            self.experts,
-            gate_up,
-            gate_up if shared is None else shared.gate_proj.weight,
-            gate_up if shared is None else shared.up_proj.weight,
-            self.activations,
-            norm.eps,
-            D=D,
-            LARGE=large,
-            SMALL=small,
-            I=width,
-            TOP=self.top,
-            SLOTS=slots,
-            BLOCK=block,
-            num_warps=8,
-            **linked(self.is_linked),
-        )
+        self._gated(norm, gate_up, shared, self.activations, width, self.top, slots)
         block = OUT_BLOCK
         experts_out_kernel[(-(-D // block), B)](
             self.activations,
@@ -456,7 +448,41 @@ class DecodeStep:
             SLOTS=slots,
             BLOCK=block,
             num_warps=OUT_WARPS,
-            maxnreg=OUT_REGISTERS,
+            **linked(self.is_linked),
+        )
+
+    def _gated(
+        self,
+        norm: Any,
+        gate_up: Tensor,
+        shared: Any,
+        out: Tensor,
+        width: int,
+        top: int,
+        slots: int,
+    ) -> None:
+        """out [B, slots, width] = silu(gate) * up of norm(hidden), of chosen and shared experts."""
+        D = self.config.hidden_size
+        large, small = cut(D)
+        block = max(1, IN_BYTES // (4 * D))
+        block = 1 << (block.bit_length() - 1)
+        experts_in_kernel[(-(-width // block), self.num_rows * slots)](
+            self.hidden,
+            norm.weight,
+            self.experts if top else gate_up,
+            gate_up,
+            gate_up if shared is None else shared.gate_proj.weight,
+            gate_up if shared is None else shared.up_proj.weight,
+            out,
+            norm.eps,
+            D=D,
+            LARGE=large,
+            SMALL=small,
+            I=width,
+            TOP=top,
+            SLOTS=slots,
+            BLOCK=block,
+            num_warps=IN_WARPS,
             **linked(self.is_linked),
         )
 
@@ -487,18 +513,18 @@ class DecodeStep:
         }
         activations = self.activations.view(-1)[: pairs * width]
         most = min(E, pairs)  # experts that can be chosen
-        grouped_in_kernel[(-(-width // 32), most)](
+        grouped_in_kernel[(-(-width // GROUPED_IN_BLOCK), most)](
             self.normed,
             self.order,
             self.begin,
             self.active,
             moe.experts.gate_up_proj,
             activations,
-            BLOCK=32,
-            STEP=128,
+            BLOCK=GROUPED_IN_BLOCK,
+            STEP=GROUPED_IN_STEP,
             **sizes,
         )
-        grouped_out_kernel[(-(-D // 64), most)](
+        grouped_out_kernel[(-(-D // GROUPED_OUT_BLOCK), most)](
             activations,
             self.order,
             self.begin,
@@ -507,14 +533,15 @@ class DecodeStep:
             moe.experts.down_proj,
             self.parts,
             PARTS=self.parts.shape[1],
-            BLOCK=64,
-            STEP=128,
+            BLOCK=GROUPED_OUT_BLOCK,
+            STEP=GROUPED_OUT_STEP,
             **sizes,
         )
         pair = self.shared[i]
         if pair is not None:
             first, down = pair
-            out = self.mlp[:, : first.width]
+            assert first is not None
+            out = self._inner(down)
             first.launch(self.normed, out)
             down.launch(out, self.parts[:, -1])
         return self.parts
