@@ -7,7 +7,7 @@ Shapes: B rows (one token each), D hidden size, E experts, I expert width, S slo
 chosen experts and then its shared ones.
 """
 
-# mypy: disable-error-code="no-untyped-def,union-attr,operator"
+# mypy: disable-error-code="no-untyped-def,union-attr,operator,assignment"
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 

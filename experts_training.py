@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from .kda import no_autocast
 from .training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
 
-# Where it is used. Its kernels for CUDA have run under Triton's interpreter only.
-DEVICES = ("cpu",)
+# Where it is used.
+DEVICES = ("cpu", "cuda")
 
 
 def grouped_mm() -> Callable[..., Tensor] | None:

@@ -33,8 +33,8 @@ CHUNK_ELEMENTS = 1 << 27
 # The head's gradient is read and written once a chunk: small ones would do little else.
 MIN_CHUNK_TOKENS = 64
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-# Where "auto" takes it. Its kernel for CUDA has run under Triton's interpreter only.
-AUTO_DEVICES = ("cpu",)
+# Where "auto" takes it.
+AUTO_DEVICES = ("cpu", "cuda")
 
 
 def linear_cross_entropy(
