@@ -124,6 +124,9 @@ class KDALayerCache(_LayerCache):
             None at a sequence's beginning.
         log: [B, capacity, X], the layer's inputs since the anchor in its first `num_logged` places.
         num_logged: None if there is no anchor.
+        next_conv_state, next_recurrent_state: The anchor to come, between decode steps: the states
+            as they were after the log's first `num_next` tokens.
+        num_next: None if there is none.
         is_stale: Whether tokens were taken back that the states still hold.
     """
 
@@ -132,6 +135,8 @@ class KDALayerCache(_LayerCache):
         "conv_state",
         "anchor_recurrent_state",
         "anchor_conv_state",
+        "next_recurrent_state",
+        "next_conv_state",
         "log",
     )
 
@@ -142,8 +147,11 @@ class KDALayerCache(_LayerCache):
         self.recurrent_state: Tensor | None = None
         self.anchor_conv_state: Tensor | None = None
         self.anchor_recurrent_state: Tensor | None = None
+        self.next_conv_state: Tensor | None = None
+        self.next_recurrent_state: Tensor | None = None
         self.log: Tensor | None = None
         self.num_logged: int | None = 0
+        self.num_next: int | None = None
         self.is_stale = False
 
     @property
@@ -156,7 +164,7 @@ class KDALayerCache(_LayerCache):
 
     def reset(self) -> None:
         super().reset()
-        self.num_logged, self.is_stale = 0, False
+        self.num_logged, self.num_next, self.is_stale = 0, None, False
 
     def check_crop(self, tokens_to_remove: int) -> int:
         left = super().check_crop(tokens_to_remove)
@@ -179,6 +187,8 @@ class KDALayerCache(_LayerCache):
         self.num_logged -= self.num_tokens - left
         self.num_tokens = left
         self.is_stale = True
+        if self.num_next is not None and self.num_next > self.num_logged:
+            self._drop_next()
 
     def start(self, hidden_states: Tensor, plan: KDAPlan) -> tuple[Tensor, States]:
         """What the plan's runs read [B, .., X], and the states before that."""
@@ -210,8 +220,8 @@ class KDALayerCache(_LayerCache):
         addresses = [self.conv_state.data_ptr(), self.recurrent_state.data_ptr()]
         log = self.log
         if self.rollback_tokens == 0:
-            self.num_logged = self.log = log = None
-            self.anchor_conv_state = self.anchor_recurrent_state = None
+            self._drop_log()
+            log = None
         elif log is None or log.dtype != dtype or log.shape[0] != num_rows:
             return None
         if log is not None and not (_may_write(log) and self._log_has_room()):
@@ -232,6 +242,42 @@ class KDALayerCache(_LayerCache):
             return False
         return self.num_logged < min(self.log.shape[1], 2 * self.rollback_tokens)
 
+    @property
+    def is_anchor_due(self) -> bool:
+        """Whether `move_anchor` has to be called before the next decode step."""
+        if not self.rollback_tokens or self.is_stale or self.recurrent_state is None:
+            return False
+        is_full = self.log is not None and not self._log_has_room()
+        return is_full or (self.num_next is None and self.num_logged == self.rollback_tokens)
+
+    def move_anchor(self) -> None:
+        """Between decode steps, which read no log again: keep a copy of the states where half of
+        the log is used, and make it the anchor where all of it is."""
+        logged, kept = self.num_logged or 0, self.num_next
+        if self.log is not None and not self._log_has_room():
+            if kept is None or logged - kept < self.rollback_tokens:
+                return  # the layers themselves have to read the log again
+            rest = self.log[:, kept:logged].clone()
+            if not _may_write(self.log):
+                self.log = torch.empty_like(self.log)
+            self.log[:, : logged - kept] = rest
+            self.anchor_conv_state = self.next_conv_state
+            self.anchor_recurrent_state = self.next_recurrent_state
+            self.num_logged, self.num_next = logged - kept, None
+        if self.num_logged == self.rollback_tokens and self.recurrent_state is not None:
+            assert self.conv_state is not None
+            self.next_conv_state = self.conv_state.clone()
+            self.next_recurrent_state = self.recurrent_state.clone()
+            self.num_next = self.num_logged
+
+    def _drop_next(self) -> None:
+        self.num_next = self.next_conv_state = self.next_recurrent_state = None
+
+    def _drop_log(self) -> None:
+        self.num_logged = self.log = None
+        self.anchor_conv_state = self.anchor_recurrent_state = None
+        self._drop_next()
+
     def count_step(self) -> None:
         """Count the token that a decode step has written."""
         self.num_tokens += 1
@@ -244,6 +290,7 @@ class KDALayerCache(_LayerCache):
             None if x is None else x.clone() for x in states
         )
         self.num_logged = 0
+        self._drop_next()
 
     def writable_state(self, batch_size: int) -> Tensor | None:
         """The recurrent state's tensor if the next state may be written over it."""
@@ -267,8 +314,7 @@ class KDALayerCache(_LayerCache):
         self.conv_state = _overwrite(self.conv_state, conv_state)
         self.recurrent_state = _overwrite(self.recurrent_state, recurrent_state)
         if self.rollback_tokens == 0:
-            self.num_logged = None
-            self.log = self.anchor_conv_state = self.anchor_recurrent_state = None
+            self._drop_log()
         else:
             self._append(logged if plan.runs[0].makes_anchor else hidden_states)
         self.num_tokens += hidden_states.shape[1]
@@ -531,6 +577,8 @@ class KimiLinearCache(Cache):
         Raises:
             ValueError: If the KDA layers cannot go back so far.
         """
+        if tokens_to_remove == 0:
+            return
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)

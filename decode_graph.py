@@ -61,19 +61,13 @@ def is_decode_step(
     return not any(getattr(config, name, False) for name in RECORDED)
 
 
-def decode_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache
-) -> Tensor | None:
-    """Logits [B, 1, vocab_size] of one token per row behind `cache`, which takes the tokens in.
+def can_decode(model: nn.Module, input_ids: Tensor, cache: Cache) -> bool:
+    """Whether `decode_logits` may be asked for one token per row behind `cache`.
 
     Args:
         model: A `KimiLinearForCausalLM`.
         input_ids: [B, 1].
-        attention_mask: [B, S]; None if all tokens are real.
         cache: A cache of this model.
-
-    Returns:
-        The logits, or None if this call has to run layer by layer.
 
     Raises:
         ValueError: If `model.decode_backend` is unknown, or is "graph" and there is an obstacle.
@@ -82,24 +76,44 @@ def decode_logits(
     if backend not in BACKENDS:
         raise ValueError(f"decode_backend={backend!r} is not allowed: it must be one of {BACKENDS}")
     if backend == "eager" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
+        return False
     decoder = _decoders.get(model)
     if decoder is None:
         decoder = _decoders[model] = _Decoder()
     reason = decoder.obstacle(model, input_ids, cache)
-    if reason:
-        if backend == "graph":
-            raise ValueError(f"decode_backend='graph' is not possible here: {reason}")
-        if input_ids.is_cuda:
-            logger.warning_once(f"decoding runs layer by layer, not as one graph: {reason}")
-        return None
+    if reason and backend == "graph":
+        raise ValueError(f"decode_backend='graph' is not possible here: {reason}")
+    if reason and input_ids.is_cuda:
+        logger.warning_once(f"decoding runs layer by layer, not as one graph: {reason}")
+    return not reason
+
+
+def decode_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache
+) -> Tensor | None:
+    """Logits [B, 1, vocab_size] of one token per row behind `cache`, which takes the tokens in.
+
+    Args:
+        model: A `KimiLinearForCausalLM` that `can_decode` these.
+        input_ids: [B, 1].
+        attention_mask: [B, S]; None if all tokens are real.
+        cache: A cache of this model.
+
+    Returns:
+        The logits, or None if this call has to run layer by layer.
+
+    Raises:
+        TritonError: If the kernels cannot be built and `model.decode_backend` is "graph".
+    """
+    decoder = _decoders[model]
     try:
         return decoder.step(model, input_ids, attention_mask, cache)
     except TritonError as error:  # sizes that do not fit the chip
-        if backend == "graph":
+        if model.decode_backend == "graph":
             raise
         decoder.give_up(f"its kernels cannot be built ({error})")
-        return decode_logits(model, input_ids, attention_mask, cache)
+    can_decode(model, input_ids, cache)  # says so
+    return None
 
 
 class _Decoder:
@@ -162,6 +176,7 @@ class _Decoder:
     ) -> Tensor | None:
         """Logits [B, 1, vocab_size], or None if the cache is not ready for a step in place."""
         with self._lock:
+            _move_anchors(cache)
             table = self._table_for(cache, input_ids.shape[0])
             if table is None:
                 return None
@@ -209,6 +224,14 @@ class _Decoder:
             x is (None if ref is None else ref())
             for x, ref in zip(tensors, self._tensors, strict=True)
         )
+
+
+def _move_anchors(cache: Cache) -> None:
+    """Make room in the logs of the KDA layers, which all hold the same tokens."""
+    layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "move_anchor")]
+    if layers and layers[0].is_anchor_due:
+        for layer in layers:
+            layer.move_anchor()
 
 
 _decoders: weakref.WeakKeyDictionary[nn.Module, _Decoder] = weakref.WeakKeyDictionary()
@@ -403,4 +426,4 @@ def _scratch_table(step: DecodeStep, tensors: dict[str, Tensor]) -> list[list[in
     return table
 
 
-__all__ = ["DecodeBackend", "decode_logits", "is_decode_step", "model_obstacle"]
+__all__ = ["DecodeBackend", "can_decode", "decode_logits", "is_decode_step", "model_obstacle"]

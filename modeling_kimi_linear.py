@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_kimi_linear import prepare_cache
 from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
-from .decode_graph import DecodeBackend, decode_logits, is_decode_step
+from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
 from .experts_kimi_linear import EXPERTS
 from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
@@ -580,6 +580,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
 
     def _decode(self, input_ids: Any, attention_mask: Tensor | None, cache: Cache) -> Any:
         """Logits by the recorded decode step, or None if the call has to run layer by layer."""
+        if not can_decode(self, input_ids, cache):
+            return None
         past = cache.layers[0].num_tokens
         mask = unless_all_real(attention_mask)
         check_columns(attention_mask, past, 1)

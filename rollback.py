@@ -8,7 +8,8 @@ back, at most twice as many are logged.
 
 The cost, per KDA layer and row: one more copy of the states and 2 * `rollback_tokens` inputs of the
 layer in memory; one more run of the layer's attention over the log every `rollback_tokens` steps of
-decoding, and over what is left of it after a crop.
+decoding, and over what is left of it after a crop. Steps by the decode graph keep a second copy of
+the states instead of running over the log (`KDALayerCache.move_anchor`).
 
 Shapes: B batch, T tokens of this call, S tokens of cache and call, W rollback tokens.
 """

@@ -77,7 +77,7 @@ def new_cache(kind: str, config: Any, reserve_tokens: int) -> Cache:
     """An empty cache: ours with room for so many tokens, as far as they are known beforehand."""
     if kind == "native":
         return DynamicCache(config=config)
-    return KimiLinearCache(config, rollback_tokens=0, reserve_tokens=reserve_tokens)
+    return KimiLinearCache(config, reserve_tokens=reserve_tokens)
 
 
 def _native_model(config: KimiLinearConfig, device: torch.device) -> PreTrainedModel:

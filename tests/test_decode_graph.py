@@ -146,14 +146,54 @@ def test_crop_takes_back_what_a_step_has_written(device):
 
 
 @each_device
+@pytest.mark.parametrize("num_read", [1, 6])
 @torch.no_grad()
-def test_anchors_move_under_steps(device):
-    """Steps beyond what the log holds: those in between run layer by layer."""
+def test_anchors_move_under_steps(num_read, device, monkeypatch):
+    """Steps far beyond what the log holds, and back: no step runs layer by layer."""
+    model, steps, run = decode_model(device), [], decode_graph._Recording.run
+    monkeypatch.setattr(decode_graph._Recording, "run", lambda *args: steps.append(0) or run(*args))
+    caches, ids = [KimiLinearCache(model.config, rollback_tokens=2) for _ in "ab"], token_ids(1, 20)
+    for cache in caches:
+        call(model, "eager", ids[:, :num_read], cache)
+    eager, graph = caches
+    _decode(model, "graph", ids[:, num_read : num_read + 2], graph)  # records
+    _decode(model, "eager", ids[:, num_read : num_read + 2], eager)
+    for i in range(num_read + 2, num_read + 9):
+        expected = call(model, "eager", ids[:, i : i + 1], eager)
+        fork = graph.fork() if graph.layers[0].num_logged >= 2 else None
+        steps.clear()
+        check(call(model, "graph", ids[:, i : i + 1], graph), expected, f"token {i}")
+        assert len(steps) == 1 and min(i, 2) <= graph.layers[0].num_logged <= 4
+        if fork is not None:  # both tokens back, and the same two again
+            fork.crop(-2)
+            call(model, "eager", ids[:, i - 2 : i], fork)
+            check(call(model, "graph", ids[:, i : i + 1], fork), expected, f"back before {i}")
+
+
+@each_device
+@torch.no_grad()
+def test_anchor_to_come_is_dropped_with_its_tokens(device):
     model = decode_model(device)
-    cache, ids = KimiLinearCache(model.config, rollback_tokens=2), token_ids(1, 6)
-    call(model, "eager", ids, cache)
-    _, graph = both(model, cache, ids, steps=5)
-    graph.crop(-2)
+    cache, ids = KimiLinearCache(model.config, rollback_tokens=3), token_ids(1, 20)
+    call(model, "eager", ids[:, :1], cache)
+    _decode(model, "graph", ids[:, 1:6], cache)
+    kda = cache.layers[0]
+    assert kda.num_next == 3 and cache.fork().layers[0].num_next == 3
+    rows = cache.copy()
+    rows.batch_repeat_interleave(2)
+    assert rows.layers[0].next_recurrent_state.shape[0] == 2
+    cache.crop(-2)  # four tokens stay
+    assert kda.num_next == 3
+    cache.crop(-2)
+    assert kda.num_next is None and kda.next_recurrent_state is None
+    plain = KimiLinearCache(model.config)
+    expected = call(model, "eager", ids[:, :3], plain)
+    check(call(model, "eager", ids[:, 2:3], cache)[:, -1], expected[:, -1])
+
+
+def _decode(model, backend, ids, cache):
+    for token in ids.split(1, dim=1):
+        call(model, backend, token, cache)
 
 
 @each_device
