@@ -117,14 +117,20 @@ CASES = {"loss": losses, "experts": experts, "step": steps}
 
 def main(*, preset: str, tokens: int, cases: list[str], record: Path | None) -> None:
     config = KimiLinearConfig.from_preset(preset)
-    lines = [{"environment": environment()}]
-    for case in cases:
-        lines.append(
-            {"case": case, "preset": preset, "tokens": tokens, **CASES[case](config, tokens)}
-        )
-        print(json.dumps(lines[-1]), flush=True)
     if record is not None:
-        record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        record.write_text("")
+    note({"environment": environment()}, record)
+    for case in cases:
+        figures = CASES[case](config, tokens)
+        note({"case": case, "preset": preset, "tokens": tokens, **figures}, record)
+
+
+def note(line: dict[str, Any], record: Path | None) -> None:
+    """Print a line, and write it at once: a run that is cut off keeps what it has."""
+    print(json.dumps(line), flush=True)
+    if record is not None:
+        with record.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":
