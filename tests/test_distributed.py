@@ -1,0 +1,143 @@
+"""Training on several processes by PyTorch's `fully_shard`, with gloo on a CPU, beside one process.
+
+What fails in a process is raised here. Processes are started twice only: each imports everything.
+"""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from builders import tiny_model, token_ids
+from kimi_linear import KimiLinearForCausalLM
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
+]
+ROWS, TOKENS = 4, 24
+WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def run(world: int, functions: list[Any], folder: Path) -> None:
+    """Each `function(rank, world, folder)` in turn, in `world` processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, (world, port, functions, str(folder)), nprocs=world)
+
+
+def _process(rank: int, world: int, port: int, functions: list[Any], folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        for function in functions:
+            function(rank, world, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(world: int, seed: int = 0) -> Any:
+    model = tiny_model(seed=seed).train()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Packed rows: two sequences each, of different lengths."""
+    ids = token_ids(ROWS, TOKENS)
+    cuts = [5, 11, 16, 20]
+    positions = torch.stack(
+        [torch.cat([torch.arange(cut), torch.arange(TOKENS - cut)]) for cut in cuts]
+    )
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+def backward(model: Any, inputs: dict[str, torch.Tensor], num_items: int) -> torch.Tensor:
+    """The loss of these rows, summed and divided by `num_items`, after its backward pass."""
+    loss = model(**inputs, use_cache=False, num_items_in_batch=num_items).loss
+    loss.backward()
+    return loss.detach()
+
+
+def same_gradients(rank: int, world: int, folder: str) -> None:
+    model, plain, inputs = sharded(world), tiny_model().train(), batch()
+    share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    mine = {name: x[share] for name, x in inputs.items()}
+    num_items = ROWS * (TOKENS - 2)
+    for loss_backend in ("auto", "logits"):
+        for checkpointing in (False, True):
+            for each in (model, plain):
+                each.loss_backend = loss_backend
+                each.zero_grad()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            # gradients are averaged over processes
+            loss = backward(model, mine, num_items / world)
+            dist.all_reduce(loss)
+            expected = backward(plain, inputs, num_items)
+            torch.testing.assert_close(loss / world, expected, rtol=1e-5, atol=0)
+            for (name, ours), theirs in zip(
+                model.named_parameters(), plain.parameters(), strict=True
+            ):
+                error = (ours.grad.full_tensor() - theirs.grad).abs().max()
+                assert error <= 1e-5 * theirs.grad.abs().max(), f"{name}, {loss_backend}"
+        model.gradient_checkpointing_disable()
+
+
+def save_shards(rank: int, world: int, folder: str) -> None:
+    model = sharded(world)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/shards")
+    whole = get_model_state_dict(model, options=WHOLE)
+    if rank == 0:
+        assert all(type(x) is torch.Tensor for x in whole.values())
+        tiny_model().save_pretrained(f"{folder}/plain")
+        tiny_model(seed=5).save_pretrained(f"{folder}/whole", state_dict=whole)
+
+
+def load_shards(rank: int, world: int, folder: str) -> None:
+    """Into other values, from shards of another number of processes and from released names."""
+    model = sharded(world, seed=1)
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=f"{folder}/shards")
+    set_model_state_dict(model, state["model"])
+    check_equal(model)
+    other, whole = sharded(world, seed=2), {}
+    if rank == 0:
+        whole = KimiLinearForCausalLM.from_pretrained(f"{folder}/whole").state_dict()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, whole, options=options)
+    check_equal(other)
+
+
+def check_equal(model: Any) -> None:
+    expected = tiny_model().state_dict()
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        assert whole.keys() == expected.keys()
+        for name, x in whole.items():
+            assert torch.equal(x, expected[name]), name
+
+
+def test_two_and_four_processes_equal_one(tmp_path: Path):
+    """Loss and gradients; and checkpoints, among them the short convolutions' weights [D, 1, W] and
+    the fused experts, saved by two processes and read by four."""
+    run(2, [same_gradients, save_shards], tmp_path)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "whole")]
+    assert files[0] == files[1]  # saved from shards: the released names, byte for byte
+    run(4, [same_gradients, load_shards], tmp_path)
