@@ -262,7 +262,9 @@ class ExpertLoads:
             for name, module in model.named_modules()
             if hasattr(module, "e_score_correction_bias") and UNUSED_MODULE not in name
         }
-        self._backbones = [each for each in model.modules() if hasattr(each, "expert_loads")]
+        self._backbones: list[Any] = [
+            each for each in model.modules() if hasattr(each, "expert_loads")
+        ]
         if not found or not self._backbones:
             raise ValueError(
                 f"model={type(model).__name__} is not allowed: it must be a Kimi Linear "

@@ -11,7 +11,7 @@ of one's own.
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -44,7 +44,7 @@ def not_finite_gradients(model: nn.Module) -> list[str]:
 
 def not_finite_weights(model: nn.Module) -> list[str]:
     """Names of the parameters and saved buffers that have NaN or Inf, on this process."""
-    weights = dict(model.named_parameters())
+    weights: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
@@ -80,7 +80,7 @@ def _are_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, each in tensors.items() if not bool(_local(each).isfinite().all())]
 
 
@@ -177,6 +177,13 @@ class SafeTrainingMixin:
             which makes its update within the backward pass.
     """
 
+    # Trainer's
+    accelerator: Any
+    args: Any
+    is_deepspeed_enabled: bool
+    model: nn.Module
+    optimizer: Any
+    state: Any
     _draft: Path | None = None  # of the checkpoint that is being written
 
     def __init__(
@@ -226,9 +233,10 @@ class SafeTrainingMixin:
         self.skipped_steps.append(step)
         if self.accelerator.scaler is None:  # it skips by itself, and has to see the gradients
             model.zero_grad(set_to_none=True)
-        for module in model.modules():  # loads of experts, chosen by numbers that are none
-            if getattr(module, "expert_loads", None) is not None:
-                module.expert_loads.reset()
+        for module in model.modules():  # experts were chosen by numbers that are none
+            loads: Any = getattr(module, "expert_loads", None)
+            if loads is not None:
+                loads.reset()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the number of steps that were skipped, if there were any."""
