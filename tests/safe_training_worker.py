@@ -1,6 +1,7 @@
-"""A small training run; as a program, one that is killed while it saves its second checkpoint.
+"""A small training run; as a program, one that is killed while it saves its second checkpoint, or
+one of several processes of which the last one's second step is spoiled.
 
-Arguments: output folder, what it has done last when it dies, number of threads.
+Arguments: output folder, what it has done last when it dies or "spoil", number of threads.
 """
 
 import os
@@ -73,7 +74,26 @@ def die_at(moment: str) -> None:
         safe_training.publish = lambda *args: die() if "-4" in str(args[1]) else publish(*args)
 
 
+class Spoiled(SafeTrainer):
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        is_last = self.args.process_index == self.args.world_size - 1
+        factor = float("nan") if is_last and self.state.global_step == 1 else 1.0
+        return super().compute_loss(model, inputs, **kwargs) * factor
+
+
+def train_spoiled(folder: str) -> None:
+    """Exit with 3 where the spoiled step was found."""
+    trainer = make_trainer(folder, Spoiled, save_steps=1, average_tokens_across_devices=False)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        assert "step 2: the loss is" in str(error)
+        sys.exit(3)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))  # as many as of the run that goes on
+    if sys.argv[2] == "spoil":
+        train_spoiled(sys.argv[1])
     die_at(sys.argv[2])
     make_trainer(sys.argv[1], SafeTrainer).train()

@@ -392,7 +392,7 @@ def test_two_processes_update_as_one_on_the_joined_batch(tmp_path):
         )
         for rank in range(2)
     ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
     first, second = (torch.load(tmp_path / f"biases.{rank}") for rank in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first, moe_worker.train(0, 1))
