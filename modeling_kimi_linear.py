@@ -204,7 +204,8 @@ class KimiLinearMoE(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, T, D] to [B, T, D], and with `notes` the router's losses [2]."""
         tokens = x.flatten(0, -2)
-        logits, weights, experts = self.gate(tokens, notes)
+        # by keyword: hooks of parallel plans put other positional arguments in place of these
+        logits, weights, experts = self.gate(tokens, notes=notes)
         out = self.experts(tokens, experts, weights).view_as(x)
         if hasattr(self, "shared_experts"):
             shared = self.shared_experts(x)
@@ -237,7 +238,7 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
         )
         x = self.post_attention_layernorm(hidden_states)
         if router_notes is not None:
-            out, losses = self.block_sparse_moe(x, router_notes)
+            out, losses = self.block_sparse_moe(x, notes=router_notes)
             return hidden_states + out, losses
         return hidden_states + (self.block_sparse_moe if self.is_moe else self.mlp)(x)
 
@@ -419,7 +420,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             if notes is None or not layer.is_moe:
                 hidden_states = layer(hidden_states, **inputs, **kwargs)
             else:
-                hidden_states, found = layer(hidden_states, notes, **inputs, **kwargs)
+                hidden_states, found = layer(hidden_states, router_notes=notes, **inputs, **kwargs)
                 losses.append(found)
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
