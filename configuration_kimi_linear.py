@@ -7,6 +7,7 @@ from 1, as in the released file; everything in Python (`layer_types`, `layer_idx
 
 import copy
 import difflib
+import math
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -45,6 +46,7 @@ NATIVE_SIZES = {
     "linear_conv_kernel_dim": "short_conv_kernel_size",
 }
 
+ROUTER_TRAINING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate")
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 POSITIVE_FIELDS = (
     "vocab_size",
@@ -106,7 +108,13 @@ class KimiLinearConfig(PreTrainedConfig):
             `rope_scaling` must be None.
         num_nextn_predict_layers: Must be 0.
         attention_dropout: Dropout probability on attention weights of MLA layers in training.
-        output_router_logits: Whether outputs carry the router logits of each MoE layer.
+        output_router_logits: Whether outputs carry the router logits of each MoE layer, and
+            `aux_loss`.
+        router_aux_loss_coef: Coefficient of the sequence-wise balance loss in training. See
+            `moe_training.py` for this and the next two.
+        router_z_loss_coef: Coefficient of the router z-loss in training.
+        router_bias_update_rate: Step of the update of the experts' correction biases, where
+            `balance_experts` is used.
 
     Raises:
         ValueError: For a value that is wrong, contradicts another, or asks for something not
@@ -116,6 +124,7 @@ class KimiLinearConfig(PreTrainedConfig):
     model_type = "kimi_linear"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
+        "aux_loss_alpha": "router_aux_loss_coef",
         "max_position_embeddings": "model_max_length",
         "n_group": "num_expert_group",
         "n_routed_experts": "num_experts",
@@ -171,6 +180,9 @@ class KimiLinearConfig(PreTrainedConfig):
     num_expert_group: int = 1
     topk_group: int = 1
     output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+    router_bias_update_rate: float = 0.0
 
     num_nextn_predict_layers: int = 0
 
@@ -274,6 +286,12 @@ class KimiLinearConfig(PreTrainedConfig):
             "topk_method",
             kwargs.get("topk_method"),
             "'noaux_tc'",
+        )
+        _require(
+            kwargs.get("seq_aux") in (None, True),
+            "seq_aux",
+            kwargs.get("seq_aux"),
+            "True (the balance loss is that of each sequence)",
         )
         known = set(type(self).__dataclass_fields__)
         for key, value in kwargs.items():
@@ -387,6 +405,10 @@ class KimiLinearConfig(PreTrainedConfig):
         for field in ("rms_norm_eps", "routed_scaling_factor", "initializer_range"):
             value = getattr(self, field)
             _require(_is_number(value) and value > 0, field, value, "a number above 0")
+        for field in ROUTER_TRAINING:
+            value = getattr(self, field)
+            is_allowed = _is_number(value) and 0 <= value < math.inf
+            _require(is_allowed, field, value, "a finite number of at least 0")
         dropout = self.attention_dropout
         _require(
             _is_number(dropout) and 0 <= dropout < 1,

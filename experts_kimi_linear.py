@@ -56,6 +56,7 @@ def is_lean(experts: Any, x: Tensor) -> bool:
     matrices = experts.gate_up_proj, experts.down_proj
     return bool(
         has_kernels(x, *matrices)
+        and not experts.training
         and not _refused
         and TensorDescriptor is not None
         and all(type(m) in (nn.Parameter, Tensor) and m.is_contiguous() for m in matrices)

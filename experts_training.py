@@ -39,7 +39,8 @@ def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
     matrices = experts.gate_up_proj, experts.down_proj
     if x.device.type not in DEVICES or torch.compiler.is_compiling():
         return False
-    if not torch.is_grad_enabled():
+    # in the first pass of reentrant checkpointing too, which records no gradients
+    if not (experts.training or torch.is_grad_enabled()):
         return False
     if not any(each.requires_grad for each in (x, weights, *matrices)):
         return False

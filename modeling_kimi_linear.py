@@ -20,14 +20,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled, use_experts_implementation
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
-from transformers.modeling_layers import (
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
@@ -49,6 +46,13 @@ from .layers_kimi_linear import (
     is_flash_attention,
 )
 from .loss_kimi_linear import DeferredLogits, LossBackend, causal_lm_loss, uses_fused_loss
+from .moe_training import (
+    ExpertLoads,
+    KimiLinearModelOutput,
+    RouterNotes,
+    add_router_losses,
+    take_notes,
+)
 from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
 from .weight_conversion import (
@@ -96,8 +100,14 @@ class KimiLinearRouter(nn.Module):
         # moves the choice only, and has no gradient; a buffer so that optimizers leave it alone
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, notes: RouterNotes | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
+        logits, weights, experts = self._choose(x)
+        if notes is not None:
+            notes.count(experts)
+        return logits, weights, experts
+
+    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
         logits = wide_linear(x, self.weight)
         bias = self.e_score_correction_bias.to(logits.dtype)
@@ -189,14 +199,18 @@ class KimiLinearMoE(nn.Module):
                 config, config.moe_intermediate_size * config.num_shared_experts
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, notes: RouterNotes | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, T, D] to [B, T, D], and with `notes` the router's losses [2]."""
         tokens = x.flatten(0, -2)
-        _, weights, experts = self.gate(tokens)
+        # by keyword: hooks of parallel plans put other positional arguments in place of these
+        logits, weights, experts = self.gate(tokens, notes=notes)
         out = self.experts(tokens, experts, weights).view_as(x)
-        if not hasattr(self, "shared_experts"):
-            return out
-        shared = self.shared_experts(x)
-        return out + shared if torch.is_grad_enabled() else out.add_(shared)
+        if hasattr(self, "shared_experts"):
+            shared = self.shared_experts(x)
+            out = out + shared if torch.is_grad_enabled() else out.add_(shared)
+        return out if notes is None else (out, notes.losses(logits))
 
 
 class KimiLinearDecoderLayer(GradientCheckpointingLayer):
@@ -215,12 +229,18 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
+    def forward(
+        self, hidden_states: Tensor, router_notes: RouterNotes | None = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, T, D] to [B, T, D], and with `router_notes` the router's losses [2]."""
         hidden_states = (
             hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         )
-        return hidden_states + feed_forward(self.post_attention_layernorm(hidden_states))
+        x = self.post_attention_layernorm(hidden_states)
+        if router_notes is not None:
+            out, losses = self.block_sparse_moe(x, notes=router_notes)
+            return hidden_states + out, losses
+        return hidden_states + (self.block_sparse_moe if self.is_moe else self.mlp)(x)
 
 
 class KimiLinearPreTrainedModel(PreTrainedModel):
@@ -316,6 +336,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         )
         self.norm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.expert_loads: ExpertLoads | None = None  # it sets itself here
         self.post_init()
 
     @capture_outputs
@@ -330,7 +351,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
         **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> KimiLinearModelOutput:
         """Run the decoder.
 
         Args:
@@ -349,7 +370,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         Returns:
             `last_hidden_state` [B, T, D], `past_key_values`, and on request `hidden_states`,
             `attentions` (of MLA layers, eager attention only) and `router_logits` (of MoE layers,
-            [B * T, E]).
+            [B * T, E]); `router_losses`, see `KimiLinearModelOutput`.
 
         Raises:
             ValueError: If inputs contradict each other; the message names the argument.
@@ -392,10 +413,19 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             "by_blocks": by_blocks,
             "kda_plan": plan_kda(hidden_states, mask, past_key_values, layout),
         }
+        wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
+        notes = take_notes(self, layout, hidden_states, wants_logits)
+        losses = []
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **inputs, **kwargs)
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            if notes is None or not layer.is_moe:
+                hidden_states = layer(hidden_states, **inputs, **kwargs)
+            else:
+                hidden_states, found = layer(hidden_states, router_notes=notes, **inputs, **kwargs)
+                losses.append(found)
+        return KimiLinearModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_losses=None if notes is None else notes.close(losses),
         )
 
     def _cache_for(
@@ -521,7 +551,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
 
         Returns:
             `loss`, `logits` [B, kept, vocab_size], and the backbone's outputs. In training with
-            labels the logits are `DeferredLogits`, see `loss_backend`.
+            labels the logits are `DeferredLogits`, see `loss_backend`, and the loss contains the
+            router's losses that have a coefficient. `aux_loss` is the balance loss without its
+            coefficient, where it was computed.
         """
         if labels is not None and use_cache is None and past_key_values is None:
             use_cache = False
@@ -569,8 +601,17 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
                 )
+            shifted = kwargs.get("shift_labels")
+            loss = add_router_losses(
+                self,
+                loss,
+                outputs.router_losses,
+                labels[:, 1:] if shifted is None else shifted,
+                kwargs.get("num_items_in_batch"),
+            )
         return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=None if outputs.router_losses is None else outputs.router_losses[0],
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -654,6 +695,7 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
             loss = self.loss_function(
                 logits=logits, labels=labels, pooled_logits=pooled, config=self.config
             )
+            loss = add_router_losses(self, loss, outputs.router_losses)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled,
@@ -663,18 +705,47 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         )
 
 
-class KimiLinearForTokenClassification(GenericForTokenClassification, KimiLinearPreTrainedModel):
+class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
     """Kimi Linear with a label per token."""
 
     _new_heads = ("score.",)
 
     def __init__(self, config: KimiLinearConfig) -> None:
-        KimiLinearPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = KimiLinearBackbone(config)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Run the model; see `KimiLinearBackbone.forward` for the arguments not named here.
+
+        Args:
+            labels: [B, T] class numbers, -100 where there is no loss.
+
+        Returns:
+            `loss`, `logits` [B, T, num_labels], `hidden_states` and `attentions` on request.
+        """
+        outputs = self.model(input_ids, attention_mask, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config)
+            loss = add_router_losses(self, loss, outputs.router_losses)
+        return TokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 KimiLinearConfig.register_for_auto_class()

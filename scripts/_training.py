@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from kimi_linear.parameter_groups import parameter_groups
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -113,32 +114,22 @@ class Muon(torch.optim.Optimizer):
     AdamW fit. A tensor [E, m, n] is E matrices.
 
     Args:
-        model: Its embedding, output head, vectors and convolutions get AdamW, its other matrices
-            Muon.
+        groups: From `parameter_groups` with `muon=True`: those whose "muon" is true get Muon.
         lr: Learning rate of both.
-        weight_decay: Decoupled decay, of matrices and embeddings only.
         momentum: Muon's momentum (Nesterov's form).
         betas, eps: AdamW's.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        groups: list[dict[str, Any]],
         lr: float,
         *,
-        weight_decay: float = 0.1,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        matrices, others, vectors = _by_kind(model)
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps}
-        groups = [
-            {"params": matrices, "muon": True, "weight_decay": weight_decay},
-            {"params": others, "muon": False, "weight_decay": weight_decay},
-            {"params": vectors, "muon": False, "weight_decay": 0.0},
-        ]
-        super().__init__([group for group in groups if group["params"]], defaults)
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore
@@ -190,44 +181,20 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def _by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Matrices inside the network, embeddings and heads, and everything that acts as a vector."""
-    ends = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or name.endswith("lm_head")
-    }
-    matrices, others, vectors = [], [], []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in ends:
-            others.append(parameter)
-        elif parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
-            matrices.append(parameter)
-        else:
-            vectors.append(parameter)
-    return matrices, others, vectors
-
-
 def make_optimizer(
     kind: str, model: nn.Module, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer of a name in `OPTIMIZERS`; neither decays vectors.
+    """The optimizer of a name in `OPTIMIZERS`, with the groups of `parameter_groups`.
 
     Raises:
-        ValueError: If there is no such optimizer.
+        ValueError: If there is no such optimizer, or for a parameter that is in no group.
     """
-    if kind == "muon":
-        return Muon(model, lr, weight_decay=weight_decay)
-    if kind != "adamw":
+    if kind not in OPTIMIZERS:
         raise ValueError(f"optimizer={kind!r} is not allowed: it must be one of {OPTIMIZERS}")
-    matrices, others, vectors = _by_kind(model)
-    groups = [
-        {"params": [*matrices, *others], "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
+    groups = parameter_groups(model, weight_decay, muon=kind == "muon")
+    if kind == "muon":
+        return Muon(groups, lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
 class Budget:

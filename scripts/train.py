@@ -17,6 +17,12 @@ Go on after an interruption, with the same arguments and the last checkpoint:
 
     python scripts/train.py ... --output runs/stories --resume
 
+Experts kept in balance from scratch, as DeepSeek-V3 does it, and their loads logged; a step whose
+loss or gradients have NaN or Inf is skipped instead of ending the run:
+
+    python scripts/train.py ... --router-bias-update-rate 1e-3 --router-aux-loss-coef 1e-4 \\
+        --bad-step skip --output runs/stories
+
 Fine-tune:
 
     python scripts/train.py texts.txt --init-from runs/stories --learning-rate 1e-4 --steps 200 \\
@@ -33,13 +39,15 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from _evaluation import bits_per_byte, encode_texts
 from _training import OPTIMIZERS, SCHEDULES, collate, make_optimizer, pack, schedule_factor
 from datasets import Dataset, IterableDataset, load_dataset
 from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.moe_callback import balance_experts
+from kimi_linear.safe_training import BadStep, SafeTrainer
 from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 from torch.optim.lr_scheduler import LambdaLR
 from train_tokenizer import find_files, read_files
@@ -83,6 +91,11 @@ def main(
     log_every: int = 10,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
+    router_aux_loss_coef: float | None = None,
+    router_z_loss_coef: float | None = None,
+    router_bias_update_rate: float | None = None,
+    log_experts: bool = False,
+    bad_step: BadStep = "stop",
     report_to: str = "none",
     threads: int | None = None,
     seed: int = 0,
@@ -113,6 +126,10 @@ def main(
         log_every: Steps between logged losses.
         bf16: Compute in bfloat16, weights stay float32.
         gradient_checkpointing: Less memory for more time.
+        router_aux_loss_coef, router_z_loss_coef, router_bias_update_rate: In place of the
+            configuration's; see `KimiLinearConfig`.
+        log_experts: Log the experts' loads; done anyway where their biases are updated.
+        bad_step: "stop" or "skip", on NaN or Inf in loss or gradients; see `SafeTrainer`.
         report_to: "none", "tensorboard", or another of Trainer's reporters.
         threads: CPU threads; None: torch's choice.
         seed: Of weights, order and held-out texts.
@@ -140,6 +157,12 @@ def main(
         tokenizer, init_from, vocab_size, checkpoint, folder, texts[text_column], sequence_length
     )
     model = _load_model(preset, config, init_from, checkpoint, tokens, seed)
+    _set_router_training(
+        model,
+        router_aux_loss_coef=router_aux_loss_coef,
+        router_z_loss_coef=router_z_loss_coef,
+        router_bias_update_rate=router_bias_update_rate,
+    )
     rows = to_rows(texts, text_column, tokens, sequence_length)
     total = steps or _steps(rows, epochs or 1.0, batch_size * accumulate)
     arguments = TrainingArguments(
@@ -166,7 +189,7 @@ def main(
         model.gradient_checkpointing_enable()
     chosen = make_optimizer(optimizer, model, learning_rate, weight_decay)
     factor = LambdaLR(chosen, lambda step: schedule_factor(schedule, step / total, warmup))
-    trainer = Trainer(
+    trainer = SafeTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -176,7 +199,10 @@ def main(
         data_collator=collate,
         processing_class=tokens,
         optimizers=(chosen, factor),
+        bad_step=bad_step,
     )
+    if log_experts or model.config.router_bias_update_rate:
+        balance_experts(trainer)
     measured = {"train_loss": trainer.train(resume_from_checkpoint=checkpoint).training_loss}
     if held_out is not None:
         measured |= _evaluate(trainer, tokens, held_out[text_column])
@@ -313,6 +339,14 @@ def _load_model(
     return KimiLinearForCausalLM(made)
 
 
+def _set_router_training(model: KimiLinearForCausalLM, **fields: float | None) -> None:
+    """Put what is given in place of the configuration's."""
+    for field, value in fields.items():
+        if value is not None:
+            setattr(model.config, field, value)
+    model.config.check()
+
+
 def _steps(rows: Texts, epochs: float, rows_per_step: int) -> int:
     """Steps that so many passes over the rows take."""
     count = int(epochs * (len(rows) // rows_per_step))
@@ -389,10 +423,16 @@ def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
     training("--log-every", type=int, default=10)
     training("--bf16", action="store_true", help="compute in bfloat16")
     training("--gradient-checkpointing", action="store_true")
+    training("--bad-step", choices=get_args(BadStep), default="stop", help="on NaN or Inf")
     training("--report-to", default="none", help="none, tensorboard, ...")
     training("--threads", type=int, help="CPU threads")
     training("--seed", type=int, default=0)
     training("--resume", action="store_true", help="go on from the last checkpoint")
+    experts = parser.add_argument_group("experts").add_argument
+    experts("--router-aux-loss-coef", type=float, help="balance loss of each sequence")
+    experts("--router-z-loss-coef", type=float, help="loss on the size of the router's logits")
+    experts("--router-bias-update-rate", type=float, help="step of the correction biases")
+    experts("--log-experts", action="store_true", help="log the experts' loads")
     return vars(parser.parse_args(argv))
 
 

@@ -203,15 +203,18 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int,
 
 def test_muon_gives_each_parameter_its_rule() -> None:
     model = tiny_model()
-    optimizer = Muon(model, 1e-3)
+    optimizer = make_optimizer("muon", model, 1e-3, 0.1)
+    assert isinstance(optimizer, Muon)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
     names = {id(p): name for name, p in model.named_parameters()}
     matrices, others, vectors = (
         [names[id(p)] for p in g["params"]] for g in optimizer.param_groups
     )
-    assert sorted(others) == ["lm_head.weight", "model.embed_tokens.weight"]
+    taps = {name for name in names.values() if "conv1d" in name}
+    assert set(others) == {"lm_head.weight", "model.embed_tokens.weight"} | taps
     assert any(name.endswith("experts.gate_up_proj") for name in matrices)
     assert any(name.endswith("kv_b_proj.weight") for name in matrices)
-    for part in ("A_log", "dt_bias", "norm.weight", "q_conv1d.weight"):
+    for part in ("A_log", "dt_bias", "norm.weight"):
         assert any(name.endswith(part) for name in vectors)
         assert not any(name.endswith(part) for name in matrices)
     assert len(matrices) + len(others) + len(vectors) == len(names)
@@ -221,8 +224,10 @@ def test_muon_steps_experts_one_by_one() -> None:
     torch.manual_seed(0)
     fused = nn.Parameter(torch.randn(3, 4, 6))
     single = [nn.Parameter(x.clone()) for x in fused.data]
-    holders = [nn.ParameterDict({"w": fused}), nn.ParameterList(single)]
-    optimizers = [Muon(holder, 0.1) for holder in holders]
+    optimizers = [
+        Muon([{"params": each, "muon": True, "weight_decay": 0.1}], 0.1)
+        for each in ([fused], single)
+    ]
     for _ in range(3):
         gradient = torch.randn(3, 4, 6)
         fused.grad = gradient
@@ -236,7 +241,7 @@ def test_muon_steps_experts_one_by_one() -> None:
 def test_muons_vector_rule_is_adamw() -> None:
     start, gradients = torch.randn(7), torch.randn(4, 7)
     parameters = [nn.Parameter(start.clone()) for _ in range(2)]
-    ours = Muon(nn.ParameterDict({"w": parameters[0]}), 0.01)
+    ours = Muon([{"params": parameters[:1], "muon": False, "weight_decay": 0.0}], 0.01)
     theirs = torch.optim.AdamW([parameters[1]], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
     for gradient in gradients:
         for parameter, optimizer in zip(parameters, (ours, theirs), strict=True):

@@ -169,6 +169,8 @@ def test_rows_hold_whole_texts_between_begin_and_end(trained: Path) -> None:
         ({"resume": True}, "holds no checkpoint"),
         ({"eval_percent": 100}, "eval_percent=100"),
         ({"optimizer": "sgd"}, "optimizer='sgd'"),
+        ({"bad_step": "ignore"}, "bad_step='ignore'"),
+        ({"router_z_loss_coef": -1.0}, "router_z_loss_coef=-1.0"),
         ({"steps": None, "epochs": 1e-6}, "epochs=1e-06"),
     ],
 )
@@ -177,6 +179,36 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train.main(output=tmp_path / "run", **settings(texts, config, **changes))
+
+
+def test_experts_are_balanced_and_logged(texts: Path, config: Path, tmp_path: Path) -> None:
+    flags = ["--router-bias-update-rate", "0.01", "--router-aux-loss-coef", "0.1"]
+    flags += ["--router-z-loss-coef", "0.01", "--bad-step", "skip", "--save-every", "6"]
+    options = train._arguments(["--output", str(tmp_path / "run"), *flags])
+    train.main(**{**options, **settings(texts, config)})
+    model = KimiLinearForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.router_bias_update_rate == 0.01
+    bias = model.model.layers[1].block_sparse_moe.gate.e_score_correction_bias
+    assert 0 < bias.abs().max() <= 0.061
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    rows = [row for row in state["log_history"] if "loss" in row]
+    assert len(rows) == 6 and all(row["experts/layer_1/max_load"] >= 1 for row in rows)
+
+
+def test_experts_are_logged_without_being_moved(
+    texts: Path, config: Path, tmp_path: Path, trained: Path
+) -> None:
+    train.main(
+        output=tmp_path / "run",
+        **settings(texts, config, save_every=3, eval_percent=10, log_experts=True),
+    )
+    ours, theirs = (
+        KimiLinearForCausalLM.from_pretrained(path).state_dict()
+        for path in (tmp_path / "run", trained)
+    )
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert "experts/dead" in state["log_history"][0]
 
 
 def test_a_run_is_not_overwritten_by_another(trained: Path, texts: Path, config: Path) -> None:

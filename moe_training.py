@@ -1,0 +1,382 @@
+"""Training of the router: what a forward pass notes about the choice of experts, the losses made of
+it, and the correction bias that evens out the experts' loads.
+
+Sources: sequence-wise balance loss and bias update of DeepSeek-V3 (arXiv 2412.19437, equations 17
+to 20 and section 2.1.2; arXiv 2408.15664), router z-loss of ST-MoE (arXiv 2202.08906, equation 5).
+All of them are off unless the configuration, or the caller, asks for them.
+
+Layers run twice under gradient checkpointing; the backbone does not. So it is the backbone that
+opens the notes, hands them to its layers, and closes them before a backward pass can begin.
+
+Shapes: N = B * T places of a call, S sequences in them, E experts, k experts of one token, L layers
+with experts.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from .sequence_layout import SequenceLayout
+
+LAYER_NUMBER = re.compile(r"layers\.(\d+)\.")
+# peft keeps the module that it trains a copy of under this name
+UNUSED_MODULE = "original_module"
+
+
+@dataclass
+class KimiLinearModelOutput(MoeModelOutputWithPast):
+    """The backbone's outputs; `router_losses` [2] are balance loss and z-loss, each the sum over
+    the layers, without its coefficient. None where nothing asked for them."""
+
+    router_losses: Tensor | None = None
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def balance_loss(
+    logits_NE: Tensor,
+    num_chosen: int,
+    *,
+    sequence_N: Tensor,
+    weight_N: Tensor,
+    num_sequences: int,
+    is_sigmoid: bool,
+) -> Tensor:
+    """Sequence-wise balance loss of one layer, the mean over the sequences (equations 17 to 20).
+
+    Like there, the experts that count are the k with the best scores, without the correction bias
+    and without groups.
+
+    Args:
+        logits_NE: The router's, float32 or float64.
+        num_chosen: k.
+        sequence_N: int64, the number of each place's sequence.
+        weight_N: 1 / (tokens of its sequence * sequences), 0 at padding.
+        num_sequences: S; empty ones may be among them.
+        is_sigmoid: Whether scores are sigmoids; else they are a softmax.
+
+    Returns:
+        A scalar: 1 where loads are even, E / k where all tokens choose the same experts surely.
+    """
+    scores_NE = logits_NE.sigmoid() if is_sigmoid else logits_NE.softmax(dim=-1)
+    chosen_Nk = scores_NE.topk(num_chosen, dim=-1, sorted=False).indices
+    counts_SE = _count_by_sequence(chosen_Nk, sequence_N, weight_N > 0, num_sequences, logits_NE)
+    frequency_SE = logits_NE.shape[1] * counts_SE / counts_SE.sum(dim=1, keepdim=True).clamp(min=1)
+    if is_sigmoid:  # a softmax' scores have the sum 1 already
+        scores_NE = scores_NE / (scores_NE.sum(dim=-1, keepdim=True) + 1e-20)
+    balance_N = (frequency_SE[sequence_N] * scores_NE).sum(dim=-1)
+    return (weight_N.to(balance_N.dtype) * balance_N).sum()
+
+
+def _count_by_sequence(
+    chosen_Nk: Tensor, sequence_N: Tensor, is_real_N: Tensor, num_sequences: int, like_NE: Tensor
+) -> Tensor:
+    """[S, E]: how often a sequence's real tokens choose each expert; whole numbers, so that their
+    sum does not depend on its order."""
+    num_experts = like_NE.shape[1]
+    counts = like_NE.new_zeros(num_sequences * num_experts, dtype=torch.int64)
+    places_Nk = sequence_N[:, None] * num_experts + chosen_Nk
+    is_real_Nk = is_real_N.to(torch.int64)[:, None].expand_as(chosen_Nk)
+    counts.scatter_add_(0, places_Nk.flatten(), is_real_Nk.flatten())
+    return counts.view(num_sequences, num_experts).to(like_NE.dtype)
+
+
+def z_loss(logits_NE: Tensor, is_real_N: Tensor) -> Tensor:
+    """Mean over the real tokens of the square of log sum exp of a layer's logits."""
+    is_real = is_real_N.to(logits_NE.dtype)
+    return (logits_NE.logsumexp(dim=-1).square() * is_real).sum() / is_real.sum().clamp(min=1)
+
+
+def add_router_losses(
+    model: Any,
+    loss: Tensor,
+    router_losses: Tensor | None,
+    labels: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """`loss` and, in training, the router's losses times their coefficients in the configuration.
+
+    Args:
+        model: In eval mode nothing is added.
+        loss: A scalar.
+        router_losses: [2], of the same call, or None.
+        labels: As the loss counts them, -100 where there is none.
+        num_items: What the loss of each of a step's calls is divided by, else None. The call's part
+            of the router's losses is that of its labels then, so that the calls add up to a mean.
+    """
+    config = model.config
+    coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
+    if router_losses is None or not model.training or not any(coefficients):
+        return loss
+    added = (router_losses * router_losses.new_tensor(coefficients)).sum().to(loss.device)
+    if num_items is not None and labels is not None:
+        added = added * (labels != -100).sum().to(loss.device)
+        added = added / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
+    return loss + added.to(loss.dtype)
+
+
+# ---- what a forward pass notes -------------------------------------------------------------------
+
+
+class RouterNotes:
+    """One forward pass' sequences, and what it counts of the experts chosen.
+
+    Args:
+        config: The model's.
+        layout: Padding and packing.
+        shape: B and T.
+        like: Tensors are made on its device, for losses of its dtype or float32.
+        loads: Where the counts go; None: nothing is counted.
+        wants_losses: Whether the layers compute the router's losses.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layout: SequenceLayout,
+        shape: tuple[int, int],
+        like: Tensor,
+        *,
+        loads: "ExpertLoads | None",
+        wants_losses: bool,
+    ) -> None:
+        self.config, self.wants_losses, self._loads = config, wants_losses, loads
+        self.sequence_N, self.weight_N = token_sequences(layout, *shape, like)
+        ends = layout.cu_seqlens
+        self.num_sequences = shape[0] if ends is None else ends.numel() - 1
+        self._counts: list[Tensor] | None = [] if loads is not None else None
+
+    def count(self, experts_Nk: Tensor) -> None:
+        """Count the choice of the next layer; when layers run again, nothing."""
+        if self._counts is None:
+            return
+        counts = torch.zeros(self.config.num_experts, dtype=torch.int64, device=experts_Nk.device)
+        is_real_N = (self.weight_N > 0).to(experts_Nk.device, torch.int64)
+        is_real_Nk = is_real_N[:, None].expand_as(experts_Nk)
+        self._counts.append(counts.scatter_add_(0, experts_Nk.flatten(), is_real_Nk.flatten()))
+
+    def losses(self, logits_NE: Tensor) -> Tensor:
+        """[2]: balance loss and z-loss of a layer; zeros if they are not wanted."""
+        if not self.wants_losses:
+            return logits_NE.new_zeros(2)
+        weight_N, sequence_N = (x.to(logits_NE.device) for x in (self.weight_N, self.sequence_N))
+        balance = balance_loss(
+            logits_NE,
+            self.config.num_experts_per_token,
+            sequence_N=sequence_N,
+            weight_N=weight_N,
+            num_sequences=self.num_sequences,
+            is_sigmoid=self.config.moe_router_activation_func == "sigmoid",
+        )
+        return torch.stack([balance, z_loss(logits_NE, weight_N > 0)])
+
+    def close(self, losses: list[Tensor]) -> Tensor | None:
+        """Hand over what was counted; the sum of the layers' losses, if they are wanted."""
+        if self._loads is not None and self._counts is not None:
+            self._loads.add(self._counts)
+        self._counts = None
+        if not self.wants_losses or not losses:
+            return None
+        return torch.stack([each.to(losses[0].device) for each in losses]).sum(dim=0)
+
+
+def take_notes(
+    backbone: Any, layout: SequenceLayout, hidden_states: Tensor, output_router_logits: bool
+) -> RouterNotes | None:
+    """Notes for a forward pass of `hidden_states` [B, T, D], if anything is to be noted.
+
+    Loads are counted in training only, with gradients on. Losses are computed there if they have a
+    coefficient, and wherever router logits are asked for.
+    """
+    config, is_training = backbone.config, backbone.training and torch.is_grad_enabled()
+    loads = backbone.expert_loads if is_training else None
+    has_coefficient = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
+    wants_losses = output_router_logits or (is_training and has_coefficient)
+    if loads is None and not wants_losses:
+        return None
+    shape = (hidden_states.shape[0], hidden_states.shape[1])
+    return RouterNotes(config, layout, shape, hidden_states, loads=loads, wants_losses=wants_losses)
+
+
+def token_sequences(
+    layout: SequenceLayout, batch_size: int, num_tokens: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of each place the number of its sequence [N], int64, and its weight in a mean over the
+    sequences [N], of float32 or wider; both are 0 at padding."""
+    places, device = batch_size * num_tokens, like.device
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if layout.cu_seqlens is None:
+        rows = torch.arange(batch_size, device=device)
+        weights = torch.full((places,), 1 / places, dtype=dtype, device=device)
+        return rows.repeat_interleave(num_tokens), weights
+    lengths = layout.cu_seqlens.to(device).diff().long()
+    index = layout.token_index
+    index = torch.arange(places, device=device) if index is None else index.to(device)
+    numbers = torch.arange(lengths.numel(), device=device)
+    numbers = numbers.repeat_interleave(lengths, output_size=index.numel())
+    real_weights = 1 / (lengths[numbers] * (lengths > 0).sum()).to(dtype)
+    sequence = torch.zeros(places, dtype=torch.int64, device=device).index_copy(0, index, numbers)
+    weights = torch.zeros(places, dtype=dtype, device=device).index_copy(0, index, real_weights)
+    return sequence, weights
+
+
+# ---- loads and the correction bias ---------------------------------------------------------------
+
+
+class ExpertLoads:
+    """Counts, in training, how many tokens each expert gets. Padding does not count, nor do forward
+    passes in eval mode or without gradients, nor those that gradient checkpointing runs again.
+
+    In a training loop:
+
+        loads = ExpertLoads(model)
+        for batches in steps:
+            for batch in batches:
+                model(**batch).loss.backward()
+            optimizer.step()
+            counts = loads.take()
+            loads.update_biases(counts, rate=1e-3)
+            print(load_statistics(counts, loads.layers))
+
+    Args:
+        model: A Kimi Linear model of any kind, also inside DDP, FSDP2 or peft. Counting begins.
+        group: Process group over which counts are added up; None: all processes, if there are many.
+
+    Attributes:
+        layers: Numbers of the layers with experts, counted from 0.
+
+    Raises:
+        ValueError: If the model has no routed experts.
+    """
+
+    def __init__(self, model: nn.Module, group: Any = None) -> None:
+        found = {
+            name: module
+            for name, module in model.named_modules()
+            if hasattr(module, "e_score_correction_bias") and UNUSED_MODULE not in name
+        }
+        self._backbones: list[Any] = [
+            each for each in model.modules() if hasattr(each, "expert_loads")
+        ]
+        if not found or not self._backbones:
+            raise ValueError(
+                f"model={type(model).__name__} is not allowed: it must be a Kimi Linear "
+                "with experts"
+            )
+        self.routers: list[Any] = list(found.values())
+        numbers = [LAYER_NUMBER.search(name) for name in found]
+        self.layers = [i if m is None else int(m[1]) for i, m in enumerate(numbers)]
+        self.group = group
+        self._counts: list[Tensor] = []
+        self._wide: list[Tensor | None] = [None] * len(self.routers)
+        for backbone in self._backbones:
+            backbone.expert_loads = self
+
+    def stop(self) -> None:
+        """Count no more."""
+        for backbone in self._backbones:
+            if backbone.expert_loads is self:
+                backbone.expert_loads = None
+
+    def add(self, counts: list[Tensor]) -> None:
+        """Add a forward pass' counts, [E] of each layer."""
+        assert len(counts) == len(self.routers)
+        before = self._counts or [torch.zeros_like(each) for each in counts]
+        self._counts = [a + b for a, b in zip(before, counts, strict=True)]
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._counts = []
+
+    def take(self) -> Tensor:
+        """[L, E] int64, counts since the last call, summed over all processes; all have to call."""
+        biases = [router.e_score_correction_bias for router in self.routers]
+        device = biases[0].device
+        counts = [each.to(device) for each in self._counts] or [
+            torch.zeros(bias.shape, dtype=torch.int64, device=device) for bias in biases
+        ]
+        self.reset()
+        total = torch.stack(counts)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    @torch.no_grad()
+    def update_biases(self, counts_LE: Tensor, rate: float) -> None:
+        """Raise the biases of experts with less than the mean load by `rate`, lower the others'.
+
+        Args:
+            counts_LE: Of a whole step, from `take`.
+            rate: 1e-3 in DeepSeek-V3; 0 changes nothing.
+
+        Raises:
+            ValueError: If `rate` is not a finite number of at least 0.
+        """
+        check_rate("rate", rate)
+        if rate == 0:
+            return
+        counts = counts_LE.double()
+        signs = (counts.mean(dim=1, keepdim=True) - counts).sign()
+        for i, router in enumerate(self.routers):
+            bias = router.e_score_correction_bias
+            wide = self._wide_bias(i, bias)
+            wide += rate * signs[i].to(wide.device, wide.dtype)
+            bias.copy_(wide)
+
+    def _wide_bias(self, i: int, bias: Tensor) -> Tensor:
+        """What the bias stands for in float32: in 16 bits, as the released checkpoints have it,
+        steps would be lost to rounding. Begun anew where someone else has set the bias."""
+        wide = self._wide[i]
+        if wide is None or wide.device != bias.device or not torch.equal(wide.to(bias.dtype), bias):
+            wide = self._wide[i] = bias.to(
+                torch.promote_types(bias.dtype, torch.float32), copy=True
+            )
+        return wide
+
+
+def load_statistics(counts_LE: Tensor, layers: list[int]) -> dict[str, float]:
+    """How even the loads are: of each layer the largest over the mean load, and experts without a
+    token; over the layers the largest and the sum. Empty if nothing was counted.
+
+    Args:
+        counts_LE: From `ExpertLoads.take`, or a sum of such.
+        layers: `ExpertLoads.layers`.
+    """
+    largest = counts_LE.amax(dim=1).tolist()
+    mean = counts_LE.double().mean(dim=1).tolist()
+    dead = (counts_LE == 0).sum(dim=1).tolist()
+    if not all(mean):
+        return {}
+    ratios = [top / average for top, average in zip(largest, mean, strict=True)]
+    found: dict[str, float] = {"experts/max_load": max(ratios), "experts/dead": sum(dead)}
+    for number, ratio, count in zip(layers, ratios, dead, strict=True):
+        found[f"experts/layer_{number}/max_load"] = ratio
+        found[f"experts/layer_{number}/dead"] = count
+    return found
+
+
+def check_rate(field: str, value: Any) -> None:
+    """Raise ValueError unless it is a finite number of at least 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
+        raise ValueError(f"{field}={value!r} is not allowed: it must be a finite number >= 0")
+
+
+__all__ = [
+    "ExpertLoads",
+    "KimiLinearModelOutput",
+    "RouterNotes",
+    "add_router_losses",
+    "balance_loss",
+    "check_rate",
+    "load_statistics",
+    "take_notes",
+    "z_loss",
+]
