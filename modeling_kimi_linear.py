@@ -291,6 +291,10 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         """Check the files first, since Transformers would fill what is missing with random numbers;
         then let it read them through `stored_tensors`, which needs no more memory than the model.
         """
+        if getattr(model, "_hf_peft_config_loaded", False):  # the files are an adapter's
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            )
         files = [str(file) for file in checkpoint_files or []]
         plain = not load_config.is_quantized and not is_deepspeed_zero3_enabled()
         if state_dict is None and plain and files and files[0].endswith(".safetensors"):

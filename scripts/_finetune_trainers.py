@@ -243,6 +243,9 @@ def make_trainer(
         trainer = DpoRecipe(args=dpo, **given)
     else:
         assert isinstance(settings, GrpoSettings)
+        # TRL evaluates whole groups of answers only
+        groups = max(1, settings.batch_size // settings.num_generations)
+        common["per_device_eval_batch_size"] = groups * settings.num_generations
         grpo = GRPOConfig(
             **common,
             num_generations=settings.num_generations,

@@ -12,6 +12,7 @@ from kimi_linear.weight_conversion import official_shapes
 from safetensors import safe_open
 from tolerance import assert_close
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 peft = pytest.importorskip("peft", reason="adapters need PEFT: pip install '.[finetune]'")
 
@@ -199,6 +200,30 @@ def test_saved_adapters_reload_to_the_same_bits(group: str, tmp_path: Path) -> N
         plain = tiny_model("alternating")
         plain.set_experts_implementation("grouped_mm")
         assert torch.equal(logits(again), logits(plain))
+
+
+def test_transformers_loads_a_folder_of_adapters(tmp_path: Path) -> None:
+    """Its own integration reads an adapter's file as it reads a model's, which was an error once:
+    all the model's tensors are missing in it."""
+    base = tiny_model("alternating")
+    base.save_pretrained(tmp_path / "base")
+    base = KimiLinearForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, task_type="CAUSAL_LM", **lora_targets(base.config, "all"))
+    model = peft.get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=False)
+    assert type(loaded) is KimiLinearForCausalLM and torch.equal(logits(loaded), expected)
+    added = KimiLinearForCausalLM.from_pretrained(tmp_path / "base")
+    added.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(added), expected)
+    added.save_pretrained(tmp_path / "again")  # of a model with adapters, these alone
+    base = KimiLinearForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "again").eval()
+    assert torch.equal(logits(again), expected)
 
 
 @pytest.mark.parametrize("group", LORA_GROUPS)
