@@ -86,7 +86,7 @@ class Settings:
                 f"save_every={self.save_every} is not allowed: it must be a multiple of "
                 f"log_every={self.log_every}, else a resumed run would log other averages"
             )
-        if self.lora_dropout and "experts" in self.lora:
+        if self.lora_dropout and {"experts", "all"} & set(self.lora):
             raise ValueError(
                 f"lora_dropout={self.lora_dropout} is not allowed with lora: experts, whose "
                 "adapters are added to the weights; it must be 0"

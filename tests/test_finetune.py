@@ -404,7 +404,7 @@ def test_kill_9_at_any_moment_changes_no_bit_of_the_curve(
         process = subprocess.Popen([*command, cut], **quiet)
         wait_for_step(cut, step, process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL  # it was not done yet
     assert not (cut / "eval_results.json").exists()
     subprocess.run([*command, cut], check=True, **quiet)
     assert len(logged(whole)) == 16 and logged(cut) == logged(whole)
