@@ -25,7 +25,7 @@ command begins it and goes on with it:
 
 The 48B model on GPUs, adapters on attention and shared experts:
 
-    python scripts/finetune.py sft --model moonshotai/Kimi-Linear-48B-A3B-Instruct --bf16 \\
+    python scripts/finetune.py sft --model kimi-linear-48b --bf16 \\
         --dataset trl-lib/Capybara --lora attention shared dense --gradient-checkpointing \\
         --max-length 8192 --batch-size 1 --accumulate 16 --learning-rate 1e-4 --save-every 100 \\
         --resume --output runs/kimi-chat
