@@ -18,6 +18,7 @@ from kimi_linear.peft_targets import LORA_GROUPS
 # May differ between a run and the one that goes on with it: none has a part in the loss curve.
 FREE_TO_CHANGE = ("output", "resume", "save_every", "keep_checkpoints", "merge")
 LOSS_TOKENS = ("assistant", "all")
+QUANTIZATIONS = ("4bit", "8bit")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust")
 
 
@@ -64,6 +65,7 @@ class Settings:
     lora_rank: int = setting(16, "of each adapter; of experts, of each expert's")
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / rank")
     lora_dropout: float = setting(0.0, "of the adapters' input; not with experts")
+    quantize: str | None = setting(None, "bits of the adapters' base", QUANTIZATIONS)
     merge: bool = setting(False, "save the model with its adapters merged, in OUTPUT/merged, too")
 
     def check(self) -> None:
@@ -90,6 +92,11 @@ class Settings:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout} is not allowed with lora: experts, whose "
                 "adapters are added to the weights; it must be 0"
+            )
+        if self.quantize and not self.lora:
+            raise ValueError(
+                f"quantize={self.quantize!r} is not allowed without lora: quantised weights cannot "
+                "be trained"
             )
         if self.merge and not self.lora:
             raise ValueError("merge=True is not allowed without lora: there is nothing to merge")
@@ -197,7 +204,7 @@ def _convert(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
             ) from None
     choices = field.metadata["choices"]
     for item in made if isinstance(made, list) else [made]:
-        if choices and item not in choices:
+        if choices and item is not None and item not in choices:
             raise ValueError(f"{field.name}={item!r} is not allowed: it must be one of {choices}")
     return made
 

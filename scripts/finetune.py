@@ -58,7 +58,7 @@ from _finetune_settings import (
 from _rewards import make_reward
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.tokenizer import save_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 CHAT_END = "<|im_end|>"
 
@@ -122,7 +122,9 @@ def load_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> KimiLi
         ValueError: If the tokenizer has more ids than the model.
     """
     dtype = torch.bfloat16 if settings.lora and settings.bf16 else torch.float32
-    model = KimiLinearForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    model = KimiLinearForCausalLM.from_pretrained(
+        settings.model, dtype=dtype, quantization_config=_quantization(settings, dtype)
+    )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"tokenizer has {len(tokenizer)} ids, which is not allowed: {settings.model} has "
@@ -134,6 +136,18 @@ def load_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> KimiLi
     if turn not in ends:
         model.generation_config.eos_token_id = [turn, *ends]
     return model
+
+
+def _quantization(settings: Settings, dtype: torch.dtype) -> Any:
+    """Transformers' configuration of bitsandbytes, or None; the experts follow it too."""
+    if settings.quantize == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if settings.quantize == "8bit" else None
 
 
 def _note_settings(recipe: str, settings: Settings, output: Path, checkpoint: str | None) -> None:
@@ -172,6 +186,13 @@ def _save(settings: Settings, trainer: Any, tokenizer: Any, output: Path) -> Non
     save_tokenizer(tokenizer, output)
     if settings.merge:
         model = trainer.accelerator.unwrap_model(trainer.model)
+        if settings.quantize:  # into the weights that it was made of
+            from peft import PeftModel
+
+            dtype = torch.bfloat16 if settings.bf16 else torch.float32
+            base = KimiLinearForCausalLM.from_pretrained(settings.model, dtype=dtype)
+            base.generation_config = model.generation_config
+            model = PeftModel.from_pretrained(base, output)
         model.merge_and_unload().save_pretrained(output / "merged")
         save_tokenizer(tokenizer, output / "merged")
 

@@ -232,6 +232,21 @@ def test_sft_of_adapters_and_of_the_two_merged(start: Path, data: Path, tmp_path
     assert len(AutoTokenizer.from_pretrained(folder / "merged")) == merged.config.vocab_size
 
 
+def test_sft_of_adapters_over_4_bits(start: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
+    folder = tmp_path / "run"
+    lora = {"lora": ["all"], "lora_rank": 2, "quantize": "4bit", "merge": True}
+    finetune.main("sft", output=str(folder), **options(start, data / "chat.jsonl", **lora))
+    losses = [line["loss"] for line in logged(folder)]
+    assert losses[-1] < losses[0]
+    merged = KimiLinearForCausalLM.from_pretrained(folder / "merged").eval()
+    base = KimiLinearForCausalLM.from_pretrained(start)
+    adapted = peft.PeftModel.from_pretrained(base, folder).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert_close(merged(ids).logits, adapted(ids).logits, torch.float32)
+
+
 # ---- dpo ----------------------------------------------------------------------------------------
 
 
