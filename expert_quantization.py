@@ -88,7 +88,7 @@ class PackedExperts(Tensor):
         return PackedExperts(self.packed.to(device), state, self.bits, self.shape, dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs, first = kwargs or {}, args[0] if args else None
@@ -108,7 +108,7 @@ class PackedExperts(Tensor):
         args, kwargs = tree_map_only(cls, cls.unpacked, (args, kwargs))
         return func(*args, **kwargs)
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"PackedExperts(shape={tuple(self.shape)}, dtype={self.dtype}, bits={self.bits})"
 
 

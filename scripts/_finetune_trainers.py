@@ -92,6 +92,11 @@ class GrpoRecipe(RecipeTrainer, GRPOTrainer):
     pass
 
 
+def is_first_process() -> bool:
+    """Whether this process writes what only one may; as launchers number them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def put_in_place(written: Path, place: Path) -> None:
     """Move a folder to its place in one step, after its files have reached the disk."""
     for path in sorted(written.rglob("*")):
@@ -128,7 +133,8 @@ def last_checkpoint(output: Path, resume: bool) -> str | None:
     if found is not None and not resume:
         name = Path(found).name
         raise ValueError(f"output={str(output)!r} holds {name}: resume, or take another folder")
-    shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+    if is_first_process():
+        shutil.rmtree(output / UNFINISHED, ignore_errors=True)
     return found
 
 
@@ -186,8 +192,10 @@ def tensorboard(output: Path, checkpoint: str | None) -> TrainerCallback:
     from transformers.integrations import TensorBoardCallback
 
     first = None if checkpoint is None else int(checkpoint.rpartition("-")[2]) + 1
-    callback = TensorBoardCallback(SummaryWriter(str(output / "tensorboard"), purge_step=first))
-    callback.logging_dir = str(output / "tensorboard")  # of the writer that evaluation opens
+    folder = str(output / "tensorboard")
+    writer = SummaryWriter(folder, purge_step=first) if is_first_process() else None
+    callback = TensorBoardCallback(writer)
+    callback.logging_dir = folder  # of the writer that evaluation opens
     return callback
 
 
@@ -277,6 +285,7 @@ def lora_config(settings: Settings, config: Any) -> Any:
 __all__ = [
     "MetricsFile",
     "UNFINISHED",
+    "is_first_process",
     "last_checkpoint",
     "make_trainer",
     "tensorboard",

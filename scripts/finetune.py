@@ -86,7 +86,7 @@ def main(recipe: str, **values: Any) -> dict[str, float]:
         torch.set_num_threads(settings.threads)
     output = Path(settings.output)
     checkpoint = trainers.last_checkpoint(output, settings.resume)
-    _note_settings(recipe, settings, output, checkpoint)
+    _note_settings(recipe, settings, output, checkpoint, trainers.is_first_process())
     tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or settings.model)
     model = load_model(settings, tokenizer)
     rows, held_out = hold_out(
@@ -107,8 +107,9 @@ def main(recipe: str, **values: Any) -> dict[str, float]:
     if held_out is not None:
         measured |= _numbers(trainer.evaluate())
     _save(settings, trainer, tokenizer, output)
-    (output / "eval_results.json").write_text(json.dumps(measured, indent=2) + "\n")
-    print(json.dumps(measured))
+    if trainers.is_first_process():
+        (output / "eval_results.json").write_text(json.dumps(measured, indent=2) + "\n")
+        print(json.dumps(measured))
     return measured
 
 
@@ -150,13 +151,16 @@ def _quantization(settings: Settings, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True) if settings.quantize == "8bit" else None
 
 
-def _note_settings(recipe: str, settings: Settings, output: Path, checkpoint: str | None) -> None:
+def _note_settings(
+    recipe: str, settings: Settings, output: Path, checkpoint: str | None, is_first: bool
+) -> None:
     """Write `settings.yaml`; a run that goes on must have the same."""
     path = output / "settings.yaml"
     if checkpoint is not None and path.exists():
         check_same(recipe, settings, path)
     output.mkdir(parents=True, exist_ok=True)
-    write_yaml(path, recipe, settings)
+    if is_first:
+        write_yaml(path, recipe, settings)
 
 
 def _prepare(settings: Settings, rows: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
