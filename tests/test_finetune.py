@@ -403,21 +403,25 @@ def test_a_run_goes_on_with_its_own_settings_only(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["sft"])
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
 def test_kill_9_at_any_moment_changes_no_bit_of_the_curve(
     start: Path, data: Path, tmp_path: Path, recipe: str
 ) -> None:
     """A process is killed twice on its way, and what is logged is that of one that was not."""
-    common = ["--model", start, "--dataset", data / "chat.jsonl", "--steps", "16", "--threads", "1"]
-    common += ["--batch-size", "2", "--max-length", "100", "--learning-rate", "1e-2"]
-    common += ["--save-every", "1", "--resume", "--lora", "all", "--lora-rank", "2"]
-    command = [sys.executable, SCRIPT, recipe, *common, "--output"]
+    if recipe == "sft":
+        settings = options(start, data / "chat.jsonl", lora=["all"], lora_rank=2)
+    else:
+        settings = grpo_options(start, data, tmp_path, batch_size=8)
+    settings |= {"steps": 16, "save_every": 1, "resume": True}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))  # which is YAML too
+    command = [sys.executable, SCRIPT, recipe, "--config", tmp_path / "run.yaml", "--output"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([*command, whole], check=True, **quiet)
-    for step in (5, 11):
+    for step, seconds in ((5, 0.0), (11, 0.07)):
         process = subprocess.Popen([*command, cut], **quiet)
         wait_for_step(cut, step, process)
+        time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL  # it was not done yet
     assert not (cut / "eval_results.json").exists()
