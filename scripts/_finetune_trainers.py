@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from _finetune_settings import DpoSettings, GrpoSettings, Settings, SftSettings
 from _training import make_optimizer, schedule_factor
+from kimi_linear import KimiLinearForCausalLM
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -248,7 +249,8 @@ def make_trainer(
             beta=settings.beta,
             loss_type=[settings.loss],
         )
-        trainer = DpoRecipe(args=dpo, **given)
+        reference = None if settings.lora else reference_model(settings, model.dtype)
+        trainer = DpoRecipe(args=dpo, ref_model=reference, **given)
     else:
         assert isinstance(settings, GrpoSettings)
         # TRL evaluates whole groups of answers only
@@ -262,10 +264,33 @@ def make_trainer(
             beta=settings.beta,
             chat_template_kwargs={"sanitize_control_tokens": True},
         )
-        trainer = GrpoRecipe(args=grpo, reward_funcs=rewards, **given)
+        with our_reference(settings):
+            trainer = GrpoRecipe(args=grpo, reward_funcs=rewards, **given)
     trainer.settings = settings
     trainer.add_callback(TokenCount(trainer))
     return trainer
+
+
+def reference_model(settings: Settings, dtype: torch.dtype) -> KimiLinearForCausalLM:
+    """The model before its first step, which DPO and GRPO hold the trained one against."""
+    return KimiLinearForCausalLM.from_pretrained(settings.model, dtype=dtype)
+
+
+@contextmanager
+def our_reference(settings: Settings) -> Iterator[None]:
+    """While it is open, TRL's GRPO makes its reference of our class. It takes the class of that
+    name in Transformers otherwise, and can't be given a model."""
+    from trl.trainer import grpo_trainer
+
+    def make(path: str, **kwargs: Any) -> KimiLinearForCausalLM:
+        return reference_model(settings, kwargs["dtype"])
+
+    original = grpo_trainer.create_model_from_path
+    grpo_trainer.create_model_from_path = make
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = original
 
 
 def lora_config(settings: Settings, config: Any) -> Any:

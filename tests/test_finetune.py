@@ -325,6 +325,28 @@ def grpo_options(start: Path, data: Path, folder: Path, **changes: Any) -> dict[
 
 
 @pytest.mark.parametrize("recipe", ["dpo", "grpo"])
+def test_the_reference_is_a_model_of_ours(
+    start: Path, data: Path, tmp_path: Path, recipe: str
+) -> None:
+    """TRL would take Transformers' class of the same name."""
+    if recipe == "dpo":
+        values = options(start, data / "preferences.jsonl")
+    else:
+        values = grpo_options(start, data, tmp_path, beta=0.1)
+    settings = make_settings(recipe, {**values, "output": str(tmp_path)})
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    rows = load_rows(settings.dataset, None, "train")
+    rows = finetune._prepare(settings, rows, tokenizer)
+    model = finetune.load_model(settings, tokenizer)
+    rewards = finetune._rewards(settings)
+    trainer = trainers.make_trainer(settings, model, tokenizer, rows, None, rewards)
+    assert type(trainer.ref_model) is KimiLinearForCausalLM
+    assert trainer.ref_model is not trainer.model
+    for name, parameter in trainer.ref_model.named_parameters():
+        assert torch.equal(parameter, trainer.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "grpo"])
 def test_other_recipes_go_on_to_the_same_bits(
     start: Path, data: Path, tmp_path: Path, recipe: str
 ) -> None:
