@@ -19,7 +19,7 @@ from kimi_linear.peft_targets import LORA_GROUPS
 FREE_TO_CHANGE = ("output", "resume", "save_every", "keep_checkpoints", "merge")
 LOSS_TOKENS = ("assistant", "all")
 QUANTIZATIONS = ("4bit", "8bit")
-DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust")
+DPO_LOSSES = ("sigmoid", "ipo", "hinge")
 
 
 def setting(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
