@@ -61,11 +61,11 @@ $(VENV)/train.stamp: $(INPUTS) | $(BIN)/python
 	touch $@
 
 $(VENV)/test.stamp: $(INPUTS) | $(BIN)/python
-	$(INSTALL) --editable '.[train,test]'
+	$(INSTALL) --editable '.[train,finetune,qlora,test]'
 	touch $@
 
 $(VENV)/dev.stamp: $(INPUTS) | $(BIN)/python
-	$(INSTALL) --editable '.[train,test,dev]'
+	$(INSTALL) --editable '.[train,finetune,qlora,test,dev]'
 	touch $@
 
 # Not held to constraints.txt: a GPU wants the torch, CUDA and triton that fit its driver.

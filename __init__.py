@@ -21,6 +21,7 @@ from .modeling_kimi_linear import (
     KimiLinearForTokenClassification,
     KimiLinearPreTrainedModel,
 )
+from .peft_targets import LORA_GROUPS, lora_targets
 from .presets import PRESETS
 from .sessions import Session, keep_prefix, load_session, read_session, save_session
 
@@ -36,6 +37,7 @@ for _auto, _model in (
     _auto.register(KimiLinearConfig, _model, exist_ok=True)
 
 __all__ = [
+    "LORA_GROUPS",
     "PRESETS",
     "KimiLinearBackbone",
     "KimiLinearCache",
@@ -48,6 +50,7 @@ __all__ = [
     "cache_memory",
     "keep_prefix",
     "load_session",
+    "lora_targets",
     "read_session",
     "save_session",
 ]

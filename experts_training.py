@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .expert_quantization import PackedExperts, plain_experts
 from .kda import no_autocast
 from .training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
 
@@ -47,7 +48,7 @@ def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
     return (
         experts.config.hidden_act in ("silu", "swish")
         and matrices[0].shape[0] == experts.config.num_experts  # no expert parallelism
-        and all(type(each) in (nn.Parameter, Tensor) for each in matrices)
+        and all(type(each) in (nn.Parameter, Tensor, PackedExperts) for each in matrices)
         and all(each.device == x.device and each.dtype == matrices[0].dtype for each in matrices)
         and weights.dtype == torch.promote_types(x.dtype, torch.float32)
         and _has_products(x, *matrices)
@@ -93,8 +94,8 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         with no_autocast(x_TD.device):
             tokens, order, places, ends = _sort(index_Tk, gate_up_EID.shape[0])
-            gate_up = _products(x_TD.to(dtype)[tokens], gate_up_EID.to(dtype).mT, ends)
-            pairs = _products(gated_silu(gate_up), down_EDI.to(dtype).mT, ends)
+            gate_up = _products(x_TD.to(dtype)[tokens], plain_experts(gate_up_EID, dtype).mT, ends)
+            pairs = _products(gated_silu(gate_up), plain_experts(down_EDI, dtype).mT, ends)
             out = sum_of_rows(pairs, places, weights_Tk)
         ctx.save_for_backward(
             x_TD, weights_Tk, gate_up_EID, down_EDI, gate_up, tokens, order, places, ends
@@ -112,7 +113,7 @@ class _Experts(torch.autograd.Function):
         dx = dgate_up_EID = ddown_EDI = None
         with no_autocast(grad_TD.device):
             grad = grad_TD.to(dtype)[tokens]
-            dinner = _products(grad, down_EDI.to(dtype), ends)
+            dinner = _products(grad, plain_experts(down_EDI, dtype), ends)
             dgate_up, dpairs, inner = weighted_silu_backward(
                 gate_up, weights.flatten()[order], dinner
             )
@@ -125,7 +126,7 @@ class _Experts(torch.autograd.Function):
                 dgate_up_EID = _outer_products(dgate_up, pairs, ends).to(gate_up_EID.dtype)
                 del pairs
             if wants[0]:
-                pairs = _products(dgate_up, gate_up_EID.to(dtype), ends)
+                pairs = _products(dgate_up, plain_experts(gate_up_EID, dtype), ends)
                 dx = sum_of_rows(pairs, places).to(x_TD.dtype)
             dweights = torch.empty_like(dpairs).index_copy_(0, order, dpairs).view_as(weights)
         return dx, dweights, dgate_up_EID, ddown_EDI, None, None

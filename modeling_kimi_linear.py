@@ -34,6 +34,7 @@ from .cache_kimi_linear import prepare_cache
 from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
+from .expert_quantization import EXPERT_TENSORS, is_packed, packing_experts, plain_experts
 from .experts_kimi_linear import EXPERTS
 from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
@@ -157,15 +158,22 @@ class KimiLinearExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, D], experts and weights [tokens, k] to [tokens, D], one expert at a time."""
+        gate_up_proj, down_proj = plain_experts(self.gate_up_proj), plain_experts(self.down_proj)
         out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:  # another rank's, under expert parallelism
                 continue
             token, slot = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_out = F.linear(self.act_fn(gate) * up, down_proj[expert])
             out = out.index_add(0, token, expert_out * top_k_weights[token, slot, None])
         return out.to(hidden_states.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pack = self.__dict__.get("pack_arriving")  # while a quantised model is loaded
+        if pack is not None and name in EXPERT_TENSORS and not value.is_meta:
+            value = pack(value)
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
@@ -299,7 +307,16 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save as Transformers does: official names, this code beside the weights, all its classes
-        in `auto_map`."""
+        in `auto_map`.
+
+        Raises:
+            ValueError: For a model whose experts are quantised; its adapters can be saved.
+        """
+        if is_packed(self) and not getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
+                "for them; save its adapters, and merge them into the model without quantisation"
+            )
         self.config.auto_map = dict(AUTO_MAP)
         if getattr(self, "hf_quantizer", None) is None:
             # else Transformers repeats the layout that was loaded, official or not
@@ -311,6 +328,10 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         """Check the files first, since Transformers would fill what is missing with random numbers;
         then let it read them through `stored_tensors`, which needs no more memory than the model.
         """
+        if getattr(model, "_hf_peft_config_loaded", False):  # the files are an adapter's
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            )
         files = [str(file) for file in checkpoint_files or []]
         plain = not load_config.is_quantized and not is_deepspeed_zero3_enabled()
         if state_dict is None and plain and files and files[0].endswith(".safetensors"):
@@ -320,9 +341,10 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
                 state_dict = stored_tensors(files, model)
         mapping = [*(load_config.weight_mapping or []), *other_spellings()]
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
+        with packing_experts(model, KimiLinearExperts, load_config.hf_quantizer):
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            )
 
 
 class KimiLinearBackbone(KimiLinearPreTrainedModel):

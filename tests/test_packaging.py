@@ -47,7 +47,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     templates = {f"kimi_linear/tokenizer/{p.name}" for p in (ROOT / "tokenizer").glob("*.jinja")}
     assert names == sources() | templates
     assert "License-Expression: MIT" in metadata
-    for extra in ("gpu", "train", "test", "dev"):
+    for extra in ("gpu", "train", "finetune", "qlora", "test", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
 
 

@@ -1,0 +1,242 @@
+"""Experts in 4 and 8 bits: what they compute, what they take, what they refuse; QLoRA on them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import tiny_model, token_ids
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.expert_quantization import PackedExperts, _moved, is_packed
+from kimi_linear.peft_targets import lora_targets
+from safetensors import safe_open
+from tolerance import assert_close
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
+
+IDS = token_ids(2, 21)
+CONFIGS: dict[int, dict[str, Any]] = {
+    4: {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    8: {"load_in_8bit": True},
+}
+# Largest error relative to the largest weight of its block: NF4's widest gap is 0.3. Bits a number,
+# scales included.
+ERRORS, BITS = {4: 0.16, 8: 0.04}, {4: 4.6, 8: 8.3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("alternating", hidden_size=64, moe_intermediate_size=48).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, bits: int, **changes: Any) -> KimiLinearForCausalLM:
+    config = BitsAndBytesConfig(**{**CONFIGS[bits], **changes})
+    return KimiLinearForCausalLM.from_pretrained(folder, quantization_config=config).eval()
+
+
+def experts_of(model: Any) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if ".experts." in name}
+
+
+@torch.no_grad()
+def unquantised(model: Any, folder: Path) -> KimiLinearForCausalLM:
+    """A plain model with the weights that a model in 4 bits computes with."""
+    plain = KimiLinearForCausalLM.from_pretrained(folder).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.copy_(weight)
+    for name, weights in experts_of(model).items():
+        assert isinstance(weights, PackedExperts)
+        plain.get_parameter(name).copy_(weights.unpacked())
+    return plain
+
+
+def adapt(model: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="adapters need PEFT: pip install '.[finetune]'")
+    config = peft.LoraConfig(r=3, task_type="CAUSAL_LM", **lora_targets(model.config, "all"))
+    model = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    return model
+
+
+# ---- what it computes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_near_and_small(bits: int, dtype: torch.dtype) -> None:
+    weights = torch.randn(6, 96, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed = PackedExperts.of(weights, bits, double_quant=True)
+    assert (packed.shape, packed.dtype) == (weights.shape, dtype)
+    blocks = weights.double().reshape(-1, 64)
+    errors = (packed.unpacked().double().reshape(-1, 64) - blocks).abs().amax(1)
+    assert (errors / blocks.abs().amax(1)).max() < ERRORS[bits]
+    state = [packed.state, getattr(packed.state, "state2", None)]
+    scales = [each.absmax for each in state if each is not None]
+    taken = sum(x.numel() * x.element_size() for x in (packed.packed, *scales))
+    assert 8 * taken / weights.numel() < BITS[bits]
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+def test_a_quantised_model_computes_what_its_weights_say(folder: Path, experts: str) -> None:
+    model = load(folder, 4)
+    assert len(experts_of(model)) == 6 and is_packed(model)
+    plain = unquantised(model, folder)
+    for each in (model, plain):
+        each.set_experts_implementation(experts)
+    with torch.no_grad():
+        assert_close(model(IDS).logits, plain(IDS).logits, torch.float32)
+    ids = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert torch.equal(ids, plain.generate(IDS, max_new_tokens=5, do_sample=False))
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+def test_adapters_over_quantised_experts_get_their_gradients(folder: Path, experts: str) -> None:
+    """As over the same weights in full, and again after a step: nothing piles up on the way."""
+    model = load(folder, 4)
+    plain = adapt(unquantised(model, folder)).train()
+    model = adapt(model).train()
+    for each in (model, plain):
+        each.base_model.model.set_experts_implementation(experts)
+    for _ in range(2):
+        found = []
+        for each in (model, plain):
+            loss = each(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            gradients = {n: p.grad.clone() for n, p in each.named_parameters() if p.requires_grad}
+            found.append((loss.detach(), gradients))
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    if parameter.requires_grad:
+                        parameter -= 0.1 * parameter.grad
+            each.zero_grad()
+        (loss, ours), (expected_loss, theirs) = found
+        assert_close(loss, expected_loss, torch.float32)
+        assert ours.keys() == theirs.keys()
+        for name, expected in theirs.items():
+            assert expected.abs().max() > 0, name
+            torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+    assert all(
+        isinstance(p, PackedExperts) for n, p in experts_of(model).items() if "lora" not in n
+    )
+
+
+def test_the_backward_pass_keeps_the_packed_form(folder: Path) -> None:
+    model = load(folder, 4)
+    model.set_experts_implementation("grouped_mm")
+    layer = model.model.layers[1].block_sparse_moe.train()
+    kept: list[Tensor] = []
+    x = torch.randn(1, 9, 64, requires_grad=True)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = layer.experts(x[0], *reversed(layer.gate(x[0])[1:]))
+    fused = [tensor for tensor in kept if tensor.ndim == 3]
+    assert len(fused) == 2 and all(isinstance(tensor, PackedExperts) for tensor in fused)
+    out.sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+
+
+def test_8_bits_are_near_the_model(folder: Path) -> None:
+    model, plain = load(folder, 8), KimiLinearForCausalLM.from_pretrained(folder).eval()
+    for name, weights in experts_of(model).items():
+        assert isinstance(weights, PackedExperts) and weights.bits == 8
+        error = (weights.unpacked() - plain.get_parameter(name)).norm()
+        assert error < 0.02 * plain.get_parameter(name).norm(), name
+    with torch.no_grad():
+        error = (model(IDS).logits - plain(IDS).logits).norm() / plain(IDS).logits.norm()
+    assert error < 0.3
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def test_experts_are_packed_as_they_arrive(folder: Path, monkeypatch: Any) -> None:
+    """Never two tensors of experts in full at a time."""
+    original, full = PackedExperts.of.__func__, []
+    models: list[Any] = []
+    init = KimiLinearForCausalLM.__init__
+
+    def noted_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        models.append(self)
+
+    def noted(cls: Any, weights: Tensor, *args: Any) -> PackedExperts:
+        arrived = [p for p in experts_of(models[0]).values() if not p.is_meta]
+        full.append(sum(not isinstance(p, PackedExperts) for p in arrived))
+        return original(cls, weights, *args)
+
+    monkeypatch.setattr(KimiLinearForCausalLM, "__init__", noted_init)
+    monkeypatch.setattr(PackedExperts, "of", classmethod(noted))
+    model = load(folder, 4)
+    assert full == [0] * 6
+    assert not any("pack_arriving" in vars(module) for module in model.modules())
+
+
+def test_experts_that_are_to_be_left_alone_are(folder: Path) -> None:
+    model = load(folder, 4, llm_int8_skip_modules=["experts", "lm_head"])
+    assert not is_packed(model)
+    assert all(type(p) is nn.Parameter for p in experts_of(model).values())
+
+
+# ---- moves and refusals -------------------------------------------------------------------------
+
+
+def test_moves_keep_the_packed_form() -> None:
+    weights = torch.randn(2, 32, 64)
+    packed = PackedExperts.of(weights, 4, double_quant=True)
+    module = nn.Module()
+    module.weight = nn.Parameter(packed, requires_grad=False)
+    module.to(torch.bfloat16)
+    assert isinstance(module.weight, PackedExperts) and module.weight.dtype == torch.bfloat16
+    assert torch.equal(module.weight.unpacked(), packed.unpacked().bfloat16())
+    state = _moved(packed.state, torch.device("cpu"))
+    assert state is not packed.state and state.state2 is not packed.state.state2
+    again = PackedExperts(packed.packed, state, 4, packed.shape, packed.dtype)
+    assert torch.equal(again.unpacked(), packed.unpacked())
+    assert torch.equal(packed + 1, packed.unpacked() + 1)
+    with pytest.raises(ValueError, match="bits=3 is not allowed"):
+        PackedExperts.of(weights, 3)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_what_would_lose_adapters_is_refused(folder: Path, safe: bool, tmp_path: Path) -> None:
+    model = load(folder, 4)
+    with pytest.raises(ValueError, match="quantised experts cannot be saved"):
+        model.save_pretrained(tmp_path)
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot be written to"):
+        next(iter(experts_of(model).values())).mul_(2)
+    with pytest.raises(ValueError, match="cannot be written to: load the model without"):
+        adapt(model).merge_and_unload(safe_merge=safe)
+
+
+def test_adapters_of_a_quantised_model_serve_both(folder: Path, tmp_path: Path) -> None:
+    """They reload over the quantised model to the same bits, and merge into the plain one."""
+    peft = pytest.importorskip("peft", reason="adapters need PEFT: pip install '.[finetune]'")
+    model = adapt(load(folder, 4)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert all("lora_" in name for name in file.keys())  # noqa: SIM118
+    again = peft.PeftModel.from_pretrained(load(folder, 4), tmp_path / "adapter").eval()
+    base = KimiLinearForCausalLM.from_pretrained(folder)
+    plain = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        expected = plain(IDS).logits
+        assert_close(plain.merge_and_unload()(IDS).logits, expected, torch.float32)
