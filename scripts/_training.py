@@ -147,6 +147,11 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _muon_update(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                "optimizer='muon' is not allowed with sharded parameters (FSDP2), since it needs "
+                "whole matrices: it must be 'adamw'"
+            )
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)

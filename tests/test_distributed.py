@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from _training import make_optimizer
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
 from torch.distributed.checkpoint.state_dict import (
@@ -100,6 +101,14 @@ def same_gradients(rank: int, world: int, folder: str) -> None:
         model.gradient_checkpointing_disable()
 
 
+def muon_refuses_shards(rank: int, world: int, folder: str) -> None:
+    model = sharded(world)
+    backward(model, {name: x[:1] for name, x in batch().items()}, TOKENS)
+    with pytest.raises(ValueError, match="optimizer='muon' .* sharded .* must be 'adamw'"):
+        make_optimizer("muon", model, 1e-3, 0.0).step()
+    make_optimizer("adamw", model, 1e-3, 0.0).step()
+
+
 def save_shards(rank: int, world: int, folder: str) -> None:
     model = sharded(world)
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/shards")
@@ -137,7 +146,7 @@ def check_equal(model: Any) -> None:
 def test_two_and_four_processes_equal_one(tmp_path: Path):
     """Loss and gradients; and checkpoints, among them the short convolutions' weights [D, 1, W] and
     the fused experts, saved by two processes and read by four."""
-    run(2, [same_gradients, save_shards], tmp_path)
+    run(2, [same_gradients, muon_refuses_shards, save_shards], tmp_path)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "whole")]
     assert files[0] == files[1]  # saved from shards: the released names, byte for byte
     run(4, [same_gradients, load_shards], tmp_path)
