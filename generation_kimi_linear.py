@@ -92,8 +92,9 @@ class KimiLinearGenerationMixin(GenerationMixin):
         )
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        """As usual, but on CUDA the host does not wait for each token, see `late_stop.py`."""
-        late = late_sample()
+        """As usual, but on CUDA the host does not wait for each token, see `late_stop.py`; where
+        several GPUs have to make the same number of steps it does."""
+        late = None if kwargs.get("synced_gpus") else late_sample()
         return super()._sample(*args, **kwargs) if late is None else late(self, *args, **kwargs)
 
     def _new_cache(self, generation_config: Any, max_cache_length: int) -> KimiLinearCache:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SCHEDULES = ("constant", "cosine", "wsd")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 # Coefficients of the quintic Newton-Schulz iteration of Muon (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Moonlight's factor, arXiv 2502.16982 section 2.2: updates as large as AdamW's, so that both share
@@ -192,14 +192,34 @@ def make_optimizer(
     """The optimizer of a name in `OPTIMIZERS`, with the groups of `parameter_groups`.
 
     Raises:
-        ValueError: If there is no such optimizer, or for a parameter that is in no group.
+        ValueError: If there is no such optimizer, it is not installed, or for a parameter that is
+            in no group.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"optimizer={kind!r} is not allowed: it must be one of {OPTIMIZERS}")
     groups = parameter_groups(model, weight_decay, muon=kind == "muon")
     if kind == "muon":
         return Muon(groups, lr)
+    if kind == "adamw8bit":
+        return _adamw_8bit(model, groups, lr)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+def _adamw_8bit(model: nn.Module, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW: states of 8 bits, but of 32 for embeddings, as its authors advise, and
+    for small tensors."""
+    try:
+        from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer='adamw8bit' needs bitsandbytes, which cannot be imported ({error})"
+        ) from error
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            GlobalOptimManager.get_instance().register_module_override(
+                module, "weight", {"optim_bits": 32}
+            )
+    return AdamW8bit(groups, lr=lr, betas=(0.9, 0.95))
 
 
 class Budget:

@@ -130,6 +130,11 @@ def test_cache_that_cannot_go_back_is_asked_on_time(model):
     assert cache.get_seq_length() == text.shape[1] - 1
 
 
+def test_several_gpus_are_asked_on_time(model, monkeypatch):
+    monkeypatch.setattr(GenerationMixin, "_sample", lambda self, *args, **kwargs: "on time")
+    assert model._sample(synced_gpus=True) == "on time"
+
+
 def test_only_on_devices_that_are_named():
     assert late_stop.DEVICE_TYPES == ("cuda",)
     check = late_stop.LateStopCheck.is_supported

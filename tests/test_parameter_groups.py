@@ -1,7 +1,10 @@
 """Every parameter in exactly one group, and in which."""
 
+import sys
+
 import pytest
 import torch
+from _training import make_optimizer
 from builders import tiny_config, tiny_model, token_ids
 from kimi_linear.modeling_kimi_linear import (
     KimiLinearForSequenceClassification,
@@ -94,3 +97,42 @@ def test_adapters_are_matrices():
     assert {kind for name, kind in kinds.items() if "lm_head" in name} == {"end"}
     groups = parameter_groups(model, 0.1)
     assert sum(len(group["params"]) for group in groups) == len(kinds)
+
+
+def test_states_of_8_bits(tmp_path):
+    """Close to AdamW; embeddings keep 32 bits; what is saved goes on to the same bits."""
+    pytest.importorskip("bitsandbytes", reason="8-bit optimizers need bitsandbytes")
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64}  # tensors of 4,096 numbers and more
+    ours, plain = (tiny_model(**sizes).train() for _ in "ab")
+    pair = [make_optimizer(k, m, 1e-3, 0.1) for k, m in (("adamw8bit", ours), ("adamw", plain))]
+
+    def step(model, optimizer, seed):
+        model(ids := token_ids(2, 16, seed=seed), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for seed in range(3):
+        for model, optimizer in zip((ours, plain), pair, strict=True):
+            step(model, optimizer, seed)
+    states = {n: pair[0].state[p]["state1"].dtype for n, p in ours.named_parameters()}
+    assert states["model.layers.1.block_sparse_moe.experts.gate_up_proj"] == torch.uint8
+    assert states["model.embed_tokens.weight"] == torch.float32
+    for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert (mine - theirs).abs().max() <= 3e-3, name  # three steps of at most 1e-3
+    assert not torch.equal(ours.lm_head.weight, tiny_model(**sizes).lm_head.weight)
+    torch.save([ours.state_dict(), pair[0].state_dict()], tmp_path / "state.pt")
+    again = tiny_model(**sizes).train()
+    weights, optimizer_state = torch.load(tmp_path / "state.pt", weights_only=False)
+    again.load_state_dict(weights)
+    other = make_optimizer("adamw8bit", again, 1e-3, 0.1)
+    other.load_state_dict(optimizer_state)
+    step(ours, pair[0], 7)
+    step(again, other, 7)
+    for mine, theirs in zip(ours.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_8_bits_without_bitsandbytes_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="optimizer='adamw8bit' needs bitsandbytes"):
+        make_optimizer("adamw8bit", tiny_model(), 1e-3, 0.1)
