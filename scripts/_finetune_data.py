@@ -40,20 +40,6 @@ def load_rows(dataset: str, config: str | None, split: str) -> Dataset:
     return rows
 
 
-def hold_out(rows: Dataset, percent: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Rows to train on and rows to evaluate on, the latter None if `percent` is 0."""
-    if not percent:
-        return rows, None
-    if not 0 < percent < 100 or len(rows) < 2:
-        raise ValueError(
-            f"eval_percent={percent} of {len(rows)} rows is not allowed: above 0, below 100, and "
-            "at least one row for training and one held out"
-        )
-    count = min(max(1, round(len(rows) * percent / 100)), len(rows) - 1)
-    parts = rows.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
-
-
 # -------------------------------------------------------------------------------------------- SFT
 def sft_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, loss_on: str
@@ -263,4 +249,4 @@ def _tools(row: Mapping[str, Any]) -> Any:
     return (json.loads(tools) if isinstance(tools, str) else without_none(tools)) or None
 
 
-__all__ = ["dpo_rows", "grpo_rows", "hold_out", "load_rows", "sft_rows", "to_messages"]
+__all__ = ["dpo_rows", "grpo_rows", "load_rows", "sft_rows", "to_messages"]

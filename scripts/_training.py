@@ -1,4 +1,5 @@
-"""What demo.py and train.py share: packing, schedules, Muon, budgets of time, a progress bar.
+"""What demo.py, train.py and finetune.py share: held-out rows, packing, schedules, optimizers,
+budgets of time, a progress bar.
 
 Shapes: B rows of a batch, T tokens of a row.
 """
@@ -24,6 +25,30 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MUON_RMS = 0.2
 # Between two states of the progress bar where stderr is a file.
 LOG_SECONDS = 15
+
+
+def hold_out(rows: Any, percent: float | None, seed: int, what: str = "row") -> tuple[Any, Any]:
+    """Rows to train on and rows to evaluate on, the latter None if `percent` is 0 or None.
+
+    Args:
+        rows: A dataset of known length.
+        percent: Rows to hold out, of a hundred; at least one is.
+        seed: Of the choice.
+        what: What messages call a row.
+
+    Raises:
+        ValueError: If there are fewer than two rows, or `percent` is not below 100.
+    """
+    if not percent:
+        return rows, None
+    if not 0 < percent < 100 or len(rows) < 2:
+        raise ValueError(
+            f"eval_percent={percent} of {len(rows)} {what}s is not allowed: above 0, below 100, "
+            f"and at least one {what} for training and one held out"
+        )
+    count = min(max(1, round(len(rows) * percent / 100)), len(rows) - 1)
+    parts = rows.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def pack(

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _finetune_data import dpo_rows, grpo_rows, hold_out, load_rows, sft_rows
+from _finetune_data import dpo_rows, grpo_rows, load_rows, sft_rows
 from _finetune_settings import (
     RECIPES,
     DpoSettings,
@@ -56,6 +56,7 @@ from _finetune_settings import (
     write_yaml,
 )
 from _rewards import make_reward
+from _training import hold_out
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.tokenizer import save_tokenizer
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase

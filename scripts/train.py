@@ -43,7 +43,15 @@ from typing import Any, get_args
 
 import torch
 from _evaluation import bits_per_byte, encode_texts
-from _training import OPTIMIZERS, SCHEDULES, collate, make_optimizer, pack, schedule_factor
+from _training import (
+    OPTIMIZERS,
+    SCHEDULES,
+    collate,
+    hold_out,
+    make_optimizer,
+    pack,
+    schedule_factor,
+)
 from datasets import Dataset, IterableDataset, load_dataset
 from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.moe_callback import balance_experts
@@ -150,9 +158,7 @@ def main(
     if streaming and (steps is None or eval_percent):
         raise ValueError("streaming needs steps, and cannot hold texts out (eval_percent)")
     texts = _load_texts(paths, pattern_glob, dataset, dataset_config, split, text_column, streaming)
-    held_out = None
-    if eval_percent:
-        texts, held_out = _hold_out(texts, eval_percent, seed)
+    texts, held_out = hold_out(texts, eval_percent, seed, "text")
     tokens = _load_tokenizer(
         tokenizer, init_from, vocab_size, checkpoint, folder, texts[text_column], sequence_length
     )
@@ -267,17 +273,6 @@ def _load_texts(
             f"text_column={text_column!r} is not allowed: {dataset} has {', '.join(names)}"
         )
     return texts.select_columns([text_column])
-
-
-def _hold_out(texts: Texts, percent: float, seed: int) -> tuple[Dataset, Dataset]:
-    if not 0 < percent < 100 or len(texts) < 2:
-        raise ValueError(
-            f"eval_percent={percent} of {len(texts)} texts is not allowed: above 0, below 100, and "
-            "at least one text for training and one held out"
-        )
-    count = min(max(1, round(len(texts) * percent / 100)), len(texts) - 1)
-    parts = texts.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
 
 
 def _load_tokenizer(

@@ -11,7 +11,6 @@ from _finetune_data import (
     IGNORED,
     dpo_rows,
     grpo_rows,
-    hold_out,
     load_rows,
     sft_rows,
     to_messages,
@@ -26,6 +25,7 @@ from _finetune_settings import (
 )
 from _plots import plot_curves
 from _rewards import last_number, make_reward, text_of
+from _training import hold_out
 from datasets import Dataset
 from kimi_linear.tokenizer import convert_tiktoken, encode_chat, encode_plain, train_bpe
 from memorised_chat import CONVERSATIONS
