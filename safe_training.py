@@ -245,8 +245,9 @@ class SafeTrainingMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's, but weights that are not finite are an error."""
-        names = not_finite_weights(self.model)
+        """As Trainer's, but weights that are not finite are an error; a checkpoint's are looked at
+        before it is begun."""
+        names = [] if self._draft else not_finite_weights(self.model)
         if names:
             raise FloatingPointError(
                 f"nothing is saved, since numbers are not finite in {_list(names)}"
