@@ -1,7 +1,9 @@
-"""What every line of a benchmark says about where it was measured."""
+"""What every line of a benchmark says about where it was measured, and how lines are written."""
 
+import json
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,19 @@ def environment() -> dict[str, Any]:
         else:
             found["fla"] = fla.__version__
     return found
+
+
+def line_writer(record: Path | None) -> Callable[[dict[str, Any]], None]:
+    """A function that prints a line of JSON and, if there is a file, appends it at once, so that a
+    run that is cut off keeps what it has. The file is emptied first."""
+    if record is not None:
+        record.write_text("")
+
+    def tell(line: dict[str, Any]) -> None:
+        text = json.dumps(line)
+        print(text, flush=True)
+        if record is not None:
+            with record.open("a") as file:
+                file.write(text + "\n")
+
+    return tell

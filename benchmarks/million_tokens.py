@@ -10,7 +10,6 @@ verdict. A run of the full length takes several minutes on an H200; weights take
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _environment import environment
+from _environment import environment, line_writer
 from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 
 DECODED_TOKENS = 8
@@ -102,16 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-layers", type=int, help="only so many layers, for a smaller GPU")
     parser.add_argument("--record", type=Path, help="write the lines to this file too")
     args = parser.parse_args(argv)
-    if args.record is not None:
-        args.record.write_text("")
-    setting = environment()
-
-    def tell(line: dict[str, Any]) -> None:
-        text = json.dumps(line)
-        print(text, flush=True)
-        if args.record is not None:
-            with args.record.open("a") as file:
-                file.write(text + "\n")
+    setting, tell = environment(), line_writer(args.record)
 
     start = time.perf_counter()
     model = random_model(args.num_layers)

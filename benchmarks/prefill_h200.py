@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _environment import environment
+from _environment import environment, line_writer
 from kimi_linear import KimiLinearCache, kda
 from million_tokens import random_model
 
@@ -141,18 +141,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--states", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path, help="write the lines to this file too")
     args = parser.parse_args(argv)
-    if args.record is not None:
-        args.record.write_text("")
+    write = line_writer(args.record)
     setting = {**environment(), "command": " ".join(sys.argv)}
     if args.commit:
         setting["commit"] = args.commit
 
     def tell(line: dict[str, Any]) -> None:
-        text = json.dumps({"name": args.name, **line, **(setting if "gpu" not in line else {})})
-        print(text, flush=True)
-        if args.record is not None:
-            with args.record.open("a") as file:
-                file.write(text + "\n")
+        write({"name": args.name, **line, **(setting if "gpu" not in line else {})})
 
     with torch.inference_mode():
         if args.states:

@@ -9,7 +9,6 @@ in bfloat16, median of five; a line of JSON each. `scripts/benchmark.py` has the
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _environment import environment
+from _environment import environment, line_writer
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, experts_kimi_linear
 from kimi_linear.experts_training import train_experts
 from kimi_linear.loss_kimi_linear import linear_cross_entropy
@@ -117,20 +116,11 @@ CASES = {"loss": losses, "experts": experts, "step": steps}
 
 def main(*, preset: str, tokens: int, cases: list[str], record: Path | None) -> None:
     config = KimiLinearConfig.from_preset(preset)
-    if record is not None:
-        record.write_text("")
-    note({"environment": environment()}, record)
+    tell = line_writer(record)
+    tell({"environment": environment()})
     for case in cases:
         figures = CASES[case](config, tokens)
-        note({"case": case, "preset": preset, "tokens": tokens, **figures}, record)
-
-
-def note(line: dict[str, Any], record: Path | None) -> None:
-    """Print a line, and write it at once: a run that is cut off keeps what it has."""
-    print(json.dumps(line), flush=True)
-    if record is not None:
-        with record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        tell({"case": case, "preset": preset, "tokens": tokens, **figures})
 
 
 if __name__ == "__main__":
