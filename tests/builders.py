@@ -12,6 +12,16 @@ PATTERNS = {
     "alternating": [2, 4],
     "mla_first": [1],
 }
+# One layer of either kind of attention.
+TWO_LAYERS: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "linear_attn_config": {
+        "full_attn_layers": [2],
+        "num_heads": 2,
+        "head_dim": 16,
+        "short_conv_kernel_size": 4,
+    },
+}
 
 
 def tiny_config(pattern: str = "hybrid", **fields: Any) -> KimiLinearConfig:

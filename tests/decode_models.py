@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny_model
+from builders import TWO_LAYERS, tiny_model
 from kimi_linear import KimiLinearForCausalLM, decode_graph, decode_projection, decode_step
 
 INTERPRETED = (
@@ -35,18 +35,12 @@ def decode_model(device: str, seed: int = 0, **fields: Any) -> KimiLinearForCaus
         hidden_size=72,  # a power of two and some more
         intermediate_size=56,
         moe_intermediate_size=24,
-        num_hidden_layers=2,
+        **TWO_LAYERS,
         num_attention_heads=3,
         kv_lora_rank=32,
         qk_nope_head_dim=16,
         qk_rope_head_dim=16,
         v_head_dim=32,
-        linear_attn_config={
-            "full_attn_layers": [2],
-            "num_heads": 2,
-            "head_dim": 16,
-            "short_conv_kernel_size": 4,
-        },
     )
     model = tiny_model(seed=seed, **{**sizes, **fields})
     return model.to("cuda", torch.bfloat16) if device == "cuda" else model

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from _calculator import calculator
 from _training import make_optimizer
-from builders import tiny_config
+from builders import TWO_LAYERS, tiny_config
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.tokenizer import convert_tiktoken, encode_chat, parse_answer, train_bpe
 from transformers import PreTrainedTokenizerBase
@@ -113,13 +113,7 @@ def _make_model(tokenizer: PreTrainedTokenizerBase) -> KimiLinearForCausalLM:
     config = tiny_config(
         vocab_size=len(tokenizer),
         hidden_size=56,
-        num_hidden_layers=2,
-        linear_attn_config={
-            "full_attn_layers": [2],
-            "num_heads": 2,
-            "head_dim": 16,
-            "short_conv_kernel_size": 4,
-        },
+        **TWO_LAYERS,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from _finetune_data import load_rows, sft_rows
 from _finetune_settings import make_settings
-from builders import tiny_config
+from builders import TWO_LAYERS, tiny_config
 from kimi_linear import KimiLinearForCausalLM, safe_training
 from kimi_linear.tokenizer import convert_tiktoken, train_bpe
 from tolerance import assert_close
@@ -44,13 +44,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = tiny_config(
         vocab_size=len(tokenizer),
-        num_hidden_layers=2,
-        linear_attn_config={
-            "full_attn_layers": [2],
-            "num_heads": 2,
-            "head_dim": 16,
-            "short_conv_kernel_size": 4,
-        },
+        **TWO_LAYERS,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
