@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .fla_tuning import use_known_configs
 from .kda import resolve_backend
 
 
@@ -23,6 +24,7 @@ def _fla_norm() -> Callable[..., Tensor]:
             f"backend is 'fla', but this fla has no rms_norm_gated ({error}); "
             "fla-core 0.5.1 or newer is needed, or backend='torch'"
         ) from error
+    use_known_configs()
     return rms_norm_gated
 
 

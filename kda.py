@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .fla_tuning import use_known_configs
+
 Backend = Literal["auto", "fla", "torch"]
 
 L2NORM_EPS = 1e-6
@@ -49,6 +51,7 @@ def _fla_kernels() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None
         from fla.ops.kda import chunk_kda, fused_recurrent_kda
     except (ImportError, RuntimeError, AttributeError) as error:  # absent, or a broken triton
         return None, None, f"{type(error).__name__}: {error}"
+    use_known_configs()
     return chunk_kda, fused_recurrent_kda, ""
 
 

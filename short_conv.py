@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fla_tuning import use_known_configs
 from .kda import (
     check_cu_seqlens,
     compute_dtype,
@@ -45,6 +46,7 @@ def _fla_convolution() -> tuple[Callable[..., Any], Callable[..., Any]]:
                 f"backend is 'fla', but this fla has no causal_conv1d ({error}); "
                 "fla-core 0.5.1 or newer is needed, or backend='torch'"
             ) from error
+    use_known_configs()
     return causal_conv1d, causal_conv1d_update
 
 
