@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .expert_quantization import PackedExperts, plain_experts
+from .grouped_kernels import sort_pairs
 from .kda import no_autocast
 from .training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
 
@@ -117,6 +118,7 @@ class _Experts(torch.autograd.Function):
             dgate_up, dpairs, inner = weighted_silu_backward(
                 gate_up, weights.flatten()[order], dinner
             )
+            assert dpairs is not None
             del dinner
             if wants[3]:
                 ddown_EDI = _outer_products(grad, inner, ends).to(down_EDI.dtype)
@@ -136,11 +138,9 @@ def _sort(index_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, T
     """Of the pairs in the order of their experts: their tokens [P] and their numbers token * k +
     slot [P]; the other way round, each token's places among them [T, k]; and the experts' ends [E],
     int32."""
-    experts, order = torch.sort(index_Tk.flatten(), stable=True)
+    order, ends = sort_pairs(index_Tk, num_experts)
     places = torch.empty_like(order)
-    places[order] = torch.arange(order.numel(), device=order.device)
-    numbers = torch.arange(num_experts, device=order.device, dtype=experts.dtype)
-    ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+    places.scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return order // index_Tk.shape[1], order, places.view_as(index_Tk), ends
 
 

@@ -24,7 +24,7 @@ except ImportError:
     Autotuner = None
 
 # A configuration is that of one block of work; these count blocks.
-COUNTS = frozenset({"H", "HV", "NB"})
+COUNTS = frozenset({"B", "H", "HV", "NB"})
 COUNTS_OF_KERNEL = {"causal_conv1d_fwd_kernel": {"D"}, "causal_conv1d_bwd_kernel": {"D"}}
 
 
@@ -38,9 +38,12 @@ def shape_of(tuner: Any, key: tuple[Any, ...]) -> str:
     chosen = tuner.configs[0].kwargs
     names = [name for name in tuner.keys if name not in chosen]
     counts = COUNTS | COUNTS_OF_KERNEL.get(tuner.base_fn.__name__, set())
-    sizes = [f"{n}={v}" for n, v in zip(names, key, strict=False) if n not in counts]
+    parts = []
+    for name, value in zip(names, key, strict=False):
+        if name not in counts and value is not False:
+            parts.append(name if value is True else f"{name}={value}")
     dtypes = {str(part).removeprefix("torch.") for part in key[len(names) :]}
-    return " ".join(sizes + sorted(dtype for dtype in dtypes if "float" in dtype))
+    return " ".join(parts + sorted(dtype for dtype in dtypes if "float" in dtype))
 
 
 class KnownConfigs(dict[tuple[Any, ...], Any]):

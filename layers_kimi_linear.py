@@ -26,6 +26,7 @@ from .cache_kimi_linear import KDALayerCache, LatentLayerCache, States
 from .configuration_kimi_linear import KimiLinearConfig
 from .conv_kernel import convolve_three
 from .gated_norm import gated_rms_norm
+from .joint_training import gated_mlp, project_kda, trains_jointly
 from .kda import CHUNK_SIZE, kda_attention
 from .latent_attention import (
     FUSED_QUERY_TOKENS,
@@ -197,9 +198,15 @@ class KimiLinearDeltaAttention(nn.Module):
         """
         conv_state, recurrent_state = states or (None, None)
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
-        qkv, conv_states = self._project(x, layout, conv_state, states is not None, cut)
+        conv_states: list[Tensor | None] = [None, None]
+        if states is None and not cut and trains_jointly(x, self._linears, *self._taps):
+            *qkv, decay, gate, beta = project_kda(x, self._linears, self._taps, layout)
+            qkv = [self._heads(each) for each in qkv]
+        else:
+            qkv, conv_states = self._project(x, layout, conv_state, states is not None, cut)
+            decay, beta, gate = self.f_a_proj(x), self.b_proj(x), None
         out, state, state_at_cut = self._attend(
-            (*qkv, self._heads(self.f_b_proj(self.f_a_proj(x))), self.b_proj(x)),
+            (*qkv, self._heads(self.f_b_proj(decay)), beta),
             cut,
             initial_state=layout.initial_states(recurrent_state),
             output_final_state=states is not None,
@@ -207,7 +214,7 @@ class KimiLinearDeltaAttention(nn.Module):
             state_out=state_out,
         )
         del qkv
-        gate = self._heads(self.g_b_proj(self.g_a_proj(x)))
+        gate = self._heads(self.g_b_proj(self.g_a_proj(x) if gate is None else gate))
         out = self.o_proj(self.o_norm(out, gate).flatten(-2))
         out = layout.unpack(out, hidden_states.shape[0])
         return out, (conv_states[0], layout.row_states(state)), (conv_states[1], state_at_cut)
@@ -247,6 +254,14 @@ class KimiLinearDeltaAttention(nn.Module):
                 tails_at_cut.append(convolution_state(y[:, :cut], initial, width - 1))
         conv_state = layout.row_states(torch.stack(tails, dim=1)) if output_state else None
         return outputs, [conv_state, torch.stack(tails_at_cut, dim=1) if cut else None]
+
+    @property
+    def _linears(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.g_a_proj, self.b_proj
+
+    @property
+    def _taps(self) -> tuple[Tensor, ...]:
+        return self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -534,6 +549,9 @@ class KimiLinearMLP(nn.Module):
         return out.view_as(x)
 
     def _run(self, x: Tensor) -> Tensor:
+        linears = self.gate_proj, self.up_proj, self.down_proj
+        if self.is_silu and trains_jointly(x, linears):
+            return gated_mlp(x, *linears)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.is_silu and has_kernels(gate, up):
             inner = silu_mul(gate.flatten(0, -2), up.flatten(0, -2)).view_as(up)

@@ -56,6 +56,7 @@ from .moe_training import (
 )
 from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
+from .training_kernels import choose_experts_in_training
 from .weight_conversion import (
     check_checkpoint,
     other_spellings,
@@ -115,8 +116,9 @@ class KimiLinearRouter(nn.Module):
         renormalize = config.moe_renormalize and config.num_experts_per_token > 1  # as released
         is_sigmoid = config.moe_router_activation_func == "sigmoid"
         in_groups = config.num_expert_group != config.topk_group
-        if is_sigmoid and not in_groups and has_kernels(logits, bias):
-            return logits, *choose_experts(
+        if is_sigmoid and not in_groups and has_kernels(logits.detach(), bias):
+            choose = choose_experts_in_training if logits.requires_grad else choose_experts
+            return logits, *choose(
                 logits,
                 bias,
                 config.num_experts_per_token,

@@ -51,6 +51,16 @@ class SequenceLayout:
         assert self.cu_seqlens is not None
         return self.cu_seqlens.tolist()
 
+    @functools.cached_property
+    def token_starts(self) -> Tensor | None:
+        """[R] int32, of each real token the first one of its sequence; None for plain rows."""
+        if self.cu_seqlens is None:
+            return None
+        count = self.num_places if self.token_index is None else self.token_index.numel()
+        token = torch.arange(count, dtype=torch.int32, device=self.cu_seqlens.device)
+        sequence = torch.searchsorted(self.cu_seqlens[1:], token, right=True)
+        return self.cu_seqlens.to(torch.int32)[sequence]
+
     def to(self, device: torch.device, **kwargs: Any) -> "SequenceLayout":
         """A copy on another device; accelerate moves inputs to the next layers' with this."""
         moved: dict[str, Any] = {

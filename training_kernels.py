@@ -1,20 +1,23 @@
-"""Triton kernels of the experts in training: a gated SiLU's backward pass, and sums of rows.
+"""Triton kernels of training: gated SiLU's backward pass, sums of rows, the choice of experts.
 
 Each reads its inputs once and writes its outputs once; beside them, as `reference_...`, is what
 they do in torch, which is what runs elsewhere. Sums are in float32, in a fixed order.
 
-Shapes: P pairs of a token and one of its experts, T tokens, k experts of one token, D hidden size,
-I expert width.
+Shapes: P pairs of a token and one of its experts, T tokens, E experts, k experts of one token,
+D hidden size, I expert width.
 """
 
 # mypy: disable-error-code=no-untyped-def
 # (a kernel's arguments are Triton's)
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .prefill_kernels import has_kernels, reference_silu_mul, silu_mul
+from .prefill_kernels import choose_experts, has_kernels, reference_silu_mul, silu_mul
 
 try:
     import triton
@@ -35,43 +38,44 @@ def gated_silu(gate_up: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------ gated SiLU, backward pass
 def reference_weighted_silu_backward(
-    gate_up: Tensor, weights: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    gate_up: Tensor, weights: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Backward pass of weights * silu(gate) * up.
 
     Args:
         gate_up: [P, 2I].
-        weights: [P].
+        weights: [P]; None for ones.
         grad: [P, I], of the product.
 
     Returns:
-        The gradient of `gate_up` [P, 2I], that of `weights` [P], and the product [P, I].
+        The gradient of `gate_up` [P, 2I], that of `weights` [P] or None, and the product [P, I].
     """
-    wide = weights.dtype
+    wide = torch.promote_types(gate_up.dtype, torch.float32) if weights is None else weights.dtype
     gate, up = gate_up.to(wide).chunk(2, dim=1)
     sigmoid, grad = gate.sigmoid(), grad.to(wide)
-    silu, weight = gate * sigmoid, weights[:, None]
+    silu, weight = gate * sigmoid, 1 if weights is None else weights[:, None]
     inner, scaled = silu * up, grad * weight
     slope = sigmoid * (1 + gate * (1 - sigmoid))
     grad_gate_up = torch.cat([scaled * up * slope, scaled * silu], dim=1).to(gate_up.dtype)
-    return grad_gate_up, (grad * inner).sum(dim=1), (inner * weight).to(gate_up.dtype)
+    grad_weights = None if weights is None else (grad * inner).sum(dim=1)
+    return grad_gate_up, grad_weights, (inner * weight).to(gate_up.dtype)
 
 
 def weighted_silu_backward(
-    gate_up: Tensor, weights: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    gate_up: Tensor, weights: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The same, one program a pair."""
-    if not has_kernels(gate_up, weights, grad):
+    if not has_kernels(gate_up, grad):
         return reference_weighted_silu_backward(gate_up, weights, grad)
     return launch_weighted_silu_backward(gate_up, weights, grad)
 
 
 def launch_weighted_silu_backward(
-    gate_up: Tensor, weights: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    gate_up: Tensor, weights: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
     P, size = grad.shape
     grad_gate_up, inner = torch.empty_like(gate_up), torch.empty_like(grad)
-    grad_weights = torch.empty_like(weights)
+    grad_weights = None if weights is None else torch.empty_like(weights)
     if P:
         with torch.cuda.device_of(grad):
             _weighted_silu_backward[(P,)](
@@ -129,15 +133,96 @@ def launch_sum_of_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> 
     return out
 
 
+# -------------------------------------------------------------------------------- choice of experts
+def choose_experts_in_training(
+    logits: Tensor, bias: Tensor, num_chosen: int, renormalize: bool, factor: float
+) -> tuple[Tensor, Tensor]:
+    """`choose_experts`, the kernel of inference, with a gradient for the logits [T, E]."""
+    return _ChooseExperts.apply(logits, bias, num_chosen, renormalize, factor)
+
+
+class _ChooseExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, bias: Tensor, num_chosen: int, renormalize: bool, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        weights, experts = choose_experts(logits, bias, num_chosen, renormalize, factor)
+        ctx.save_for_backward(logits, experts)
+        ctx.renormalize, ctx.factor = renormalize and num_chosen > 1, factor
+        ctx.mark_non_differentiable(experts)
+        return weights, experts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        logits, experts = ctx.saved_tensors
+        return launch_choice_backward(
+            logits, experts, grad.contiguous(), ctx.renormalize, ctx.factor
+        ), *(4 * [None])
+
+
+def reference_choice_backward(
+    logits: Tensor, experts: Tensor, grad: Tensor, renormalize: bool, factor: float
+) -> Tensor:
+    """The gradient of logits [T, E], of that of the weights of the chosen experts.
+
+    Args:
+        logits: [T, E].
+        experts: [T, k] int64, all different in a row.
+        grad: [T, k], of sigmoid(logits) at the experts, divided by their sum if they are
+            renormalised, times `factor`.
+    """
+    scores = logits.sigmoid().gather(1, experts)
+    grad = grad * factor
+    if renormalize:
+        total = scores.sum(dim=-1, keepdim=True) + 1e-20
+        grad = (grad - (grad * scores).sum(dim=-1, keepdim=True) / total) / total
+    return torch.zeros_like(logits).scatter(1, experts, grad * scores * (1 - scores))
+
+
+def launch_choice_backward(
+    logits: Tensor, experts: Tensor, grad: Tensor, renormalize: bool, factor: float
+) -> Tensor:
+    """The same, eight tokens a program."""
+    (T, E), k = logits.shape, experts.shape[1]
+    out, rows = torch.empty_like(logits), 8
+    if T:
+        with torch.cuda.device_of(logits):
+            _choice_backward[(triton.cdiv(T, rows),)](
+                logits,
+                experts,
+                grad,
+                out,
+                T,
+                E,
+                factor,
+                NUM=k,
+                NUM_BLOCK=triton.next_power_of_2(k),
+                RENORMALIZE=renormalize,
+                ROWS=rows,
+                BLOCK=triton.next_power_of_2(E),
+            )
+    return out
+
+
 # ----------------------------------------------------------------------------------------- kernels
 if triton is not None:
 
     @triton.jit
     def _weighted_silu_backward(
-        gate_up, weights, grad, grad_gate_up, grad_weights, inner, size, BLOCK: tl.constexpr
+        gate_up,
+        weights,
+        grad,
+        grad_gate_up,
+        grad_weights,
+        inner,
+        size,
+        BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
-        weight = tl.load(weights + row).to(tl.float32)
+        weight = 1.0
+        if weights is not None:
+            weight = tl.load(weights + row).to(tl.float32)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, size, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -156,8 +241,47 @@ if triton is not None:
             tl.store(grad_gate_up + left + size, (scaled * silu).to(dtype), mask=inside)
             product = (silu * up * weight).to(inner.dtype.element_ty)
             tl.store(inner + row * size + column, product, mask=inside)
-        result = tl.sum(total, axis=0).to(grad_weights.dtype.element_ty)
-        tl.store(grad_weights + row, result)
+        if weights is not None:
+            result = tl.sum(total, axis=0).to(grad_weights.dtype.element_ty)
+            tl.store(grad_weights + row, result)
+
+    @triton.jit
+    def _choice_backward(
+        logits,
+        experts,
+        grad,
+        out,
+        num_tokens,
+        num_experts,
+        factor,
+        NUM: tl.constexpr,
+        NUM_BLOCK: tl.constexpr,
+        RENORMALIZE: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        slot = tl.arange(0, NUM_BLOCK)[None, :]
+        real = (token < num_tokens)[:, None]
+        pair = token[:, None] * NUM + slot
+        chosen = real & (slot < NUM)
+        expert = tl.load(experts + pair, mask=chosen, other=0)
+        own = tl.load(grad + pair, mask=chosen, other=0.0).to(tl.float32) * factor
+        score = tl.load(logits + token[:, None] * num_experts + expert, mask=chosen, other=0.0)
+        score = tl.where(chosen, tl.sigmoid(score.to(tl.float32)), 0.0)
+        if RENORMALIZE:
+            total = tl.sum(score, axis=1)[:, None] + 1e-20
+            own = (own - tl.sum(own * score, axis=1)[:, None] / total) / total
+        own = own * score * (1 - score)
+        column = tl.arange(0, BLOCK)[None, :]
+        row = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        for number in tl.static_range(NUM):
+            is_slot = slot == number
+            at = tl.sum(tl.where(is_slot, expert, 0), axis=1)[:, None]
+            value = tl.sum(tl.where(is_slot, own, 0.0), axis=1)[:, None]
+            row += tl.where(column == at, value, 0.0)
+        place = out + token[:, None] * num_experts + column
+        tl.store(place, row.to(out.dtype.element_ty), mask=real & (column < num_experts))
 
     @triton.jit
     def _sum_of_rows(
@@ -184,9 +308,12 @@ if triton is not None:
 
 
 __all__ = [
+    "choose_experts_in_training",
     "gated_silu",
+    "launch_choice_backward",
     "launch_sum_of_rows",
     "launch_weighted_silu_backward",
+    "reference_choice_backward",
     "reference_sum_of_rows",
     "reference_weighted_silu_backward",
     "sum_of_rows",

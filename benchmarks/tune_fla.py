@@ -36,10 +36,10 @@ def compile_in_threads(pool: ThreadPoolExecutor) -> None:
 
     def prune_and_compile(tuner: Any, kwargs: dict[str, Any]) -> list[Any]:
         configs = prune(tuner, kwargs)
-        positional = tuner.nargs.values()
+        arguments = {**kwargs, "warmup": True}
         with AsyncCompileMode(pool, ignore_errors=True):
             for config in configs:
-                tuner.fn.warmup(*positional, **kwargs, **config.all_kwargs())
+                tuner.fn.run(*tuner.nargs.values(), **arguments, **config.all_kwargs())
         return configs
 
     Autotuner.prune_configs = prune_and_compile

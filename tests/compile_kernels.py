@@ -13,6 +13,7 @@ from kimi_linear import (
     KimiLinearConfig,
     KimiLinearForCausalLM,
     conv_kernel,
+    conv_training_kernels,
     decode_expert_kernels,
     decode_kernels,
     decode_projection,
@@ -27,10 +28,11 @@ from triton.runtime import driver
 
 KERNELS = {
     conv_kernel: ["_convolve"],
+    conv_training_kernels: ["_convolve_columns", "_convolve_columns_backward"],
     grouped_kernels: ["_gate_up", "_down"],
     loss_kernel: ["_loss_and_gradient"],
     prefill_kernels: ["_silu_mul", "_weighted_sum", "_choose_experts"],
-    training_kernels: ["_weighted_silu_backward", "_sum_of_rows"],
+    training_kernels: ["_weighted_silu_backward", "_sum_of_rows", "_choice_backward"],
 }
 
 
@@ -77,6 +79,15 @@ def compile_all(dtype: torch.dtype) -> None:
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
             conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
+        training_kernels.launch_weighted_silu_backward(both, None, inner)
+        logits = torch.zeros(2, E)
+        training_kernels.launch_choice_backward(logits, experts, weights, True, 2.4)
+        columns, taps = torch.zeros(2, 3 * D + 16, dtype=dtype), torch.zeros(3, D, 4, dtype=dtype)
+        for starts in (None, torch.zeros(2, dtype=torch.int32)):
+            parts = conv_training_kernels.convolve_columns(columns, taps, starts, 2)
+            conv_training_kernels.convolve_columns_backward(
+                parts, columns, taps, starts, 2, columns.clone()
+            )
     for V in (97, 163840):
         logits, labels = torch.zeros(2, V), torch.zeros(2, dtype=torch.int64)
         for out in (dtype, torch.float32):

@@ -1,0 +1,182 @@
+"""Products of one input taken at once, in training on a GPU.
+
+A KDA layer multiplies its input by six matrices and an MLP by two. One at a time, with autograd,
+that is a launch each, three in the backward pass and a sum: at some thousand tokens the host takes
+longer to launch them than the GPU to run them. Here the matrices are put together, one product is
+taken, and what follows (three convolutions, the gated SiLU) reads it where it lies. Weights stay
+parameters of their own, and nothing but the product is kept.
+
+Shapes: B batch, T tokens, M = B T, D hidden size, H heads, K key size, I width of an MLP, N rows of
+all matrices.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .conv_training_kernels import WIDTH, convolve_columns, convolve_columns_backward, triton
+from .kda import no_autocast
+from .sequence_layout import SequenceLayout
+from .training_kernels import gated_silu, weighted_silu_backward
+
+DEVICES = ("cuda",)  # where it is used
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def trains_jointly(x: Tensor, linears: Sequence[nn.Module], *others: Tensor) -> bool:
+    """Whether these linear layers are taken at once: in training, if nothing but their weights
+    counts (no adapters, hooks, quantised or sharded weights)."""
+    if triton is None or x.device.type not in DEVICES or torch.compiler.is_compiling():
+        return False
+    # in the first pass of reentrant checkpointing too, which records no gradients
+    if not (torch.is_grad_enabled() or linears[0].training):
+        return False
+    weights = [linear.weight for linear in linears]
+    if not any(each.requires_grad for each in (x, *weights, *others)):
+        return False
+    return x.dtype in DTYPES and all(
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and not any(getattr(linear, hooks) for hooks in HOOKS)
+        and _is_plain(linear.weight, x, weights[0].dtype)
+        and linear.weight.shape == (linear.out_features, linear.in_features)
+        for linear in linears
+    )
+
+
+def _is_plain(weight: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.device == x.device
+        and weight.dtype == dtype
+        and weight.dtype in DTYPES
+    )
+
+
+def _dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The products': autocast's, else the weights'."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def _joint(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[N, D]: the matrices one below the other."""
+    return torch.cat([matrix.detach() for matrix in matrices]).to(dtype)
+
+
+def _split(grad: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the matrices, of that of the joint one."""
+    parts = grad.split([matrix.shape[0] for matrix in matrices])
+    return [part.to(matrix.dtype) for part, matrix in zip(parts, matrices, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------- KDA layer
+def project_kda(
+    x: Tensor, linears: Sequence[nn.Module], taps: Sequence[Tensor], layout: SequenceLayout
+) -> tuple[Tensor, ...]:
+    """Products of one input; three of them convolved, with SiLU.
+
+    Args:
+        x: [B, T, D], packed sequences or plain rows as `layout` says.
+        linears: those of q, k, v, and any others.
+        taps: of the convolutions of q, k and v, [H * K, 1, W], W <= 4, oldest first.
+        layout: where sequences begin.
+
+    Returns:
+        q, k, v [B, T, H * K] after convolution and SiLU, and the others' products [B, T, .].
+    """
+    weights = [linear.weight for linear in linears]
+    starts, dtype = layout.token_starts, _dtype(x, weights[0])
+    return _ProjectKDA.apply(x, starts, dtype, len(weights), *weights, *taps)
+
+
+class _ProjectKDA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, starts: Tensor | None, dtype: torch.dtype, num: int, *both: Tensor
+    ) -> tuple[Tensor, ...]:
+        matrices, (B, T, _) = both[:num], x.shape
+        with no_autocast(x.device):
+            y = F.linear(x.to(dtype), _joint(matrices, dtype)).flatten(0, 1)
+            taps = _joint_taps(both[num:], dtype)
+            convolved = convolve_columns(y, taps, starts, T)
+        ctx.save_for_backward(x, y, starts, *both)
+        ctx.dtype, ctx.num = dtype, num
+        others = y.split([matrix.shape[0] for matrix in matrices], dim=1)[3:]
+        return tuple(out.view(B, T, -1) for out in (*convolved, *others))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, starts, *both = ctx.saved_tensors
+        matrices, taps = both[: ctx.num], both[ctx.num :]
+        flat = [grad.flatten(0, 1).contiguous() for grad in grads]
+        dx, dmatrices = None, [None] * len(matrices)
+        with no_autocast(x.device):
+            dy = torch.empty_like(y)
+            joint_taps = _joint_taps(taps, ctx.dtype)
+            dtaps = convolve_columns_backward(flat[:3], y, joint_taps, starts, x.shape[1], dy)
+            torch.cat(flat[3:], dim=1, out=dy[:, 3 * taps[0].shape[0] :])
+            if ctx.needs_input_grad[0]:
+                dx = (dy @ _joint(matrices, ctx.dtype)).to(x.dtype).view_as(x)
+            if any(ctx.needs_input_grad[4 : 4 + ctx.num]):
+                dmatrices = _split(dy.t() @ x.flatten(0, 1).to(ctx.dtype), matrices)
+            parts = [
+                part[:, WIDTH - tap.shape[2] :].to(tap.dtype).view_as(tap)
+                for part, tap in zip(dtaps, taps, strict=True)
+            ]
+        return dx, None, None, None, *dmatrices, *parts
+
+
+def _joint_taps(taps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[3, H * K, 4], zeros in front."""
+    joint = torch.stack([tap.detach().squeeze(1) for tap in taps]).to(dtype)
+    missing = WIDTH - joint.shape[2]
+    return F.pad(joint, (missing, 0)) if missing else joint
+
+
+# ---------------------------------------------------------------------------------------------- MLP
+def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+    """down(silu(gate(x)) * up(x)) for x [.., D]; only the product of gate and up is kept."""
+    weights = [linear.weight for linear in (gate, up, down)]
+    return _GatedMLP.apply(x, *weights, _dtype(x, weights[0]))
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        with no_autocast(x.device):
+            rows = x.flatten(0, -2).to(dtype)
+            gate_up = F.linear(rows, _joint((gate, up), dtype))
+            out = F.linear(gated_silu(gate_up), down.detach().to(dtype))
+        ctx.save_for_backward(x, gate_up, gate, up, down)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up, gate, up, down = ctx.saved_tensors
+        dtype, wants = gate_up.dtype, ctx.needs_input_grad
+        dx = dgate = dup = ddown = None
+        with no_autocast(x.device):
+            rows = grad.flatten(0, -2).to(dtype)
+            dgate_up, _, inner = weighted_silu_backward(gate_up, None, rows @ down.to(dtype))
+            if wants[3]:
+                ddown = (rows.t() @ inner).to(down.dtype)
+            if wants[0]:
+                dx = (dgate_up @ _joint((gate, up), dtype)).to(x.dtype).view_as(x)
+            if wants[1] or wants[2]:
+                dgate, dup = _split(dgate_up.t() @ x.flatten(0, -2).to(dtype), (gate, up))
+        return dx, dgate, dup, ddown, None
+
+
+__all__ = ["gated_mlp", "project_kda", "trains_jointly"]
