@@ -18,7 +18,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from transformers.utils import logging
 
 from .experts_training import train_experts, trains_lean
-from .grouped_kernels import TensorDescriptor, TritonError, down, gate_up, sort_pairs
+from .grouped_kernels import TensorDescriptor, TritonError, down, gate_up
+from .pair_sort import sort_pairs
 from .prefill_kernels import has_kernels, weighted_sum
 
 logger = logging.get_logger(__name__)
@@ -81,7 +82,7 @@ def _in_pieces(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tenso
 def _one_piece(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     num_experts, num_chosen = experts.gate_up_proj.shape[0], index.shape[1]
     x, weights = x.contiguous(), weights.contiguous()
-    order, ends = sort_pairs(index, num_experts)
+    order, ends, *_ = sort_pairs(index, num_experts)
     inner = gate_up(x, order, ends, experts.gate_up_proj, num_chosen)
     pairs = down(inner, order, ends, experts.down_proj)
     return weighted_sum(pairs, weights, index.contiguous(), num_experts)

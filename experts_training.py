@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .expert_quantization import PackedExperts, plain_experts
-from .grouped_kernels import sort_pairs
 from .kda import no_autocast
+from .pair_sort import sort_pairs
 from .training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
 
 # Where it is used.
@@ -94,7 +94,7 @@ class _Experts(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         with no_autocast(x_TD.device):
-            tokens, order, places, ends = _sort(index_Tk, gate_up_EID.shape[0])
+            order, ends, tokens, places = sort_pairs(index_Tk, gate_up_EID.shape[0])
             gate_up = _products(x_TD.to(dtype)[tokens], plain_experts(gate_up_EID, dtype).mT, ends)
             pairs = _products(gated_silu(gate_up), plain_experts(down_EDI, dtype).mT, ends)
             out = sum_of_rows(pairs, places, weights_Tk)
@@ -132,16 +132,6 @@ class _Experts(torch.autograd.Function):
                 dx = sum_of_rows(pairs, places).to(x_TD.dtype)
             dweights = torch.empty_like(dpairs).index_copy_(0, order, dpairs).view_as(weights)
         return dx, dweights, dgate_up_EID, ddown_EDI, None, None
-
-
-def _sort(index_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the pairs in the order of their experts: their tokens [P] and their numbers token * k +
-    slot [P]; the other way round, each token's places among them [T, k]; and the experts' ends [E],
-    int32."""
-    order, ends = sort_pairs(index_Tk, num_experts)
-    places = torch.empty_like(order)
-    places.scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return order // index_Tk.shape[1], order, places.view_as(index_Tk), ends
 
 
 def _products(rows_PM: Tensor, matrices_EMN: Tensor, ends: Tensor) -> Tensor:

@@ -33,17 +33,6 @@ DOWN_TILE = (128, 256, 64)
 LAUNCH = {"num_warps": 8, "num_stages": 4}
 
 
-def sort_pairs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The pairs [P] int64 by expert, and where each expert's end, [E] int32.
-
-    Those of experts that there are not, of number E or more, come last.
-    """
-    # int16 is sorted in two passes, int64 in eight
-    keys, order = experts.flatten().to(torch.int16).sort(stable=True)
-    numbers = torch.arange(num_experts, dtype=torch.int16, device=experts.device)
-    return order, torch.searchsorted(keys, numbers, right=True, out_int32=True)
-
-
 def reference_gate_up(x: Tensor, order: Tensor, ends: Tensor, weight: Tensor, k: int) -> Tensor:
     """[P, I], by expert: silu(gate) * up of the tokens' rows x [T, D], for weight [E, 2 I, D]."""
     out = x.new_zeros(order.numel(), weight.shape[1] // 2)
@@ -206,5 +195,4 @@ __all__ = [
     "gate_up",
     "reference_down",
     "reference_gate_up",
-    "sort_pairs",
 ]

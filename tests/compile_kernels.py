@@ -20,6 +20,7 @@ from kimi_linear import (
     decode_step,
     grouped_kernels,
     loss_kernel,
+    pair_sort,
     prefill_kernels,
     training_kernels,
 )
@@ -31,6 +32,7 @@ KERNELS = {
     conv_training_kernels: ["_convolve_columns", "_convolve_columns_backward"],
     grouped_kernels: ["_gate_up", "_down"],
     loss_kernel: ["_loss_and_gradient"],
+    pair_sort: ["_count_pairs", "_place_pairs"],
     prefill_kernels: ["_silu_mul", "_weighted_sum", "_choose_experts"],
     training_kernels: ["_weighted_silu_backward", "_sum_of_rows", "_choice_backward"],
 }
@@ -80,6 +82,7 @@ def compile_all(dtype: torch.dtype) -> None:
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
             conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
         training_kernels.launch_weighted_silu_backward(both, None, inner)
+        pair_sort.launch_sort_pairs(experts, E)
         logits = torch.zeros(2, E)
         training_kernels.launch_choice_backward(logits, experts, weights, True, 2.4)
         columns, taps = torch.zeros(2, 3 * D + 16, dtype=dtype), torch.zeros(3, D, 4, dtype=dtype)

@@ -11,6 +11,12 @@ from interpreter import DEVICE, DTYPES, IS_INTERPRETED, draw, triton, with_kerne
 from kimi_linear import grouped_kernels as grouped
 from kimi_linear import prefill_kernels as kernels
 from kimi_linear.conv_kernel import convolve_three
+from kimi_linear.pair_sort import (
+    SortedPairs,
+    launch_sort_pairs,
+    reference_sort_pairs,
+    sort_pairs,
+)
 from kimi_linear.short_conv import convolution_state, short_convolution
 from tolerance import assert_close
 
@@ -59,7 +65,7 @@ def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
     down_weight = draw(6, hidden, width, dtype=dtype) * width**-0.5
     experts = torch.rand(tokens, 8, device=DEVICE).topk(3, dim=-1).indices  # 6 and 7: other ranks'
     experts[experts == 2] = 4
-    order, ends = grouped.sort_pairs(experts, 6)
+    order, ends, *_ = sort_pairs(experts, 6)
     real = int(ends[-1])
     inner = grouped.gate_up(x, order, ends, up_weight, 3)
     expected_inner = grouped.reference_gate_up(x, order, ends, up_weight, 3)
@@ -68,6 +74,20 @@ def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
     expected = grouped.reference_down(expected_inner, order, ends, down_weight)
     written = (experts < 6).flatten()
     assert_close(pairs[written], expected[written], dtype)
+
+
+@with_kernels
+@pytest.mark.parametrize("tokens", [0, 1, 31, 300])
+@pytest.mark.parametrize("num_experts", [1, 6, 63, 64, 256])
+def test_sort_pairs(num_experts, tokens):
+    """Those of other ranks' experts last; several programs, and experts that nobody chose."""
+    experts = torch.randint(0, num_experts + 2, (tokens, 3), device=DEVICE)
+    experts[experts == 2] = 4
+    actual = launch_sort_pairs(experts, num_experts)
+    for name, mine, wanted in zip(
+        SortedPairs._fields, actual, reference_sort_pairs(experts, num_experts), strict=True
+    ):
+        assert mine.dtype == wanted.dtype and torch.equal(mine, wanted), name
 
 
 @with_kernels
