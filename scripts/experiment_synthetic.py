@@ -77,7 +77,7 @@ class Settings:
     head_dim: int = 128
     batch_tokens: int = 16384
     max_steps: int = MAX_STEPS
-    grid_steps: int = 2000
+    grid_steps: int = 1000
     keep: int = 1
     eval_every: int = 100
     eval_rows: int = 64
