@@ -36,7 +36,7 @@ class Recorder:
 
     def tell(self, line: Line) -> None:
         """Take one more line."""
-        line = _rounded(line)
+        line = rounded(line)
         self.lines.append(line)
         text = json.dumps(line)
         print(text, flush=True)
@@ -133,11 +133,12 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """The value with floats to `DIGITS` significant digits, within mappings too."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(entry) for key, entry in value.items()}
+        return {key: rounded(entry) for key, entry in value.items()}
     return value
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from builders import token_ids
+from builders import TWO_LAYERS, token_ids
 from decode_models import DEVICES, INTERPRETED, decode_model, small_grids  # noqa: F401
 from kimi_linear import KimiLinearCache, decode_graph, decode_projection
 from tolerance import assert_close, assert_kernel_close
@@ -53,6 +53,18 @@ def test_steps_equal_the_layers(num_rows, device):
     for own, other in zip(graph.layers, eager.layers, strict=True):
         assert own.num_tokens == other.num_tokens
         assert getattr(own, "num_logged", None) == getattr(other, "num_logged", None)
+
+
+@each_device
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("full_layers", [[1, 2], []], ids=["all_mla", "all_kda"])
+@torch.no_grad()
+def test_models_of_one_kind_of_attention(num_rows, full_layers, device):
+    linear = {**TWO_LAYERS["linear_attn_config"], "full_attn_layers": full_layers}
+    model = decode_model(device, linear_attn_config=linear)
+    cache, ids = KimiLinearCache(model.config), token_ids(num_rows, 7)
+    call(model, "eager", ids, cache)
+    both(model, cache, ids)
 
 
 @each_device

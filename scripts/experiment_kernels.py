@@ -1,0 +1,360 @@
+"""Time of Kimi Delta Attention's kernels beside the general DPLR operator over the length of the
+input (arXiv 2510.26692, section 3.2 and figure 2), forward, and forward with backward.
+
+A KDA step is the DPLR step S_t = (Diag(exp g) + b a^T) S_{t-1} + k w^T with a = k * exp(g),
+b = -beta k and w = beta v (section 6.2, in FLA's order of a and b), so all compute the same numbers
+from the same inputs:
+
+    kda      FLA's `chunk_kda` on normalised keys, log decays and betas
+    dplr     FLA's `chunk_dplr_delta_rule` on a and b made of them; making them is not timed
+    package  `kda_attention` of this package as its layers call it: norms, gate and sigmoid inside
+
+One row, 16 heads of 128 as in figure 2, bfloat16, on one GPU; without a GPU only "package" runs.
+Processes beside each other compile what the autotuners choose among, before anything is timed; the
+choice is then made among all of it.
+
+    python scripts/experiment_kernels.py --lengths 64,256 --heads 2
+    python scripts/experiment_kernels.py --time-limit 480 \\
+        --output benchmarks/experiment_kernels.jsonl
+
+Lines: "agreement", how far each is from "kda" at the shortest length; "kernel", milliseconds at a
+length, with "pass" forward or forward+backward.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _benchmark_settings import number, numbers
+from _device import collect_garbage, synchronise
+from _experiment_runs import (
+    Clock,
+    Lines,
+    add_common,
+    choose_device,
+    limit_autotuning,
+    names,
+    parse_share,
+    require,
+    require_some,
+    run_main,
+    say,
+)
+from kimi_linear.kda import kda_attention
+from torch import Tensor
+
+EXPERIMENT = "kernels"
+OPERATORS = ("kda", "dplr", "package")
+PASSES = ("forward", "forward+backward")
+LENGTHS = tuple(1 << n for n in range(11, 17))
+WARM_UPS = 2
+MESSAGE_LENGTH = 300
+
+
+@dataclass
+class Settings:
+    """What is measured; see the flags of the same names."""
+
+    operators: Sequence[str] = OPERATORS
+    lengths: Sequence[int] = LENGTHS
+    heads: int = 16
+    head_dim: int = 128
+    repeats: int = 10
+
+    def __post_init__(self) -> None:
+        require_some("operators", self.operators, OPERATORS)
+        lengths = self.lengths
+        require(len(lengths) > 0 and min(lengths) >= 16, "lengths", lengths, "integers above 15")
+        for name in ("heads", "repeats"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        allowed = "a power of two from 16 to 256"
+        require(self.head_dim in (16, 32, 64, 128, 256), "head_dim", self.head_dim, allowed)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all operators compute from.
+
+    Attributes:
+        q, k, v, raw_g: [1, T, H, K] before norm, and before bias and softplus.
+        raw_beta: [1, T, H] before the sigmoid.
+        A_log, dt_bias: [H] and [H * K], float32.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    raw_g: Tensor
+    raw_beta: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+
+    @classmethod
+    def random(
+        cls, length: int, settings: Settings, device: torch.device, dtype: torch.dtype
+    ) -> "Inputs":
+        """Of 100 channels, 96 keep between 0.09 and 0.994 of their state at a token."""
+        generator = torch.Generator(device).manual_seed(length)
+        shape = (1, length, settings.heads, settings.head_dim)
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, generator=generator, device=device)
+
+        q, k, v, g = (normal(*shape).to(dtype) for _ in range(4))
+        A_log = (1 + 15 * torch.rand(settings.heads, generator=generator, device=device)).log()
+        bias = normal(settings.heads * settings.head_dim) - 4
+        return cls(q, k, v, g, normal(*shape[:3]).to(dtype), A_log, bias)
+
+    def log_decay(self) -> Tensor:
+        """[1, T, H, K] float32."""
+        H, K = self.q.shape[2:]
+        wide = self.raw_g.float() + self.dt_bias.view(H, K)
+        return -self.A_log.exp().view(H, 1) * torch.nn.functional.softplus(wide)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Vectors of length 1, as KDA makes its queries and keys."""
+    wide = x.float()
+    return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+
+def kda_arguments(x: Inputs) -> dict[str, Tensor]:
+    """Of `chunk_kda`."""
+    g, beta = x.log_decay(), x.raw_beta.sigmoid()
+    return {"q": normalised(x.q), "k": normalised(x.k), "v": x.v, "g": g, "beta": beta}
+
+
+def dplr_arguments(x: Inputs) -> dict[str, Tensor]:
+    """Of `chunk_dplr_delta_rule`, for the same result."""
+    kda = kda_arguments(x)
+    k, beta, g = kda["k"], kda["beta"].unsqueeze(-1), kda["g"]
+    a, b = (k.float() * g.exp()).to(k.dtype), -beta * k
+    return {"q": kda["q"], "k": k, "v": beta * x.v, "a": a, "b": b, "gk": g}
+
+
+def package_arguments(x: Inputs) -> dict[str, Tensor]:
+    """Of `kda_attention`."""
+    return {"q": x.q, "k": x.k, "v": x.v, "g": x.raw_g, "beta": x.raw_beta}
+
+
+def operator(name: str, x: Inputs) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """A function and its tensors, those that get gradients.
+
+    Raises:
+        ImportError: Where FLA is not installed.
+    """
+    if name == "package":
+        call = functools.partial(kda_attention, A_log=x.A_log, dt_bias=x.dt_bias)
+        return call, package_arguments(x)
+    if name == "dplr":
+        from fla.ops.generalized_delta_rule.dplr import chunk_dplr_delta_rule
+
+        return chunk_dplr_delta_rule, dplr_arguments(x)
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda, kda_arguments(x)
+
+
+class Runner:
+    """One operator at one length.
+
+    Args:
+        name: One of `OPERATORS`.
+        x: Its inputs.
+    """
+
+    def __init__(self, name: str, x: Inputs) -> None:
+        self.device = x.q.device
+        call, tensors = operator(name, x)
+        self.tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        self.call = call
+        self.gradient = torch.randn_like(x.v)
+
+    def forward(self) -> Tensor:
+        """[1, T, H, K]."""
+        return self.call(**self.tensors)[0]
+
+    def run(self, kind: str) -> None:
+        """One of `PASSES`."""
+        if kind == "forward":
+            with torch.no_grad():
+                self.forward()
+            return
+        for tensor in self.tensors.values():
+            tensor.requires_grad_()
+            tensor.grad = None
+        self.forward().backward(self.gradient)
+
+    def milliseconds(self, kind: str, repeats: int) -> list[float]:
+        """Of single runs, after a warm-up."""
+        for _ in range(WARM_UPS):
+            self.run(kind)
+        times = []
+        for _ in range(repeats):
+            synchronise(self.device)
+            start = time.perf_counter()
+            self.run(kind)
+            synchronise(self.device)
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+
+
+def main(
+    *,
+    device: str = "auto",
+    time_limit: float | None = None,
+    output: str | os.PathLike[str] | None = None,
+    commit: str | None = None,
+    autotune: int = 0,
+    processes: int = 8,
+    warm_share: tuple[int, int] | None = None,
+    **options: Any,
+) -> list[Any]:
+    """Measure every operator at every length.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        time_limit: Seconds after which nothing more is begun.
+        output: File to append JSON lines to.
+        commit: What is measured, where git cannot tell.
+        autotune: Configurations among which Triton's autotuners choose; 0: all.
+        processes: How many compile them beforehand; 0: none do.
+        warm_share: Only compile: of one such process, its share.
+        **options: Fields of `Settings`.
+
+    Returns:
+        The lines.
+
+    Raises:
+        ValueError: For an option out of range.
+    """
+    settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
+    require(processes >= 0, "processes", processes, "at least 0")
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    limit_autotuning(autotune, warm_share or (0, 1))
+    if warm_share is not None:
+        _compile(settings, where, dtype)
+        return []
+    lines = Lines(EXPERIMENT, None if output is None else Path(output))
+    lines.begin(where, commit, **vars(settings), autotune=autotune, dtype=str(dtype)[6:])
+    if where.type == "cuda" and processes:
+        _compile_beforehand(settings, autotune, processes, clock)
+    lengths = sorted(set(settings.lengths))
+    _compare(settings, Inputs.random(lengths[0], settings, where, dtype), lines)
+    for length in lengths:
+        x = Inputs.random(length, settings, where, dtype)
+        for name in settings.operators:
+            for kind in PASSES:
+                place = {"operator": name, "length": length, "pass": kind}
+                if clock.is_over:
+                    lines.tell("kernel", **place, error="not run: --time-limit is spent")
+                    continue
+                figures = _guarded(functools.partial(_measure, name, x, kind, settings.repeats))
+                lines.tell("kernel", **place, heads=settings.heads, **figures)
+                collect_garbage(where)
+    return lines.lines
+
+
+def _guarded(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Figures, or what went wrong as "error": the others are still wanted."""
+    try:
+        return measure()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:MESSAGE_LENGTH]}
+
+
+def _measure(name: str, x: Inputs, kind: str, repeats: int) -> dict[str, Any]:
+    runner, is_cuda = Runner(name, x), x.q.is_cuda
+    if is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    times = runner.milliseconds(kind, repeats)
+    figures: dict[str, Any] = {"ms": statistics.median(times), "ms_best": min(times)}
+    if is_cuda:
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return figures
+
+
+def _compare(settings: Settings, x: Inputs, lines: Lines) -> None:
+    """Root mean square of the difference from "kda", over that of the values."""
+
+    def output(name: str) -> Tensor:
+        with torch.no_grad():
+            return Runner(name, x).forward().float()
+
+    def difference(name: str) -> dict[str, Any]:
+        expected = output("kda")
+        error = (output(name) - expected).square().mean().sqrt()
+        return {"relative_error": float(error / expected.square().mean().sqrt())}
+
+    for name in settings.operators:
+        if name != "kda":
+            found = _guarded(functools.partial(difference, name))
+            lines.tell("agreement", operator=name, length=x.q.shape[1], **found)
+
+
+def _compile(settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
+    """Run each operator once, for what that leaves in Triton's cache on disk."""
+    x = Inputs.random(min(settings.lengths), settings, device, dtype)
+    for name in settings.operators:
+        for kind in PASSES:
+            found = _guarded(lambda name=name, kind=kind: Runner(name, x).run(kind) or {})
+            if "error" in found:  # of a choice that does not fit the chip
+                say(f"{name} {kind}: {found['error']}")
+
+
+def _compile_beforehand(settings: Settings, autotune: int, processes: int, clock: Clock) -> None:
+    """Processes of this script beside each other, each with its share of the configurations."""
+    say(f"{processes} processes compile ...")
+    start = time.monotonic()
+    command = [sys.executable, __file__, "--autotune", str(autotune)]
+    command += [
+        "--operators",
+        ",".join(settings.operators),
+        "--lengths",
+        str(min(settings.lengths)),
+    ]
+    command += ["--heads", str(settings.heads), "--head-dim", str(settings.head_dim)]
+    shares = [[*command, "--warm-share", f"{i}/{processes}"] for i in range(processes)]
+    running = [subprocess.Popen(share, stdout=subprocess.DEVNULL) for share in shares]
+    for process in running:
+        left = None if clock.end == float("inf") else max(1.0, clock.end - time.monotonic())
+        try:
+            process.wait(left)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    say(f"compiled in {time.monotonic() - start:.0f} s")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, default = parser.add_argument, Settings()
+    add("--operators", type=names, default=OPERATORS, metavar="NAMES", help=", ".join(OPERATORS))
+    add("--lengths", type=numbers, default=LENGTHS, metavar="N,N", help="such as 2k,64k")
+    for name, text in {
+        "heads": "heads",
+        "head_dim": "key and value size of a head",
+        "repeats": "runs of which the median counts",
+    }.items():
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=number, default=getattr(default, name), metavar="N", help=text)
+    add("--autotune", type=int, default=0, metavar="N", help="choices of autotuners; 0: all")
+    add("--processes", type=int, default=8, metavar="N", help="compile beforehand; 0: none")
+    add("--warm-share", type=parse_share, metavar="I/N", help="compile this share only")
+    add_common(add, "benchmarks/experiment_kernels.jsonl")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, _parser())
