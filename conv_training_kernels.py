@@ -27,7 +27,7 @@ TOKENS, CHANNELS = 32, 128  # of a program, forward
 STEPS = 64  # of a program, backward: its tokens and the three behind them
 
 
-def convolve_columns(y: Tensor, taps: Tensor, starts: Tensor | None, row: int) -> list[Tensor]:
+def convolve_columns(y: Tensor, taps: Tensor, starts: Tensor | None, row: int) -> Sequence[Tensor]:
     """SiLU of three causal depthwise convolutions over the first 3 D columns.
 
     Args:
@@ -40,7 +40,7 @@ def convolve_columns(y: Tensor, taps: Tensor, starts: Tensor | None, row: int) -
         three outputs [M, D].
     """
     M, D = y.shape[0], taps.shape[1]
-    outputs = [y.new_empty(M, D) for _ in range(3)]
+    outputs = y.new_empty(3, M, D).unbind()
     if M:
         grid = (triton.cdiv(M, TOKENS), triton.cdiv(D, CHANNELS), 3)
         with torch.cuda.device_of(y):

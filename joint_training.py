@@ -28,34 +28,29 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def trains_jointly(x: Tensor, linears: Sequence[nn.Module], *others: Tensor) -> bool:
+def trains_jointly(x: Tensor, linears: Sequence[nn.Linear], *others: Tensor) -> bool:
     """Whether these linear layers are taken at once: in training, if nothing but their weights
     counts (no adapters, hooks, quantised or sharded weights)."""
     if triton is None or x.device.type not in DEVICES or torch.compiler.is_compiling():
         return False
     # in the first pass of reentrant checkpointing too, which records no gradients
-    if not (torch.is_grad_enabled() or linears[0].training):
+    if not (torch.is_grad_enabled() or linears[0].training) or x.dtype not in DTYPES:
         return False
-    weights = [linear.weight for linear in linears]
-    if not any(each.requires_grad for each in (x, *weights, *others)):
-        return False
-    return x.dtype in DTYPES and all(
-        type(linear) is nn.Linear
-        and linear.bias is None
-        and not any(getattr(linear, hooks) for hooks in HOOKS)
-        and _is_plain(linear.weight, x, weights[0].dtype)
-        and linear.weight.shape == (linear.out_features, linear.in_features)
-        for linear in linears
-    )
-
-
-def _is_plain(weight: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        type(weight) in (nn.Parameter, Tensor)
-        and weight.device == x.device
-        and weight.dtype == dtype
-        and weight.dtype in DTYPES
-    )
+    dtype: torch.dtype | None = None
+    device, wants = x.device, x.requires_grad
+    for linear in linears:
+        if type(linear) is not nn.Linear or linear._parameters["bias"] is not None:
+            return False
+        if any(linear.__dict__[hooks] for hooks in HOOKS):
+            return False
+        weight = linear.weight
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 2:  # not gathered yet
+            return False
+        dtype = dtype or weight.dtype
+        if weight.dtype != dtype or weight.device != device:
+            return False
+        wants = wants or weight.requires_grad
+    return dtype in DTYPES and (wants or any(other.requires_grad for other in others))
 
 
 def _dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -68,7 +63,7 @@ def _dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _joint(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[N, D]: the matrices one below the other."""
-    return torch.cat([matrix.detach() for matrix in matrices]).to(dtype)
+    return torch.cat(list(matrices)).to(dtype)
 
 
 def _split(grad: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -79,7 +74,7 @@ def _split(grad: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
 
 # ---------------------------------------------------------------------------------------- KDA layer
 def project_kda(
-    x: Tensor, linears: Sequence[nn.Module], taps: Sequence[Tensor], layout: SequenceLayout
+    x: Tensor, linears: Sequence[nn.Linear], taps: Sequence[Tensor], layout: SequenceLayout
 ) -> tuple[Tensor, ...]:
     """Products of one input; three of them convolved, with SiLU.
 
@@ -118,7 +113,8 @@ class _ProjectKDA(torch.autograd.Function):
         x, y, starts, *both = ctx.saved_tensors
         matrices, taps = both[: ctx.num], both[ctx.num :]
         flat = [grad.flatten(0, 1).contiguous() for grad in grads]
-        dx, dmatrices = None, [None] * len(matrices)
+        dx: Tensor | None = None
+        dmatrices: Sequence[Tensor | None] = [None] * len(matrices)
         with no_autocast(x.device):
             dy = torch.empty_like(y)
             joint_taps = _joint_taps(taps, ctx.dtype)
@@ -137,13 +133,13 @@ class _ProjectKDA(torch.autograd.Function):
 
 def _joint_taps(taps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[3, H * K, 4], zeros in front."""
-    joint = torch.stack([tap.detach().squeeze(1) for tap in taps]).to(dtype)
+    joint = torch.cat(list(taps)).view(len(taps), *taps[0].shape[::2]).to(dtype)
     missing = WIDTH - joint.shape[2]
     return F.pad(joint, (missing, 0)) if missing else joint
 
 
 # ---------------------------------------------------------------------------------------------- MLP
-def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+def gated_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> Tensor:
     """down(silu(gate(x)) * up(x)) for x [.., D]; only the product of gate and up is kept."""
     weights = [linear.weight for linear in (gate, up, down)]
     return _GatedMLP.apply(x, *weights, _dtype(x, weights[0]))
@@ -157,7 +153,7 @@ class _GatedMLP(torch.autograd.Function):
         with no_autocast(x.device):
             rows = x.flatten(0, -2).to(dtype)
             gate_up = F.linear(rows, _joint((gate, up), dtype))
-            out = F.linear(gated_silu(gate_up), down.detach().to(dtype))
+            out = F.linear(gated_silu(gate_up), down.to(dtype))
         ctx.save_for_backward(x, gate_up, gate, up, down)
         return out.view(*x.shape[:-1], out.shape[-1])
 

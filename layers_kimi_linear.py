@@ -199,8 +199,9 @@ class KimiLinearDeltaAttention(nn.Module):
         conv_state, recurrent_state = states or (None, None)
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
         conv_states: list[Tensor | None] = [None, None]
-        if states is None and not cut and trains_jointly(x, self._linears, *self._taps):
-            *qkv, decay, gate, beta = project_kda(x, self._linears, self._taps, layout)
+        linears, taps = self._readers()
+        if states is None and not cut and trains_jointly(x, linears, *taps):
+            *qkv, decay, gate, beta = project_kda(x, linears, taps, layout)
             qkv = [self._heads(each) for each in qkv]
         else:
             qkv, conv_states = self._project(x, layout, conv_state, states is not None, cut)
@@ -255,13 +256,11 @@ class KimiLinearDeltaAttention(nn.Module):
         conv_state = layout.row_states(torch.stack(tails, dim=1)) if output_state else None
         return outputs, [conv_state, torch.stack(tails_at_cut, dim=1) if cut else None]
 
-    @property
-    def _linears(self) -> tuple[nn.Module, ...]:
-        return self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.g_a_proj, self.b_proj
-
-    @property
-    def _taps(self) -> tuple[Tensor, ...]:
-        return self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight
+    def _readers(self) -> tuple[tuple[nn.Linear, ...], tuple[Tensor, ...]]:
+        """What multiplies the layer's input, q, k and v first, and the taps of these three."""
+        q, k, v = self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight
+        linears = self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.g_a_proj, self.b_proj
+        return linears, (q, k, v)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))

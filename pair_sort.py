@@ -61,13 +61,9 @@ def launch_sort_pairs(experts: Tensor, num_experts: int) -> SortedPairs:
     (T, k), experts = experts.shape, experts.contiguous()
     programs = max(1, triton.cdiv(T * k, PAIRS))
     counts = experts.new_empty((num_experts + 1) * programs, dtype=torch.int32)
-    order, tokens = (experts.new_empty(T * k, dtype=torch.int64) for _ in range(2))
-    pairs = SortedPairs(
-        order,
-        experts.new_empty(num_experts, dtype=torch.int32),
-        tokens,
-        experts.new_empty(T, k, dtype=torch.int64),
-    )
+    order, tokens, places = experts.new_empty(3, T * k, dtype=torch.int64).unbind()
+    ends = experts.new_empty(num_experts, dtype=torch.int32)
+    pairs = SortedPairs(order, ends, tokens, places.view(T, k))
     sizes = {"PAIRS": PAIRS, "BINS": triton.next_power_of_2(num_experts + 1)}
     with torch.cuda.device_of(experts):
         _count_pairs[(programs,)](experts, counts, T * k, num_experts, **sizes)

@@ -39,8 +39,9 @@ LAYOUTS = [
 
 @with_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [2, 3, 4])
-@pytest.mark.parametrize("rows, lengths", LAYOUTS)
+@pytest.mark.parametrize(
+    "rows, lengths, width", [*[(*layout, 4) for layout in LAYOUTS], (2, (5,), 2), (2, (5,), 3)]
+)
 def test_convolutions(rows, lengths, width, dtype):
     """Of columns that have others behind them, whose gradient is left alone."""
     layout, row = SequenceLayout() if rows else packed(*lengths), sum(lengths)
@@ -86,13 +87,14 @@ def kda_layer(**fields):
 def test_projections_of_a_kda_layer(anywhere, lengths):
     layer, layout = kda_layer(), packed(*lengths)
     x = draw(1, sum(lengths), layer.q_proj.in_features).requires_grad_()
-    assert trains_jointly(x, layer._linears, *layer._taps)
-    ours = project_kda(x, layer._linears, layer._taps, layout)
-    products = [linear(x) for linear in layer._linears]
-    for i, taps in enumerate(layer._taps):
-        products[i] = short_convolution(products[i], taps, cu_seqlens=layout.cu_seqlens)[0]
+    linears, taps = layer._readers()
+    assert trains_jointly(x, linears, *taps)
+    ours = project_kda(x, linears, taps, layout)
+    products = [linear(x) for linear in linears]
+    for i, tap in enumerate(taps):
+        products[i] = short_convolution(products[i], tap, cu_seqlens=layout.cu_seqlens)[0]
     grads = [draw(*each.shape) for each in products]
-    wanted_x = [x, *(linear.weight for linear in layer._linears), *layer._taps]
+    wanted_x = [x, *(linear.weight for linear in linears), *taps]
     for actual, wanted in zip(ours, products, strict=True):
         assert_close(actual, wanted, torch.float32)
     actual, wanted = (torch.autograd.grad(each, wanted_x, grads) for each in (ours, products))
@@ -124,13 +126,14 @@ def test_frozen_parts_get_no_gradient(anywhere):
     layer.k_proj.weight.requires_grad_(False)
     layer.v_conv1d.weight.requires_grad_(False)
     x = draw(1, 9, layer.q_proj.in_features)
-    sum(out.sum() for out in project_kda(x, layer._linears, layer._taps, layout)).backward()
+    linears, taps = layer._readers()
+    sum(out.sum() for out in project_kda(x, linears, taps, layout)).backward()
     assert layer.k_proj.weight.grad is None and layer.v_conv1d.weight.grad is None
     assert layer.q_proj.weight.grad.isfinite().all() and x.grad is None
     layer.requires_grad_(False)
-    assert not trains_jointly(x, layer._linears, *layer._taps)
-    assert trains_jointly(x.requires_grad_(), layer._linears, *layer._taps)
-    sum(out.sum() for out in project_kda(x, layer._linears, layer._taps, layout)).backward()
+    assert not trains_jointly(x, linears, *taps)
+    assert trains_jointly(x.requires_grad_(), linears, *taps)
+    sum(out.sum() for out in project_kda(x, linears, taps, layout)).backward()
     assert x.grad.isfinite().all()
 
 
@@ -139,7 +142,7 @@ def test_what_is_not_plain_goes_through_its_modules(monkeypatch, anywhere, chang
     monkeypatch.setattr(joint_training, "triton", object())
     layer = KimiLinearDeltaAttention(tiny_config(), 0)
     x = torch.randn(1, 4, layer.q_proj.in_features)
-    assert trains_jointly(x, layer._linears)
+    assert trains_jointly(x, layer._readers()[0])
     if change == "hook":
         layer.k_proj.register_forward_hook(lambda *args: None)
     elif change == "bias":
@@ -154,9 +157,9 @@ def test_what_is_not_plain_goes_through_its_modules(monkeypatch, anywhere, chang
     else:
         layer.eval()
         with torch.no_grad():
-            assert not trains_jointly(x, layer._linears)
+            assert not trains_jointly(x, layer._readers()[0])
         return
-    assert not trains_jointly(x, layer._linears)
+    assert not trains_jointly(x, layer._readers()[0])
 
 
 def test_starts_of_tokens():
