@@ -170,6 +170,8 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weights, which decay, and norms, biases and rates, which do not."""
     weights, others = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_weight = name.endswith("weight") and parameter.ndim > 1
         (weights if is_weight else others).append(parameter)
     return [
