@@ -7,7 +7,7 @@ The tokenizer is trained on the others.
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,6 +57,11 @@ class Corpus:
 
             parts = tokens(kept), tokens(held_out)
         return cls(*parts, total_bytes(kept), total_bytes(held_out), len(tokenizer))
+
+    def to(self, device: torch.device) -> "Corpus":
+        """The same with its tokens on a device."""
+        moved = {"train": self.train.to(device), "held_out": self.held_out.to(device)}
+        return replace(self, **moved)
 
 
 def random_pieces(tokens: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:

@@ -224,14 +224,7 @@ def main(
     lines = Lines(EXPERIMENT, path)
     sizes = {"train_tokens": len(text.train), "held_out_tokens": len(text.held_out)}
     lines.begin(where, commit, **vars(settings), **sizes)
-    on_device = Corpus(
-        text.train.to(where),
-        text.held_out.to(where),
-        text.train_bytes,
-        text.held_out_bytes,
-        text.vocab_size,
-    )
-    battery = Battery(settings, on_device, lines)
+    battery = Battery(settings, text.to(where), lines)
     for seed in settings.seeds:
         left = [variant for variant in settings.variants if (variant, seed) not in done]
         for start in range(0, len(left), settings.parallel):
