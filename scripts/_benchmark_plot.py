@@ -57,7 +57,7 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
         _mark_failures(speed, lines, measure, key)
         speed.set_title(title, fontsize=10)
         memory.set_xlabel(label)
-        _set_ticks(memory, sorted({line[key] for line in lines if line["measure"] == measure}))
+        set_ticks(memory, sorted({line[key] for line in lines if line["measure"] == measure}))
     panels[0][0].set_ylabel("tokens per second")
     panels[1][0].set_ylabel(f"memory above the weights ({unit_name})")
     figure.suptitle(_title(lines), fontsize=11)
@@ -103,11 +103,11 @@ def _draw(axes: Any, points: dict[str, list[Line]], key: str, field: str, unit: 
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _number_upwards(axes)
+    number_upwards(axes)
     axes.grid(alpha=0.25, which="major")
 
 
-def _number_upwards(axes: Any) -> None:
+def number_upwards(axes: Any) -> None:
     """Plain numbers at 1, 2 and 5 times the powers of ten, or at the powers if there are many."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -141,20 +141,21 @@ def _mark_failures(axes: Any, lines: Sequence[Line], measure: str, key: str) -> 
             )
 
 
-def _set_ticks(axes: Any, values: Sequence[int]) -> None:
+def set_ticks(axes: Any, values: Sequence[int]) -> None:
     """The measured places only, so that every label is one; thinned where they would touch."""
     apart = [values[-1]]
     widest = max(2.0, (values[-1] / values[0]) ** 0.1)
     for value in reversed(values[:-1]):
         if apart[-1] / value >= widest:
             apart.append(value)
-    axes.set_xticks(apart, [_short(value) for value in apart])
+    axes.set_xticks(apart, [short_number(value) for value in apart])
     axes.minorticks_off()
     if len(values) == 1:
         axes.set_xlim(values[0] / 2, values[0] * 2)
 
 
-def _short(value: int) -> str:
+def short_number(value: int) -> str:
+    """4096 as "4k"."""
     for unit, suffix in ((1 << 20, "M"), (1 << 10, "k")):
         if value >= unit and value % unit == 0:
             return f"{value // unit}{suffix}"

@@ -8,8 +8,8 @@ recorded it runs kernel by kernel; `Learner.graph_error` says why.
 Shapes: B rows, T tokens.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,17 +99,34 @@ class Learner:
 
     def count_right(self, ids: Tensor, labels: Tensor) -> Tensor:
         """[2]: labels that the model predicts, and labels there are; -100 is none."""
-        with self._on_stream(), torch.no_grad(), self._autocast():
+        with self._on_stream(is_awaited=True), torch.no_grad(), self._autocast():
             right = self._logits(ids).argmax(-1) == labels
             return torch.stack([right.sum(), (labels >= 0).sum()])
 
     def loss_of(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Mean loss in nats, without an update."""
-        with self._on_stream(), torch.no_grad(), self._autocast():
+        with self._on_stream(is_awaited=True), torch.no_grad(), self._autocast():
             return self._loss(ids, labels)
 
-    def _on_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+    def predict_last(self, ids: Tensor) -> Tensor:
+        """[B]: the most likely token behind ids [B, T]."""
+        with self._on_stream(is_awaited=True), torch.no_grad(), self._autocast():
+            hidden = self.model.model(ids, use_cache=False).last_hidden_state
+            return self.model.lm_head(hidden[:, -1]).argmax(-1)
+
+    @contextmanager
+    def _on_stream(self, is_awaited: bool = False) -> Iterator[None]:
+        """On the learner's own stream, after what the caller's has queued, which waits afterwards
+        if it reads what comes out."""
+        if self.stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        if is_awaited:
+            current.wait_stream(self.stream)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # without its cache of cast weights, which a recording would read after it is gone
@@ -145,7 +162,6 @@ class Learner:
     def _record(self) -> None:
         """Warm up at a learning rate of 0, which changes no weight, forget that, and record."""
         try:
-            self.stream.wait_stream(torch.cuda.current_stream())
             with self._on_stream():
                 self._set_rate(0.0)
                 for _ in range(WARM_UP_STEPS):
@@ -170,6 +186,8 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weights, which decay, and norms, biases and rates, which do not."""
     weights, others = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_weight = name.endswith("weight") and parameter.ndim > 1
         (weights if is_weight else others).append(parameter)
     return [

@@ -60,7 +60,8 @@ def test_a_cache_is_as_full_as_if_it_had_been_read(pattern: str) -> None:
     assert out.isfinite().all() and cache.get_seq_length() == 301
 
 
-def test_a_run_of_both_models(tmp_path: Path) -> None:
+def test_a_run_of_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment_decoding, "WARM_UP_STEPS", 1)
     output = tmp_path / "lines.jsonl"
     lines = experiment_decoding.main(**SMALL, contexts=(64, 300), max_rows=3, output=output)
     assert [json.loads(text) for text in output.read_text().splitlines()] == lines

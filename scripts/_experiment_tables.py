@@ -1,0 +1,250 @@
+"""The tables of docs/experiments.md, from the lines of the experiments, the report's figures beside
+them (arXiv 2510.26692)."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from _benchmark_report import Line
+
+# Table 1 of the report: training and validation perplexity.
+REPORT_PERPLEXITIES = {
+    "3:1": (9.23, 5.65),
+    "0:1": (9.45, 5.77),
+    "1:1": (9.29, 5.66),
+    "7:1": (9.23, 5.70),
+    "no-gate": (9.25, 5.67),
+    "swish-gate": (9.43, 5.81),
+    "no-conv": (9.29, 5.70),
+}
+VARIANT_NAMES = {
+    "3:1": "3:1",
+    "0:1": "0:1, MLA only",
+    "1:0": "1:0, KDA only",
+    "no-gate": "3:1 without output gate",
+    "swish-gate": "3:1 with swish output gate",
+    "no-conv": "3:1 without convolution",
+    "rope": "3:1 with RoPE in MLA",
+}
+MODEL_NAMES = {"kda": "KDA", "gdn": "Gated DeltaNet", "mamba2": "Mamba2", "mla": "MLA"}
+PATTERN_NAMES = {"hybrid": "3 KDA : 1 MLA", "kda": "KDA only", "mla": "MLA only"}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def events(lines: Iterable[Line], event: str) -> list[Line]:
+    """Lines of one kind that hold figures."""
+    return [line for line in lines if line["event"] == event and "error" not in line]
+
+
+def best_runs(lines: Iterable[Line]) -> dict[tuple[str, int, str], list[Line]]:
+    """By task, length and model the best learning rate's run of each seed: the one that was first
+    at the target, else the most accurate."""
+    found: dict[tuple[str, int, str, int], Line] = {}
+    for run in events(lines, "run"):
+        key = (run["task"], run["length"], run["model"], run["seed"])
+        if key not in found or _quality(run) > _quality(found[key]):
+            found[key] = run
+    groups: dict[tuple[str, int, str], list[Line]] = {}
+    for key in sorted(found):
+        groups.setdefault(key[:3], []).append(found[key])
+    return groups
+
+
+def _quality(run: Line) -> tuple[float, float, int]:
+    """The more the better; of runs that were cut off, the later one counts if it went further."""
+    reached = run["steps_to_target"]
+    return -reached if reached else -float("inf"), run["best_accuracy"], run["steps"]
+
+
+def synthetic_table(lines: Sequence[Line]) -> str:
+    """Steps to the target and best accuracy by task, length and model."""
+    rows = []
+    for (task, length, model), runs in best_runs(lines).items():
+        steps = [_steps(run) for run in runs]
+        accuracies = [f"{100 * run['best_accuracy']:.1f}" for run in runs]
+        rates = sorted({run["learning_rate"] for run in runs})
+        rows.append(
+            [
+                task,
+                str(length),
+                MODEL_NAMES[model],
+                ", ".join(steps),
+                ", ".join(accuracies),
+                ", ".join(f"{rate:g}" for rate in rates),
+                ", ".join(str(run["seed"]) for run in runs),
+            ]
+        )
+    head = ("task", "tokens", "model", "steps to 99 %", "best accuracy, %", "learning rate", "seed")
+    return markdown(head, rows)
+
+
+def _steps(run: Line) -> str:
+    if run["steps_to_target"]:
+        return f"{run['steps_to_target']:,}"
+    return f"not in {run['steps']:,}"
+
+
+def decoding_table(lines: Sequence[Line]) -> str:
+    """Cache, one row, and as many rows as fit, by context."""
+    found: dict[tuple[int, str], list[Line]] = {}
+    for line in events(lines, "decode"):
+        found.setdefault((line["context"], line["model"]), []).append(line)
+    rows = []
+    for context in sorted({context for context, _ in found}):
+        pair = [found.get((context, model), []) for model in ("kimi", "mla")]
+        one = [next((x for x in side if x["rows"] == 1), None) for side in pair]
+        most = [max(side, key=lambda x: x["rows"], default=None) for side in pair]
+        rows.append(
+            [
+                f"{context:,}",
+                _pair(one, lambda x: x["cache_bytes_needed"] / 1e9, "{:.2f}"),
+                _pair(one, lambda x: x["ms_per_token"], "{:.2f}"),
+                _pair(one, lambda x: x["limit_ms"], "{:.2f}"),
+                " and ".join(_rows(x) for x in most),
+                _pair(most, lambda x: x["ms_per_token"], "{:.2f}"),
+            ]
+        )
+    head = (
+        "tokens",
+        "cache of a row, GB",
+        "one row, ms a token",
+        "limit of that, ms",
+        "rows that fit",
+        "these, ms a token of all",
+    )
+    return markdown(head, rows)
+
+
+def _rows(line: Line | None) -> str:
+    return "-" if line is None else str(line["rows"])
+
+
+def _pair(pair: Sequence[Line | None], figure: Callable[[Line], float], form: str) -> str:
+    """ "a, b (ratio)" of Kimi Linear and MLA; "-" for what is missing."""
+    values = [None if line is None else figure(line) for line in pair]
+    texts = ["-" if value is None else form.format(value) for value in values]
+    kimi, mla = values
+    ratio = "" if not kimi or mla is None else f" ({mla / kimi:.1f})"
+    return f"{texts[0]}, {texts[1]}{ratio}"
+
+
+def kernels_table(lines: Sequence[Line]) -> str:
+    """Milliseconds of each operator, and DPLR's time over KDA's, by length."""
+    times: dict[tuple[int, str, str], float] = {}
+    for line in events(lines, "kernel"):
+        times[line["length"], line["pass"], line["operator"]] = line["ms"]
+    rows = []
+    for length in sorted({key[0] for key in times}):
+        cells = [f"{length:,}"]
+        for kind in ("forward", "forward+backward"):
+            kda, dplr, package = (
+                times.get((length, kind, name)) for name in ("kda", "dplr", "package")
+            )
+            cells += [_ms(kda), _ms(dplr), f"{dplr / kda:.2f}" if kda and dplr else "-"]
+            cells.append(_ms(package))
+        rows.append(cells)
+    names = ("KDA, ms", "DPLR, ms", "ratio", "as layers call KDA, ms")
+    head = ["tokens", *(f"forward: {name}" for name in names)]
+    return markdown([*head, *(f"with backward: {name}" for name in names)], rows)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def ablation_groups(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Runs by variant, of every seed the last one."""
+    found: dict[str, dict[int, Line]] = {}
+    for run in events(lines, "run"):
+        found.setdefault(run["variant"], {})[run["seed"]] = run
+    return {variant: list(runs.values()) for variant, runs in found.items()}
+
+
+def ablation_table(lines: Sequence[Line]) -> str:
+    """Validation loss with its spread over seeds, beside the report's perplexities."""
+    groups = ablation_groups(lines)
+    base = {run["seed"]: run["validation_loss"] for run in groups.get("3:1", [])}
+    rows = []
+    for variant, runs in groups.items():
+        losses = [run["validation_loss"] for run in runs]
+        pairs = [x["validation_loss"] - base[x["seed"]] for x in runs if x["seed"] in base]
+        report = REPORT_PERPLEXITIES.get(variant)
+        mean = statistics.mean(losses)
+        rows.append(
+            [
+                VARIANT_NAMES.get(variant, variant),
+                f"{mean:.4f} ({min(losses):.4f} to {max(losses):.4f})",
+                f"{statistics.mean(run['validation_perplexity'] for run in runs):.2f}",
+                f"{statistics.mean(pairs):+.4f}" if pairs else "-",
+                str(len(losses)),
+                f"{runs[0]['parameters'] / 1e6:.2f}",
+                "-" if report is None else f"{report[0]:.2f}, {report[1]:.2f}",
+            ]
+        )
+    head = (
+        "variant",
+        "validation loss, nats (range)",
+        "perplexity",
+        "loss over 3:1, same seeds",
+        "seeds",
+        "million parameters",
+        "report: training, validation perplexity",
+    )
+    return markdown(head, rows)
+
+
+def needle_cells(lines: Sequence[Line]) -> dict[str, dict[tuple[int, float], float]]:
+    """Accuracy by length and depth, the mean over seeds, of each pattern."""
+    found: dict[str, dict[tuple[int, float], dict[int, float]]] = {}
+    for cell in events(lines, "cell"):
+        place = (cell["length"], cell["depth"])
+        found.setdefault(cell["model"], {}).setdefault(place, {})[cell["seed"]] = cell["accuracy"]
+    return {
+        model: {place: statistics.mean(seeds.values()) for place, seeds in cells.items()}
+        for model, cells in found.items()
+    }
+
+
+def needle_table(lines: Sequence[Line]) -> str:
+    """Accuracy of each pattern by length, and the worst depth's."""
+    cells = needle_cells(lines)
+    lengths = sorted({length for model in cells.values() for length, _ in model})
+    rows = []
+    for model, accuracies in cells.items():
+        texts = []
+        for length in lengths:
+            found = [value for (n, _), value in accuracies.items() if n == length]
+            text = f"{100 * statistics.mean(found):.0f} ({100 * min(found):.0f})" if found else "-"
+            texts.append(text)
+        seeds = {cell["seed"] for cell in events(lines, "cell") if cell["model"] == model}
+        rows.append([PATTERN_NAMES[model], *texts, str(len(seeds))])
+    head = ["accuracy, % (worst depth)", *(f"{length:,} tokens" for length in lengths), "seeds"]
+    return markdown(head, rows)
+
+
+TABLES: Mapping[str, Callable[[Sequence[Line]], str]] = {
+    "synthetic": synthetic_table,
+    "ablation": ablation_table,
+    "needle": needle_table,
+    "decoding": decoding_table,
+    "kernels": kernels_table,
+}
+
+
+def provenance(lines: Sequence[Line]) -> str:
+    """Where it was measured, a sentence: of all runs in the file."""
+
+    def values(key: str) -> str:
+        found: list[Any] = [x.get(key) for x in lines if x["event"] == "environment"]
+        return ", ".join(dict.fromkeys(str(value) for value in found if value)) or "none"
+
+    gpu = values("gpu")
+    return (
+        f"Measured on {'a CPU' if gpu == 'none' else gpu}, torch {values('torch')}, "
+        f"fla-core {values('fla-core')}, commit {values('commit')}."
+    )

@@ -1,0 +1,100 @@
+"""Put the experiments' results into docs/experiments.md: tables and figures from the JSON lines.
+
+    python scripts/experiment_report.py
+
+Between the lines `<!-- results: NAME -->` and `<!-- end: NAME -->` the page holds what this command
+writes there: table, figure, and where it was measured, or that there are no results yet. The rest
+is left as it is. Results are read from `benchmarks/experiment_NAME*.jsonl`.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from _benchmark_report import Line
+from _experiment_plots import PLOTS
+from _experiment_runs import read_experiment, run_main
+from _experiment_tables import TABLES, events, provenance
+
+ROOT = Path(__file__).parent.parent
+# The kind of line without which there is nothing to show.
+NEEDED = {"synthetic": "run", "ablation": "run", "needle": "cell"}
+NEEDED |= {"decoding": "decode", "kernels": "kernel"}
+NO_RESULTS = "No results yet."
+
+
+def section(name: str, lines: Sequence[Line], image: str) -> str:
+    """What stands between the marks of one experiment.
+
+    Args:
+        name: A key of `TABLES`.
+        lines: Of it; perhaps none.
+        image: The figure's place, as the page names it.
+    """
+    if not events(lines, NEEDED[name]):
+        return NO_RESULTS
+    return f"{TABLES[name](lines)}\n\n![{name}]({image})\n\n{provenance(lines)}"
+
+
+def replace_section(page: str, name: str, text: str) -> str:
+    """The page with another text between the marks.
+
+    Raises:
+        ValueError: If the page has no such marks.
+    """
+    begin, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
+    pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise ValueError(f"--page is not allowed: it must have {begin} and {end} once")
+    return pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page)
+
+
+def main(
+    *,
+    page: str | os.PathLike[str] = ROOT / "docs" / "experiments.md",
+    results: str | os.PathLike[str] = ROOT / "benchmarks",
+) -> dict[str, bool]:
+    """Write tables and figures.
+
+    Args:
+        page: The Markdown file; figures go beside it.
+        results: Folder of the JSON lines.
+
+    Returns:
+        By experiment, whether there are results.
+
+    Raises:
+        ValueError: If the page lacks marks, or one of the two is not there.
+    """
+    path, folder = Path(page), Path(results)
+    if not path.is_file():
+        raise ValueError(f"--page {str(page)!r} is not allowed: it must be a Markdown file")
+    if not folder.is_dir():
+        raise ValueError(f"--results {str(results)!r} is not allowed: it must be a folder")
+    text, found = path.read_text(encoding="utf-8"), {}
+    for name, plot in PLOTS.items():
+        lines = read_experiment(sorted(folder.glob(f"experiment_{name}*.jsonl")), name)
+        image = f"experiment_{name}.png"
+        text = replace_section(text, name, section(name, lines, image))
+        found[name] = bool(events(lines, NEEDED[name]))
+        if found[name]:
+            plot(lines, path.with_name(image))
+    path.write_text(text, encoding="utf-8")
+    for name, has_results in found.items():
+        print(f"{name}: {'table and figure' if has_results else NO_RESULTS}")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--page", default=ROOT / "docs" / "experiments.md", metavar="FILE")
+    parser.add_argument("--results", default=ROOT / "benchmarks", metavar="DIR")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, _parser())

@@ -1,0 +1,171 @@
+"""scripts/experiment_report.py: tables, figures and the page, from lines such as scripts write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import experiment_report
+import pytest
+from _experiment_tables import (
+    TABLES,
+    ablation_table,
+    best_runs,
+    decoding_table,
+    kernels_table,
+    needle_table,
+    synthetic_table,
+)
+from experiment_report import NO_RESULTS, ROOT, replace_section
+
+PNG_SIGNATURE = b"\x89PNG"
+
+
+def run(model: str, seed: int, rate: float, reached: int | None, best: float) -> dict[str, Any]:
+    place = {"task": "mqar", "length": 256, "model": model, "seed": seed, "learning_rate": rate}
+    figures = {"steps": reached or 900, "steps_to_target": reached, "best_accuracy": best}
+    return {"experiment": "synthetic", "event": "run", **place, **figures, "accuracy": best}
+
+
+def synthetic_lines() -> list[dict[str, Any]]:
+    lines = [
+        run("kda", 0, 1e-3, 300, 0.995),
+        run("kda", 0, 5e-4, None, 0.9),
+        run("kda", 1, 5e-4, 200, 0.991),
+        run("kda", 1, 1e-3, 400, 0.999),
+        run("mamba2", 0, 1e-3, None, 0.12),
+    ]
+    for model, top in (("kda", 0.995), ("mamba2", 0.12)):
+        for step, share in ((100, 0.5), (300, 1.0)):
+            point = run(model, 0, 1e-3, None, 0.0)
+            lines.append({**point, "event": "point", "step": step, "accuracy": top * share})
+    return lines
+
+
+def decode(model: str, context: int, rows: int, ms: float) -> dict[str, Any]:
+    size = context * 1152 * (7 if model == "kimi" else 27)
+    return {
+        "experiment": "decoding",
+        "event": "decode",
+        "model": model,
+        "context": context,
+        "rows": rows,
+        "ms_per_token": ms / rows,
+        "limit_ms": ms / 2,
+        "cache_bytes_needed": size * rows,
+    }
+
+
+def decoding_lines() -> list[dict[str, Any]]:
+    lines = [decode("kimi", 1 << 20, 1, 5.0), decode("mla", 1 << 20, 1, 12.0)]
+    lines += [decode("kimi", 1 << 20, 5, 20.0), decode("kimi", 4096, 1, 2.0)]
+    failed = {"experiment": "decoding", "event": "decode", "model": "mla", "context": 4096}
+    return [*lines, {**failed, "rows": 1, "error": "OutOfMemoryError"}]
+
+
+def kernel_lines() -> list[dict[str, Any]]:
+    base = {"experiment": "kernels", "event": "kernel", "length": 2048}
+    times = {("kda", "forward"): 1.0, ("dplr", "forward"): 1.8, ("kda", "forward+backward"): 3.0}
+    lines = [{**base, "operator": o, "pass": p, "ms": ms} for (o, p), ms in times.items()]
+    return [*lines, {**base, "operator": "package", "pass": "forward", "error": "no"}]
+
+
+def ablation_lines() -> list[dict[str, Any]]:
+    base = {"experiment": "ablation", "event": "run", "parameters": 9_000_000}
+    losses = {("3:1", 0): 2.0, ("3:1", 1): 2.2, ("0:1", 0): 2.1, ("0:1", 1): 2.4}
+    return [
+        {**base, "variant": v, "seed": s, "validation_loss": x, "validation_perplexity": 10 * x}
+        for (v, s), x in losses.items()
+    ]
+
+
+def needle_lines() -> list[dict[str, Any]]:
+    base = {"experiment": "needle", "event": "cell"}
+    accuracies = {(0, 0.0): 1.0, (0, 1.0): 0.5, (1, 0.0): 0.8, (1, 1.0): 0.5}
+    return [
+        {**base, "model": "kda", "length": 512, "seed": s, "depth": d, "accuracy": a}
+        for (s, d), a in accuracies.items()
+    ]
+
+
+LINES = {
+    "synthetic": synthetic_lines(),
+    "decoding": decoding_lines(),
+    "kernels": kernel_lines(),
+    "ablation": ablation_lines(),
+    "needle": needle_lines(),
+}
+
+
+def test_the_best_learning_rate_of_each_seed_counts() -> None:
+    runs = best_runs(LINES["synthetic"])
+    assert [x["learning_rate"] for x in runs["mqar", 256, "kda"]] == [1e-3, 5e-4]
+    rows = synthetic_table(LINES["synthetic"]).splitlines()[2:]
+    assert rows[0] == "| mqar | 256 | KDA | 300, 200 | 99.5, 99.1 | 0.0005, 0.001 | 0, 1 |"
+    assert "| Mamba2 | not in 900 | 12.0 |" in rows[1]
+
+
+def test_decoding_table() -> None:
+    short, long = decoding_table(LINES["decoding"]).splitlines()[2:]
+    assert long == (
+        "| 1,048,576 | 8.46, 32.61 (3.9) | 5.00, 12.00 (2.4) | 2.50, 6.00 (2.4) | 5 and 1 "
+        "| 4.00, 12.00 (3.0) |"
+    )
+    assert short.startswith("| 4,096 | 0.03, - | 2.00, - |")
+
+
+def test_other_tables() -> None:
+    (kernels,) = kernels_table(LINES["kernels"]).splitlines()[2:]
+    assert kernels == "| 2,048 | 1.00 | 1.80 | 1.80 | - | 3.00 | - | - | - |"
+    base, full = ablation_table(LINES["ablation"]).splitlines()[2:]
+    assert "| 2.1000 (2.0000 to 2.2000) | 21.00 | +0.0000 | 2 | 9.00 | 9.23, 5.65 |" in base
+    assert "| 2.2500 (2.1000 to 2.4000) | 22.50 | +0.1500 |" in full
+    (needle,) = needle_table(LINES["needle"]).splitlines()[2:]
+    assert needle == "| KDA only | 70 (50) | 2 |"
+
+
+def test_page_with_and_without_results(tmp_path: Path) -> None:
+    page, results = tmp_path / "page.md", tmp_path / "results"
+    results.mkdir()
+    committed = (ROOT / "docs" / "experiments.md").read_text()
+    page.write_text(committed)
+    assert not any(experiment_report.main(page=page, results=results).values())
+    empty = page.read_text()
+    assert empty.count(NO_RESULTS) == 5 and "![" not in empty and not list(tmp_path.glob("*.png"))
+    for name, lines in LINES.items():
+        environment = {"experiment": name, "event": "environment", "gpu": "NVIDIA H200"}
+        texts = [json.dumps(line) for line in [{**environment, "torch": "2.11"}, *lines]]
+        (results / f"experiment_{name}.jsonl").write_text("\n".join(texts) + "\n")
+    assert all(experiment_report.main(page=page, results=results).values())
+    filled = page.read_text()
+    assert NO_RESULTS not in filled and filled.count("Measured on NVIDIA H200, torch 2.11") == 5
+    for name in TABLES:
+        assert f"![{name}](experiment_{name}.png)" in filled
+        image = tmp_path / f"experiment_{name}.png"
+        assert image.read_bytes().startswith(PNG_SIGNATURE)
+    assert experiment_report.main(page=page, results=results)
+    assert page.read_text() == filled
+    for path in results.iterdir():
+        path.unlink()
+    experiment_report.main(page=page, results=results)
+    assert page.read_text() == empty
+
+
+def test_the_committed_page_is_what_the_command_writes(tmp_path: Path) -> None:
+    committed = (ROOT / "docs" / "experiments.md").read_text()
+    page = tmp_path / "experiments.md"
+    page.write_text(committed)
+    found = experiment_report.main(page=page)
+    assert page.read_text() == committed
+    for name, has_results in found.items():
+        assert (ROOT / "docs" / f"experiment_{name}.png").exists() == has_results
+
+
+def test_what_the_command_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must have <!-- results: needle -->"):
+        replace_section("nothing", "needle", "x")
+    with pytest.raises(ValueError, match="--page .* is not allowed"):
+        experiment_report.main(page=tmp_path / "none.md")
+    page = tmp_path / "page.md"
+    page.write_text("")
+    with pytest.raises(ValueError, match="--results .* is not allowed"):
+        experiment_report.main(page=page, results=tmp_path / "none")
