@@ -3,13 +3,12 @@ their place, in the same blocks with the same embedding, norms, MLPs and head.
 
     kda     Kimi Delta Attention, this package's layer.
     gdn     Gated DeltaNet (arXiv 2412.06464): KDA's layer with one decay per head instead of one
-            per channel. On a GPU FLA's `chunk_gated_delta_rule`; elsewhere KDA's operator with
-            equal decays, which is the same recurrence. Its output gate is KDA's, as in the report's
-            GDN-H (section 5.2).
+            per channel: KDA's operator with equal decays, which is the same recurrence. Its output
+            gate is KDA's, as in the report's GDN-H (section 5.2).
     mamba2  Mamba2 (arXiv 2405.21060): one decay per head, no delta rule; keys (B), queries (C) and
             values (x) of each head behind short convolutions, the input scaled by its step, a skip
-            connection, an RMS norm of the output times a SiLU gate. On a GPU FLA's
-            `chunk_simple_gla`, which is its recurrence; elsewhere the quadratic form.
+            connection, an RMS norm of the output times a SiLU gate. On a GPU FLA's `chunk_gla`
+            with equal decays, which is its recurrence; elsewhere the quadratic form.
     mla     This package's latent attention, without positions.
 
 All have heads of the same key and value size, so the same size of state.
@@ -79,15 +78,11 @@ def gated_delta_rule(
     Returns:
         [B, T, H, K].
     """
-    if resolve_backend(q, backend, head_dims=(q.shape[-1],)) == "fla":
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        g = -A_log.float().exp().flatten() * F.softplus(a.float() + dt_bias.float())
-        return chunk_gated_delta_rule(q, k, v, g, beta.sigmoid(), use_qk_l2norm_in_kernel=True)[0]
+    # FLA's `chunk_gated_delta_rule` refuses its backward on Hopper with Triton 3.4 to 3.7.0
     width = q.shape[-1]
     wide = a.unsqueeze(-1).expand(*a.shape, width)
     bias = dt_bias.repeat_interleave(width)
-    return kda_attention(q, k, v, wide, beta, A_log=A_log, dt_bias=bias, backend="torch")[0]
+    return kda_attention(q, k, v, wide, beta, A_log=A_log, dt_bias=bias, backend=backend)[0]
 
 
 class Mamba2(nn.Module):
@@ -133,9 +128,10 @@ def decayed_attention(
         [B, T, H, K].
     """
     if resolve_backend(q, backend, head_dims=(q.shape[-1],)) == "fla":
-        from fla.ops.simple_gla import chunk_simple_gla
+        from fla.ops.gla import chunk_gla  # `chunk_simple_gla` has the same limit as above
 
-        return chunk_simple_gla(q, k, v, g, scale=1.0)[0]
+        wide = g.unsqueeze(-1).expand(*g.shape, q.shape[-1]).contiguous()
+        return chunk_gla(q, k, v, wide, scale=1.0)[0]
     with no_autocast(q.device):
         total = g.transpose(1, 2).cumsum(-1)  # [B, H, T]
         future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
