@@ -200,8 +200,9 @@ class KimiLinearDeltaAttention(nn.Module):
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
         conv_states: list[Tensor | None] = [None, None]
         linears, taps = self._readers()
-        if states is None and not cut and trains_jointly(x, linears, *taps):
-            *qkv, decay, gate, beta = project_kda(x, linears, taps, layout)
+        is_joint = states is None and not cut and trains_jointly(x, linears, *taps)
+        if is_joint:
+            *qkv, decay, gate, beta = project_kda(x, linears, taps, layout, self.head_dim)
             qkv = [self._heads(each) for each in qkv]
         else:
             qkv, conv_states = self._project(x, layout, conv_state, states is not None, cut)
@@ -213,6 +214,7 @@ class KimiLinearDeltaAttention(nn.Module):
             output_final_state=states is not None,
             cu_seqlens=layout.cu_seqlens,
             state_out=state_out,
+            is_normalised=is_joint,
         )
         del qkv
         gate = self._heads(self.g_b_proj(self.g_a_proj(x) if gate is None else gate))
