@@ -249,7 +249,11 @@ class KimiLinearDeltaAttention(nn.Module):
         return outputs, [conv_state, torch.stack(tails_at_cut, dim=1) if cut else None]
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x.unflatten(-1, (-1, self.head_dim))  # in tensor parallelism, some of the heads
+
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
+        return "linear_attn_config['num_heads']", self.num_heads, 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casting the model to 16 bits moves the decay parameters but leaves them in float32."""
@@ -384,7 +388,7 @@ class KimiLinearLatentAttention(nn.Module):
         self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager"."""
-        weight = self._kv_b_weight().unflatten(0, (self.num_heads, -1))
+        weight = self._kv_b_weight().unflatten(0, (-1, self.key_dim + self.value_dim))
         key, value = weight.split([self.key_dim, self.value_dim], dim=1)
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout or self.config._attn_implementation == "eager":
@@ -452,7 +456,7 @@ class KimiLinearLatentAttention(nn.Module):
         proj = self.kv_b_proj
         if (
             type(proj) is nn.Linear
-            and type(proj.weight) is nn.Parameter
+            and type(proj.weight) in (nn.Parameter, Tensor)
             and not proj.weight.is_meta
         ):
             return proj.weight
@@ -467,7 +471,7 @@ class KimiLinearLatentAttention(nn.Module):
             if hasattr(self, "q_proj")
             else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         )
-        return query.unflatten(-1, (self.num_heads, self.key_dim + self.shared_key_dim))
+        return query.unflatten(-1, (-1, self.key_dim + self.shared_key_dim))
 
     def _latent(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, L + P]: normed latent and shared key part, what the cache keeps."""
@@ -479,10 +483,14 @@ class KimiLinearLatentAttention(nn.Module):
     def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, L + P] to keys [B, H, S, K] and values [B, H, S, V]."""
         latent, shared_key = latent.split([self.latent_dim, self.shared_key_dim], dim=-1)
-        expanded = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key, value = expanded.split([self.key_dim, self.value_dim], dim=-1)
-        shared_key = shared_key.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.key_dim + self.value_dim))
+        key, value = expanded.transpose(1, 2).split([self.key_dim, self.value_dim], dim=-1)
+        shared_key = shared_key.unsqueeze(1).expand(-1, key.shape[1], -1, -1)
         return torch.cat([key, shared_key], dim=-1), value
+
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
+        return "num_attention_heads", self.num_heads, 1
 
 
 def attends_by_sequence(config: KimiLinearConfig, layout: SequenceLayout) -> bool:
@@ -540,6 +548,10 @@ class KimiLinearMLP(nn.Module):
         else:
             inner = self.act_fn(gate) * up
         return self.down_proj(inner)
+
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
+        return "intermediate_size", self.down_proj.in_features, 1
 
 
 __all__ = [

@@ -10,6 +10,7 @@ I expert width, E experts, k experts of one token.
 import dataclasses
 import math
 import re
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled, use_experts_implementation
+from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -56,6 +58,7 @@ from .moe_training import (
 )
 from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
+from .tensor_parallel import register_styles
 from .weight_conversion import (
     check_checkpoint,
     other_spellings,
@@ -87,6 +90,7 @@ AUTO_MAP = {
 # The mapping must not be registered under "kimi_linear": Transformers' own class of that type would
 # pick it up.
 register_conversion(BACKBONE)
+register_styles()
 
 
 class KimiLinearRouter(nn.Module):
@@ -168,6 +172,10 @@ class KimiLinearExperts(nn.Module):
             expert_out = F.linear(self.act_fn(gate) * up, down_proj[expert])
             out = out.index_add(0, token, expert_out * top_k_weights[token, slot, None])
         return out.to(hidden_states.dtype)
+
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
+        return "moe_intermediate_size", self.down_proj.shape[2], 8
 
     def __setattr__(self, name: str, value: Any) -> None:
         pack = self.__dict__.get("pack_arriving")  # while a quantised model is loaded
@@ -321,7 +329,19 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         if getattr(self, "hf_quantizer", None) is None:
             # else Transformers repeats the layout that was loaded, official or not
             self._weight_conversions = None
+        if self._device_mesh is not None and self.config.tie_word_embeddings:
+            # gathered from the processes, tied weights are two tensors of which both would be saved
+            state = kwargs.pop("state_dict", None) or self.state_dict()
+            tied = self.all_tied_weights_keys
+            kwargs["state_dict"] = {name: x for name, x in state.items() if name not in tied}
         return super().save_pretrained(*args, **kwargs)
+
+    def init_parallel_plans(self) -> None:
+        """Leave out rules for what this configuration has not, of which Transformers would warn."""
+        super().init_parallel_plans()
+        names = {name for name, _ in chain(self.named_modules(), self.named_parameters())}
+        known = {replace_layer_number_by_wildcard(name) for name in names}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in known}
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -532,6 +552,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     """Kimi Linear as a language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     # "auto": one token per row runs as one recorded graph where it can; "graph": or is an error;
     # "eager": it runs layer by layer. See `decode_graph.py`.
     decode_backend: DecodeBackend = "auto"

@@ -3,8 +3,6 @@
 What fails in a process is raised here. Processes are started twice only: each imports everything.
 """
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from _training import make_optimizer
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
+from processes import run
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,25 +28,6 @@ pytestmark = [
 ]
 ROWS, TOKENS = 4, 24
 WHOLE = StateDictOptions(full_state_dict=True)
-
-
-def run(world: int, functions: list[Any], folder: Path) -> None:
-    """Each `function(rank, world, folder)` in turn, in `world` processes of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (world, port, functions, str(folder)), nprocs=world)
-
-
-def _process(rank: int, world: int, port: int, functions: list[Any], folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        for function in functions:
-            function(rank, world, folder)
-    finally:
-        dist.destroy_process_group()
 
 
 def sharded(world: int, seed: int = 0) -> Any:

@@ -1,0 +1,135 @@
+"""Tensor and expert parallelism as Transformers applies them on loading, with gloo on a CPU, beside
+one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from builders import tiny_model, token_ids
+from kimi_linear import KimiLinearForCausalLM
+from processes import run
+from transformers.distributed import DistributedConfig
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
+]
+TOKENS = 24
+FIELDS: dict[str, Any] = {
+    "vocab_size": 100,
+    "num_attention_heads": 8,
+    "num_experts": 8,
+    "moe_intermediate_size": 32,
+    "router_aux_loss_coef": 0.01,
+    "linear_attn_config": {
+        "full_attn_layers": [2, 4],
+        "num_heads": 4,
+        "head_dim": 16,
+        "short_conv_kernel_size": 4,
+    },
+}
+MODELS: dict[int, dict[str, Any]] = {  # by the number of processes
+    2: FIELDS,
+    4: {**FIELDS, "q_lora_rank": 10, "num_shared_experts": 2, "tie_word_embeddings": True},
+}
+# Before 5.20 Transformers has one number for either kind of parallelism.
+IS_OLD = not hasattr(DistributedConfig, "ep_size")
+
+
+def load(folder: str, name: str, **kwargs: Any) -> Any:
+    config = DistributedConfig(**kwargs) if kwargs else None
+    return KimiLinearForCausalLM.from_pretrained(
+        f"{folder}/{name}", distributed_config=config, attn_implementation="sdpa"
+    )
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def same_training(model: Any, plain: Any) -> None:
+    """Loss and gradients of packed rows, summed over two passes, the second with checkpointing."""
+    ids = token_ids(2, TOKENS)
+    cuts = [5, 16]
+    positions = torch.stack(
+        [torch.cat([torch.arange(cut), torch.arange(TOKENS - cut)]) for cut in cuts]
+    )
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions, "use_cache": False}
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [each.train()(**inputs).loss for each in (model, plain)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        error = (whole(ours.grad) - theirs.grad).abs().max()
+        assert error <= 1e-5 * theirs.grad.abs().max(), f"{name}: {error}"
+
+
+def same_text(model: Any, plain: Any) -> None:
+    """Logits of left-padded rows, and greedy text behind them."""
+    ids = token_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        logits = [each(ids, attention_mask=mask).logits for each in (model, plain)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    texts = [
+        each.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        for each in (model, plain)
+    ]
+    assert torch.equal(*texts)
+
+
+def tensor_parallel(rank: int, world: int, folder: str) -> None:
+    model, plain = load(folder, f"of_{world}", tp_size=world), load(folder, f"of_{world}")
+    kda, mla = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    assert kda.q_conv1d.weight.to_local().shape == (64 // world, 1, 4)
+    assert kda.A_log.to_local().shape == (1, 1, 4 // world, 1)
+    assert mla.kv_b_proj.weight.to_local().shape[0] == 8 // world * 26
+    same_text(model, plain)
+    same_training(model, plain)
+    model.save_pretrained(f"{folder}/tensor_{world}")
+
+
+def expert_parallel(rank: int, world: int, folder: str) -> None:
+    name = f"of_{world}"
+    if IS_OLD:
+        model = load(folder, name, tp_size=world, enable_expert_parallel=True)
+    else:
+        model = load(folder, name, tp_size=world, ep_size=world)
+    plain = load(folder, name)
+    experts = model.model.layers[1].block_sparse_moe.experts
+    assert experts.gate_up_proj.to_local().shape[0] == 8 // world
+    same_text(model, plain)
+    same_training(model, plain)
+    model.save_pretrained(f"{folder}/expert_{world}")
+
+
+def sizes_must_divide(rank: int, world: int, folder: str) -> None:
+    for name, message in REFUSED.items():
+        with pytest.raises(ValueError, match=message):
+            load(folder, name, tp_size=world)
+
+
+REFUSED = {
+    "three_heads": r"num_attention_heads=3 .* over \d processes: it must be a multiple of \d",
+    "three_kda_heads": r"linear_attn_config\['num_heads'\]=3 .* it must be a multiple of",
+}
+
+
+def test_two_and_four_processes_equal_one(tmp_path: Path):
+    """Loss, gradients, text, and the saved files, byte for byte."""
+    tiny_model("all_mla").save_pretrained(tmp_path / "three_heads")
+    three = {**FIELDS["linear_attn_config"], "num_heads": 3}
+    tiny_model(linear_attn_config=three).save_pretrained(tmp_path / "three_kda_heads")
+    for world, fields in MODELS.items():
+        tiny_model(**fields).save_pretrained(tmp_path / f"of_{world}")
+        run(world, [sizes_must_divide, tensor_parallel, expert_parallel], tmp_path)
+        for file in ("model.safetensors", "config.json"):
+            expected = (tmp_path / f"of_{world}" / file).read_bytes()
+            for kind in ("tensor", "expert"):
+                assert (tmp_path / f"{kind}_{world}" / file).read_bytes() == expected, kind
