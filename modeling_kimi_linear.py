@@ -10,6 +10,8 @@ I expert width, E experts, k experts of one token.
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -329,12 +331,14 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         if getattr(self, "hf_quantizer", None) is None:
             # else Transformers repeats the layout that was loaded, official or not
             self._weight_conversions = None
-        if self._device_mesh is not None and self.config.tie_word_embeddings:
-            # gathered from the processes, tied weights are two tensors of which both would be saved
-            state = kwargs.pop("state_dict", None) or self.state_dict()
-            tied = self.all_tied_weights_keys
-            kwargs["state_dict"] = {name: x for name, x in state.items() if name not in tied}
-        return super().save_pretrained(*args, **kwargs)
+        with _named_as_written(type(self)):
+            return super().save_pretrained(*args, **kwargs)
+
+    def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Tied weights once: gathered from several processes, they are two tensors."""
+        state = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        tied = {} if self._device_mesh is None else self.all_tied_weights_keys
+        return {name: x for name, x in state.items() if name not in tied}
 
     def init_parallel_plans(self) -> None:
         """Leave out rules for what this configuration has not, of which Transformers would warn."""
@@ -365,6 +369,22 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, *args, **kwargs
             )
+
+
+@contextmanager
+def _named_as_written(cls: type) -> Iterator[None]:
+    """Within, the class that `fully_shard` gives a model bears the name and the module of the one it
+    was made of, by which Transformers finds the code to save and its entry in `auto_map`."""
+    if not cls.__name__.startswith("FSDP"):
+        yield
+        return
+    written = next(base for base in cls.__mro__ if base.__module__ == __name__)
+    before = cls.__name__, cls.__module__
+    cls.__name__, cls.__module__ = written.__name__, written.__module__
+    try:
+        yield
+    finally:
+        cls.__name__, cls.__module__ = before
 
 
 class KimiLinearBackbone(KimiLinearPreTrainedModel):
@@ -554,6 +574,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     # "auto": one token per row runs as one recorded graph where it can; "graph": or is an error;
     # "eager": it runs layer by layer. See `decode_graph.py`.
     decode_backend: DecodeBackend = "auto"
