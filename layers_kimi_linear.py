@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -167,7 +168,8 @@ class KimiLinearDeltaAttention(nn.Module):
         recorded."""
         B, T = x.shape[:2]
         size = max(CHUNK_SIZE, PIECE_TOKENS // B // CHUNK_SIZE * CHUNK_SIZE)
-        if size >= T or layout.cu_seqlens is not None or torch.is_grad_enabled():
+        is_plain = layout.cu_seqlens is None and layout.context is None
+        if size >= T or not is_plain or torch.is_grad_enabled():
             return self._run(x, layout, states, state_out, cut)
         out, states = torch.empty_like(x), states or (None, None)
         at_cut: States = (None, None)
@@ -197,16 +199,23 @@ class KimiLinearDeltaAttention(nn.Module):
         """
         conv_state, recurrent_state = states or (None, None)
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
+        if layout.context is not None:
+            conv_state = self._entering_inputs(x, layout)
         qkv, conv_states = self._project(x, layout, conv_state, states is not None, cut)
+        inputs = (*qkv, self._heads(self.f_b_proj(self.f_a_proj(x))), self.b_proj(x))
+        if layout.context is not None:
+            recurrent_state = layout.context.entering_state(
+                inputs, self.A_log, self.dt_bias, layout
+            )
         out, state, state_at_cut = self._attend(
-            (*qkv, self._heads(self.f_b_proj(self.f_a_proj(x))), self.b_proj(x)),
+            inputs,
             cut,
             initial_state=layout.initial_states(recurrent_state),
             output_final_state=states is not None,
             cu_seqlens=layout.cu_seqlens,
             state_out=state_out,
         )
-        del qkv
+        del qkv, inputs
         gate = self._heads(self.g_b_proj(self.g_a_proj(x)))
         out = self.o_proj(self.o_norm(out, gate).flatten(-2))
         out = layout.unpack(out, hidden_states.shape[0])
@@ -247,6 +256,13 @@ class KimiLinearDeltaAttention(nn.Module):
                 tails_at_cut.append(convolution_state(y[:, :cut], initial, width - 1))
         conv_state = layout.row_states(torch.stack(tails, dim=1)) if output_state else None
         return outputs, [conv_state, torch.stack(tails_at_cut, dim=1) if cut else None]
+
+    def _entering_inputs(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        """[1, 3, H * K, W - 1]: the convolutions' inputs before those of this process' tokens."""
+        count = self.q_conv1d.weight.shape[2] - 1
+        before = layout.context.previous_tokens(x, count)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return torch.stack([proj(before).transpose(1, 2) for proj in projections], dim=1)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # in tensor parallelism, some of the heads
@@ -354,6 +370,11 @@ class KimiLinearLatentAttention(nn.Module):
         if past_key_values is not None:
             cache: LatentLayerCache = past_key_values.layers[self.layer_idx]
             segments = cache.update(latent)
+        if layout.context is not None:
+            keys = layout.context.latents(latent)
+            ends = [0, x.shape[1]] if layout.cu_seqlens is None else layout.ends
+            out = self._attend_by_sequence(self._query(x), keys, ends)
+            return self.o_proj(out.flatten(-2)), None
         if by_blocks:
             return self._attend_in_tiles(x, segments, real_tokens)
         if alone:
@@ -429,7 +450,8 @@ class KimiLinearLatentAttention(nn.Module):
         return out[..., : self.value_dim], weights
 
     def _attend_by_sequence(self, query: Tensor, latent: Tensor, ends: list[int]) -> Tensor:
-        """Attention within each of the sequences that stand end to end: [1, R, H, V]."""
+        """Attention within each of the sequences that stand end to end: [1, R, H, V]. There may be
+        latents before those of the queries, of the first sequence."""
         query, (key, value) = query.transpose(1, 2), self._expand(latent)
         if self.value_dim < key.shape[-1]:  # flash attention wants one head size
             value = F.pad(value, (0, key.shape[-1] - self.value_dim))
@@ -440,11 +462,14 @@ class KimiLinearLatentAttention(nn.Module):
             )
         dropout = self.config.attention_dropout if self.training else 0.0
         sizes = [stop - start for start, stop in pairwise(ends)]
-        parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        lengths = [sizes[0] + key.shape[2] - query.shape[2], *sizes[1:]]
+        parts = zip(
+            query.split(sizes, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+        )
         with kernels:
             outputs = [
                 F.scaled_dot_product_attention(
-                    q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling
+                    q, k, v, **_causal(q, k), dropout_p=dropout, scale=self.scaling
                 )
                 for q, k, v in parts
                 if q.shape[2]
@@ -491,6 +516,12 @@ class KimiLinearLatentAttention(nn.Module):
     def split_size(self) -> tuple[str, int, int]:
         """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
         return "num_attention_heads", self.num_heads, 1
+
+
+def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
+    """That queries [.., T, K] attend to the keys [.., S, K] up to their own, the last T."""
+    T, S = query.shape[2], key.shape[2]
+    return {"is_causal": True} if T == S else {"attn_mask": causal_lower_right(T, S)}
 
 
 def attends_by_sequence(config: KimiLinearConfig, layout: SequenceLayout) -> bool:

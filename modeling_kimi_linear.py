@@ -37,6 +37,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache_kimi_linear import prepare_cache
 from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
+from .context_parallel import (
+    check_context_call,
+    own_labels,
+    own_tokens,
+    shard_layout,
+    total_over,
+)
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
 from .expert_quantization import EXPERT_TENSORS, is_packed, packing_experts, plain_experts
 from .experts_kimi_linear import EXPERTS
@@ -399,6 +406,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         self.norm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.expert_loads: ExpertLoads | None = None  # it sets itself here
+        self.context_group: Any = None
         self.post_init()
 
     @capture_outputs
@@ -439,8 +447,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch_size, num_tokens = hidden_states.shape[:2]
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, num_tokens = source.shape[:2]
         if num_tokens == 0:
             raise ValueError(
                 "the input has 0 tokens, which is not allowed: it must have at least 1"
@@ -448,6 +456,11 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
         mask = unless_all_real(attention_mask)
+        if self.context_group is not None:
+            shape, cache = (batch_size, num_tokens), past_key_values or use_cache
+            check_context_call(self.config, self.context_group, shape, mask, cache)
+            source, use_cache = source[:, own_tokens(num_tokens, self.context_group)], False
+        hidden_states = self.embed_tokens(source) if inputs_embeds is None else source
         layout = sequence_layout(
             batch_size,
             num_tokens,
@@ -457,6 +470,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             cu_seq_lens=cu_seq_lens_q,
             device=hidden_states.device,
         )
+        if self.context_group is not None:
+            layout = shard_layout(layout, num_tokens, self.context_group)
         for name in FLASH_LENGTHS:  # the layout's own take their place
             kwargs.pop(name, None)
         past_key_values = self._cache_for(layout, past_key_values, use_cache, batch_size)
@@ -545,7 +560,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         layout: SequenceLayout,
     ) -> Any:
         """The mask that the attention backend of the MLA layers wants; None if it needs none."""
-        if "full_attention" not in self.config.layer_types:
+        if "full_attention" not in self.config.layer_types or layout.context is not None:
             return None
         if is_flash_attention(self.config) and past_key_values is None:
             return None  # the layout's boundaries say it all
@@ -560,6 +575,13 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             position_ids=None,
             and_mask_function=inside,
         )
+
+    def set_context_parallel(self, group: Any) -> None:
+        """Divide the tokens of each call's one row among the processes of `group`; None: not any
+        more. Every process is given the whole row, and returns the hidden states of its own
+        tokens, an equal part in the order of the ranks. See `context_parallel.py`.
+        """
+        self.context_group = group
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -589,6 +611,12 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_context_parallel(self, group: Any) -> None:
+        """As the backbone's. Labels are the whole row's too, and the loss is; logits are those of
+        the process' own tokens. The gradient is the mean of the processes' gradients.
+        """
+        self.model.set_context_parallel(group)
 
     @can_return_tuple
     def forward(
@@ -643,6 +671,16 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         )
         x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is not None:
+            labels, kwargs = _shift_labels(
+                labels,
+                kwargs,
+                self.model.context_group,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                seq_idx=seq_idx,
+                cu_seq_lens=cu_seq_lens_q,
+            )
         is_fused = uses_fused_loss(self, x, labels, logits_to_keep)
         logits = DeferredLogits.of(self.lm_head, x) if is_fused else self.lm_head(x[:, kept, :])
         if labels is not None:
@@ -650,16 +688,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 raise ValueError(
                     f"logits_to_keep={logits_to_keep!r} is not allowed with labels: it must be 0"
                 )
-            layout = sequence_layout(
-                *labels.shape,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                seq_idx=seq_idx,
-                cu_seq_lens=cu_seq_lens_q,
-                device=labels.device,
-            )
-            if layout.cu_seqlens is not None:
-                kwargs.setdefault("shift_labels", _next_labels(labels, layout))
             if is_fused:
                 loss = causal_lm_loss(x, self.lm_head.weight, labels, **kwargs)
             else:
@@ -674,6 +702,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 labels[:, 1:] if shifted is None else shifted,
                 kwargs.get("num_items_in_batch"),
             )
+            if self.model.context_group is not None:
+                loss = total_over(loss, self.model.context_group)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=None if outputs.router_losses is None else outputs.router_losses[0],
@@ -696,6 +726,17 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         prepare_cache(cache, self.config)
         note_padding(cache, attention_mask, mask, past)
         return decode_logits(self, input_ids, mask, cache)
+
+
+def _shift_labels(
+    labels: Tensor, kwargs: dict[str, Any], group: Any, **boundaries: Any
+) -> tuple[Tensor, dict[str, Any]]:
+    """Labels [B, T] and the loss' arguments: `shift_labels` too where rows are packed or padded; in
+    context parallelism, both of the process' own tokens."""
+    layout = sequence_layout(*labels.shape, **boundaries, device=labels.device)
+    if layout.cu_seqlens is not None:
+        kwargs = {"shift_labels": _next_labels(labels, layout), **kwargs}
+    return (labels, kwargs) if group is None else own_labels(labels, kwargs, group)
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
