@@ -110,22 +110,23 @@ class ContextShard:
         """[1, H, K, V]: KDA's state before the own tokens.
 
         Args:
-            inputs: q, k, v, g, beta of the own tokens [1, t, H, ...], as `kda_attention` takes them.
+            inputs: `kda_attention`'s q, k, v, g, beta of the own tokens [1, t, H, ...].
             A_log, dt_bias: Likewise.
             layout: The own tokens'.
         """
         ends = [0] if layout.cu_seqlens is None else layout.ends[:-1]
         q, k, v, g, beta = (x[:, ends[-1] :] for x in inputs)  # of the last sequence
-        rates = {"A_log": A_log, "dt_bias": dt_bias, "output_final_state": True}
+        rates: Any = {"A_log": A_log, "dt_bias": dt_bias, "output_final_state": True}
         _, fresh = kda_attention(q, k, v, g, beta, **rates)
         assert fresh is not None
         H, K = q.shape[2:]
-        if len(ends) > 1 or self.begin == self.start:  # what enters does not get through
-            passed = fresh.new_zeros(1, H, K, K)
-        else:
+        passed = fresh.new_zeros(1, H, K, K)
+        if len(ends) == 1 and self.begin < self.start:  # else what enters does not get through
             eye = torch.eye(K, dtype=compute_dtype(q), device=q.device).expand(1, H, K, K)
             nothing = q.new_zeros(*q.shape[:3], K)
-            passed = kda_attention(q, k, nothing, g, beta, initial_state=eye, **rates)[1]
+            _, through = kda_attention(q, k, nothing, g, beta, initial_state=eye, **rates)
+            assert through is not None
+            passed = through
         maps = self.gather(torch.cat([passed, fresh], dim=-1))
         state, states = torch.zeros_like(fresh), []
         for one in maps:  # all of them on every process, so that backward passes communicate alike
@@ -202,9 +203,7 @@ def own_tokens(num_tokens: int, group: Any) -> slice:
     return slice(start, start + size)
 
 
-def own_labels(
-    labels: Tensor, kwargs: dict[str, Any], group: Any
-) -> tuple[Tensor, dict[str, Any]]:
+def own_labels(labels: Tensor, kwargs: dict[str, Any], group: Any) -> tuple[Tensor, dict[str, Any]]:
     """Of a row's labels [1, T] and its loss' arguments, those of this process' part, whose losses
     add up to the row's."""
     shifted = kwargs.get("shift_labels")

@@ -268,7 +268,7 @@ class KimiLinearDeltaAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # in tensor parallelism, some of the heads
 
     def split_size(self) -> tuple[str, int, int]:
-        """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "linear_attn_config['num_heads']", self.num_heads, 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -514,7 +514,7 @@ class KimiLinearLatentAttention(nn.Module):
         return torch.cat([key, shared_key], dim=-1), value
 
     def split_size(self) -> tuple[str, int, int]:
-        """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "num_attention_heads", self.num_heads, 1
 
 
@@ -581,7 +581,7 @@ class KimiLinearMLP(nn.Module):
         return self.down_proj(inner)
 
     def split_size(self) -> tuple[str, int, int]:
-        """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "intermediate_size", self.down_proj.in_features, 1
 
 

@@ -35,7 +35,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_kimi_linear import prepare_cache
-from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
+from .cached_call import check_columns, count_elsewhere, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
 from .context_parallel import (
     check_context_call,
@@ -183,7 +183,7 @@ class KimiLinearExperts(nn.Module):
         return out.to(hidden_states.dtype)
 
     def split_size(self) -> tuple[str, int, int]:
-        """What tensor parallelism divides: its field, its size, and what a part is a multiple of."""
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "moe_intermediate_size", self.down_proj.shape[2], 8
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -289,6 +289,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
     }
 
+    _tp_plan: dict[str, str]
     # prefixes of tensors that a checkpoint may lack when a new head is put on a trained backbone
     _new_heads: tuple[str, ...] = ()
 
@@ -380,8 +381,8 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
 
 @contextmanager
 def _named_as_written(cls: type) -> Iterator[None]:
-    """Within, the class that `fully_shard` gives a model bears the name and the module of the one it
-    was made of, by which Transformers finds the code to save and its entry in `auto_map`."""
+    """Within, the class that `fully_shard` gives a model bears the name and the module of the one
+    it was made of, by which Transformers finds the code to save and its entry in `auto_map`."""
     if not cls.__name__.startswith("FSDP"):
         yield
         return
@@ -447,7 +448,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        source = input_ids if inputs_embeds is None else inputs_embeds
+        source: Any = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, num_tokens = source.shape[:2]
         if num_tokens == 0:
             raise ValueError(
@@ -494,11 +495,12 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         notes = take_notes(self, layout, hidden_states, wants_logits)
         losses = []
         for layer in self.layers:
-            if notes is None or not layer.is_moe:
+            if notes is None or not getattr(layer, "is_moe", False):
                 hidden_states = layer(hidden_states, **inputs, **kwargs)
             else:
                 hidden_states, found = layer(hidden_states, router_notes=notes, **inputs, **kwargs)
                 losses.append(found)
+        count_elsewhere(self.layers, past_key_values)
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,

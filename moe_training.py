@@ -63,7 +63,7 @@ def balance_loss(
         weight_N: 1 / (tokens of its sequence * sequences), 0 at padding.
         num_sequences: S; empty ones may be among them.
         is_sigmoid: Whether scores are sigmoids; else they are a softmax.
-        group: Processes among which the sequences' tokens are divided; the loss is a part of theirs.
+        group: Processes that the sequences' tokens are divided among; the loss is a part of theirs.
 
     Returns:
         A scalar: 1 where loads are even, E / k where all tokens choose the same experts surely.

@@ -1,5 +1,5 @@
-"""Tensor and expert parallelism as Transformers applies them on loading, with gloo on a CPU, beside
-one process."""
+"""Tensor, expert and pipeline parallelism as Transformers applies them on loading, and pipelines of
+torch's, with gloo on a CPU, beside one process."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ import torch.distributed as dist
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
 from processes import run
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.nn.functional import cross_entropy
 from transformers.distributed import DistributedConfig
 
 pytestmark = [
@@ -49,17 +52,21 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def same_training(model: Any, plain: Any, row: int | None = None) -> None:
-    """Loss and gradients of packed rows, summed over two passes, the second with checkpointing.
-
-    With `row`, the model reads this one of the two rows only, and averages gradients.
-    """
+def packed_rows() -> dict[str, torch.Tensor]:
     ids = token_ids(2, TOKENS)
     cuts = [5, 16]
     positions = torch.stack(
         [torch.cat([torch.arange(cut), torch.arange(TOKENS - cut)]) for cut in cuts]
     )
-    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+def same_training(model: Any, plain: Any, row: int | None = None) -> None:
+    """Loss and gradients of packed rows, summed over two passes, the second with checkpointing.
+
+    With `row`, the model reads this one of the two rows only, and averages gradients.
+    """
+    inputs = packed_rows()
     mine = inputs if row is None else {name: x[row : row + 1] for name, x in inputs.items()}
     for checkpointing in (False, True):
         if checkpointing:
@@ -125,6 +132,63 @@ def with_sharded_data(rank: int, world: int, folder: str) -> None:
     model.save_pretrained(f"{folder}/data_{world}")
 
 
+def pipeline_of_text(rank: int, world: int, folder: str) -> None:
+    same_text(load(folder, f"of_{world}", pp_size=world), load(folder, f"of_{world}"))
+
+
+class Stage(nn.Module):
+    """One of two halves of the model, cut as the plan says."""
+
+    def __init__(self, model: Any, is_last: bool) -> None:
+        super().__init__()
+        self.model, self.is_last = model, is_last
+        half = len(model.model.layers) // 2
+        model.model.layers = model.model.layers[half:] if is_last else model.model.layers[:half]
+        if is_last:
+            model.model.embed_tokens = nn.Identity()
+        else:
+            model.model.norm = model.lm_head = nn.Identity()
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        source = "inputs_embeds" if self.is_last else "input_ids"
+        return self.model(**{source: x, "position_ids": position_ids, "use_cache": False}).logits
+
+
+def pipeline_of_training(rank: int, world: int, folder: str) -> None:
+    """Two micro-batches of packed rows through torch's GPipe."""
+    plain = load(folder, f"of_{world}").train()
+    stage = Stage(load(folder, f"of_{world}").train(), is_last=rank == 1)
+    inputs = packed_rows()
+    ids, positions = inputs["input_ids"], inputs["position_ids"]
+    labels = ids.masked_fill(positions == 0, -100)[:, 1:]
+
+    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
+
+    pipeline = PipelineStage(stage, rank, world, torch.device("cpu"))
+    schedule = ScheduleGPipe(pipeline, n_microbatches=2, loss_fn=loss_of, scale_grads=False)
+    losses: list[torch.Tensor] = []
+    if rank == 0:
+        schedule.step(ids, position_ids=positions)
+    else:
+        schedule.step(position_ids=positions, target=labels, losses=losses)
+    expected = loss_of(plain(ids, position_ids=positions).logits, labels)
+    expected.backward()
+    if rank == 1:
+        torch.testing.assert_close(sum(losses), expected, rtol=1e-5, atol=0)
+    layers = {f"model.layers.{i}.": f"model.layers.{i + 2 * rank}." for i in range(2)}
+    theirs, checked = dict(plain.named_parameters()), 0
+    for name, ours in stage.model.named_parameters():
+        for own, whole_name in layers.items():
+            if name.startswith(own):
+                name = name.replace(own, whole_name)
+                break
+        error = (ours.grad - theirs[name].grad).abs().max()
+        assert error <= 1e-5 * theirs[name].grad.abs().max(), f"{name}: {error}"
+        checked += 1
+    assert checked == sum(1 for _ in stage.model.parameters()) > 30
+
+
 def sizes_must_divide(rank: int, world: int, folder: str) -> None:
     for name, message in REFUSED.items():
         with pytest.raises(ValueError, match=message):
@@ -145,8 +209,9 @@ def test_two_and_four_processes_equal_one(tmp_path: Path):
     for world, fields in MODELS.items():
         tiny_model(**fields).save_pretrained(tmp_path / f"of_{world}")
         functions = [sizes_must_divide, tensor_parallel]
-        functions += [expert_parallel] if world == 2 or IS_OLD else []
         functions += [] if IS_OLD else [with_sharded_data]
+        if world == 2:
+            functions += [expert_parallel, pipeline_of_text, pipeline_of_training]
         run(world, functions, tmp_path)
         for file in ("model.safetensors", "config.json", "modeling_kimi_linear.py"):
             expected = (tmp_path / f"of_{world}" / file).read_bytes()
