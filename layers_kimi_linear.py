@@ -93,7 +93,7 @@ class KimiLinearShortConv(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, width={self.weight.shape[2]}"
+        return f"{tuple(self.weight.shape)}"
 
 
 class KimiLinearDeltaAttention(nn.Module):

@@ -196,7 +196,7 @@ class KimiLinearExperts(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
-        size, found = self.down_proj.shape[2], 0
+        size, found = self.config.moe_intermediate_size, 0  # ZeRO-3's parameters may have no shape
         rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}
         for name in [name for name in state_dict if name.startswith(prefix)]:
             match = EXPERT_NAME.fullmatch(name.removeprefix(prefix))

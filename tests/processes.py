@@ -27,6 +27,7 @@ def run(world: int, functions: list[Function], folder: Path) -> None:
 def _process(rank: int, world: int, port: int, functions: list[Function], folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
