@@ -3,7 +3,10 @@
 Shapes: B batch, T tokens of this call, S tokens of cache and call.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor
+from torch.nn import Identity, Module
 from transformers.cache_utils import Cache
 
 from .rollback import KDAPlan, plan_call
@@ -59,9 +62,11 @@ def plan_kda(
 ) -> KDAPlan | None:
     """How KDA layers read this call; None without a cache or without such layers."""
     layers = [] if cache is None else cache.layers
-    layer = next((layer for layer in layers if hasattr(layer, "num_logged")), None)
-    if layer is None:
+    layers = [layer for layer in layers if hasattr(layer, "num_logged")]
+    if not layers:
         return None
+    # in a pipeline, another process has the first ones
+    layer = next((layer for layer in layers if layer.num_rows is not None), layers[0])
     return plan_call(
         hidden_states.shape[1],
         layout,
@@ -74,4 +79,15 @@ def plan_kda(
     )
 
 
-__all__ = ["check_columns", "note_padding", "plan_kda", "unless_all_real"]
+def count_elsewhere(modules: Iterable[Module], cache: Cache | None) -> None:
+    """In a pipeline, let the cache layers of other processes' modules count tokens too."""
+    if cache is None:
+        return
+    pairs = list(zip(modules, cache.layers, strict=True))
+    past = max(layer.num_tokens for _, layer in pairs)
+    for module, layer in pairs:
+        if isinstance(module, Identity):
+            layer.num_tokens = past
+
+
+__all__ = ["check_columns", "count_elsewhere", "note_padding", "plan_kda", "unless_all_real"]

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .parallel_plans import EP_PLAN, PP_PLAN, TP_PLAN
 from .presets import PRESETS
 
 logger = logging.get_logger(__name__)
@@ -133,11 +134,9 @@ class KimiLinearConfig(PreTrainedConfig):
         "num_experts_per_tok": "num_experts_per_token",
         "num_local_experts": "num_experts",
     }
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
+    base_model_tp_plan = TP_PLAN
+    base_model_ep_plan = EP_PLAN
+    base_model_pp_plan = PP_PLAN
 
     vocab_size: int = 163840
     hidden_size: int = 2304

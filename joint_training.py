@@ -74,36 +74,48 @@ def _split(grad: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
 
 # ---------------------------------------------------------------------------------------- KDA layer
 def project_kda(
-    x: Tensor, linears: Sequence[nn.Linear], taps: Sequence[Tensor], layout: SequenceLayout
+    x: Tensor,
+    linears: Sequence[nn.Linear],
+    taps: Sequence[Tensor],
+    layout: SequenceLayout,
+    head_dim: int,
 ) -> tuple[Tensor, ...]:
-    """Products of one input; three of them convolved, with SiLU.
+    """Products of one input; three of them convolved, with SiLU, and two of these normalised.
 
     Args:
         x: [B, T, D], packed sequences or plain rows as `layout` says.
         linears: those of q, k, v, and any others.
         taps: of the convolutions of q, k and v, [H * K, 1, W], W <= 4, oldest first.
         layout: where sequences begin.
+        head_dim: K.
 
     Returns:
-        q, k, v [B, T, H * K] after convolution and SiLU, and the others' products [B, T, .].
+        q, k, v [B, T, H * K] after convolution and SiLU, q and k with an L2 norm of 1 by head; and
+        the others' products [B, T, .].
     """
     weights = [linear.weight for linear in linears]
     starts, dtype = layout.token_starts, _dtype(x, weights[0])
-    return _ProjectKDA.apply(x, starts, dtype, len(weights), *weights, *taps)
+    return _ProjectKDA.apply(x, starts, dtype, len(weights), head_dim, *weights, *taps)
 
 
 class _ProjectKDA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, starts: Tensor | None, dtype: torch.dtype, num: int, *both: Tensor
+        ctx: Any,
+        x: Tensor,
+        starts: Tensor | None,
+        dtype: torch.dtype,
+        num: int,
+        head_dim: int,
+        *both: Tensor,
     ) -> tuple[Tensor, ...]:
         matrices, (B, T, _) = both[:num], x.shape
         with no_autocast(x.device):
             y = F.linear(x.to(dtype), _joint(matrices, dtype)).flatten(0, 1)
             taps = _joint_taps(both[num:], dtype)
-            convolved = convolve_columns(y, taps, starts, T)
+            convolved = convolve_columns(y, taps, starts, T, head_dim)
         ctx.save_for_backward(x, y, starts, *both)
-        ctx.dtype, ctx.num = dtype, num
+        ctx.dtype, ctx.num, ctx.head_dim = dtype, num, head_dim
         others = y.split([matrix.shape[0] for matrix in matrices], dim=1)[3:]
         return tuple(out.view(B, T, -1) for out in (*convolved, *others))
 
@@ -118,17 +130,19 @@ class _ProjectKDA(torch.autograd.Function):
         with no_autocast(x.device):
             dy = torch.empty_like(y)
             joint_taps = _joint_taps(taps, ctx.dtype)
-            dtaps = convolve_columns_backward(flat[:3], y, joint_taps, starts, x.shape[1], dy)
+            dtaps = convolve_columns_backward(
+                flat[:3], y, joint_taps, starts, x.shape[1], ctx.head_dim, dy
+            )
             torch.cat(flat[3:], dim=1, out=dy[:, 3 * taps[0].shape[0] :])
             if ctx.needs_input_grad[0]:
                 dx = (dy @ _joint(matrices, ctx.dtype)).to(x.dtype).view_as(x)
-            if any(ctx.needs_input_grad[4 : 4 + ctx.num]):
+            if any(ctx.needs_input_grad[5 : 5 + ctx.num]):
                 dmatrices = _split(dy.t() @ x.flatten(0, 1).to(ctx.dtype), matrices)
             parts = [
                 part[:, WIDTH - tap.shape[2] :].to(tap.dtype).view_as(tap)
                 for part, tap in zip(dtaps, taps, strict=True)
             ]
-        return dx, None, None, None, *dmatrices, *parts
+        return dx, *(4 * [None]), *dmatrices, *parts
 
 
 def _joint_taps(taps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -693,7 +693,9 @@ def fla_layout(cu_seqlens: Tensor) -> FlaLayout:
     return layout
 
 
-def _fla_kda(x: _Inputs, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+def _fla_kda(
+    x: _Inputs, output_final_state: bool, is_normalised: bool
+) -> tuple[Tensor, Tensor | None]:
     """FLA's kernels, with gate, beta and L2 norm inside them."""
     chunk_kda, fused_recurrent_kda, _ = _fla_kernels()
     assert chunk_kda is not None and fused_recurrent_kda is not None
@@ -715,7 +717,7 @@ def _fla_kda(x: _Inputs, output_final_state: bool) -> tuple[Tensor, Tensor | Non
         scale=x.q.shape[-1] ** -0.5,
         initial_state=state,
         output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=True,
+        use_qk_l2norm_in_kernel=not is_normalised,
         use_gate_in_kernel=True,
         use_beta_sigmoid_in_kernel=True,
         cu_seqlens=None if layout is None else layout.filled_ends,
@@ -744,6 +746,7 @@ def kda_attention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     state_out: Tensor | None = None,
+    is_normalised: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention over whole sequences, pieces of them, or single tokens.
@@ -762,6 +765,8 @@ def kda_attention(
             allowed and hand their initial state through.
         state_out: tensor like the final state, which may be `initial_state` itself: the final state
             is written to it and returned. Ignored where a graph is recorded.
+        is_normalised: q and k have an L2 norm of 1 already, so that it need not be computed; where
+            it is nevertheless, nothing changes but rounding.
         backend: "auto", "fla" or "torch", see `resolve_backend`.
 
     Returns:
@@ -776,7 +781,7 @@ def kda_attention(
     if needs_grad(*inputs):
         state_out = None
     if chosen == "fla" and q.shape[1] > 0:
-        out, state = _fla_kda(inputs, output_final_state)
+        out, state = _fla_kda(inputs, output_final_state, is_normalised)
     elif q.shape[1] == 1 and cu_seqlens is None and not needs_grad(*inputs):
         with no_autocast(q.device):
             if initial_state is not None and _fits(state_out, initial_state, q):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -93,7 +94,7 @@ class KimiLinearShortConv(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, width={self.weight.shape[2]}"
+        return f"{tuple(self.weight.shape)}"
 
 
 class KimiLinearDeltaAttention(nn.Module):
@@ -168,7 +169,8 @@ class KimiLinearDeltaAttention(nn.Module):
         recorded."""
         B, T = x.shape[:2]
         size = max(CHUNK_SIZE, PIECE_TOKENS // B // CHUNK_SIZE * CHUNK_SIZE)
-        if size >= T or layout.cu_seqlens is not None or torch.is_grad_enabled():
+        is_plain = layout.cu_seqlens is None and layout.context is None
+        if size >= T or not is_plain or torch.is_grad_enabled():
             return self._run(x, layout, states, state_out, cut)
         out, states = torch.empty_like(x), states or (None, None)
         at_cut: States = (None, None)
@@ -198,27 +200,48 @@ class KimiLinearDeltaAttention(nn.Module):
         """
         conv_state, recurrent_state = states or (None, None)
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
-        conv_states: list[Tensor | None] = [None, None]
-        linears, taps = self._readers()
-        if states is None and not cut and trains_jointly(x, linears, *taps):
-            *qkv, decay, gate, beta = project_kda(x, linears, taps, layout)
-            qkv = [self._heads(each) for each in qkv]
-        else:
-            qkv, conv_states = self._project(x, layout, conv_state, states is not None, cut)
-            decay, beta, gate = self.f_a_proj(x), self.b_proj(x), None
+        inputs, gate, conv_states, is_joint = self._inputs(
+            x, layout, conv_state, states is not None, cut
+        )
+        if layout.context is not None:
+            recurrent_state = layout.context.entering_state(
+                inputs, self.A_log, self.dt_bias, layout
+            )
         out, state, state_at_cut = self._attend(
-            (*qkv, self._heads(self.f_b_proj(decay)), beta),
+            inputs,
             cut,
             initial_state=layout.initial_states(recurrent_state),
             output_final_state=states is not None,
             cu_seqlens=layout.cu_seqlens,
             state_out=state_out,
+            is_normalised=is_joint,
         )
-        del qkv
+        del inputs
         gate = self._heads(self.g_b_proj(self.g_a_proj(x) if gate is None else gate))
         out = self.o_proj(self.o_norm(out, gate).flatten(-2))
         out = layout.unpack(out, hidden_states.shape[0])
         return out, (conv_states[0], layout.row_states(state)), (conv_states[1], state_at_cut)
+
+    def _inputs(
+        self, x: Tensor, layout: SequenceLayout, state: Tensor | None, output_state: bool, cut: int
+    ) -> tuple[tuple[Tensor, ...], Tensor | None, list[Tensor | None], bool]:
+        """`kda_attention`'s q, k, v, g, beta [.., .., H, ...]; the output gate's inner product, if
+        it is made already; the convolutions' states as `_project` returns them; whether q and k are
+        normalised."""
+        linears, taps = self._readers()
+        is_plain = not output_state and layout.context is None
+        is_joint = is_plain and trains_jointly(x, linears, *taps)
+        gate: Tensor | None = None
+        conv_states: list[Tensor | None] = [None, None]
+        if is_joint:
+            *flat, decay, gate, beta = project_kda(x, linears, taps, layout, self.head_dim)
+            qkv = [self._heads(each) for each in flat]
+        else:
+            if layout.context is not None:
+                state = self._entering_inputs(x, layout)
+            qkv, conv_states = self._project(x, layout, state, output_state, cut)
+            decay, beta = self.f_a_proj(x), self.b_proj(x)
+        return (*qkv, self._heads(self.f_b_proj(decay)), beta), gate, conv_states, is_joint
 
     def _attend(
         self, inputs: tuple[Tensor, ...], cut: int, **kwargs: Any
@@ -262,8 +285,19 @@ class KimiLinearDeltaAttention(nn.Module):
         linears = self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.g_a_proj, self.b_proj
         return linears, (q, k, v)
 
+    def _entering_inputs(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        """[1, 3, H * K, W - 1]: the convolutions' inputs before those of this process' tokens."""
+        count = self.q_conv1d.weight.shape[2] - 1
+        before = layout.context.previous_tokens(x, count)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return torch.stack([proj(before).transpose(1, 2) for proj in projections], dim=1)
+
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x.unflatten(-1, (-1, self.head_dim))  # in tensor parallelism, some of the heads
+
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
+        return "linear_attn_config['num_heads']", self.num_heads, 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casting the model to 16 bits moves the decay parameters but leaves them in float32."""
@@ -364,6 +398,11 @@ class KimiLinearLatentAttention(nn.Module):
         if past_key_values is not None:
             cache: LatentLayerCache = past_key_values.layers[self.layer_idx]
             segments = cache.update(latent)
+        if layout.context is not None:
+            keys = layout.context.latents(latent)
+            ends = [0, x.shape[1]] if layout.cu_seqlens is None else layout.ends
+            out = self._attend_by_sequence(self._query(x), keys, ends)
+            return self.o_proj(out.flatten(-2)), None
         if by_blocks:
             return self._attend_in_tiles(x, segments, real_tokens)
         if alone:
@@ -398,7 +437,7 @@ class KimiLinearLatentAttention(nn.Module):
         self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager"."""
-        weight = self._kv_b_weight().unflatten(0, (self.num_heads, -1))
+        weight = self._kv_b_weight().unflatten(0, (-1, self.key_dim + self.value_dim))
         key, value = weight.split([self.key_dim, self.value_dim], dim=1)
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout or self.config._attn_implementation == "eager":
@@ -439,7 +478,8 @@ class KimiLinearLatentAttention(nn.Module):
         return out[..., : self.value_dim], weights
 
     def _attend_by_sequence(self, query: Tensor, latent: Tensor, ends: list[int]) -> Tensor:
-        """Attention within each of the sequences that stand end to end: [1, R, H, V]."""
+        """Attention within each of the sequences that stand end to end: [1, R, H, V]. There may be
+        latents before those of the queries, of the first sequence."""
         query, (key, value) = query.transpose(1, 2), self._expand(latent)
         if self.value_dim < key.shape[-1]:  # flash attention wants one head size
             value = F.pad(value, (0, key.shape[-1] - self.value_dim))
@@ -450,11 +490,14 @@ class KimiLinearLatentAttention(nn.Module):
             )
         dropout = self.config.attention_dropout if self.training else 0.0
         sizes = [stop - start for start, stop in pairwise(ends)]
-        parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        lengths = [sizes[0] + key.shape[2] - query.shape[2], *sizes[1:]]
+        parts = zip(
+            query.split(sizes, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+        )
         with kernels:
             outputs = [
                 F.scaled_dot_product_attention(
-                    q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling
+                    q, k, v, **_causal(q, k), dropout_p=dropout, scale=self.scaling
                 )
                 for q, k, v in parts
                 if q.shape[2]
@@ -466,7 +509,7 @@ class KimiLinearLatentAttention(nn.Module):
         proj = self.kv_b_proj
         if (
             type(proj) is nn.Linear
-            and type(proj.weight) is nn.Parameter
+            and type(proj.weight) in (nn.Parameter, Tensor)
             and not proj.weight.is_meta
         ):
             return proj.weight
@@ -481,7 +524,7 @@ class KimiLinearLatentAttention(nn.Module):
             if hasattr(self, "q_proj")
             else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         )
-        return query.unflatten(-1, (self.num_heads, self.key_dim + self.shared_key_dim))
+        return query.unflatten(-1, (-1, self.key_dim + self.shared_key_dim))
 
     def _latent(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, L + P]: normed latent and shared key part, what the cache keeps."""
@@ -493,10 +536,20 @@ class KimiLinearLatentAttention(nn.Module):
     def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, L + P] to keys [B, H, S, K] and values [B, H, S, V]."""
         latent, shared_key = latent.split([self.latent_dim, self.shared_key_dim], dim=-1)
-        expanded = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key, value = expanded.split([self.key_dim, self.value_dim], dim=-1)
-        shared_key = shared_key.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.key_dim + self.value_dim))
+        key, value = expanded.transpose(1, 2).split([self.key_dim, self.value_dim], dim=-1)
+        shared_key = shared_key.unsqueeze(1).expand(-1, key.shape[1], -1, -1)
         return torch.cat([key, shared_key], dim=-1), value
+
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
+        return "num_attention_heads", self.num_heads, 1
+
+
+def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
+    """That queries [.., T, K] attend to the keys [.., S, K] up to their own, the last T."""
+    T, S = query.shape[2], key.shape[2]
+    return {"is_causal": True} if T == S else {"attn_mask": causal_lower_right(T, S)}
 
 
 def attends_by_sequence(config: KimiLinearConfig, layout: SequenceLayout) -> bool:
@@ -557,6 +610,10 @@ class KimiLinearMLP(nn.Module):
         else:
             inner = self.act_fn(gate) * up
         return self.down_proj(inner)
+
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
+        return "intermediate_size", self.down_proj.in_features, 1
 
 
 __all__ = [

@@ -10,6 +10,9 @@ I expert width, E experts, k experts of one token.
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled, use_experts_implementation
+from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -31,8 +35,15 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_kimi_linear import prepare_cache
-from .cached_call import check_columns, note_padding, plan_kda, unless_all_real
+from .cached_call import check_columns, count_elsewhere, note_padding, plan_kda, unless_all_real
 from .configuration_kimi_linear import KimiLinearConfig
+from .context_parallel import (
+    check_context_call,
+    own_labels,
+    own_tokens,
+    shard_layout,
+    total_over,
+)
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
 from .expert_quantization import EXPERT_TENSORS, is_packed, packing_experts, plain_experts
 from .experts_kimi_linear import EXPERTS
@@ -56,6 +67,7 @@ from .moe_training import (
 )
 from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
+from .tensor_parallel import register_styles
 from .training_kernels import choose_experts_in_training
 from .weight_conversion import (
     check_checkpoint,
@@ -88,6 +100,7 @@ AUTO_MAP = {
 # The mapping must not be registered under "kimi_linear": Transformers' own class of that type would
 # pick it up.
 register_conversion(BACKBONE)
+register_styles()
 
 
 class KimiLinearRouter(nn.Module):
@@ -148,6 +161,8 @@ class KimiLinearRouter(nn.Module):
 class KimiLinearExperts(nn.Module):
     """The routed experts, fused; Transformers' experts interface picks the forward."""
 
+    config: KimiLinearConfig  # set by the decorator
+
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
@@ -171,6 +186,10 @@ class KimiLinearExperts(nn.Module):
             out = out.index_add(0, token, expert_out * top_k_weights[token, slot, None])
         return out.to(hidden_states.dtype)
 
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
+        return "moe_intermediate_size", self.down_proj.shape[2], 8
+
     def __setattr__(self, name: str, value: Any) -> None:
         pack = self.__dict__.get("pack_arriving")  # while a quantised model is loaded
         if pack is not None and name in EXPERT_TENSORS and not value.is_meta:
@@ -181,7 +200,7 @@ class KimiLinearExperts(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
-        size, found = self.down_proj.shape[2], 0
+        size, found = self.config.moe_intermediate_size, 0  # ZeRO-3's parameters may have no shape
         rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}
         for name in [name for name in state_dict if name.startswith(prefix)]:
             match = EXPERT_NAME.fullmatch(name.removeprefix(prefix))
@@ -274,6 +293,7 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
     }
 
+    _tp_plan: dict[str, str]
     # prefixes of tensors that a checkpoint may lack when a new head is put on a trained backbone
     _new_heads: tuple[str, ...] = ()
 
@@ -323,7 +343,21 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         if getattr(self, "hf_quantizer", None) is None:
             # else Transformers repeats the layout that was loaded, official or not
             self._weight_conversions = None
-        return super().save_pretrained(*args, **kwargs)
+        with _named_as_written(type(self)):
+            return super().save_pretrained(*args, **kwargs)
+
+    def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Tied weights once: gathered from several processes, they are two tensors."""
+        state = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        tied = {} if self._device_mesh is None else self.all_tied_weights_keys
+        return {name: x for name, x in state.items() if name not in tied}
+
+    def init_parallel_plans(self) -> None:
+        """Leave out rules for what this configuration has not, of which Transformers would warn."""
+        super().init_parallel_plans()
+        names = {name for name, _ in chain(self.named_modules(), self.named_parameters())}
+        known = {replace_layer_number_by_wildcard(name) for name in names}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in known}
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -349,6 +383,22 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
             )
 
 
+@contextmanager
+def _named_as_written(cls: type) -> Iterator[None]:
+    """Within, the class that `fully_shard` gives a model bears the name and the module of the one
+    it was made of, by which Transformers finds the code to save and its entry in `auto_map`."""
+    if not cls.__name__.startswith("FSDP"):
+        yield
+        return
+    written = next(base for base in cls.__mro__ if base.__module__ == __name__)
+    before = cls.__name__, cls.__module__
+    cls.__name__, cls.__module__ = written.__name__, written.__module__
+    try:
+        yield
+    finally:
+        cls.__name__, cls.__module__ = before
+
+
 class KimiLinearBackbone(KimiLinearPreTrainedModel):
     """The decoder without a head."""
 
@@ -361,6 +411,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         self.norm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.expert_loads: ExpertLoads | None = None  # it sets itself here
+        self.context_group: Any = None
         self.post_init()
 
     @capture_outputs
@@ -401,8 +452,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch_size, num_tokens = hidden_states.shape[:2]
+        source: Any = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, num_tokens = source.shape[:2]
         if num_tokens == 0:
             raise ValueError(
                 "the input has 0 tokens, which is not allowed: it must have at least 1"
@@ -410,6 +461,11 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
         mask = unless_all_real(attention_mask)
+        if self.context_group is not None:
+            shape, cache = (batch_size, num_tokens), past_key_values or use_cache
+            check_context_call(self.config, self.context_group, shape, mask, cache)
+            source, use_cache = source[:, own_tokens(num_tokens, self.context_group)], False
+        hidden_states = self.embed_tokens(source) if inputs_embeds is None else source
         layout = sequence_layout(
             batch_size,
             num_tokens,
@@ -419,6 +475,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             cu_seq_lens=cu_seq_lens_q,
             device=hidden_states.device,
         )
+        if self.context_group is not None:
+            layout = shard_layout(layout, num_tokens, self.context_group)
         for name in FLASH_LENGTHS:  # the layout's own take their place
             kwargs.pop(name, None)
         past_key_values = self._cache_for(layout, past_key_values, use_cache, batch_size)
@@ -441,11 +499,12 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         notes = take_notes(self, layout, hidden_states, wants_logits)
         losses = []
         for layer in self.layers:
-            if notes is None or not layer.is_moe:
+            if notes is None or not getattr(layer, "is_moe", False):
                 hidden_states = layer(hidden_states, **inputs, **kwargs)
             else:
                 hidden_states, found = layer(hidden_states, router_notes=notes, **inputs, **kwargs)
                 losses.append(found)
+        count_elsewhere(self.layers, past_key_values)
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -507,7 +566,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         layout: SequenceLayout,
     ) -> Any:
         """The mask that the attention backend of the MLA layers wants; None if it needs none."""
-        if "full_attention" not in self.config.layer_types:
+        if "full_attention" not in self.config.layer_types or layout.context is not None:
             return None
         if is_flash_attention(self.config) and past_key_values is None:
             return None  # the layout's boundaries say it all
@@ -523,6 +582,13 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             and_mask_function=inside,
         )
 
+    def set_context_parallel(self, group: Any) -> None:
+        """Divide the tokens of each call's one row among the processes of `group`; None: not any
+        more. Every process is given the whole row, and returns the hidden states of its own
+        tokens, an equal part in the order of the ranks. See `context_parallel.py`.
+        """
+        self.context_group = group
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
@@ -534,6 +600,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     """Kimi Linear as a language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     # "auto": one token per row runs as one recorded graph where it can; "graph": or is an error;
     # "eager": it runs layer by layer. See `decode_graph.py`.
     decode_backend: DecodeBackend = "auto"
@@ -548,6 +617,12 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_context_parallel(self, group: Any) -> None:
+        """As the backbone's. Labels are the whole row's too, and the loss is; logits are those of
+        the process' own tokens. The gradient is the mean of the processes' gradients.
+        """
+        self.model.set_context_parallel(group)
 
     @can_return_tuple
     def forward(
@@ -602,6 +677,16 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         )
         x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is not None:
+            labels, kwargs = _shift_labels(
+                labels,
+                kwargs,
+                self.model.context_group,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                seq_idx=seq_idx,
+                cu_seq_lens=cu_seq_lens_q,
+            )
         is_fused = uses_fused_loss(self, x, labels, logits_to_keep)
         logits = DeferredLogits.of(self.lm_head, x) if is_fused else self.lm_head(x[:, kept, :])
         if labels is not None:
@@ -609,16 +694,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 raise ValueError(
                     f"logits_to_keep={logits_to_keep!r} is not allowed with labels: it must be 0"
                 )
-            layout = sequence_layout(
-                *labels.shape,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                seq_idx=seq_idx,
-                cu_seq_lens=cu_seq_lens_q,
-                device=labels.device,
-            )
-            if layout.cu_seqlens is not None:
-                kwargs.setdefault("shift_labels", _next_labels(labels, layout))
             if is_fused:
                 loss = causal_lm_loss(x, self.lm_head.weight, labels, **kwargs)
             else:
@@ -633,6 +708,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 labels[:, 1:] if shifted is None else shifted,
                 kwargs.get("num_items_in_batch"),
             )
+            if self.model.context_group is not None:
+                loss = total_over(loss, self.model.context_group)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=None if outputs.router_losses is None else outputs.router_losses[0],
@@ -655,6 +732,17 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         prepare_cache(cache, self.config)
         note_padding(cache, attention_mask, mask, past)
         return decode_logits(self, input_ids, mask, cache)
+
+
+def _shift_labels(
+    labels: Tensor, kwargs: dict[str, Any], group: Any, **boundaries: Any
+) -> tuple[Tensor, dict[str, Any]]:
+    """Labels [B, T] and the loss' arguments: `shift_labels` too where rows are packed or padded; in
+    context parallelism, both of the process' own tokens."""
+    layout = sequence_layout(*labels.shape, **boundaries, device=labels.device)
+    if layout.cu_seqlens is not None:
+        kwargs = {"shift_labels": _next_labels(labels, layout), **kwargs}
+    return (labels, kwargs) if group is None else own_labels(labels, kwargs, group)
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:

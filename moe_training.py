@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from .context_parallel import total_over
 from .sequence_layout import SequenceLayout
 
 LAYER_NUMBER = re.compile(r"layers\.(\d+)\.")
@@ -48,6 +49,7 @@ def balance_loss(
     weight_N: Tensor,
     num_sequences: int,
     is_sigmoid: bool,
+    group: Any = None,
 ) -> Tensor:
     """Sequence-wise balance loss of one layer, the mean over the sequences (equations 17 to 20).
 
@@ -61,6 +63,7 @@ def balance_loss(
         weight_N: 1 / (tokens of its sequence * sequences), 0 at padding.
         num_sequences: S; empty ones may be among them.
         is_sigmoid: Whether scores are sigmoids; else they are a softmax.
+        group: Processes that the sequences' tokens are divided among; the loss is a part of theirs.
 
     Returns:
         A scalar: 1 where loads are even, E / k where all tokens choose the same experts surely.
@@ -68,6 +71,8 @@ def balance_loss(
     scores_NE = logits_NE.sigmoid() if is_sigmoid else logits_NE.softmax(dim=-1)
     chosen_Nk = scores_NE.topk(num_chosen, dim=-1, sorted=False).indices
     counts_SE = _count_by_sequence(chosen_Nk, sequence_N, weight_N > 0, num_sequences, logits_NE)
+    if group is not None:
+        dist.all_reduce(counts_SE, group=group)
     frequency_SE = logits_NE.shape[1] * counts_SE / counts_SE.sum(dim=1, keepdim=True).clamp(min=1)
     if is_sigmoid:  # a softmax' scores have the sum 1 already
         scores_NE = scores_NE / (scores_NE.sum(dim=-1, keepdim=True) + 1e-20)
@@ -148,7 +153,14 @@ class RouterNotes:
         wants_losses: bool,
     ) -> None:
         self.config, self.wants_losses, self._loads = config, wants_losses, loads
-        self.sequence_N, self.weight_N = token_sequences(layout, *shape, like)
+        self._context = layout.context
+        if layout.context is None:
+            self.sequence_N, self.weight_N = token_sequences(layout, *shape, like)
+        else:  # sequences and weights are the whole row's
+            layout, own = layout.context.whole, layout.context.own
+            places = shape[1] * dist.get_world_size(self._context.group)
+            whole = token_sequences(layout, 1, places, like)
+            self.sequence_N, self.weight_N = (x[own] for x in whole)
         ends = layout.cu_seqlens
         self.num_sequences = shape[0] if ends is None else ends.numel() - 1
         self._counts: list[Tensor] | None = [] if loads is not None else None
@@ -174,8 +186,10 @@ class RouterNotes:
             weight_N=weight_N,
             num_sequences=self.num_sequences,
             is_sigmoid=self.config.moe_router_activation_func == "sigmoid",
+            group=None if self._context is None else self._context.group,
         )
-        return torch.stack([balance, z_loss(logits_NE, weight_N > 0)])
+        size = 1 if self._context is None else dist.get_world_size(self._context.group)
+        return torch.stack([balance, z_loss(logits_NE, weight_N > 0) / size])
 
     def close(self, losses: list[Tensor]) -> Tensor | None:
         """Hand over what was counted; the sum of the layers' losses, if they are wanted."""
@@ -184,7 +198,8 @@ class RouterNotes:
         self._counts = None
         if not self.wants_losses or not losses:
             return None
-        return torch.stack([each.to(losses[0].device) for each in losses]).sum(dim=0)
+        total = torch.stack([each.to(losses[0].device) for each in losses]).sum(dim=0)
+        return total if self._context is None else total_over(total, self._context.group)
 
 
 def take_notes(

@@ -31,6 +31,7 @@ class SequenceLayout:
         sequence_ids: [B, T] int64, number of each token's sequence within its row; None unless rows
             are packed.
         num_places: B * T.
+        context: The `ContextShard` that this call's tokens are, if other processes have the rest.
     """
 
     token_index: Tensor | None = None
@@ -39,6 +40,7 @@ class SequenceLayout:
     row_last: Tensor | None = None
     sequence_ids: Tensor | None = None
     num_places: int = 0
+    context: Any = None
 
     @property
     def is_packed(self) -> bool:

@@ -16,7 +16,6 @@ Examples:
 import argparse
 import ast
 import fnmatch
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from kimi_linear.tokenizer.snapshot import read_json
 from kimi_linear.weight_conversion import check_checkpoint, read_header
 from model_card import TASKS, Statements, model_card, read_metrics
 
@@ -97,13 +97,7 @@ def check_folder(path: str | os.PathLike[str]) -> Checkpoint:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; allowed: an object")
-    return value
+    return read_json(path)
 
 
 def _check_architecture(folder: Path, fields: dict[str, Any]) -> str:

@@ -87,9 +87,9 @@ def compile_all(dtype: torch.dtype) -> None:
         training_kernels.launch_choice_backward(logits, experts, weights, True, 2.4)
         columns, taps = torch.zeros(2, 3 * D + 16, dtype=dtype), torch.zeros(3, D, 4, dtype=dtype)
         for starts in (None, torch.zeros(2, dtype=torch.int32)):
-            parts = conv_training_kernels.convolve_columns(columns, taps, starts, 2)
+            parts = conv_training_kernels.convolve_columns(columns, taps, starts, 2, D // 8)
             conv_training_kernels.convolve_columns_backward(
-                parts, columns, taps, starts, 2, columns.clone()
+                parts, columns, taps, starts, 2, D // 8, columns.clone()
             )
     for V in (97, 163840):
         logits, labels = torch.zeros(2, V), torch.zeros(2, dtype=torch.int64)

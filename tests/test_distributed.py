@@ -1,10 +1,11 @@
-"""Training on several processes by PyTorch's `fully_shard`, with gloo on a CPU, beside one process.
+"""Training on several processes by PyTorch's `fully_shard`, beside one process, and by DDP from a
+checkpoint on, beside an uninterrupted run; with gloo on a CPU.
 
 What fails in a process is raised here. Processes are started twice only: each imports everything.
 """
 
-import os
-import socket
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+import train
 from _training import make_optimizer
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
+from processes import run
+from test_scripts import SIZES
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,25 +33,6 @@ pytestmark = [
 ]
 ROWS, TOKENS = 4, 24
 WHOLE = StateDictOptions(full_state_dict=True)
-
-
-def run(world: int, functions: list[Any], folder: Path) -> None:
-    """Each `function(rank, world, folder)` in turn, in `world` processes of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (world, port, functions, str(folder)), nprocs=world)
-
-
-def _process(rank: int, world: int, port: int, functions: list[Any], folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        for function in functions:
-            function(rank, world, folder)
-    finally:
-        dist.destroy_process_group()
 
 
 def sharded(world: int, seed: int = 0) -> Any:
@@ -134,6 +118,33 @@ def load_shards(rank: int, world: int, folder: str) -> None:
     check_equal(other)
 
 
+def resumed_training(rank: int, world: int, folder: str) -> None:
+    """By DDP, from what a run leaves that was killed after its second step, to the same bits."""
+    whole, cut = Path(folder) / "whole_run", Path(folder) / "cut_run"
+    texts = [f"line {i} says that {i} and {j} make {i + j}" for i in range(20) for j in range(20)]
+    data = Path(folder) / f"texts_{rank}"
+    data.mkdir()
+    (data / "all.txt").write_text("\n".join(texts))
+    (data / "tiny.json").write_text(json.dumps(SIZES))
+    settings: dict[str, Any] = {"sequence_length": 32, "batch_size": 2, "accumulate": 2}
+    settings |= {"paths": [data / "all.txt"], "config": data / "tiny.json", "vocab_size": 540}
+    settings |= {"steps": 4, "save_every": 2, "log_every": 1, "router_bias_update_rate": 0.01}
+    train.main(output=whole, **settings)
+    if rank == 0:
+        shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
+    dist.barrier()
+    train.main(output=cut, resume=True, **settings)
+    if rank == 0:
+        files = [(path / "model.safetensors").read_bytes() for path in (whole, cut)]
+        assert files[0] == files[1]
+        states = [
+            json.loads((path / "checkpoint-4" / "trainer_state.json").read_text())
+            for path in (whole, cut)
+        ]
+        assert states[0]["log_history"] == states[1]["log_history"]
+        assert [entry["step"] for entry in states[0]["log_history"]][-1] == 4
+
+
 def check_equal(model: Any) -> None:
     expected = tiny_model().state_dict()
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
@@ -146,7 +157,7 @@ def check_equal(model: Any) -> None:
 def test_two_and_four_processes_equal_one(tmp_path: Path):
     """Loss and gradients; and checkpoints, among them the short convolutions' weights [D, 1, W] and
     the fused experts, saved by two processes and read by four."""
-    run(2, [same_gradients, muon_refuses_shards, save_shards], tmp_path)
+    run(2, [same_gradients, muon_refuses_shards, save_shards, resumed_training], tmp_path)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "whole")]
     assert files[0] == files[1]  # saved from shards: the released names, byte for byte
     run(4, [same_gradients, load_shards], tmp_path)

@@ -11,6 +11,7 @@ from interpreter import DEVICE, DTYPES, draw, with_kernels
 from kimi_linear import joint_training
 from kimi_linear.conv_training_kernels import convolve_columns, convolve_columns_backward
 from kimi_linear.joint_training import gated_mlp, project_kda, trains_jointly
+from kimi_linear.kda import l2norm
 from kimi_linear.layers_kimi_linear import KimiLinearDeltaAttention, KimiLinearMLP
 from kimi_linear.sequence_layout import SequenceLayout, sequence_layout
 from kimi_linear.short_conv import short_convolution
@@ -37,6 +38,10 @@ LAYOUTS = [
 ]
 
 
+def by_head(x, head_dim):
+    return l2norm(x.unflatten(-1, (-1, head_dim))).flatten(-2)
+
+
 @with_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -45,19 +50,21 @@ LAYOUTS = [
 def test_convolutions(rows, lengths, width, dtype):
     """Of columns that have others behind them, whose gradient is left alone."""
     layout, row = SequenceLayout() if rows else packed(*lengths), sum(lengths)
-    M, D, others = row * (rows or 1), 20, 7
+    M, D, others, K = row * (rows or 1), 20, 7, 10
     y, grads = draw(M, 3 * D + others, dtype=dtype), [draw(M, D, dtype=dtype) for _ in range(3)]
     taps = draw(3, D, width, dtype=dtype)
     wide = F.pad(taps, (4 - width, 0))
-    outputs = convolve_columns(y, wide, layout.token_starts, row)
+    outputs = convolve_columns(y, wide, layout.token_starts, row, K)
     dy = torch.full_like(y, 7)
-    dtaps = convolve_columns_backward(grads, y, wide, layout.token_starts, row, dy)
+    dtaps = convolve_columns_backward(grads, y, wide, layout.token_starts, row, K, dy)
 
     exact_y = y.double().requires_grad_()
     for i, (out, grad) in enumerate(zip(outputs, grads, strict=True)):
         x = exact_y[:, i * D : (i + 1) * D].view(rows or 1, row, D)
         weight = taps[i].double().requires_grad_()
         wanted, _ = short_convolution(x, weight, cu_seqlens=layout.cu_seqlens, backend="torch")
+        if i < 2:
+            wanted = by_head(wanted, K)
         assert_close(out, wanted.view(M, D).to(dtype), dtype, "out")
         wanted.backward(grad.double().view_as(wanted))
         assert_close(dtaps[i, :, 4 - width :], weight.grad.float(), dtype, "taps")
@@ -89,10 +96,12 @@ def test_projections_of_a_kda_layer(anywhere, lengths):
     x = draw(1, sum(lengths), layer.q_proj.in_features).requires_grad_()
     linears, taps = layer._readers()
     assert trains_jointly(x, linears, *taps)
-    ours = project_kda(x, linears, taps, layout)
+    ours = project_kda(x, linears, taps, layout, layer.head_dim)
     products = [linear(x) for linear in linears]
     for i, tap in enumerate(taps):
         products[i] = short_convolution(products[i], tap, cu_seqlens=layout.cu_seqlens)[0]
+        if i < 2:
+            products[i] = by_head(products[i], layer.head_dim)
     grads = [draw(*each.shape) for each in products]
     wanted_x = [x, *(linear.weight for linear in linears), *taps]
     for actual, wanted in zip(ours, products, strict=True):
@@ -127,13 +136,13 @@ def test_frozen_parts_get_no_gradient(anywhere):
     layer.v_conv1d.weight.requires_grad_(False)
     x = draw(1, 9, layer.q_proj.in_features)
     linears, taps = layer._readers()
-    sum(out.sum() for out in project_kda(x, linears, taps, layout)).backward()
+    sum(out.sum() for out in project_kda(x, linears, taps, layout, layer.head_dim)).backward()
     assert layer.k_proj.weight.grad is None and layer.v_conv1d.weight.grad is None
     assert layer.q_proj.weight.grad.isfinite().all() and x.grad is None
     layer.requires_grad_(False)
     assert not trains_jointly(x, linears, *taps)
     assert trains_jointly(x.requires_grad_(), linears, *taps)
-    sum(out.sum() for out in project_kda(x, linears, taps, layout)).backward()
+    sum(out.sum() for out in project_kda(x, linears, taps, layout, layer.head_dim)).backward()
     assert x.grad.isfinite().all()
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from _benchmark_models import SHARED_FIELDS
 from builders import tiny_model, token_ids
 from tolerance import assert_close
 from transformers.models.kimi_linear import modeling_kimi_linear as native_modeling
@@ -24,33 +25,6 @@ CASES = {
     "two_dense": {"first_k_dense_replace": 2},
 }
 
-SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "routed_scaling_factor",
-    "rms_norm_eps",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "hidden_act",
-    "topk_group",
-    "num_experts",
-    "num_shared_experts",
-    "num_experts_per_token",
-    "num_expert_group",
-    "moe_renormalize",
-)
-
 
 def native_like(model):
     """The native model with the weights of ours, matched by name and shape, not by its loader."""
@@ -59,7 +33,6 @@ def native_like(model):
     native_config = NativeConfig(
         **{key: getattr(config, key) for key in SHARED_FIELDS},
         linear_attn_config=copy.deepcopy(linear),
-        first_k_dense_replace=config.first_k_dense_replace,
     )
     native_config._attn_implementation = "eager"
     native = native_modeling.KimiLinearForCausalLM(native_config).eval()

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import tiny_config
-from kimi_linear import loss_kimi_linear
+from kimi_linear import joint_training, loss_kimi_linear
 from kimi_linear.experts_training import train_experts, trains_lean
+from kimi_linear.layers_kimi_linear import KimiLinearDeltaAttention, KimiLinearMLP
 from kimi_linear.loss_kimi_linear import linear_cross_entropy
 from kimi_linear.modeling_kimi_linear import KimiLinearExperts
+from kimi_linear.sequence_layout import SequenceLayout, sequence_layout
 from tolerance import TOLERANCE, assert_close
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -105,3 +107,62 @@ def test_experts(mode):
     mode = "float64"
     exact = run(one_at_a_time, experts.double(), *wide)
     check(("out", "x", "weights", "gate_up_proj", "down_proj"), ours, theirs, exact)
+
+
+def draw_layer(kind):
+    """A layer in training mode, what it takes beside its input, and 300 tokens of input."""
+    torch.manual_seed(0)
+    config, arguments = tiny_config(hidden_size=136), ()
+    if kind == "mlp":
+        layer = KimiLinearMLP(config, 72)
+    else:
+        layer, arguments = KimiLinearDeltaAttention(config, 0), (SequenceLayout(),)
+    if kind == "packed":
+        positions = torch.cat([torch.arange(n) for n in (1, 2, 130, 67, 100)])[None].cuda()
+        device = torch.device("cuda")
+        arguments = (sequence_layout(1, 300, position_ids=positions, device=device),)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer.to("cuda").train(), arguments, torch.randn(1, 300, 136, device="cuda")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["mlp", "rows", "packed"])
+def test_joint_products(monkeypatch, kind, mode):
+    """A layer's output and gradients, with its products at once and one by one."""
+    layer, arguments, x = draw_layer(kind)
+    names, wide = [name for name, _ in layer.named_parameters()], x.double().requires_grad_()
+    if mode == "bfloat16":
+        layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
+        wide = x.double().requires_grad_()
+    x.requires_grad_()
+    seed = torch.randn(1, 300, 136, device="cuda")
+
+    def run(x):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mode == "autocast"):
+            out = layer(x, *arguments)
+        out = out if kind == "mlp" else out[0]
+        return out, *torch.autograd.grad(out, [x, *layer.parameters()], seed.to(out.dtype))
+
+    ours = run(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(joint_training, "DEVICES", ())
+        theirs = run(x)
+    assert not all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+    mode, layer = "float64", layer.double()
+    for parameter in layer.parameters():  # the decay's stay in float32 otherwise
+        parameter.data = parameter.data.double()
+    check(("out", "x", *names), ours, theirs, run(wide))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "rows", "packed"])
+def test_without_a_graph_in_training_the_bits_are_the_same(kind):
+    """As in the first pass of reentrant checkpointing."""
+    layer, arguments, x = draw_layer(kind)
+    layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
+    with torch.no_grad():
+        first = layer(x, *arguments)
+    second = layer(x, *arguments)
+    if kind != "mlp":
+        first, second = first[0], second[0]
+    assert second.requires_grad and torch.equal(first, second)

@@ -47,7 +47,9 @@ def convert_snapshot(
     vocabulary = folder / VOCAB_FILE
     if not vocabulary.is_file():
         raise ValueError(f"{vocabulary} is missing; allowed: a folder with {VOCAB_FILE}")
-    config, settings = (_read(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    config, settings = (
+        read_json(folder / name) for name in ("config.json", "tokenizer_config.json")
+    )
     num_ranks = len(load_tiktoken(vocabulary))
     _check_vocab_size(config, num_ranks, folder)
     _check_special_tokens(settings, num_ranks, folder)
@@ -129,7 +131,7 @@ def _eos_token(
 ) -> str:
     """What ends an answer: as generation says, then the model, then the tokenizer."""
     names = special_token_ids(num_ranks)
-    for fields in (_read(folder / "generation_config.json"), config):
+    for fields in (read_json(folder / "generation_config.json"), config):
         found = fields.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         for token in EOS_TOKENS:
@@ -149,7 +151,7 @@ def _max_length(config: dict[str, Any], settings: dict[str, Any]) -> int:
     return DEFAULT_MAX_LENGTH
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file; {} if there is none."""
     if not path.is_file():
         return {}

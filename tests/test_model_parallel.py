@@ -1,0 +1,219 @@
+"""Tensor, expert and pipeline parallelism as Transformers applies them on loading, and pipelines of
+torch's, with gloo on a CPU, beside one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from builders import tiny_model, token_ids
+from kimi_linear import KimiLinearForCausalLM
+from processes import run
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.nn.functional import cross_entropy
+from transformers.distributed import DistributedConfig
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
+]
+TOKENS = 24
+FIELDS: dict[str, Any] = {
+    "vocab_size": 100,
+    "num_attention_heads": 8,
+    "num_experts": 8,
+    "moe_intermediate_size": 32,
+    "router_aux_loss_coef": 0.01,
+    "linear_attn_config": {
+        "full_attn_layers": [2, 4],
+        "num_heads": 4,
+        "head_dim": 16,
+        "short_conv_kernel_size": 4,
+    },
+}
+MODELS: dict[int, dict[str, Any]] = {  # by the number of processes
+    2: FIELDS,
+    4: {**FIELDS, "q_lora_rank": 10, "num_shared_experts": 2, "tie_word_embeddings": True},
+}
+# Before 5.20 Transformers has one number for either kind of parallelism.
+IS_OLD = not hasattr(DistributedConfig, "ep_size")
+
+
+def load(folder: str, name: str, **kwargs: Any) -> Any:
+    config = DistributedConfig(**kwargs) if kwargs else None
+    return KimiLinearForCausalLM.from_pretrained(
+        f"{folder}/{name}", distributed_config=config, attn_implementation="sdpa"
+    )
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def packed_rows() -> dict[str, torch.Tensor]:
+    ids = token_ids(2, TOKENS)
+    cuts = [5, 16]
+    positions = torch.stack(
+        [torch.cat([torch.arange(cut), torch.arange(TOKENS - cut)]) for cut in cuts]
+    )
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+def same_training(model: Any, plain: Any, row: int | None = None) -> None:
+    """Loss and gradients of packed rows, summed over two passes, the second with checkpointing.
+
+    With `row`, the model reads this one of the two rows only, and averages gradients.
+    """
+    inputs = packed_rows()
+    mine = inputs if row is None else {name: x[row : row + 1] for name, x in inputs.items()}
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [each.train()(**x).loss for each, x in ((model, mine), (plain, inputs))]
+        for loss in losses:
+            loss.backward()
+        losses = [loss.detach() for loss in losses]
+        if row is not None:
+            dist.all_reduce(losses[0])
+            losses[0] /= dist.get_world_size()
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        error = (whole(ours.grad) - theirs.grad).abs().max()
+        assert error <= 1e-5 * theirs.grad.abs().max(), f"{name}: {error}"
+
+
+def same_text(model: Any, plain: Any) -> None:
+    """Logits of left-padded rows, and greedy text behind them."""
+    ids = token_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        logits = [each(ids, attention_mask=mask).logits for each in (model, plain)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    texts = [
+        each.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        for each in (model, plain)
+    ]
+    assert torch.equal(*texts)
+
+
+def tensor_parallel(rank: int, world: int, folder: str) -> None:
+    model, plain = load(folder, f"of_{world}", tp_size=world), load(folder, f"of_{world}")
+    kda, mla = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    assert kda.q_conv1d.weight.to_local().shape == (64 // world, 1, 4)
+    assert kda.A_log.to_local().shape == (1, 1, 4 // world, 1)
+    assert mla.kv_b_proj.weight.to_local().shape[0] == 8 // world * 26
+    same_text(model, plain)
+    same_training(model, plain)
+    model.save_pretrained(f"{folder}/tensor_{world}")
+
+
+def expert_parallel(rank: int, world: int, folder: str) -> None:
+    name = f"of_{world}"
+    if IS_OLD:
+        model = load(folder, name, tp_size=world, enable_expert_parallel=True)
+    else:
+        model = load(folder, name, tp_size=world, ep_size=world)
+    plain = load(folder, name)
+    experts = model.model.layers[1].block_sparse_moe.experts
+    assert experts.gate_up_proj.to_local().shape[0] == 8 // world
+    same_text(model, plain)
+    same_training(model, plain)
+    model.save_pretrained(f"{folder}/expert_{world}")
+
+
+def with_sharded_data(rank: int, world: int, folder: str) -> None:
+    """Experts over all processes, the rest by FSDP2 over two, in halves if there are four."""
+    name, tp = f"of_{world}", world // 2
+    model = load(folder, name, tp_size=tp, fsdp_size=2, ep_size=world)
+    same_training(model, load(folder, name), row=rank // tp)
+    model.save_pretrained(f"{folder}/data_{world}")
+
+
+def pipeline_of_text(rank: int, world: int, folder: str) -> None:
+    same_text(load(folder, f"of_{world}", pp_size=world), load(folder, f"of_{world}"))
+
+
+class Stage(nn.Module):
+    """One of two halves of the model, cut as the plan says."""
+
+    def __init__(self, model: Any, is_last: bool) -> None:
+        super().__init__()
+        self.model, self.is_last = model, is_last
+        half = len(model.model.layers) // 2
+        model.model.layers = model.model.layers[half:] if is_last else model.model.layers[:half]
+        if is_last:
+            model.model.embed_tokens = nn.Identity()
+        else:
+            model.model.norm = model.lm_head = nn.Identity()
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        source = "inputs_embeds" if self.is_last else "input_ids"
+        return self.model(**{source: x, "position_ids": position_ids, "use_cache": False}).logits
+
+
+def pipeline_of_training(rank: int, world: int, folder: str) -> None:
+    """Two micro-batches of packed rows through torch's GPipe."""
+    plain = load(folder, f"of_{world}").train()
+    stage = Stage(load(folder, f"of_{world}").train(), is_last=rank == 1)
+    inputs = packed_rows()
+    ids, positions = inputs["input_ids"], inputs["position_ids"]
+    labels = ids.masked_fill(positions == 0, -100)[:, 1:]
+
+    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
+
+    pipeline = PipelineStage(stage, rank, world, torch.device("cpu"))
+    schedule = ScheduleGPipe(pipeline, n_microbatches=2, loss_fn=loss_of, scale_grads=False)
+    losses: list[torch.Tensor] = []
+    if rank == 0:
+        schedule.step(ids, position_ids=positions)
+    else:
+        schedule.step(position_ids=positions, target=labels, losses=losses)
+    expected = loss_of(plain(ids, position_ids=positions).logits, labels)
+    expected.backward()
+    if rank == 1:
+        torch.testing.assert_close(sum(losses), expected, rtol=1e-5, atol=0)
+    layers = {f"model.layers.{i}.": f"model.layers.{i + 2 * rank}." for i in range(2)}
+    theirs, checked = dict(plain.named_parameters()), 0
+    for name, ours in stage.model.named_parameters():
+        for own, whole_name in layers.items():
+            if name.startswith(own):
+                name = name.replace(own, whole_name)
+                break
+        error = (ours.grad - theirs[name].grad).abs().max()
+        assert error <= 1e-5 * theirs[name].grad.abs().max(), f"{name}: {error}"
+        checked += 1
+    assert checked == sum(1 for _ in stage.model.parameters()) > 30
+
+
+def sizes_must_divide(rank: int, world: int, folder: str) -> None:
+    for name, message in REFUSED.items():
+        with pytest.raises(ValueError, match=message):
+            load(folder, name, tp_size=world)
+
+
+REFUSED = {
+    "three_heads": r"num_attention_heads=3 .* over \d processes: it must be a multiple of \d",
+    "three_kda_heads": r"linear_attn_config\['num_heads'\]=3 .* it must be a multiple of",
+}
+
+
+def test_two_and_four_processes_equal_one(tmp_path: Path):
+    """Loss, gradients, text, and the saved files, byte for byte."""
+    tiny_model("all_mla").save_pretrained(tmp_path / "three_heads")
+    three = {**FIELDS["linear_attn_config"], "num_heads": 3}
+    tiny_model(linear_attn_config=three).save_pretrained(tmp_path / "three_kda_heads")
+    for world, fields in MODELS.items():
+        tiny_model(**fields).save_pretrained(tmp_path / f"of_{world}")
+        functions = [sizes_must_divide, tensor_parallel]
+        functions += [] if IS_OLD else [with_sharded_data]
+        if world == 2:
+            functions += [expert_parallel, pipeline_of_text, pipeline_of_training]
+        run(world, functions, tmp_path)
+        for file in ("model.safetensors", "config.json", "modeling_kimi_linear.py"):
+            expected = (tmp_path / f"of_{world}" / file).read_bytes()
+            for path in tmp_path.glob(f"*_{world}"):
+                assert (path / file).read_bytes() == expected, path
