@@ -7,7 +7,7 @@ from typing import Any
 import experiment_synthetic
 import pytest
 import torch
-from _experiment_layers import MIXERS, build_model, decayed_attention, gated_delta_rule
+from _experiment_layers import MIXERS, Mamba2, build_model, decayed_attention, gated_delta_rule
 from _experiment_runs import Clock, Lines, parse_share, read_experiment
 from _experiment_tasks import IGNORED, NUM_STACKS, TASKS, Task, generators
 from _experiment_training import Learner, Pool, Recipe
@@ -238,6 +238,22 @@ def test_time_limit_ends_a_run_with_what_it_has() -> None:
     )
     ends = [line for line in lines if line["event"] == "run"]
     assert len(ends) == 2 and {end["stopped"] for end in ends} == {"time"}
+
+
+def test_a_model_that_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Learner.step
+
+    def broken(self: Learner, ids: Tensor, labels: Tensor) -> None:
+        if isinstance(self.model.model.layers[0].self_attn, Mamba2):
+            raise RuntimeError("no such kernel")
+        step(self, ids, labels)
+
+    monkeypatch.setattr(Learner, "step", broken)
+    options = {**TINY, "tasks": ("mqar",), "learning_rates": (1e-3,), "max_steps": 2}
+    lines = experiment_synthetic.main(**options, models=("kda", "mamba2"))
+    ends = {line["model"]: line for line in lines if line["event"] == "run"}
+    assert ends["mamba2"]["error"] == "RuntimeError: no such kernel"
+    assert ends["kda"]["stopped"] == "steps" and ends["kda"]["steps"] == 2
 
 
 def test_shares_divide_the_groups() -> None:
