@@ -24,11 +24,19 @@ STYLES = {
     "dplr": ("#c0562f", "s"),
     "mamba2": ("#d08a2e", "x"),
     "mla": ("#7a5195", "s"),
+    "kda-safe": ("#8fb0dd", "o"),
+    "dplr-safe": ("#e3a68f", "s"),
     "package": ("#777777", "."),
 }
 CURVE_LENGTH = 1024  # of figure 4's lower row
 DECODING_NAMES = {"kimi": "Kimi Linear", "mla": "MLA in every layer"}
-OPERATOR_NAMES = {"kda": "KDA", "dplr": "DPLR", "package": "KDA as layers call it"}
+OPERATOR_NAMES = {
+    "kda": "KDA",
+    "dplr": "DPLR",
+    "kda-safe": "KDA, bounded decays",
+    "dplr-safe": "DPLR, bounded decays",
+    "package": "KDA as layers call it",
+}
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

@@ -134,23 +134,29 @@ def _pair(pair: Sequence[Line | None], figure: Callable[[Line], float], form: st
 
 
 def kernels_table(lines: Sequence[Line]) -> str:
-    """Milliseconds of each operator, and DPLR's time over KDA's, by length."""
+    """A table for each pass: milliseconds by length, and DPLR's time over KDA's."""
     times: dict[tuple[int, str, str], float] = {}
     for line in events(lines, "kernel"):
         times[line["length"], line["pass"], line["operator"]] = line["ms"]
-    rows = []
-    for length in sorted({key[0] for key in times}):
-        cells = [f"{length:,}"]
-        for kind in ("forward", "forward+backward"):
-            kda, dplr, package = (
-                times.get((length, kind, name)) for name in ("kda", "dplr", "package")
-            )
-            cells += [_ms(kda), _ms(dplr), f"{dplr / kda:.2f}" if kda and dplr else "-"]
-            cells.append(_ms(package))
-        rows.append(cells)
-    names = ("KDA, ms", "DPLR, ms", "ratio", "as layers call KDA, ms")
-    head = ["tokens", *(f"forward: {name}" for name in names)]
-    return markdown([*head, *(f"with backward: {name}" for name in names)], rows)
+    tables = []
+    for kind in ("forward", "forward+backward"):
+        rows = []
+        for length in sorted({key[0] for key in times}):
+            cells = [f"{length:,}"]
+            for end in ("", "-safe"):
+                kda, dplr = (times.get((length, kind, name + end)) for name in ("kda", "dplr"))
+                cells += [_ms(kda), _ms(dplr), f"{dplr / kda:.2f}" if kda and dplr else "-"]
+            rows.append([*cells, _ms(times.get((length, kind, "package")))])
+        names = ("KDA", "DPLR", "ratio")
+        safe = [f"bounded: {name}" for name in names]
+        head = (f"{kind}, ms; tokens", *names, *safe, "KDA as layers call it")
+        tables.append(markdown(head, rows))
+    apart = [
+        f"{line['operator']} {line['relative_error']:.1e}" for line in events(lines, "agreement")
+    ]
+    if apart:
+        tables.append(f"Difference from `kda`, root mean squares' ratio: {', '.join(apart)}.")
+    return "\n\n".join(tables)
 
 
 def _ms(value: float | None) -> str:

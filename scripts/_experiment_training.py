@@ -66,7 +66,7 @@ class Learner:
     ) -> None:
         self.model, self.recipe = model.train(), recipe
         self.device = next(model.parameters()).device
-        self.num_steps, self.graph_error = 0, ""
+        self.num_steps, self.graph_error, self.error = 0, "", ""
         is_cuda = self.device.type == "cuda"
         rate = torch.zeros((), device=self.device) if is_cuda else 0.0
         self.optimizer = torch.optim.AdamW(
@@ -96,6 +96,15 @@ class Learner:
             else:
                 self.optimizer.zero_grad(set_to_none=True)
                 self._update()
+
+    def attempt(self, ids: Tensor, labels: Tensor) -> bool:
+        """`step`, or False with `error` saying why, which others beside this one survive."""
+        try:
+            self.step(ids, labels)
+        # any kind: a kernel that cannot be built is a result too
+        except Exception as error:
+            self.error = _message(error)
+        return not self.error
 
     def count_right(self, ids: Tensor, labels: Tensor) -> Tensor:
         """[2]: labels that the model predicts, and labels there are; -100 is none."""
@@ -176,10 +185,15 @@ class Learner:
             with torch.cuda.graph(graph, stream=self.stream):
                 self._update()
             self.graph = graph
-        except RuntimeError as error:  # of a call that waits for the device
-            self.graph_error = f"{type(error).__name__}: {error}"[:MESSAGE_LENGTH]
+        # any kind: of a call that waits for the device, or of a kernel, which `step` meets again
+        except Exception as error:
+            self.graph_error = _message(error)
             self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
+
+
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:MESSAGE_LENGTH]
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

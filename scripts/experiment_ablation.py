@@ -134,8 +134,9 @@ class Battery:
         title = f"seed {seed}: {' '.join(variants)}"
         for step in tqdm(range(1, settings.steps + 1), desc=title, mininterval=5):
             ids, labels = pool.batch()
-            for learner in learners.values():
-                learner.step(ids, labels)
+            for variant in [v for v, x in learners.items() if not x.attempt(ids, labels)]:
+                error = learners.pop(variant).error
+                self.lines.tell("run", variant=variant, seed=seed, step=step, error=error)
             if step % settings.eval_every == 0 or step == settings.steps:
                 for variant, learner in learners.items():
                     self._tell(variant, seed, step, learner, time.monotonic() - start)
@@ -219,7 +220,11 @@ def main(
     limit_autotuning(autotune)
     path = None if output is None else Path(output)
     before = read_experiment([path], EXPERIMENT) if path is not None and path.exists() else []
-    done = {(line["variant"], line["seed"]) for line in before if line["event"] == "run"}
+    done = {
+        (line["variant"], line["seed"])
+        for line in before
+        if line["event"] == "run" and "error" not in line
+    }
     text = Corpus.load(settings.vocab_size, None if corpus is None else Path(corpus))
     lines = Lines(EXPERIMENT, path)
     sizes = {"train_tokens": len(text.train), "held_out_tokens": len(text.held_out)}

@@ -228,8 +228,9 @@ class Battery:
         pool = Pool(sample, self.rows, POOL_BATCHES)
         for step in tqdm(range(1, settings.steps + 1), desc=f"seed {seed}", mininterval=5):
             ids, labels = pool.batch()
-            for learner in learners.values():
-                learner.step(ids, labels)
+            for model in [m for m, x in learners.items() if not x.attempt(ids, labels)]:
+                error = learners.pop(model).error
+                self.lines.tell("run", model=model, seed=seed, steps=step, error=error)
             if step % settings.eval_every == 0 or step == settings.steps:
                 for model, learner in learners.items():
                     self._tell_point(model, seed, step, learner)
@@ -333,7 +334,11 @@ def main(
     limit_autotuning(autotune)
     path = None if output is None else Path(output)
     before = read_experiment([path], EXPERIMENT) if path is not None and path.exists() else []
-    done = {(line["model"], line["seed"]) for line in before if line["event"] == "run"}
+    done = {
+        (line["model"], line["seed"])
+        for line in before
+        if line["event"] == "run" and "error" not in line
+    }
     text = Corpus.load(settings.vocab_size, None if corpus is None else Path(corpus))
     longest = max(settings.factors) * settings.length
     shortest = min(len(text.train), len(text.held_out))

@@ -27,7 +27,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from _experiment_runs import (
 )
 from _experiment_tasks import TASKS, Task, generators
 from _experiment_training import Learner, Pool, Recipe
+from torch import Tensor
 from tqdm import tqdm
 
 EXPERIMENT = "synthetic"
@@ -153,14 +154,13 @@ class Group:
 
     def run(self, deadline: float) -> None:
         """Train until all are done, or the deadline of `time.monotonic()` is past."""
-        settings, trials = self.settings, self._trials()
+        settings, trials = self.settings, self.trials()
         self.start, active = time.monotonic(), list(trials)
         where = " ".join(str(value) for value in self.place.values())
         with tqdm(total=settings.max_steps, desc=where, mininterval=5) as bar:
             for step in range(1, settings.max_steps + 1):
                 ids, labels = self.pool.batch()
-                for trial in active:
-                    trial.learner.step(ids, labels)
+                active = [trial for trial in active if self._step(step, trial, ids, labels)]
                 bar.update()
                 is_last = step == settings.max_steps
                 if step % settings.eval_every and step != settings.grid_steps and not is_last:
@@ -172,7 +172,15 @@ class Group:
                 if not active:
                     break
 
-    def _trials(self) -> list[Trial]:
+    def _step(self, step: int, trial: Trial, ids: Tensor, labels: Tensor) -> bool:
+        """One step; False, and a line with "error", if that cannot be done."""
+        is_done = trial.learner.attempt(ids, labels)
+        if not is_done:
+            self.lines.tell("run", **self._name(trial), steps=step, error=trial.learner.error)
+        return is_done
+
+    def trials(self) -> list[Trial]:
+        """A new model for each kind and learning rate."""
         settings, trials = self.settings, []
         use_bfloat16 = settings.dtype == "bfloat16"
         if settings.dtype == "auto":
@@ -297,6 +305,8 @@ def main(
         for task in settings.tasks
     ][share[0] :: share[1]]
     groups = [place for place in groups if not _is_done(place, settings.models, before)]
+    if groups and where.type == "cuda":
+        _compile(settings, groups[0], lines, where)
     for i, place in enumerate(groups):
         if clock.is_over:
             say(f"{place}: not run, --time-limit {time_limit} is spent")
@@ -307,12 +317,27 @@ def main(
     return lines.lines
 
 
+def _compile(settings: Settings, place: dict[str, Any], lines: Lines, device: torch.device) -> None:
+    """Let each model take a step, so that compiling its kernels takes no group's time."""
+    start = time.monotonic()
+    once = replace(settings, learning_rates=settings.learning_rates[:1])
+    group = Group(once, place, lines, device)
+    for trial in group.trials():
+        if trial.learner.attempt(*group.pool.batch()):
+            trial.learner.count_right(*group.test)
+        else:
+            say(f"{trial.model}: {trial.learner.error}")
+    torch.cuda.synchronize()
+    lines.tell("compiled", seconds=time.monotonic() - start)
+
+
 def _is_done(place: dict[str, Any], models: Sequence[str], before: Sequence[Any]) -> bool:
     """Whether every model ended at --target or --max-steps here before."""
     ends = {
         line["model"]
         for line in before
         if line["event"] == "run"
+        and "error" not in line
         and all(line[key] == value for key, value in place.items())
         and line["stopped"] in ("target", "steps")
     }

@@ -18,6 +18,7 @@ from _experiment_variants import (
     rotated,
 )
 from kimi_linear import KimiLinearForCausalLM
+from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
 
@@ -38,9 +39,9 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short modules."""
+    """Two dozen short modules."""
     root = tmp_path_factory.mktemp("corpus")
-    for i in range(40):
+    for i in range(24):
         lines = [f"def function_{i}_{j}(x):\n    return x + {i * j}\n" for j in range(8)]
         (root / f"module_{i}.py").write_text("\n".join(lines))
     return root
@@ -127,7 +128,7 @@ def test_text_is_whole_and_held_out_by_file(folder: Path) -> None:
     assert corpus.train.dtype == torch.int64 and corpus.vocab_size == 512
     end = corpus.train[-1]
     files = [int((part == end).sum()) for part in (corpus.train, corpus.held_out)]
-    assert sum(files) == 40 and files[0] > files[1] > 0  # an end token behind each
+    assert sum(files) == 24 and files[0] > files[1] > 0  # an end token behind each
     size = sum(file.stat().st_size for file in folder.iterdir())
     assert corpus.train_bytes + corpus.held_out_bytes == size
     with pytest.raises(ValueError, match="holds no Python modules"):

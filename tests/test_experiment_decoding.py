@@ -11,6 +11,7 @@ from _device import Rates
 from _limits import Limits
 from experiment_decoding import Settings, Subject
 from kimi_linear.decode_graph import _size_obstacle
+from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from experiment_kernels import Inputs, Runner, Settings, dplr_arguments, kda_arguments
 from kimi_linear.kda import kda_attention
+from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def test_decays_forget_and_keep() -> None:
     x = Inputs.random(512, Settings(), CPU, torch.float32)
     decay = kda_arguments(x)["g"].exp()
     low, high = decay.quantile(0.02), decay.quantile(0.98)
-    assert low < 0.5 and 0.98 < high < 1
+    assert low < 0.6 and 0.98 < high < 1
+    assert decay.log().min() > -5
 
 
 def test_backward_reaches_all_inputs() -> None:

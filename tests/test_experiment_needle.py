@@ -11,6 +11,7 @@ from _experiment_tasks import IGNORED
 from _experiment_training import Learner, Pool, Recipe
 from _experiment_variants import build_variant
 from experiment_needle import TEXT_ROWS, Haystack
+from one_thread import one_thread  # noqa: F401
 
 TEXT, PAIRS, VALUES = 40, 3, 8
 SMALL: dict[str, Any] = {
@@ -87,17 +88,17 @@ def test_the_needle_is_where_it_should_be(depth: float) -> None:
 
 
 def test_a_small_model_learns_to_look_up() -> None:
-    """Two pairs in 24 tokens, from chance, 1 in 4, to more than 9 in 10."""
+    """Two pairs in 24 tokens, from chance, 1 in 4, to more than 17 in 20."""
     hay = Haystack(torch.randint(8, (2000,), generator=generator(9)), 8, 2, 4)
     model = build_variant("1:0", hay.vocab_size, 0, num_layers=2, num_heads=2, head_dim=32)
-    learner = Learner(model, Recipe(3e-3, warmup=10), (32, 24))
+    learner = Learner(model, Recipe(5e-3, warmup=10), (32, 24))
     make = generator(1)
     pool = Pool(lambda count: hay.training_rows(count, 24, make), 32, 16)
     ids, answers = hay.test_rows(128, 24, 0.3, generator(2))
     assert (learner.predict_last(ids) == answers).float().mean() < 0.5
-    for _ in range(110):
+    for _ in range(75):
         learner.step(*pool.batch())
-    assert (learner.predict_last(ids) == answers).float().mean() > 0.9
+    assert (learner.predict_last(ids) == answers).float().mean() > 0.85
 
 
 def test_a_run(tmp_path: Path) -> None:

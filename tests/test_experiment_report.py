@@ -66,6 +66,8 @@ def kernel_lines() -> list[dict[str, Any]]:
     base = {"experiment": "kernels", "event": "kernel", "length": 2048}
     times = {("kda", "forward"): 1.0, ("dplr", "forward"): 1.8, ("kda", "forward+backward"): 3.0}
     lines = [{**base, "operator": o, "pass": p, "ms": ms} for (o, p), ms in times.items()]
+    apart = {"experiment": "kernels", "event": "agreement", "operator": "dplr"}
+    lines.append({**apart, "relative_error": 0.00412})
     return [*lines, {**base, "operator": "package", "pass": "forward", "error": "no"}]
 
 
@@ -114,8 +116,10 @@ def test_decoding_table() -> None:
 
 
 def test_other_tables() -> None:
-    (kernels,) = kernels_table(LINES["kernels"]).splitlines()[2:]
-    assert kernels == "| 2,048 | 1.00 | 1.80 | 1.80 | - | 3.00 | - | - | - |"
+    forward, backward, apart = kernels_table(LINES["kernels"]).split("\n\n")
+    assert apart == "Difference from `kda`, root mean squares' ratio: dplr 4.1e-03."
+    assert forward.splitlines()[2] == "| 2,048 | 1.00 | 1.80 | 1.80 | - | - | - | - |"
+    assert backward.splitlines()[2] == "| 2,048 | 3.00 | - | - | - | - | - | - |"
     base, full = ablation_table(LINES["ablation"]).splitlines()[2:]
     assert "| 2.1000 (2.0000 to 2.2000) | 21.00 | +0.0000 | 2 | 9.00 | 9.23, 5.65 |" in base
     assert "| 2.2500 (2.1000 to 2.4000) | 22.50 | +0.1500 |" in full

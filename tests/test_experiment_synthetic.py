@@ -7,10 +7,11 @@ from typing import Any
 import experiment_synthetic
 import pytest
 import torch
-from _experiment_layers import MIXERS, build_model, decayed_attention, gated_delta_rule
+from _experiment_layers import MIXERS, Mamba2, build_model, decayed_attention, gated_delta_rule
 from _experiment_runs import Clock, Lines, parse_share, read_experiment
 from _experiment_tasks import IGNORED, NUM_STACKS, TASKS, Task, generators
 from _experiment_training import Learner, Pool, Recipe
+from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
 
@@ -152,18 +153,18 @@ def test_unknown_mixer() -> None:
 
 
 def test_kda_learns_to_reverse() -> None:
-    """From chance, 1 in 8, to more than 19 of 20 answers on sequences it has not seen."""
-    task = Task("palindrome", 16, 8)
+    """From chance, 1 in 8, to more than 17 of 20 answers on sequences it has not seen."""
+    task = Task("palindrome", 12, 8)
     train, test = generators(0, CPU)
     model = build_model("kda", task.vocab_size, 0, head_dim=32)
-    learner = Learner(model, Recipe(3e-3, warmup=10), (32, 16))
+    learner = Learner(model, Recipe(5e-3, warmup=10), (32, 12))
     pool, held_out = Pool(lambda n: task.sample(n, train), 32, 16), task.sample(128, test)
     right, total = learner.count_right(*held_out).tolist()
-    assert total == 128 * 7 and right / total < 0.3
-    for _ in range(150):
+    assert total == 128 * 5 and right / total < 0.3
+    for _ in range(60):
         learner.step(*pool.batch())
     right, _ = learner.count_right(*held_out).tolist()
-    assert right / total > 0.95
+    assert right / total > 0.85
 
 
 def test_learning_rate_rises_and_falls() -> None:
@@ -237,6 +238,22 @@ def test_time_limit_ends_a_run_with_what_it_has() -> None:
     )
     ends = [line for line in lines if line["event"] == "run"]
     assert len(ends) == 2 and {end["stopped"] for end in ends} == {"time"}
+
+
+def test_a_model_that_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Learner.step
+
+    def broken(self: Learner, ids: Tensor, labels: Tensor) -> None:
+        if isinstance(self.model.model.layers[0].self_attn, Mamba2):
+            raise RuntimeError("no such kernel")
+        step(self, ids, labels)
+
+    monkeypatch.setattr(Learner, "step", broken)
+    options = {**TINY, "tasks": ("mqar",), "learning_rates": (1e-3,), "max_steps": 2}
+    lines = experiment_synthetic.main(**options, models=("kda", "mamba2"))
+    ends = {line["model"]: line for line in lines if line["event"] == "run"}
+    assert ends["mamba2"]["error"] == "RuntimeError: no such kernel"
+    assert ends["kda"]["stopped"] == "steps" and ends["kda"]["steps"] == 2
 
 
 def test_shares_divide_the_groups() -> None:
