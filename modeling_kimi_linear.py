@@ -67,7 +67,7 @@ from .moe_training import (
 )
 from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
-from .tensor_parallel import register_styles
+from .tensor_parallel import is_dtensor, register_styles, replicated
 from .training_kernels import choose_experts_in_training
 from .weight_conversion import (
     check_checkpoint,
@@ -145,6 +145,23 @@ class KimiLinearRouter(nn.Module):
         if renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * config.routed_scaling_factor, experts
+
+    # accelerate's loading for FSDP2 by one process takes all of a state for DTensors, buffers too
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_dtensor(self.weight) and self.e_score_correction_bias.is_meta:
+            name = prefix + "e_score_correction_bias"
+            destination[name] = replicated(destination[name], self.weight)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        name = prefix + "e_score_correction_bias"
+        if is_dtensor(state_dict.get(name)):
+            state_dict[name] = state_dict[name].full_tensor()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _within_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""

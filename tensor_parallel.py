@@ -22,7 +22,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Tensor
 from .parallel_plans import REGION, SPLIT
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 class SumGradients(torch.autograd.Function):
@@ -121,6 +121,17 @@ def _records(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
+def is_dtensor(x: Any) -> bool:
+    """Whether it is a tensor that several processes have together."""
+    return dist.is_available() and isinstance(x, DTensor)
+
+
+def replicated(x: Tensor, like: Any) -> Tensor:
+    """A tensor that every process has, as a DTensor on the mesh of another one."""
+    mesh = like.device_mesh
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def register_styles() -> None:
     """Make the styles known to Transformers, under names that it has not."""
     ALL_PARALLEL_STYLES.register(REGION, Region())
@@ -128,4 +139,4 @@ def register_styles() -> None:
         ALL_PARALLEL_STYLES.register(SPLIT.format(dim), SplitParameter(dim))
 
 
-__all__ = ["SumGradients", "SumOutputs", "register_styles"]
+__all__ = ["SumGradients", "SumOutputs", "is_dtensor", "register_styles", "replicated"]

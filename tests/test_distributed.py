@@ -7,6 +7,7 @@ What fails in a process is raised here. Processes are started twice only: each i
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,26 @@ def check_equal(model: Any) -> None:
         assert whole.keys() == expected.keys()
         for name, x in whole.items():
             assert torch.equal(x, expected[name]), name
+
+
+def load_as_accelerate_does(rank: int, world: int, folder: str) -> None:
+    """With `fsdp_cpu_ram_efficient_loading` one process has the weights and the others none: the
+    correction bias, a buffer, arrives too, and is a plain tensor again."""
+    from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+
+    whole = tiny_model().state_dict()
+    mesh = init_device_mesh("cpu", (world,))
+    model = tiny_model(seed=3).to("meta")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    model = fully_shard(model, mesh=mesh)
+    if rank:
+        whole = {}
+    fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=rank == 0), model, whole)
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert all(type(buffer) is torch.Tensor for buffer in model.buffers())
+    check_equal(model)
+    backward(model.train(), {name: x[:1] for name, x in batch().items()}, TOKENS)
 
 
 def test_two_and_four_processes_equal_one(tmp_path: Path):
