@@ -3,9 +3,9 @@ pattern, KDA alone, and latent attention (MLA) alone.
 
 Small models are trained from scratch to look values up: rows of the source of Python's standard
 library, in which pairs of a two-part key and a value stand at random places, and at whose end
-keys are asked for. Keys and values are ids of their own, so a pair stands out from the text. In a
-quarter of the rows the text is predicted too, elsewhere only the values. Then one pair is put at a
-given depth of a longer text, the others at random places, and asked for. Chance is one in --values.
+keys are asked for. Keys and values are ids of their own, so a pair stands out from the text. In one
+row of sixteen the text is predicted too, elsewhere only the values. Then one pair is put at a given
+depth of a longer text, the others at random places, and asked for. Chance is one in --values.
 
 That is retrieval as it was practised, at lengths that were not; it says nothing about what a large
 language model of one of these patterns learns from text alone. MLA has no positions in any of them.
@@ -57,8 +57,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 POOL_BATCHES = 16
 # A pair takes four places in the text, a question two, and its answer one.
 PAIR_TOKENS, QUESTION_TOKENS = 4, 4
-# One row in so many is trained on its text too.
-TEXT_ROWS = 4
+# One row in so many is trained on its text too: more, and the text's loss drowns the answers'.
+TEXT_ROWS = 16
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Settings:
     length: int = 512
     factors: Sequence[int] = (1, 2, 4, 8)
     depths: Sequence[float] = DEPTHS
-    pairs: int = 8
+    pairs: int = 16
     values: int = 64
     rows: int = 64
     batch_tokens: int = 16384

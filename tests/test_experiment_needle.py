@@ -51,8 +51,8 @@ def pairs_of(row: list[int], mark: int) -> dict[tuple[int, int], tuple[int, int]
 
 def test_training_rows_ask_for_every_pair() -> None:
     hay = haystack()
-    ids, labels = hay.training_rows(16, 60, generator())
-    assert ids.shape == labels.shape == (16, 60)
+    ids, labels = hay.training_rows(33, 60, generator())
+    assert ids.shape == labels.shape == (33, 60)
     places = set()
     for i, (row, wanted) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
         known = pairs_of(row, hay.pair_mark)
