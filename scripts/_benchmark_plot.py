@@ -144,7 +144,7 @@ def _mark_failures(axes: Any, lines: Sequence[Line], measure: str, key: str) -> 
 def set_ticks(axes: Any, values: Sequence[int]) -> None:
     """The measured places only, so that every label is one; thinned where they would touch."""
     apart = [values[-1]]
-    widest = max(2.0, (values[-1] / values[0]) ** 0.1)
+    widest = max(2.0, (values[-1] / values[0]) ** 0.13)
     for value in reversed(values[:-1]):
         if apart[-1] / value >= widest:
             apart.append(value)
