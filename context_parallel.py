@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed as dist  # whose collectives of one tensor have new names since 2.13
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,13 +35,15 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         out = x.new_empty(dist.get_world_size(group), *x.shape)
-        dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather(out.flatten(0, 1), x.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         own = grad.new_empty(grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        scatter(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
         return own, None
 
 

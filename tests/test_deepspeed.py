@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 on two processes, with gloo on a CPU, beside one process; where it is there."""
+"""DeepSpeed's ZeRO-3 on two processes of a CPU, beside one process; where it is installed."""
 
 import os
 from pathlib import Path
