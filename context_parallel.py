@@ -24,7 +24,7 @@ import torch.distributed as dist  # whose collectives of one tensor have new nam
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kda import compute_dtype, kda_attention
+from .kda import compute_dtype, kda_attention, no_autocast
 from .sequence_layout import SequenceLayout
 
 
@@ -131,9 +131,10 @@ class ContextShard:
             passed = through
         maps = self.gather(torch.cat([passed, fresh], dim=-1))
         state, states = torch.zeros_like(fresh), []
-        for one in maps:  # all of them on every process, so that backward passes communicate alike
-            states.append(state)
-            state = one[..., :K] @ state + one[..., K:]
+        with no_autocast(q.device):
+            for one in maps:  # all on every process, so that backward passes communicate alike
+                states.append(state)
+                state = one[..., :K] @ state + one[..., K:]
         return torch.stack(states)[dist.get_rank(self.group)] * float(self.begin < self.start)
 
 
@@ -162,7 +163,7 @@ def shard_layout(whole: SequenceLayout, num_tokens: int, group: Any) -> Sequence
 
 
 def check_context_call(
-    config: Any, group: Any, shape: tuple[int, int], attention_mask: Tensor | None, cache: Any
+    config: Any, group: Any, shape: tuple[int, int], attention_mask: Tensor | None, has_cache: bool
 ) -> None:
     """Raise ValueError unless a call with a row [B, T] can be divided.
 
@@ -171,7 +172,7 @@ def check_context_call(
         group: The process group.
         shape: B and T.
         attention_mask: None where it says nothing.
-        cache: The call's `past_key_values` or its wish for some, if any.
+        has_cache: Whether the call has `past_key_values` or wants some.
     """
     (batch_size, num_tokens), world = shape, dist.get_world_size(group)
     least = config.linear_attn_config["short_conv_kernel_size"] - 1
@@ -184,7 +185,7 @@ def check_context_call(
             "sequence whose labels are -100",
         ),
         (attention_mask is not None, "attention_mask has zeros", "all ones: pack sequences"),
-        (bool(cache), "past_key_values or use_cache is given", "left out"),
+        (has_cache, "past_key_values or use_cache is given", "left out"),
         (
             config._attn_implementation != "sdpa",
             f"attn_implementation={config._attn_implementation!r}",
