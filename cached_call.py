@@ -83,11 +83,9 @@ def count_elsewhere(modules: Iterable[Module], cache: Cache | None) -> None:
     """In a pipeline, let the cache layers of other processes' modules count tokens too."""
     if cache is None:
         return
-    pairs = list(zip(modules, cache.layers, strict=True))
-    past = max(layer.num_tokens for _, layer in pairs)
-    for module, layer in pairs:
-        if isinstance(module, Identity):
-            layer.num_tokens = past
+    pairs = zip(modules, cache.layers, strict=True)
+    for layer in [layer for module, layer in pairs if isinstance(module, Identity)]:
+        layer.num_tokens = max(each.num_tokens for each in cache.layers)
 
 
 __all__ = ["check_columns", "count_elsewhere", "note_padding", "plan_kda", "unless_all_real"]

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed as dist  # whose collectives of one tensor have new names since 2.13
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kda import compute_dtype, kda_attention
+from .kda import compute_dtype, kda_attention, no_autocast
 from .sequence_layout import SequenceLayout
 
 
@@ -35,13 +35,15 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         out = x.new_empty(dist.get_world_size(group), *x.shape)
-        dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather(out.flatten(0, 1), x.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         own = grad.new_empty(grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        scatter(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
         return own, None
 
 
@@ -129,9 +131,10 @@ class ContextShard:
             passed = through
         maps = self.gather(torch.cat([passed, fresh], dim=-1))
         state, states = torch.zeros_like(fresh), []
-        for one in maps:  # all of them on every process, so that backward passes communicate alike
-            states.append(state)
-            state = one[..., :K] @ state + one[..., K:]
+        with no_autocast(q.device):
+            for one in maps:  # all on every process, so that backward passes communicate alike
+                states.append(state)
+                state = one[..., :K] @ state + one[..., K:]
         return torch.stack(states)[dist.get_rank(self.group)] * float(self.begin < self.start)
 
 
@@ -160,7 +163,7 @@ def shard_layout(whole: SequenceLayout, num_tokens: int, group: Any) -> Sequence
 
 
 def check_context_call(
-    config: Any, group: Any, shape: tuple[int, int], attention_mask: Tensor | None, cache: Any
+    config: Any, group: Any, shape: tuple[int, int], attention_mask: Tensor | None, has_cache: bool
 ) -> None:
     """Raise ValueError unless a call with a row [B, T] can be divided.
 
@@ -169,7 +172,7 @@ def check_context_call(
         group: The process group.
         shape: B and T.
         attention_mask: None where it says nothing.
-        cache: The call's `past_key_values` or its wish for some, if any.
+        has_cache: Whether the call has `past_key_values` or wants some.
     """
     (batch_size, num_tokens), world = shape, dist.get_world_size(group)
     least = config.linear_attn_config["short_conv_kernel_size"] - 1
@@ -182,7 +185,7 @@ def check_context_call(
             "sequence whose labels are -100",
         ),
         (attention_mask is not None, "attention_mask has zeros", "all ones: pack sequences"),
-        (bool(cache), "past_key_values or use_cache is given", "left out"),
+        (has_cache, "past_key_values or use_cache is given", "left out"),
         (
             config._attn_implementation != "sdpa",
             f"attn_implementation={config._attn_implementation!r}",

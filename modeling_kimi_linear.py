@@ -217,7 +217,8 @@ class KimiLinearExperts(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
-        size, found = self.config.moe_intermediate_size, 0  # ZeRO-3's parameters may have no shape
+        config: Any = self.config  # parameters of ZeRO-3 may have no shape here
+        size, found = config.moe_intermediate_size, 0
         rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}
         for name in [name for name in state_dict if name.startswith(prefix)]:
             match = EXPERT_NAME.fullmatch(name.removeprefix(prefix))
@@ -479,8 +480,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             check_attention_mask(attention_mask, batch_size, num_tokens)
         mask = unless_all_real(attention_mask)
         if self.context_group is not None:
-            shape, cache = (batch_size, num_tokens), past_key_values or use_cache
-            check_context_call(self.config, self.context_group, shape, mask, cache)
+            shape, has_cache = (batch_size, num_tokens), past_key_values is not None or use_cache
+            check_context_call(self.config, self.context_group, shape, mask, bool(has_cache))
             source, use_cache = source[:, own_tokens(num_tokens, self.context_group)], False
         hidden_states = self.embed_tokens(source) if inputs_embeds is None else source
         layout = sequence_layout(

@@ -1,9 +1,9 @@
 """Several processes of one group, with gloo on a CPU, for tests.
 
-What fails in a process is raised in the test. Each process imports everything: a test should start
-them once for many functions.
+What fails in a process is raised in the test.
 """
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+IMPORTS = ["kimi_linear", "torch.distributed.fsdp", "torch.distributed.pipelining"]
+IMPORTS += ["transformers.trainer", "transformers.generation.utils"]
 Function = Callable[[int, int, str], None]
 
 
@@ -21,7 +23,10 @@ def run(world: int, functions: list[Function], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (world, port, functions, str(folder)), nprocs=world)
+    # forked from a process that has done nothing but import
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTS)
+    arguments = (world, port, functions, str(folder))
+    mp.start_processes(_process, arguments, nprocs=world, start_method="forkserver")
 
 
 def _process(rank: int, world: int, port: int, functions: list[Function], folder: str) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 on two processes, with gloo on a CPU, beside one; where it is installed."""
+"""DeepSpeed's ZeRO-3 on two processes of a CPU, beside one process; where it is installed."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,8 @@ def zero3(rank: int, world: int, folder: str) -> None:
     ids, positions = token_ids(world, 24), torch.cat([torch.arange(9), torch.arange(15)])[None]
     inputs = {"input_ids": ids, "labels": ids}
     mine = {name: x[rank : rank + 1] for name, x in inputs.items()}
-    loss = engine.train()(**mine, position_ids=positions).loss
+    engine.train()
+    loss = engine(**mine, position_ids=positions).loss
     engine.backward(loss)
     loss = loss.detach()
     dist.all_reduce(loss)

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import train
+import transformers
 from _training import make_optimizer
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
+from packaging.version import Version
 from processes import run
 from test_scripts import SIZES
 from torch.distributed.checkpoint.state_dict import (
@@ -34,6 +36,8 @@ pytestmark = [
 ]
 ROWS, TOKENS = 4, 24
 WHOLE = StateDictOptions(full_state_dict=True)
+# Older ones look for an optimizer's state on "cpu:0", which torch does not know.
+TRAINER_RESUMES = Version(transformers.__version__) >= Version("5.23")
 
 
 def sharded(world: int, seed: int = 0) -> Any:
@@ -178,7 +182,8 @@ def load_as_accelerate_does(rank: int, world: int, folder: str) -> None:
 def test_two_and_four_processes_equal_one(tmp_path: Path):
     """Loss and gradients; and checkpoints, among them the short convolutions' weights [D, 1, W] and
     the fused experts, saved by two processes and read by four."""
-    run(2, [same_gradients, muon_refuses_shards, save_shards, resumed_training], tmp_path)
+    functions = [same_gradients, muon_refuses_shards, save_shards]
+    run(2, [*functions, resumed_training] if TRAINER_RESUMES else functions, tmp_path)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "whole")]
     assert files[0] == files[1]  # saved from shards: the released names, byte for byte
     run(4, [same_gradients, load_shards], tmp_path)

@@ -100,7 +100,7 @@ def same_text(model: Any, plain: Any) -> None:
 
 
 def tensor_parallel(rank: int, world: int, folder: str) -> None:
-    model, plain = load(folder, f"of_{world}", tp_size=world), load(folder, f"of_{world}")
+    model, plain = load(folder, f"of_{world}", tp_plan="auto"), load(folder, f"of_{world}")
     kda, mla = model.model.layers[0].self_attn, model.model.layers[1].self_attn
     assert kda.q_conv1d.weight.to_local().shape == (64 // world, 1, 4)
     assert kda.A_log.to_local().shape == (1, 1, 4 // world, 1)
