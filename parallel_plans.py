@@ -44,7 +44,7 @@ EP_PLAN = {
     f"{MOE}.experts.down_proj": "grouped_gemm",
     f"{MOE}.experts": "ep_dispatch_experts",
 }
-if "ep_router" in ALL_PARALLEL_STYLES:  # the way before Transformers 5.20
+if "ep_router" in ALL_PARALLEL_STYLES:  # as Transformers 5.17 has it
     EP_PLAN |= {f"{MOE}.gate": "ep_router", f"{MOE}.experts": "moe_tp_experts"}
 
 PP_PLAN = {

@@ -37,7 +37,7 @@ MODELS: dict[int, dict[str, Any]] = {  # by the number of processes
     2: FIELDS,
     4: {**FIELDS, "q_lora_rank": 10, "num_shared_experts": 2, "tie_word_embeddings": True},
 }
-# Before 5.20 Transformers has one number for either kind of parallelism.
+# Transformers 5.17 has one number for either kind of parallelism.
 IS_OLD = not hasattr(DistributedConfig, "ep_size")
 
 
