@@ -4,8 +4,9 @@ Palindrome, associative recall with many queries (MQAR) and 64 stacks (`_experim
 two layers with two heads of 128: Kimi Delta Attention, Gated DeltaNet, Mamba2 and, if asked for,
 latent attention, all in the same blocks (`_experiment_layers.py`), on the same batches. Sequences
 are new in every step; accuracy is that on the answers of other sequences. Every learning rate of
-the report's grid is tried for --grid-steps; the best --keep of each model go on. A model that
-reaches --target is done, and its other learning rates end with it.
+the report's grid is tried for --grid-steps, and until the model's best one has an accuracy of
+--learned: before that noise would choose. Then its best --keep go on. A model that reaches
+--target is done, and its other learning rates end with it.
 
 In less than a minute on a CPU, a length at which the difference cannot be seen:
 
@@ -79,6 +80,7 @@ class Settings:
     batch_tokens: int = 16384
     max_steps: int = MAX_STEPS
     grid_steps: int = 1000
+    learned: float = 0.1
     keep: int = 1
     eval_every: int = 100
     eval_rows: int = 64
@@ -101,6 +103,7 @@ class Settings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.warmup >= 0, "warmup", self.warmup, "at least 0")
         require(0 < self.target <= 1, "target", self.target, "above 0 and at most 1")
+        require(0 <= self.learned <= 1, "learned", self.learned, "from 0 to 1")
         require(self.num_heads >= 1, "num_heads", self.num_heads, "at least 1")
         allowed = "a multiple of 16 from 16 to 256"
         is_allowed = 16 <= self.head_dim <= 256 and self.head_dim % 16 == 0
@@ -232,11 +235,12 @@ class Group:
         for trial in active:
             rivals = [t for t in active if t.model == trial.model]
             ahead = sum(t.rank > trial.rank for t in rivals)
+            has_learned = max(rival.rank for rival in rivals)[0] >= settings.learned
             if trial.accuracies[-1] >= settings.target:
                 trial.stopped = "target"
             elif trial.model in done:
                 trial.stopped = "beaten"
-            elif step == settings.grid_steps and ahead >= settings.keep:
+            elif step >= settings.grid_steps and has_learned and ahead >= settings.keep:
                 trial.stopped = "pruned"
             else:
                 trial.stopped = reason
@@ -369,6 +373,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in counts.items():
         flag = "--" + name.replace("_", "-")
         add(flag, type=number, default=getattr(default, name), metavar="N", help=text)
+    add("--learned", type=float, default=default.learned, help="accuracy of the best by then")
     add("--target", type=float, default=default.target, help="accuracy at which training ends")
     add("--dtype", default=default.dtype, help=", ".join(DTYPES))
     add("--no-record", dest="record", action="store_false", help="no CUDA graphs")

@@ -199,7 +199,7 @@ def test_pool_gives_each_batch_once() -> None:
 def test_a_run_prunes_and_is_not_repeated(tmp_path: Path) -> None:
     output = tmp_path / "lines.jsonl"
     options = {**TINY, "models": ("kda", "mamba2"), "tasks": ("palindrome", "stack")}
-    options |= {"max_steps": 6, "grid_steps": 2, "eval_every": 3, "output": output}
+    options |= {"max_steps": 6, "grid_steps": 2, "eval_every": 3, "output": output, "learned": 0.0}
     lines = experiment_synthetic.main(**options)
     ends = [line for line in lines if line["event"] == "run"]
     stopped = sorted((end["task"], end["model"], end["stopped"]) for end in ends)
@@ -220,6 +220,13 @@ def test_a_run_prunes_and_is_not_repeated(tmp_path: Path) -> None:
     assert [json.loads(text) for text in output.read_text().splitlines()] == lines
     again = experiment_synthetic.main(**options)
     assert [line["event"] for line in again] == ["environment"]  # nothing left to do
+
+
+def test_noise_does_not_choose_a_learning_rate() -> None:
+    """As long as none has learned anything, all go on."""
+    options = {**TINY, "models": ("kda",), "tasks": ("palindrome",), "learned": 1.0}
+    lines = experiment_synthetic.main(**options, max_steps=6, grid_steps=2, eval_every=3)
+    assert [line["stopped"] for line in lines if line["event"] == "run"] == ["steps", "steps"]
 
 
 def test_the_first_at_the_target_ends_its_rivals(tmp_path: Path) -> None:
