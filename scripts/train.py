@@ -213,9 +213,10 @@ def main(
     if held_out is not None:
         measured |= _evaluate(trainer, tokens, held_out[text_column])
     trainer.save_model()
-    save_tokenizer(tokens, folder)
-    (folder / "eval_results.json").write_text(json.dumps(measured, indent=2) + "\n")
-    print(json.dumps(measured))
+    if trainer.is_world_process_zero():
+        save_tokenizer(tokens, folder)
+        (folder / "eval_results.json").write_text(json.dumps(measured, indent=2) + "\n")
+        print(json.dumps(measured))
     return measured
 
 
