@@ -27,10 +27,11 @@ class Kernel:
 
 
 class Tuner(autotuner.Autotuner):
-    """Counts its searches; its last configuration wins."""
+    """Counts what it tries; its last configuration wins. It has two: experiments and GPU tests let
+    no autotuner of their process have more."""
 
     def __init__(self):
-        configs = [triton.Config({"BK": size}, num_warps=4) for size in (16, 32, 64)]
+        configs = [triton.Config({"BK": size}, num_warps=4) for size in (16, 64)]
         super().__init__(Kernel(), ["x", "y", "H", "K", "IS_VARLEN"], configs, KEY, None, None)
         self.num_searches = 0
 
@@ -79,7 +80,7 @@ def test_what_is_not_known_is_searched_once(tuner, other):
     for _ in range(2):
         assert launch(tuner, **other) == {"BK": 64, "num_warps": 4}
         assert launch(tuner) == {"BK": 32, "num_warps": 2}
-    assert tuner.num_searches == 3
+    assert tuner.num_searches == 2
 
 
 @pytest.mark.parametrize("obstacle", ["FLA_CACHE_MODE", "gpu"])
@@ -90,7 +91,7 @@ def test_switch_and_other_gpus(tuner, monkeypatch, obstacle):
         monkeypatch.setenv(obstacle, "disabled")
     fla_tuning.use_known_configs()
     assert launch(tuner) == {"BK": 64, "num_warps": 4}
-    assert tuner.num_searches == 3
+    assert tuner.num_searches == 2
 
 
 def test_the_table_names_kernels_of_this_fla():
