@@ -7,12 +7,13 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from _benchmark_report import Line, environment, rounded, say
+from _benchmark_settings import number
 
 DEVICES = ("auto", "cuda", "cpu")
 
@@ -52,13 +53,17 @@ class Lines:
     Args:
         experiment: Stands in every line.
         path: The file; None: no file.
+
+    Attributes:
+        before: Lines that runs before this one left in the file.
+        lines: Those of this run.
     """
 
     def __init__(self, experiment: str, path: Path | None) -> None:
         self.experiment, self.path = experiment, path
+        has_file = path is not None and path.exists()
+        self.before = read_experiment([path], experiment) if has_file else []
         self.lines: list[Line] = []
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
 
     def tell(self, event: str, **figures: Any) -> Line:
         """Take one more line."""
@@ -72,8 +77,15 @@ class Lines:
                 file.write(text + "\n")
         return line
 
+    def finished(self, *keys: str) -> set[tuple[Any, ...]]:
+        """The values of these keys in the lines of trainings that ended before, not in an error."""
+        ends = [line for line in self.before if line["event"] == "run" and "error" not in line]
+        return {tuple(line[key] for key in keys) for line in ends}
+
     def begin(self, device: torch.device, commit: str | None, **settings: Any) -> None:
-        """The line that says what was run, where, and with what."""
+        """The first line, which says what is run, where, and with what."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         command = ["python", *sys.argv]
         self.tell("environment", **environment(device, command, commit), settings=settings)
 
@@ -178,6 +190,13 @@ def floats(text: str) -> tuple[float, ...]:
         ) from None
 
 
+def add_counts(add: Callable[..., Any], default: Any, texts: Mapping[str, str]) -> None:
+    """Flags of numbers, by the fields' names and what they are; `default` has the fields."""
+    for name, text in texts.items():
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=number, default=getattr(default, name), metavar="N", help=text)
+
+
 def add_common(add: Callable[..., Any], output: str) -> None:
     """The flags that every experiment has."""
     add("--device", default="auto", help=", ".join(DEVICES))
@@ -199,6 +218,7 @@ __all__ = [
     "Clock",
     "Lines",
     "add_common",
+    "add_counts",
     "choose_device",
     "floats",
     "limit_autotuning",

@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import number, numbers
+from _benchmark_settings import numbers
 from _experiment_runs import (
     Clock,
     Lines,
     add_common,
+    add_counts,
     choose_device,
     limit_autotuning,
     names,
-    read_experiment,
     require,
     require_some,
     run_main,
@@ -218,15 +218,9 @@ def main(
     """
     settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
     limit_autotuning(autotune)
-    path = None if output is None else Path(output)
-    before = read_experiment([path], EXPERIMENT) if path is not None and path.exists() else []
-    done = {
-        (line["variant"], line["seed"])
-        for line in before
-        if line["event"] == "run" and "error" not in line
-    }
+    lines = Lines(EXPERIMENT, None if output is None else Path(output))
+    done = lines.finished("variant", "seed")
     text = Corpus.load(settings.vocab_size, None if corpus is None else Path(corpus))
-    lines = Lines(EXPERIMENT, path)
     sizes = {"train_tokens": len(text.train), "held_out_tokens": len(text.held_out)}
     lines.begin(where, commit, **vars(settings), **sizes)
     battery = Battery(settings, text.to(where), lines)
@@ -250,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     add, default = parser.add_argument, Settings()
     add("--variants", type=names, default=VARIANTS, metavar="NAMES", help=", ".join(VARIANTS))
     add("--seeds", type=numbers, default=default.seeds, metavar="N,N")
-    for name, text in {
+    counts = {
         "layers": "layers",
         "heads": "heads of every layer",
         "head_dim": "their size",
@@ -261,9 +255,8 @@ def _parser() -> argparse.ArgumentParser:
         "parallel": "variants side by side",
         "warmup": "steps over which the learning rate rises",
         "vocab_size": "of the tokenizer",
-    }.items():
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=number, default=getattr(default, name), metavar="N", help=text)
+    }
+    add_counts(add, default, counts)
     add("--learning-rate", type=float, default=default.learning_rate, metavar="X")
     add("--autotune", type=int, default=2, metavar="N", help="choices of autotuners; 0: all")
     add("--corpus", metavar="DIR", help="Python files, in place of the standard library")

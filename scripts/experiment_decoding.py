@@ -40,6 +40,7 @@ from _experiment_runs import (
     Clock,
     Lines,
     add_common,
+    add_counts,
     choose_device,
     names,
     require,
@@ -290,13 +291,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--experts", type=number, metavar="N", help="routed experts, in place of the preset's")
     add("--models", type=names, default=PATTERNS, metavar="NAMES", help=", ".join(PATTERNS))
     add("--contexts", type=numbers, default=CONTEXTS, metavar="N,N", help="such as 4k,128k,1m")
-    for name, text in {
+    counts = {
         "steps": "tokens of a run",
         "repeats": "runs of which the median counts",
         "max_rows": "rows at most",
-    }.items():
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=number, default=getattr(default, name), metavar="N", help=text)
+    }
+    add_counts(add, default, counts)
     text = "memory left alone when rows are counted that fit"
     add("--spare-gigabytes", type=float, default=default.spare_gigabytes, metavar="X", help=text)
     add_common(add, "benchmarks/experiment_decoding.jsonl")

@@ -36,12 +36,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import number, numbers
+from _benchmark_settings import numbers
 from _device import collect_garbage, synchronise
 from _experiment_runs import (
     Clock,
     Lines,
     add_common,
+    add_counts,
     choose_device,
     limit_autotuning,
     names,
@@ -346,13 +347,12 @@ def _parser() -> argparse.ArgumentParser:
     add, default = parser.add_argument, Settings()
     add("--operators", type=names, default=OPERATORS, metavar="NAMES", help=", ".join(OPERATORS))
     add("--lengths", type=numbers, default=LENGTHS, metavar="N,N", help="such as 2k,64k")
-    for name, text in {
+    counts = {
         "heads": "heads",
         "head_dim": "key and value size of a head",
         "repeats": "runs of which the median counts",
-    }.items():
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=number, default=getattr(default, name), metavar="N", help=text)
+    }
+    add_counts(add, default, counts)
     add("--autotune", type=int, default=0, metavar="N", help="choices of autotuners; 0: all")
     add("--processes", type=int, default=8, metavar="N", help="compile beforehand; 0: none")
     add("--warm-share", type=parse_share, metavar="I/N", help="compile this share only")

@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import number, numbers
+from _benchmark_settings import numbers
 from _experiment_runs import (
     Clock,
     Lines,
     add_common,
+    add_counts,
     choose_device,
     floats,
     limit_autotuning,
     names,
-    read_experiment,
     require,
     require_some,
     run_main,
@@ -332,18 +332,12 @@ def main(
     """
     settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
     limit_autotuning(autotune)
-    path = None if output is None else Path(output)
-    before = read_experiment([path], EXPERIMENT) if path is not None and path.exists() else []
-    done = {
-        (line["model"], line["seed"])
-        for line in before
-        if line["event"] == "run" and "error" not in line
-    }
+    lines = Lines(EXPERIMENT, None if output is None else Path(output))
+    done = lines.finished("model", "seed")
     text = Corpus.load(settings.vocab_size, None if corpus is None else Path(corpus))
     longest = max(settings.factors) * settings.length
     shortest = min(len(text.train), len(text.held_out))
     require(longest <= shortest, "length", settings.length, f"{shortest} tokens with --factors")
-    lines = Lines(EXPERIMENT, path)
     lines.begin(where, commit, **vars(settings), train_tokens=len(text.train))
     battery = Battery(settings, text.to(where), lines)
     for i, seed in enumerate(settings.seeds):
@@ -364,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=numbers, default=default.seeds, metavar="N,N")
     add("--factors", type=numbers, default=default.factors, metavar="N,N", help="test lengths")
     add("--depths", type=floats, default=DEPTHS, metavar="X,X", help="from 0 to 1")
-    for name, text in {
+    counts = {
         "layers": "layers",
         "heads": "heads of every layer",
         "head_dim": "their size",
@@ -377,9 +371,8 @@ def _parser() -> argparse.ArgumentParser:
         "eval_every": "steps between two points",
         "warmup": "steps over which the learning rate rises",
         "vocab_size": "of the tokenizer",
-    }.items():
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=number, default=getattr(default, name), metavar="N", help=text)
+    }
+    add_counts(add, default, counts)
     add("--learning-rate", type=float, default=default.learning_rate, metavar="X")
     add("--autotune", type=int, default=2, metavar="N", help="choices of autotuners; 0: all")
     add("--corpus", metavar="DIR", help="Python files, in place of the standard library")

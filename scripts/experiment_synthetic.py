@@ -33,18 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import number, numbers
+from _benchmark_settings import numbers
 from _experiment_layers import MIXERS, build_model
 from _experiment_runs import (
     Clock,
     Lines,
     add_common,
+    add_counts,
     choose_device,
     floats,
     limit_autotuning,
     names,
     parse_share,
-    read_experiment,
     require,
     require_some,
     run_main,
@@ -298,9 +298,7 @@ def main(
     """
     settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
     limit_autotuning(autotune)
-    path = None if output is None else Path(output)
-    before = read_experiment([path], EXPERIMENT) if path is not None and path.exists() else []
-    lines = Lines(EXPERIMENT, path)
+    lines = Lines(EXPERIMENT, None if output is None else Path(output))
     lines.begin(where, commit, **vars(settings))
     groups = [
         {"task": task, "length": length, "seed": seed}
@@ -308,7 +306,7 @@ def main(
         for length in settings.lengths
         for task in settings.tasks
     ][share[0] :: share[1]]
-    groups = [place for place in groups if not _is_done(place, settings.models, before)]
+    groups = [place for place in groups if not _is_done(place, settings.models, lines.before)]
     if groups and where.type == "cuda":
         _compile(settings, groups[0], lines, where)
     for i, place in enumerate(groups):
@@ -370,9 +368,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval_rows": "sequences of a point",
         "warmup": "steps over which the learning rate rises",
     }
-    for name, text in counts.items():
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=number, default=getattr(default, name), metavar="N", help=text)
+    add_counts(add, default, counts)
     add("--learned", type=float, default=default.learned, help="accuracy of the best by then")
     add("--target", type=float, default=default.target, help="accuracy at which training ends")
     add("--dtype", default=default.dtype, help=", ".join(DTYPES))
