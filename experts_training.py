@@ -60,7 +60,7 @@ def _has_products(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     """On a CPU, of any dtype; on a GPU, what torch's grouped products take."""
     if x.device.type == "cpu":
         return True
-    if not x.is_cuda or grouped_mm() is None or _dtype(x, gate_up) != torch.bfloat16:
+    if not x.is_cuda or grouped_mm() is None or product_dtype(x, gate_up) != torch.bfloat16:
         return False
     capability = torch.cuda.get_device_capability(x.device)
     is_able = capability >= (8, 0) if hasattr(F, "grouped_mm") else capability[0] == 9
@@ -68,8 +68,8 @@ def _has_products(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     return is_able and is_aligned and gate_up.shape[2] % 8 == down.shape[2] % 8 == 0
 
 
-def _dtype(x: Tensor, matrix: Tensor) -> torch.dtype:
-    """The products': autocast's, else the matrices'."""
+def product_dtype(x: Tensor, matrix: Tensor) -> torch.dtype:
+    """That of products of x and the matrix: autocast's, else the matrix's."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind) if matrix.dtype != torch.float64 else matrix.dtype
@@ -79,7 +79,7 @@ def _dtype(x: Tensor, matrix: Tensor) -> torch.dtype:
 def train_experts(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """[T, D], experts and weights [T, k] to [T, D]."""
     gate_up, down = experts.gate_up_proj, experts.down_proj
-    return _Experts.apply(x, weights, gate_up, down, index, _dtype(x, gate_up))
+    return _Experts.apply(x, weights, gate_up, down, index, product_dtype(x, gate_up))
 
 
 class _Experts(torch.autograd.Function):
@@ -158,4 +158,4 @@ def _outer_products(left_PM: Tensor, right_PN: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-__all__ = ["train_experts", "trains_lean"]
+__all__ = ["product_dtype", "train_experts", "trains_lean"]

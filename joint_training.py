@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .conv_training_kernels import WIDTH, convolve_columns, convolve_columns_backward, triton
+from .experts_training import product_dtype
 from .kda import no_autocast
 from .sequence_layout import SequenceLayout
 from .training_kernels import gated_silu, weighted_silu_backward
@@ -51,14 +52,6 @@ def trains_jointly(x: Tensor, linears: Sequence[nn.Linear], *others: Tensor) -> 
             return False
         wants = wants or weight.requires_grad
     return dtype in DTYPES and (wants or any(other.requires_grad for other in others))
-
-
-def _dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The products': autocast's, else the weights'."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
 
 
 def _joint(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -94,7 +87,7 @@ def project_kda(
         the others' products [B, T, .].
     """
     weights = [linear.weight for linear in linears]
-    starts, dtype = layout.token_starts, _dtype(x, weights[0])
+    starts, dtype = layout.token_starts, product_dtype(x, weights[0])
     return _ProjectKDA.apply(x, starts, dtype, len(weights), head_dim, *weights, *taps)
 
 
@@ -156,7 +149,7 @@ def _joint_taps(taps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def gated_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> Tensor:
     """down(silu(gate(x)) * up(x)) for x [.., D]; only the product of gate and up is kept."""
     weights = [linear.weight for linear in (gate, up, down)]
-    return _GatedMLP.apply(x, *weights, _dtype(x, weights[0]))
+    return _GatedMLP.apply(x, *weights, product_dtype(x, weights[0]))
 
 
 class _GatedMLP(torch.autograd.Function):

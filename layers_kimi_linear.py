@@ -228,11 +228,13 @@ class KimiLinearDeltaAttention(nn.Module):
         """`kda_attention`'s q, k, v, g, beta [.., .., H, ...]; the output gate's inner product, if
         it is made already; the convolutions' states as `_project` returns them; whether q and k are
         normalised."""
-        linears, taps = self._readers()
-        is_plain = not output_state and layout.context is None
-        is_joint = is_plain and trains_jointly(x, linears, *taps)
         gate: Tensor | None = None
         conv_states: list[Tensor | None] = [None, None]
+        if not output_state and layout.context is None:
+            linears, taps = self._readers()
+            is_joint = trains_jointly(x, linears, *taps)
+        else:
+            is_joint = False
         if is_joint:
             *flat, decay, gate, beta = project_kda(x, linears, taps, layout, self.head_dim)
             qkv = [self._heads(each) for each in flat]

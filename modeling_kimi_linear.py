@@ -217,8 +217,8 @@ class KimiLinearExperts(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
-        config: Any = self.config  # parameters of ZeRO-3 may have no shape here
-        size, found = config.moe_intermediate_size, 0
+        # not from the parameters, which may have no shape under ZeRO-3
+        size, found = self.config.moe_intermediate_size, 0
         rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}
         for name in [name for name in state_dict if name.startswith(prefix)]:
             match = EXPERT_NAME.fullmatch(name.removeprefix(prefix))
