@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .direct_launch import launch_directly
+
 try:
     import triton
     import triton.language as tl
@@ -77,6 +79,7 @@ if triton is not None:
             value += tl.load(place, mask=inside & (token < 0), other=0.0)
         return value
 
+    @launch_directly
     @triton.jit
     def _convolve(
         x0,

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .direct_launch import launch_directly
 from .kda import L2NORM_EPS
 
 try:
@@ -126,6 +127,7 @@ if triton is not None:
         place = x + token.to(tl.int64) * stride + channel
         return tl.load(place, mask=channel < width, other=0.0).to(tl.float32)
 
+    @launch_directly
     @triton.jit
     def _convolve_columns(
         y,
@@ -172,6 +174,7 @@ if triton is not None:
         place = token.to(tl.int64) * D + channel
         tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
+    @launch_directly
     @triton.jit
     def _convolve_columns_backward(
         grad0,

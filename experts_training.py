@@ -115,10 +115,7 @@ class _Experts(torch.autograd.Function):
         with no_autocast(grad_TD.device):
             grad = grad_TD.to(dtype)[tokens]
             dinner = _products(grad, plain_experts(down_EDI, dtype), ends)
-            dgate_up, dpairs, inner = weighted_silu_backward(
-                gate_up, weights.flatten()[order], dinner
-            )
-            assert dpairs is not None
+            dgate_up, dweights, inner = weighted_silu_backward(gate_up, dinner, weights, order)
             del dinner
             if wants[3]:
                 ddown_EDI = _outer_products(grad, inner, ends).to(down_EDI.dtype)
@@ -130,7 +127,6 @@ class _Experts(torch.autograd.Function):
             if wants[0]:
                 pairs = _products(dgate_up, plain_experts(gate_up_EID, dtype), ends)
                 dx = sum_of_rows(pairs, places).to(x_TD.dtype)
-            dweights = torch.empty_like(dpairs).index_copy_(0, order, dpairs).view_as(weights)
         return dx, dweights, dgate_up_EID, ddown_EDI, None, None
 
 

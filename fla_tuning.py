@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .direct_launch import DirectLaunch, is_jit_function
 from .fla_configs import CAPABILITY, CONFIGS
 
 try:
@@ -64,17 +65,20 @@ class KnownConfigs(dict[tuple[Any, ...], Any]):
         return True
 
 
-def launch_directly(tuner: Any) -> None:
+def remember_choices(tuner: Any) -> None:
     """Let the autotuner launch what it has chosen without working out its key again.
 
     FLA works it out twice for a launch, which takes the host as long as the launch: a training step
-    of the 1B model at 8,192 tokens has 300 of them.
+    of the 1B model at 8,192 tokens has 300 of them. With the same lengths too, launches are direct.
     """
     names = [name for name in tuner.keys if name not in tuner.configs[0].kwargs]
     choices: dict[tuple[Any, ...], dict[str, Any]] = {}
+    latest: dict[str, Any] | None = None
     search = tuner.run
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal latest
+        latest = None
         if args:
             return search(*args, **kwargs)
         key = (
@@ -83,13 +87,18 @@ def launch_directly(tuner: Any) -> None:
         )
         chosen = choices.get(key)
         if chosen is not None:
-            return tuner.fn.run(**kwargs, **chosen)
-        result = search(**kwargs)
-        if tuner.best_config.pre_hook is None:
-            choices[key] = tuner.best_config.all_kwargs()
-        return result
+            kernel = tuner.fn.run(**kwargs, **chosen)
+        else:
+            kernel = search(**kwargs)
+            if tuner.best_config.pre_hook is not None:
+                return kernel
+            chosen = choices[key] = tuner.best_config.all_kwargs()
+        latest = chosen
+        return kernel
 
     tuner.run = run
+    if is_jit_function(tuner.fn):
+        tuner.run = DirectLaunch(tuner.fn, run, chosen=lambda: latest)
 
 
 def autotuners() -> Iterator[Any]:
@@ -114,7 +123,7 @@ def use_known_configs() -> None:
         table = CONFIGS.get(name_of(tuner))
         if table and not isinstance(tuner.cache, KnownConfigs):
             tuner.cache = KnownConfigs(tuner, table)
-            launch_directly(tuner)
+            remember_choices(tuner)
 
 
 def _is_measured_gpu() -> bool:

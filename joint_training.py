@@ -131,9 +131,11 @@ class _ProjectKDA(torch.autograd.Function):
                 dx = (dy @ _joint(matrices, ctx.dtype)).to(x.dtype).view_as(x)
             if any(ctx.needs_input_grad[5 : 5 + ctx.num]):
                 dmatrices = _split(dy.t() @ x.flatten(0, 1).to(ctx.dtype), matrices)
+            if all(tap.dtype == ctx.dtype for tap in taps):
+                dtaps = dtaps.to(ctx.dtype)
             parts = [
                 part[:, WIDTH - tap.shape[2] :].to(tap.dtype).view_as(tap)
-                for part, tap in zip(dtaps, taps, strict=True)
+                for part, tap in zip(dtaps.unbind(), taps, strict=True)
             ]
         return dx, *(4 * [None]), *dmatrices, *parts
 
@@ -172,7 +174,7 @@ class _GatedMLP(torch.autograd.Function):
         dx = dgate = dup = ddown = None
         with no_autocast(x.device):
             rows = grad.flatten(0, -2).to(dtype)
-            dgate_up, _, inner = weighted_silu_backward(gate_up, None, rows @ down.to(dtype))
+            dgate_up, _, inner = weighted_silu_backward(gate_up, rows @ down.to(dtype))
             if wants[3]:
                 ddown = (rows.t() @ inner).to(down.dtype)
             if wants[0]:

@@ -9,6 +9,8 @@ Sums are in float32, in a fixed order. Shapes: C tokens of a chunk, V vocabulary
 import torch
 from torch import Tensor
 
+from .direct_launch import launch_directly
+
 try:
     import triton
     import triton.language as tl
@@ -57,6 +59,7 @@ def loss_and_gradient(
 
 if triton is not None:
 
+    @launch_directly
     @triton.jit
     def _loss_and_gradient(
         logits, labels, scale, losses, grads, size, ignore_index, BLOCK: tl.constexpr

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .direct_launch import launch_directly
+
 try:
     import triton
     import triton.language as tl
@@ -81,6 +83,7 @@ if triton is not None:
         expert = tl.load(experts + pair, mask=pair < num_pairs, other=num_experts)
         return pair, tl.minimum(expert, num_experts).to(tl.int32)
 
+    @launch_directly
     @triton.jit
     def _count_pairs(
         experts, counts, num_pairs, num_experts, PAIRS: tl.constexpr, BINS: tl.constexpr
@@ -90,6 +93,7 @@ if triton is not None:
         place = counts + number * tl.num_programs(0) + tl.program_id(0)
         tl.store(place, tl.histogram(expert, BINS), mask=number <= num_experts)
 
+    @launch_directly
     @triton.jit
     def _place_pairs(
         experts,

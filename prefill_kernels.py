@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .direct_launch import launch_directly
+
 try:
     import triton
     import triton.language as tl
@@ -120,6 +122,7 @@ def choose_experts(
 # --------------------------------------------------------------------------------------- kernels
 if triton is not None:
 
+    @launch_directly
     @triton.jit
     def _silu_mul(gate, up, out, gate_stride, up_stride, size, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
@@ -130,6 +133,7 @@ if triton is not None:
         y = x * tl.sigmoid(x) * y
         tl.store(out + row * size + column, y.to(out.dtype.element_ty), mask=inside)
 
+    @launch_directly
     @triton.jit
     def _weighted_sum(
         pairs, weights, experts, out, size, num_experts, NUM: tl.constexpr, BLOCK: tl.constexpr
@@ -145,6 +149,7 @@ if triton is not None:
             total += weight * values.to(tl.float32)
         tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=column < size)
 
+    @launch_directly
     @triton.jit
     def _choose_experts(
         logits,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .direct_launch import launch_directly
 from .prefill_kernels import choose_experts, has_kernels, reference_silu_mul, silu_mul
 
 try:
@@ -38,40 +39,45 @@ def gated_silu(gate_up: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------ gated SiLU, backward pass
 def reference_weighted_silu_backward(
-    gate_up: Tensor, weights: Tensor | None, grad: Tensor
+    gate_up: Tensor, grad: Tensor, weights: Tensor | None = None, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Backward pass of weights * silu(gate) * up.
+    """Backward pass of weight * silu(gate) * up.
 
     Args:
         gate_up: [P, 2I].
-        weights: [P]; None for ones.
         grad: [P, I], of the product.
+        weights: P numbers in any shape; None for ones.
+        order: [P] int64, where among the weights each row's is.
 
     Returns:
-        The gradient of `gate_up` [P, 2I], that of `weights` [P] or None, and the product [P, I].
+        The gradient of `gate_up` [P, 2I], that of `weights` or None, and the product [P, I].
     """
     wide = torch.promote_types(gate_up.dtype, torch.float32) if weights is None else weights.dtype
     gate, up = gate_up.to(wide).chunk(2, dim=1)
     sigmoid, grad = gate.sigmoid(), grad.to(wide)
-    silu, weight = gate * sigmoid, 1 if weights is None else weights[:, None]
+    silu, weight = gate * sigmoid, 1 if weights is None else weights.flatten()[order][:, None]
     inner, scaled = silu * up, grad * weight
     slope = sigmoid * (1 + gate * (1 - sigmoid))
     grad_gate_up = torch.cat([scaled * up * slope, scaled * silu], dim=1).to(gate_up.dtype)
-    grad_weights = None if weights is None else (grad * inner).sum(dim=1)
+    grad_weights = None
+    if weights is not None:
+        grad_weights = torch.empty_like(weights).flatten()
+        grad_weights[order] = (grad * inner).sum(dim=1)
+        grad_weights = grad_weights.view_as(weights)
     return grad_gate_up, grad_weights, (inner * weight).to(gate_up.dtype)
 
 
 def weighted_silu_backward(
-    gate_up: Tensor, weights: Tensor | None, grad: Tensor
+    gate_up: Tensor, grad: Tensor, weights: Tensor | None = None, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The same, one program a pair."""
     if not has_kernels(gate_up, grad):
-        return reference_weighted_silu_backward(gate_up, weights, grad)
-    return launch_weighted_silu_backward(gate_up, weights, grad)
+        return reference_weighted_silu_backward(gate_up, grad, weights, order)
+    return launch_weighted_silu_backward(gate_up, grad, weights, order)
 
 
 def launch_weighted_silu_backward(
-    gate_up: Tensor, weights: Tensor | None, grad: Tensor
+    gate_up: Tensor, grad: Tensor, weights: Tensor | None = None, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     P, size = grad.shape
     grad_gate_up, inner = torch.empty_like(gate_up), torch.empty_like(grad)
@@ -80,8 +86,9 @@ def launch_weighted_silu_backward(
         with torch.cuda.device_of(grad):
             _weighted_silu_backward[(P,)](
                 gate_up,
-                weights,
                 grad,
+                weights,
+                order,
                 grad_gate_up,
                 grad_weights,
                 inner,
@@ -208,11 +215,13 @@ def launch_choice_backward(
 # ----------------------------------------------------------------------------------------- kernels
 if triton is not None:
 
+    @launch_directly
     @triton.jit
     def _weighted_silu_backward(
         gate_up,
-        weights,
         grad,
+        weights,
+        order,
         grad_gate_up,
         grad_weights,
         inner,
@@ -222,7 +231,8 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         weight = 1.0
         if weights is not None:
-            weight = tl.load(weights + row).to(tl.float32)
+            place = tl.load(order + row)
+            weight = tl.load(weights + place).to(tl.float32)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, size, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -243,8 +253,9 @@ if triton is not None:
             tl.store(inner + row * size + column, product, mask=inside)
         if weights is not None:
             result = tl.sum(total, axis=0).to(grad_weights.dtype.element_ty)
-            tl.store(grad_weights + row, result)
+            tl.store(grad_weights + place, result)
 
+    @launch_directly
     @triton.jit
     def _choice_backward(
         logits,
@@ -283,6 +294,7 @@ if triton is not None:
         place = out + token[:, None] * num_experts + column
         tl.store(place, row.to(out.dtype.element_ty), mask=real & (column < num_experts))
 
+    @launch_directly
     @triton.jit
     def _sum_of_rows(
         rows,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .kda import needs_grad, no_autocast
 
@@ -59,13 +60,18 @@ class _WideLinear(torch.autograd.Function):
         return _forward(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
+        dx = dweight = None
         with no_autocast(x.device):
-            dx = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-            dweight = None
+            # rounded as the result will be; with less range than bfloat16 small ones would vanish
+            if x.is_cuda and x.dtype == torch.bfloat16:
+                grad = grad.to(x.dtype)
+            if ctx.needs_input_grad[0]:
+                dx = (grad @ weight.to(grad.dtype)).to(x.dtype)
             if ctx.needs_input_grad[1]:
-                dweight = (grad.t() @ x.float()).to(weight.dtype)
+                dweight = wide_product(grad.t(), x.to(grad.dtype), torch.float32).to(weight.dtype)
         return dx, dweight
 
 

@@ -74,14 +74,14 @@ def compile_all(dtype: torch.dtype) -> None:
         prefill_kernels.weighted_sum(torch.zeros(2 * k, D, dtype=dtype), weights, experts, E)
         prefill_kernels.silu_mul(inner, inner)
         both = torch.zeros(2 * k, 2 * I, dtype=dtype)
-        training_kernels.launch_weighted_silu_backward(both, weights.flatten(), inner)
+        training_kernels.launch_weighted_silu_backward(both, inner, weights, order)
         rows = torch.zeros(2 * k, D, dtype=dtype)
         for each in (weights, None):
             training_kernels.launch_sum_of_rows(rows, experts, each)
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
             conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
-        training_kernels.launch_weighted_silu_backward(both, None, inner)
+        training_kernels.launch_weighted_silu_backward(both, inner)
         pair_sort.launch_sort_pairs(experts, E)
         logits = torch.zeros(2, E)
         training_kernels.launch_choice_backward(logits, experts, weights, True, 2.4)

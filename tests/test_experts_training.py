@@ -94,7 +94,12 @@ def test_backward_of_the_weighted_gated_silu():
     gate, up = gate_up.chunk(2, dim=1)
     product = weights[:, None] * torch.nn.functional.silu(gate) * up
     expected = torch.autograd.grad(product, (gate_up, weights), grad)
-    actual = reference_weighted_silu_backward(gate_up.detach(), weights.detach(), grad)
+    order = torch.tensor([2, 0, 4, 1, 3])
+    stored = torch.empty(5, dtype=torch.float64).scatter(0, order, weights.detach())
+    gate_up_grad, stored_grad, inner = reference_weighted_silu_backward(
+        gate_up.detach(), grad, stored, order
+    )
+    actual = gate_up_grad, stored_grad[order], inner
     names = ("gate_up", "weights", "product")
     for name, each, wanted in zip(names, actual, (*expected, product), strict=True):
         assert_close(each, wanted, torch.float64, name)

@@ -1,0 +1,112 @@
+"""Launches compiled Triton kernels without working out anew which ones they are.
+
+For every launch Triton binds the arguments, derives a type and a specialisation of each, and makes
+a key of strings by which it finds the kernel: two to three times as long as the launch itself takes
+the host, and a training step has some hundred launches. Here a kernel is found by what that
+depends on: dtype and alignment of tensors, values of all else, and the device.
+
+Triton's own way is taken for what is new, in the interpreter, and where somebody listens to
+launches (profilers such as Proton, hooks of kernels).
+"""
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+try:
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+except ImportError:  # no triton, or one before 3.4
+    JITFunction = None
+
+MAX_KERNELS = 1024  # remembered of one function: lengths of texts are among the values
+
+
+def launch_directly(function: Any) -> Any:
+    """A `triton.jit` function whose later launches are direct; anything else as it is."""
+    if is_jit_function(function):
+        function.run = DirectLaunch(function, function.run)
+    return function
+
+
+def is_jit_function(function: Any) -> bool:
+    """Whether it is one of Triton's, compiled and not interpreted."""
+    return JITFunction is not None and isinstance(function, JITFunction)
+
+
+class DirectLaunch:
+    """In the place of a `run` of Triton's: of a jit function, or of an autotuner around one."""
+
+    def __init__(
+        self,
+        function: Any,
+        run: Callable[..., Any],
+        chosen: Callable[[], dict[str, Any] | None] = dict,
+    ) -> None:
+        """
+        Args:
+            function: the jit function.
+            run: what is called for arguments that are new; returns the compiled kernel.
+            chosen: the parameters that `run` has added to those it was given; None if it must be
+                called in any case.
+        """
+        parameters = function.params
+        self._names = [parameter.name for parameter in parameters]
+        self._defaults = {
+            parameter.name: parameter.default
+            for parameter in parameters
+            if parameter.default is not inspect.Parameter.empty
+        }
+        self._function, self._run, self._chosen = function, run, chosen
+        self._kernels: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        if warmup or _has_listeners(self._function):
+            return self._run(*args, grid=grid, warmup=warmup, **kwargs)
+        active = driver.active
+        device = active.get_current_device()
+        key = (
+            device,
+            *kwargs,
+            *[
+                (value.dtype, value.data_ptr() & 15) if isinstance(value, Tensor) else value
+                for value in (*args, *kwargs.values())
+            ],
+        )
+        found = self._kernels.get(key)
+        if found is None:
+            return self._search(key, args, grid, kwargs)
+        kernel, launch, function, metadata, added = found
+        given = {**added, **kwargs}
+        values = [*args, *[given[name] for name in self._names[len(args) :]]]
+        if callable(grid):
+            grid = grid(dict(zip(self._names, values, strict=True)))
+        x, y, z = (*tuple(grid), 1, 1)[:3]
+        stream = active.get_current_stream(device)
+        launch(x, y, z, stream, function, metadata, None, None, None, *values)
+        return kernel
+
+    def _search(self, key: Any, args: Any, grid: Any, kwargs: Any) -> Any:
+        with self._lock:  # of two threads that search, each reads its own choice
+            kernel = self._run(*args, grid=grid, warmup=False, **kwargs)
+            chosen = self._chosen()
+        if kernel is not None and chosen is not None:
+            if len(self._kernels) >= MAX_KERNELS:
+                self._kernels.clear()
+            added = {**self._defaults, **chosen}
+            found = kernel, kernel.run, kernel.function, kernel.packed_metadata, added
+            self._kernels[key] = found
+        return kernel
+
+
+def _has_listeners(function: Any) -> bool:
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(function.pre_run_hooks) or any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+__all__ = ["DirectLaunch", "is_jit_function", "launch_directly"]
