@@ -10,11 +10,12 @@ launches (profilers such as Proton, hooks of kernels).
 """
 
 import inspect
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from triton import knobs
@@ -23,6 +24,7 @@ try:
 except ImportError:  # no triton, or one before 3.4
     JITFunction = None
 
+TENSORS = frozenset({Tensor, nn.Parameter})
 MAX_KERNELS = 1024  # remembered of one function: lengths of texts are among the values
 
 
@@ -70,20 +72,20 @@ class DirectLaunch:
             return self._run(*args, grid=grid, warmup=warmup, **kwargs)
         active = driver.active
         device = active.get_current_device()
+        given = (*args, *kwargs.values())
         key = (
             device,
             *kwargs,
             *[
-                (value.dtype, value.data_ptr() & 15) if isinstance(value, Tensor) else value
-                for value in (*args, *kwargs.values())
+                (value.dtype, value.data_ptr() & 15) if type(value) in TENSORS else value
+                for value in given
             ],
         )
         found = self._kernels.get(key)
         if found is None:
             return self._search(key, args, grid, kwargs)
-        kernel, launch, function, metadata, added = found
-        given = {**added, **kwargs}
-        values = [*args, *[given[name] for name in self._names[len(args) :]]]
+        kernel, launch, function, metadata, added, pick = found
+        values = pick(given + added)
         if callable(grid):
             grid = grid(dict(zip(self._names, values, strict=True)))
         x, y, z = (*tuple(grid), 1, 1)[:3]
@@ -95,18 +97,29 @@ class DirectLaunch:
         with self._lock:  # of two threads that search, each reads its own choice
             kernel = self._run(*args, grid=grid, warmup=False, **kwargs)
             chosen = self._chosen()
-        if kernel is not None and chosen is not None:
-            if len(self._kernels) >= MAX_KERNELS:
-                self._kernels.clear()
-            added = {**self._defaults, **chosen}
-            found = kernel, kernel.run, kernel.function, kernel.packed_metadata, added
-            self._kernels[key] = found
+        is_other = len(self._names) < 2 or any(isinstance(each, Tensor) for each in key)
+        if kernel is None or chosen is None or is_other:
+            return kernel
+        if len(self._kernels) >= MAX_KERNELS:
+            self._kernels.clear()
+        added = {**self._defaults, **chosen}
+        # where in arguments and what is added to them each parameter is found
+        names = [*self._names[: len(args)], *kwargs, *added]
+        pick = operator.itemgetter(*map(names.index, self._names))
+        found = kernel, kernel.run, kernel.function, kernel.packed_metadata
+        self._kernels[key] = *found, tuple(added.values()), pick
         return kernel
 
 
 def _has_listeners(function: Any) -> bool:
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(function.pre_run_hooks) or any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # None, a function, or since Triton 3.5 a chain of them
+    return bool(
+        function.pre_run_hooks
+        or (enter and getattr(enter, "calls", True))
+        or (leave and getattr(leave, "calls", True))
+    )
 
 
 __all__ = ["DirectLaunch", "is_jit_function", "launch_directly"]

@@ -98,8 +98,9 @@ def resolve_backend(
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast is off for this kind of device."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 
