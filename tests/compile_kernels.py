@@ -18,6 +18,7 @@ from kimi_linear import (
     decode_kernels,
     decode_projection,
     decode_step,
+    gated_norm,
     grouped_kernels,
     loss_kernel,
     pair_sort,
@@ -30,6 +31,7 @@ from triton.runtime import driver
 KERNELS = {
     conv_kernel: ["_convolve"],
     conv_training_kernels: ["_convolve_columns", "_convolve_columns_backward"],
+    gated_norm: ["_gated_norm", "_gated_norm_backward"],
     grouped_kernels: ["_gate_up", "_down"],
     loss_kernel: ["_loss_and_gradient"],
     pair_sort: ["_count_pairs", "_place_pairs"],
@@ -83,6 +85,9 @@ def compile_all(dtype: torch.dtype) -> None:
             conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
         training_kernels.launch_weighted_silu_backward(both, inner)
         pair_sort.launch_sort_pairs(experts, E)
+        heads, weight = torch.zeros(2, 3, D // 8, dtype=dtype), torch.zeros(D // 8, dtype=dtype)
+        gated_norm.launch_gated_norm(heads, heads, weight, 1e-5)
+        gated_norm.launch_gated_norm_backward(heads, heads, heads, weight, 1e-5)
         logits = torch.zeros(2, E)
         training_kernels.launch_choice_backward(logits, experts, weights, True, 2.4)
         columns, taps = torch.zeros(2, 3 * D + 16, dtype=dtype), torch.zeros(3, D, 4, dtype=dtype)

@@ -161,6 +161,7 @@ def test_kernels_on_a_gpu():
             function[(triton.cdiv(size, 16),)](x, out, size, SCALE=scale)
             wanted = torch.zeros(64, device="cuda")
             wanted[:size] = size if x is None else x[:size].float() * scale + size
-            assert torch.equal(out, wanted)
+            # a product and a sum may be rounded once
+            torch.testing.assert_close(out, wanted)
     # without a source there is no start
     assert len(searches) == len(cases) - 6
