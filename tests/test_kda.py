@@ -508,7 +508,8 @@ def pretend_fla(monkeypatch):
     def kernel(name, *, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, **arguments):
         calls.append((name, arguments["cu_seqlens"]))
         assert use_qk_l2norm_in_kernel and use_gate_in_kernel
-        assert arguments.pop("use_beta_sigmoid_in_kernel")
+        if not arguments.pop("use_beta_sigmoid_in_kernel"):
+            arguments["beta"] = arguments["beta"].logit()
         assert scale == arguments["q"].shape[-1] ** -0.5
         ends, state = arguments["cu_seqlens"], arguments["initial_state"]
         if ends is not None:
