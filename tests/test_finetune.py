@@ -15,9 +15,8 @@ import pytest
 import torch
 from _finetune_data import load_rows, sft_rows
 from _finetune_settings import make_settings
-from builders import TWO_LAYERS, tiny_config
+from finetune_runs import SUMS, grpo_options, logged, options, write_data, write_model
 from kimi_linear import KimiLinearForCausalLM, safe_training
-from kimi_linear.tokenizer import convert_tiktoken, train_bpe
 from tolerance import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,30 +25,13 @@ peft = pytest.importorskip("peft", reason="fine-tuning needs PEFT: pip install '
 trainers = pytest.importorskip("_finetune_trainers")
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "finetune.py"
-SUMS = [(left, right) for left in range(6) for right in range(4)]
-
-
-def question(left: int, right: int) -> str:
-    return f"What is {left} plus {right}?"
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a model of two layers, one of either kind of attention, and its tokenizer."""
+    """Folder of a model and its tokenizer."""
     folder = tmp_path_factory.mktemp("start") / "model"
-    texts = [f"{question(*pair)} It is {sum(pair)}. I do not know." for pair in SUMS]
-    tokenizer = convert_tiktoken(
-        train_bpe(texts, 530, show_progress=False), folder, model_max_length=4096
-    )
-    torch.manual_seed(0)
-    config = tiny_config(
-        vocab_size=len(tokenizer),
-        **TWO_LAYERS,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    KimiLinearForCausalLM(config).save_pretrained(folder)
+    write_model(folder)
     return folder
 
 
@@ -57,45 +39,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a file of conversations, one of preferences, and one of questions."""
     folder = tmp_path_factory.mktemp("data")
-    files: dict[str, list[Any]] = {"chat": [], "preferences": [], "questions": []}
-    for left, right in SUMS:
-        asked, total = question(left, right), left + right
-        answers = [
-            [{"role": "assistant", "content": text}]
-            for text in (f"It is {total}.", "I do not know.")
-        ]
-        prompt = [{"role": "user", "content": asked}]
-        files["chat"].append({"messages": [*prompt, *answers[0]]})
-        files["preferences"].append(
-            {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
-        )
-        files["questions"].append({"question": asked, "answer": f"{left} + {right} #### {total}"})
-    for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_data(folder)
     return folder
-
-
-def options(start: Path, file: Path, **changes: Any) -> dict[str, Any]:
-    common = {
-        "model": str(start),
-        "dataset": str(file),
-        "steps": 4,
-        "batch_size": 2,
-        "learning_rate": 1e-2,
-        "max_length": 100,
-        "threads": 1,
-    }
-    return {**common, **changes}
-
-
-def logged(folder: Path, *without: str) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl` that stand for a step, but for what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if "time" not in name and name not in without}
-        for line in lines
-        if "loss" in line
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +222,6 @@ def test_a_message_of_preferences_is_no_structure(start: Path, data: Path, tmp_p
 
 # ---- grpo ---------------------------------------------------------------------------------------
 
-REWARD = """
-def low(completion_ids, answer, completions, **columns):
-    assert len(answer) == len(completions) and completions[0][0]["role"] == "assistant"
-    return [sum(token < 200 for token in ids) / len(ids) for ids in completion_ids]
-"""
-
 
 def test_grpo_raises_a_reward_and_generates_with_our_cache(
     start: Path, data: Path, tmp_path: Path, monkeypatch: Any
@@ -302,20 +241,6 @@ def test_grpo_raises_a_reward_and_generates_with_our_cache(
     assert min(rewards[-3:]) > max(rewards[:3]) + 0.2, rewards
     assert len(caches) == 20 and all(cache.layers[0].num_tokens > 8 for cache in caches)
     assert KimiLinearForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
-
-
-def grpo_options(start: Path, data: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    (folder / "reward.py").write_text(REWARD)
-    common = {
-        "reward": [f"{folder / 'reward.py'}:low"],
-        "prompt_column": "question",
-        "batch_size": 16,
-        "num_generations": 8,
-        "max_new_tokens": 8,
-        "schedule": "constant",
-        "warmup": 0.0,
-    }
-    return options(start, data / "questions.jsonl", **{**common, **changes})
 
 
 @pytest.mark.parametrize("recipe", ["dpo", "grpo"])
