@@ -7,6 +7,7 @@ from typing import Any
 from _benchmark_plot import number_upwards, set_ticks
 from _benchmark_report import Line
 from _experiment_tables import (
+    DECAY_NAMES,
     MODEL_NAMES,
     PATTERN_NAMES,
     VARIANT_NAMES,
@@ -14,6 +15,7 @@ from _experiment_tables import (
     best_runs,
     events,
     needle_cells,
+    recipe_name,
 )
 
 # Colour and marker of a model, a pattern, an operator.
@@ -27,6 +29,11 @@ STYLES = {
     "kda-safe": ("#8fb0dd", "o"),
     "dplr-safe": ("#e3a68f", "s"),
     "package": ("#777777", "."),
+    "kda-even": ("#7fb3d5", "o"),
+    "kda-slow": ("#8e44ad", "o"),
+    "kda-full": ("#444444", "o"),
+    "gdn-slow": ("#a3c644", "^"),
+    "gdn-spread": ("#c0562f", "^"),
 }
 CURVE_LENGTH = 1024  # of figure 4's lower row
 DECODING_NAMES = {"kimi": "Kimi Linear", "mla": "MLA in every layer"}
@@ -92,6 +99,25 @@ def _curve(lines: Sequence[Line], run: Line) -> list[tuple[int, float]]:
     return sorted(points.items())
 
 
+def plot_decays(lines: Sequence[Line], path: Path) -> None:
+    """Wrong answers over steps, a panel for each task and length, a line for each seed."""
+    runs = best_runs(lines)
+    places = list(dict.fromkeys((task, length) for task, length, _ in runs))
+    figure, (panels,) = new_figure(1, len(places), 4.4, 3.6)
+    for axes, (task, length) in zip(panels, places, strict=True):
+        for model, name in DECAY_NAMES.items():
+            for i, run in enumerate(runs.get((task, length, model), [])):
+                curve = [(step, 100 - share) for step, share in _curve(lines, run)]
+                style = {"color": STYLES[model][0], "lw": 1.2, "label": None if i else name}
+                axes.plot(*zip(*curve, strict=True), **style)
+        axes.set_yscale("log")
+        axes.set(title=f"{task}, {length} tokens", xlabel="steps")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("wrong answers (%)")
+    panels[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def plot_decoding(lines: Sequence[Line], path: Path) -> None:
     """Time per token of one row and of as many as fit, and the cache, over the context."""
     figure, ((time, batch, cache),) = new_figure(1, 3, 3.8, 3.2)
@@ -153,18 +179,21 @@ def plot_kernels(lines: Sequence[Line], path: Path) -> None:
 
 
 def plot_ablation(lines: Sequence[Line], path: Path) -> None:
-    """Validation loss of every variant, a point per seed."""
-    groups = ablation_groups(lines)
-    figure, ((axes,),) = new_figure(1, 1, 6.5, 0.6 + 0.42 * len(groups))
-    names = [VARIANT_NAMES.get(variant, variant) for variant in groups]
-    for place, runs in enumerate(groups.values()):
-        losses = [run["validation_loss"] for run in runs]
-        axes.plot(losses, [place] * len(losses), "o", color="#2f5d9b", alpha=0.6)
-        axes.plot([sum(losses) / len(losses)], [place], "|", color="#c0562f", ms=14)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("validation loss (nats per token); bar: mean")
-    axes.grid(alpha=0.25)
+    """Validation loss of every variant, a point per seed, a panel for each recipe."""
+    recipes = ablation_groups(lines)
+    rows = max(len(groups) for groups in recipes.values())
+    figure, (panels,) = new_figure(1, len(recipes), 5.2, 0.8 + 0.36 * rows)
+    for axes, (recipe, groups) in zip(panels, recipes.items(), strict=True):
+        names = [VARIANT_NAMES.get(variant, variant) for variant in groups]
+        for place, runs in enumerate(groups.values()):
+            losses = [run["validation_loss"] for run in runs]
+            axes.plot(losses, [place] * len(losses), "o", color="#2f5d9b", alpha=0.6)
+            axes.plot([sum(losses) / len(losses)], [place], "|", color="#c0562f", ms=14)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_title(recipe_name(recipe), fontsize=9)
+        axes.set_xlabel("validation loss (nats per token); bar: mean")
+        axes.grid(alpha=0.25)
     figure.savefig(path, dpi=110)
 
 
@@ -189,6 +218,7 @@ def plot_needle(lines: Sequence[Line], path: Path) -> None:
 
 PLOTS: Mapping[str, Callable[[Sequence[Line], Path], None]] = {
     "synthetic": plot_synthetic,
+    "decays": plot_decays,
     "ablation": plot_ablation,
     "needle": plot_needle,
     "decoding": plot_decoding,

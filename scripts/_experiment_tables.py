@@ -27,6 +27,16 @@ VARIANT_NAMES = {
     "rope": "3:1 with RoPE in MLA",
 }
 MODEL_NAMES = {"kda": "KDA", "gdn": "Gated DeltaNet", "mamba2": "Mamba2", "mla": "MLA"}
+DECAY_NAMES = {
+    "kda": "KDA",
+    "kda-even": "KDA, a head's channels begin alike",
+    "kda-slow": "KDA, slower at first",
+    "kda-full": "KDA, full decay matrix",
+    "gdn-slow": "Gated DeltaNet, slower at first",
+    "gdn-spread": "Gated DeltaNet, a bias for each channel",
+    "gdn": "Gated DeltaNet",
+}
+CURVE_STEP = 500  # at which the kinds of decays are compared
 PATTERN_NAMES = {"hybrid": "3 KDA : 1 MLA", "kda": "KDA only", "mla": "MLA only"}
 
 
@@ -87,6 +97,51 @@ def _steps(run: Line) -> str:
     if run["steps_to_target"]:
         return f"{run['steps_to_target']:,}"
     return f"not in {run['steps']:,}"
+
+
+def decays_table(lines: Sequence[Line]) -> str:
+    """Steps to the target, accuracy on the way, and half-lives by task, length and kind."""
+    runs, rows = best_runs(lines), []
+    places = dict.fromkeys((task, length) for task, length, _ in runs)
+    for task, length in places:
+        for model, name in DECAY_NAMES.items():
+            if (task, length, model) not in runs:
+                continue
+            found = runs[task, length, model]
+            rows.append(
+                [
+                    task,
+                    str(length),
+                    name,
+                    ", ".join(_steps(run) for run in found),
+                    ", ".join(_accuracy_at(lines, run, CURVE_STEP) for run in found),
+                    "; ".join(_half_lives(run["first_half_lives"]) for run in found),
+                    "; ".join(_half_lives(run["half_lives"]) for run in found),
+                ]
+            )
+    head = (
+        "task",
+        "tokens",
+        "model",
+        "steps to 99 %, by seed",
+        f"accuracy after {CURVE_STEP} steps, %",
+        "half-lives at first, tokens",
+        "half-lives at the end",
+    )
+    return markdown(head, rows)
+
+
+def _accuracy_at(lines: Sequence[Line], run: Line, step: int) -> str:
+    keys = ("task", "length", "seed", "model", "learning_rate")
+    for point in events(lines, "point"):
+        if point["step"] == step and all(point[key] == run[key] for key in keys):
+            return f"{100 * point['accuracy']:.1f}"
+    return "-"
+
+
+def _half_lives(layers: Sequence[Sequence[float]]) -> str:
+    """The middle channel's, by layer."""
+    return ", ".join(f"{middle:,.0f}" for _, middle, _ in layers)
 
 
 def decoding_table(lines: Sequence[Line]) -> str:
@@ -163,17 +218,43 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def ablation_groups(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Runs by variant, of every seed the last one."""
-    found: dict[str, dict[int, Line]] = {}
+Groups = dict[str, list[Line]]
+
+
+def ablation_groups(lines: Sequence[Line]) -> dict[tuple[float, int], Groups]:
+    """Runs by variant, of every seed the last one; by how much larger embeddings were at first, and
+    by tokens. The recipe with the most runs comes first."""
+    found: dict[tuple[float, int], dict[str, dict[int, Line]]] = {}
     for run in events(lines, "run"):
-        found.setdefault(run["variant"], {})[run["seed"]] = run
-    return {variant: list(runs.values()) for variant, runs in found.items()}
+        recipe = run.get("embedding_scale", 1.0), run["tokens"]
+        found.setdefault(recipe, {}).setdefault(run["variant"], {})[run["seed"]] = run
+    groups = {
+        recipe: {variant: list(runs.values()) for variant, runs in variants.items()}
+        for recipe, variants in found.items()
+    }
+    return dict(sorted(groups.items(), key=lambda item: (-_count(item[1]), -item[0][0])))
+
+
+def _count(groups: Groups) -> int:
+    return sum(len(runs) for runs in groups.values())
+
+
+def recipe_name(recipe: tuple[float, int]) -> str:
+    """What a recipe is, in words."""
+    scale, tokens = recipe
+    return f"embeddings of {0.02 * scale:g} at first, {tokens / 1e6:.1f}M tokens"
 
 
 def ablation_table(lines: Sequence[Line]) -> str:
+    """A table for each recipe."""
+    return "\n\n".join(
+        f"With {recipe_name(recipe)}:\n\n{_ablation_table(groups)}"
+        for recipe, groups in ablation_groups(lines).items()
+    )
+
+
+def _ablation_table(groups: Groups) -> str:
     """Validation loss with its spread over seeds, beside the report's perplexities."""
-    groups = ablation_groups(lines)
     base = {run["seed"]: run["validation_loss"] for run in groups.get("3:1", [])}
     rows = []
     for variant, runs in groups.items():
@@ -235,6 +316,7 @@ def needle_table(lines: Sequence[Line]) -> str:
 
 TABLES: Mapping[str, Callable[[Sequence[Line]], str]] = {
     "synthetic": synthetic_table,
+    "decays": decays_table,
     "ablation": ablation_table,
     "needle": needle_table,
     "decoding": decoding_table,
