@@ -15,6 +15,7 @@ from _experiment_tables import (
     best_runs,
     events,
     needle_cells,
+    needle_groups,
     recipe_name,
 )
 
@@ -198,21 +199,26 @@ def plot_ablation(lines: Sequence[Line], path: Path) -> None:
 
 
 def plot_needle(lines: Sequence[Line], path: Path) -> None:
-    """Accuracy by depth and length, a panel for each pattern."""
-    found = needle_cells(lines)
-    models = [model for model in PATTERN_NAMES if model in found]
-    figure, (panels,) = new_figure(1, len(models), 3.4, 3.0)
+    """Accuracy by depth and length: a column for each pattern, a row for each way of training."""
+    groups = needle_groups(lines)
+    figure, panels = new_figure(len(groups), len(PATTERN_NAMES), 3.4, 2.6)
     image = None
-    for axes, model in zip(panels, models, strict=True):
-        cells = found[model]
-        lengths, depths = (sorted({place[i] for place in cells}) for i in (0, 1))
-        grid = [[100 * cells.get((n, d), float("nan")) for n in lengths] for d in depths]
-        image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
-        axes.set(title=PATTERN_NAMES[model], xlabel="tokens")
-    panels[0].set_ylabel("depth (%)")
-    figure.colorbar(image, ax=list(panels), label="accuracy (%)")
+    for row, (recipe, lines_of) in zip(panels, groups.items(), strict=True):
+        found = needle_cells(lines_of)
+        for axes, (model, name) in zip(row, PATTERN_NAMES.items(), strict=True):
+            axes.set(title=name, xlabel="tokens")
+            cells = found.get(model)
+            if cells is None:
+                axes.axis("off")
+                axes.set_title(f"{name}: not trained")
+                continue
+            lengths, depths = (sorted({place[i] for place in cells}) for i in (0, 1))
+            grid = [[100 * cells.get((n, d), float("nan")) for n in lengths] for d in depths]
+            image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+            axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+            axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
+        row[0].set_ylabel(f"{recipe.split(' in a row')[0]}\ndepth (%)", fontsize=8)
+    figure.colorbar(image, ax=list(panels.flat), label="accuracy (%)")
     figure.savefig(path, dpi=110)
 
 

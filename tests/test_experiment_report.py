@@ -76,7 +76,14 @@ def ablation_lines() -> list[dict[str, Any]]:
     base = {"experiment": "ablation", "event": "run", "parameters": 9_000_000, "tokens": 6_553_600}
     losses = {("3:1", 0): 2.0, ("3:1", 1): 2.2, ("0:1", 0): 2.1, ("0:1", 1): 2.4}
     return [
-        {**base, "variant": v, "seed": s, "validation_loss": x, "validation_perplexity": 10 * x}
+        {
+            **base,
+            "variant": v,
+            "seed": s,
+            "train_loss": x / 2,
+            "validation_loss": x,
+            "validation_perplexity": 10 * x,
+        }
         for (v, s), x in losses.items()
     ]
 
@@ -94,10 +101,13 @@ def decays_lines() -> list[dict[str, Any]]:
 def needle_lines() -> list[dict[str, Any]]:
     base = {"experiment": "needle", "event": "cell"}
     accuracies = {(0, 0.0): 1.0, (0, 1.0): 0.5, (1, 0.0): 0.8, (1, 1.0): 0.5}
-    return [
+    settings = {"pairs": 8, "repeats": 3, "steps": 900, "learning_rate": 1e-3}
+    begin = {"experiment": "needle", "event": "environment", "settings": settings}
+    cells = [
         {**base, "model": "kda", "length": 512, "seed": s, "depth": d, "accuracy": a}
         for (s, d), a in accuracies.items()
     ]
+    return [begin, *cells]
 
 
 LINES = {
@@ -128,9 +138,9 @@ def test_decays_table() -> None:
 def test_embeddings_of_other_sizes_stand_apart() -> None:
     larger = [{**line, "embedding_scale": 16.0} for line in ablation_lines()[:1]]
     text = ablation_table([*ablation_lines(), *larger])
-    assert text.startswith(ablation_table(ablation_lines()))
-    assert text.startswith("With embeddings of 0.02 at first, 6.6M tokens:")
-    assert "With embeddings of 0.32 at first, 6.6M tokens:" in text
+    assert text.endswith(ablation_table(ablation_lines()))
+    assert text.startswith("With embeddings of 0.32 at first, 6.6M tokens:")
+    assert "With embeddings of 0.02 at first, 6.6M tokens:" in text
 
 
 def test_decoding_table() -> None:
@@ -148,9 +158,12 @@ def test_other_tables() -> None:
     assert forward.splitlines()[2] == "| 2,048 | 1.00 | 1.80 | 1.80 | - | - | - | - |"
     assert backward.splitlines()[2] == "| 2,048 | 3.00 | - | - | - | - | - | - |"
     base, full = ablation_table(LINES["ablation"]).splitlines()[4:]
-    assert "| 2.1000 (2.0000 to 2.2000) | 21.00 | +0.0000 | 2 | 9.00 | 9.23, 5.65 |" in base
+    assert "| 2.1000 (2.0000 to 2.2000) | 21.00 | +0.0000 | 1.05 | 2 | 9.00 | 9.23, 5.65 |" in base
     assert "| 2.2500 (2.1000 to 2.4000) | 22.50 | +0.1500 |" in full
-    (needle,) = needle_table(LINES["needle"]).splitlines()[2:]
+    recipe, _, _, _, needle = needle_table(LINES["needle"]).splitlines()
+    assert recipe.startswith(
+        "8 pairs, each asked for 3 times in a row, 900 steps at a rate of 0.001"
+    )
     assert needle == "| KDA only | 70 (50) | 2 |"
 
 
