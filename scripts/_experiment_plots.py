@@ -58,13 +58,15 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 
 def plot_synthetic(lines: Sequence[Line], path: Path) -> None:
-    """As figure 4: peak accuracy over length above, accuracy over steps at one length below."""
+    """As figure 4: peak accuracy over length above, accuracy over steps at one length below: 1,024
+    tokens, or as many as there are."""
     runs = best_runs(lines)
     tasks = list(dict.fromkeys(task for task, _, _ in runs))
     lengths = sorted({length for _, length, _ in runs})
-    shown = CURVE_LENGTH if CURVE_LENGTH in lengths else lengths[-1]
     figure, panels = new_figure(2, len(tasks), 3.4, 2.8)
     for (above, below), task in zip(panels.T, tasks, strict=True):
+        measured = {length for name, length, _ in runs if name == task}
+        shown = CURVE_LENGTH if CURVE_LENGTH in measured else max(measured)
         for model in MODEL_NAMES:
             found = {n: x for (t, n, m), x in runs.items() if (t, m) == (task, model)}
             if not found:
