@@ -72,7 +72,7 @@ def gated_delta_rule(
         a: [B, T, H], before bias and softplus.
         beta: [B, T, H], before the sigmoid.
         A_log: log decay rate, H elements.
-        dt_bias: [H].
+        dt_bias: [H], or [H * K], with which channels of a head decay differently.
         backend: "auto", "fla" or "torch".
 
     Returns:
@@ -81,7 +81,7 @@ def gated_delta_rule(
     # FLA's `chunk_gated_delta_rule` refuses its backward on Hopper with Triton 3.4 to 3.7.0
     width = q.shape[-1]
     wide = a.unsqueeze(-1).expand(*a.shape, width)
-    bias = dt_bias.repeat_interleave(width)
+    bias = dt_bias if dt_bias.numel() > a.shape[-1] else dt_bias.repeat_interleave(width)
     return kda_attention(q, k, v, wide, beta, A_log=A_log, dt_bias=bias, backend=backend)[0]
 
 

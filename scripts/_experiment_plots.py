@@ -7,6 +7,7 @@ from typing import Any
 from _benchmark_plot import number_upwards, set_ticks
 from _benchmark_report import Line
 from _experiment_tables import (
+    DECAY_NAMES,
     MODEL_NAMES,
     PATTERN_NAMES,
     VARIANT_NAMES,
@@ -14,6 +15,8 @@ from _experiment_tables import (
     best_runs,
     events,
     needle_cells,
+    needle_groups,
+    recipe_name,
 )
 
 # Colour and marker of a model, a pattern, an operator.
@@ -27,6 +30,11 @@ STYLES = {
     "kda-safe": ("#8fb0dd", "o"),
     "dplr-safe": ("#e3a68f", "s"),
     "package": ("#777777", "."),
+    "kda-even": ("#7fb3d5", "o"),
+    "kda-slow": ("#8e44ad", "o"),
+    "kda-full": ("#444444", "o"),
+    "gdn-slow": ("#a3c644", "^"),
+    "gdn-spread": ("#c0562f", "^"),
 }
 CURVE_LENGTH = 1024  # of figure 4's lower row
 DECODING_NAMES = {"kimi": "Kimi Linear", "mla": "MLA in every layer"}
@@ -50,13 +58,15 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 
 def plot_synthetic(lines: Sequence[Line], path: Path) -> None:
-    """As figure 4: peak accuracy over length above, accuracy over steps at one length below."""
+    """As figure 4: peak accuracy over length above, accuracy over steps at one length below: 1,024
+    tokens, or as many as there are."""
     runs = best_runs(lines)
     tasks = list(dict.fromkeys(task for task, _, _ in runs))
     lengths = sorted({length for _, length, _ in runs})
-    shown = CURVE_LENGTH if CURVE_LENGTH in lengths else lengths[-1]
     figure, panels = new_figure(2, len(tasks), 3.4, 2.8)
     for (above, below), task in zip(panels.T, tasks, strict=True):
+        measured = {length for name, length, _ in runs if name == task}
+        shown = CURVE_LENGTH if CURVE_LENGTH in measured else max(measured)
         for model in MODEL_NAMES:
             found = {n: x for (t, n, m), x in runs.items() if (t, m) == (task, model)}
             if not found:
@@ -90,6 +100,25 @@ def _curve(lines: Sequence[Line], run: Line) -> list[tuple[int, float]]:
         if all(point[key] == run[key] for key in keys) and point["step"] <= run["steps"]
     }
     return sorted(points.items())
+
+
+def plot_decays(lines: Sequence[Line], path: Path) -> None:
+    """Wrong answers over steps, a panel for each task and length, a line for each seed."""
+    runs = best_runs(lines)
+    places = list(dict.fromkeys((task, length) for task, length, _ in runs))
+    figure, (panels,) = new_figure(1, len(places), 4.4, 3.6)
+    for axes, (task, length) in zip(panels, places, strict=True):
+        for model, name in DECAY_NAMES.items():
+            for i, run in enumerate(runs.get((task, length, model), [])):
+                curve = [(step, 100 - share) for step, share in _curve(lines, run)]
+                style = {"color": STYLES[model][0], "lw": 1.2, "label": None if i else name}
+                axes.plot(*zip(*curve, strict=True), **style)
+        axes.set_yscale("log")
+        axes.set(title=f"{task}, {length} tokens", xlabel="steps")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("wrong answers (%)")
+    panels[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def plot_decoding(lines: Sequence[Line], path: Path) -> None:
@@ -153,42 +182,51 @@ def plot_kernels(lines: Sequence[Line], path: Path) -> None:
 
 
 def plot_ablation(lines: Sequence[Line], path: Path) -> None:
-    """Validation loss of every variant, a point per seed."""
-    groups = ablation_groups(lines)
-    figure, ((axes,),) = new_figure(1, 1, 6.5, 0.6 + 0.42 * len(groups))
-    names = [VARIANT_NAMES.get(variant, variant) for variant in groups]
-    for place, runs in enumerate(groups.values()):
-        losses = [run["validation_loss"] for run in runs]
-        axes.plot(losses, [place] * len(losses), "o", color="#2f5d9b", alpha=0.6)
-        axes.plot([sum(losses) / len(losses)], [place], "|", color="#c0562f", ms=14)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("validation loss (nats per token); bar: mean")
-    axes.grid(alpha=0.25)
+    """Validation loss of every variant, a point per seed, a panel for each recipe."""
+    recipes = ablation_groups(lines)
+    rows = max(len(groups) for groups in recipes.values())
+    figure, (panels,) = new_figure(1, len(recipes), 5.2, 0.8 + 0.36 * rows)
+    for axes, (recipe, groups) in zip(panels, recipes.items(), strict=True):
+        names = [VARIANT_NAMES.get(variant, variant) for variant in groups]
+        for place, runs in enumerate(groups.values()):
+            losses = [run["validation_loss"] for run in runs]
+            axes.plot(losses, [place] * len(losses), "o", color="#2f5d9b", alpha=0.6)
+            axes.plot([sum(losses) / len(losses)], [place], "|", color="#c0562f", ms=14)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_title(recipe_name(recipe), fontsize=9)
+        axes.set_xlabel("validation loss (nats per token); bar: mean")
+        axes.grid(alpha=0.25)
     figure.savefig(path, dpi=110)
 
 
 def plot_needle(lines: Sequence[Line], path: Path) -> None:
-    """Accuracy by depth and length, a panel for each pattern."""
-    found = needle_cells(lines)
-    models = [model for model in PATTERN_NAMES if model in found]
-    figure, (panels,) = new_figure(1, len(models), 3.4, 3.0)
+    """Accuracy by depth and length: a column for each pattern, a row for each way of training."""
+    groups = needle_groups(lines)
+    figure, panels = new_figure(len(groups), len(PATTERN_NAMES), 3.4, 2.6)
     image = None
-    for axes, model in zip(panels, models, strict=True):
-        cells = found[model]
-        lengths, depths = (sorted({place[i] for place in cells}) for i in (0, 1))
-        grid = [[100 * cells.get((n, d), float("nan")) for n in lengths] for d in depths]
-        image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
-        axes.set(title=PATTERN_NAMES[model], xlabel="tokens")
-    panels[0].set_ylabel("depth (%)")
-    figure.colorbar(image, ax=list(panels), label="accuracy (%)")
+    for row, (recipe, lines_of) in zip(panels, groups.items(), strict=True):
+        found = needle_cells(lines_of)
+        for axes, (model, name) in zip(row, PATTERN_NAMES.items(), strict=True):
+            axes.set(title=name, xlabel="tokens")
+            cells = found.get(model)
+            if cells is None:
+                axes.axis("off")
+                axes.set_title(f"{name}: not trained")
+                continue
+            lengths, depths = (sorted({place[i] for place in cells}) for i in (0, 1))
+            grid = [[100 * cells.get((n, d), float("nan")) for n in lengths] for d in depths]
+            image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+            axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+            axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
+        row[0].set_ylabel(f"{recipe.split(' in a row')[0]}\ndepth (%)", fontsize=8)
+    figure.colorbar(image, ax=list(panels.flat), label="accuracy (%)")
     figure.savefig(path, dpi=110)
 
 
 PLOTS: Mapping[str, Callable[[Sequence[Line], Path], None]] = {
     "synthetic": plot_synthetic,
+    "decays": plot_decays,
     "ablation": plot_ablation,
     "needle": plot_needle,
     "decoding": plot_decoding,

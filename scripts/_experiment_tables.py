@@ -27,6 +27,17 @@ VARIANT_NAMES = {
     "rope": "3:1 with RoPE in MLA",
 }
 MODEL_NAMES = {"kda": "KDA", "gdn": "Gated DeltaNet", "mamba2": "Mamba2", "mla": "MLA"}
+DECAY_NAMES = {
+    "kda": "KDA",
+    "kda-even": "KDA, a head's channels begin alike",
+    "kda-slow": "KDA, slower at first",
+    "kda-full": "KDA, full decay matrix",
+    "gdn-slow": "Gated DeltaNet, slower at first",
+    "gdn-spread": "Gated DeltaNet, a bias for each channel",
+    "gdn": "Gated DeltaNet",
+}
+LONGEST = 100_000  # a half-life of more tokens is no decay
+CURVE_STEP = 500  # at which the kinds of decays are compared
 PATTERN_NAMES = {"hybrid": "3 KDA : 1 MLA", "kda": "KDA only", "mla": "MLA only"}
 
 
@@ -87,6 +98,51 @@ def _steps(run: Line) -> str:
     if run["steps_to_target"]:
         return f"{run['steps_to_target']:,}"
     return f"not in {run['steps']:,}"
+
+
+def decays_table(lines: Sequence[Line]) -> str:
+    """Steps to the target, accuracy on the way, and half-lives by task, length and kind."""
+    runs, rows = best_runs(lines), []
+    places = dict.fromkeys((task, length) for task, length, _ in runs)
+    for task, length in places:
+        for model, name in DECAY_NAMES.items():
+            if (task, length, model) not in runs:
+                continue
+            found = runs[task, length, model]
+            rows.append(
+                [
+                    task,
+                    str(length),
+                    name,
+                    ", ".join(_steps(run) for run in found),
+                    ", ".join(_accuracy_at(lines, run, CURVE_STEP) for run in found),
+                    "; ".join(_half_lives(run["first_half_lives"]) for run in found),
+                    "; ".join(_half_lives(run["half_lives"]) for run in found),
+                ]
+            )
+    head = (
+        "task",
+        "tokens",
+        "model",
+        "steps to 99 %, by seed",
+        f"accuracy after {CURVE_STEP} steps, %",
+        "half-lives at first, tokens",
+        "half-lives at the end",
+    )
+    return markdown(head, rows)
+
+
+def _accuracy_at(lines: Sequence[Line], run: Line, step: int) -> str:
+    keys = ("task", "length", "seed", "model", "learning_rate")
+    for point in events(lines, "point"):
+        if point["step"] == step and all(point[key] == run[key] for key in keys):
+            return f"{100 * point['accuracy']:.1f}"
+    return "-"
+
+
+def _half_lives(layers: Sequence[Sequence[float]]) -> str:
+    """The middle channel's, by layer."""
+    return ", ".join(f"{middle:,.0f}" if middle < LONGEST else "none" for _, middle, _ in layers)
 
 
 def decoding_table(lines: Sequence[Line]) -> str:
@@ -163,17 +219,38 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def ablation_groups(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Runs by variant, of every seed the last one."""
-    found: dict[str, dict[int, Line]] = {}
+Groups = dict[str, list[Line]]
+
+
+def ablation_groups(lines: Sequence[Line]) -> dict[tuple[float, int], Groups]:
+    """Runs by variant, of every seed the last one; by how much larger embeddings were at first, and
+    by tokens: the largest first, then the shortest."""
+    found: dict[tuple[float, int], dict[str, dict[int, Line]]] = {}
     for run in events(lines, "run"):
-        found.setdefault(run["variant"], {})[run["seed"]] = run
-    return {variant: list(runs.values()) for variant, runs in found.items()}
+        recipe = run.get("embedding_scale", 1.0), run["tokens"]
+        found.setdefault(recipe, {}).setdefault(run["variant"], {})[run["seed"]] = run
+    return {
+        recipe: {variant: list(runs.values()) for variant, runs in found[recipe].items()}
+        for recipe in sorted(found, key=lambda recipe: (-recipe[0], recipe[1]))
+    }
+
+
+def recipe_name(recipe: tuple[float, int]) -> str:
+    """What a recipe is, in words."""
+    scale, tokens = recipe
+    return f"embeddings of {0.02 * scale:g} at first, {tokens / 1e6:.1f}M tokens"
 
 
 def ablation_table(lines: Sequence[Line]) -> str:
+    """A table for each recipe."""
+    return "\n\n".join(
+        f"With {recipe_name(recipe)}:\n\n{_ablation_table(groups)}"
+        for recipe, groups in ablation_groups(lines).items()
+    )
+
+
+def _ablation_table(groups: Groups) -> str:
     """Validation loss with its spread over seeds, beside the report's perplexities."""
-    groups = ablation_groups(lines)
     base = {run["seed"]: run["validation_loss"] for run in groups.get("3:1", [])}
     rows = []
     for variant, runs in groups.items():
@@ -187,6 +264,7 @@ def ablation_table(lines: Sequence[Line]) -> str:
                 f"{mean:.4f} ({min(losses):.4f} to {max(losses):.4f})",
                 f"{statistics.mean(run['validation_perplexity'] for run in runs):.2f}",
                 f"{statistics.mean(pairs):+.4f}" if pairs else "-",
+                f"{statistics.mean(run['train_loss'] for run in runs):.2f}",
                 str(len(losses)),
                 f"{runs[0]['parameters'] / 1e6:.2f}",
                 "-" if report is None else f"{report[0]:.2f}, {report[1]:.2f}",
@@ -197,6 +275,7 @@ def ablation_table(lines: Sequence[Line]) -> str:
         "validation loss, nats (range)",
         "perplexity",
         "loss over 3:1, same seeds",
+        "last batch's loss",
         "seeds",
         "million parameters",
         "report: training, validation perplexity",
@@ -204,30 +283,60 @@ def ablation_table(lines: Sequence[Line]) -> str:
     return markdown(head, rows)
 
 
-def needle_cells(lines: Sequence[Line]) -> dict[str, dict[tuple[int, float], float]]:
+def needle_groups(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Cells by how the models were trained, in words, which the line before them says."""
+    groups: dict[str, list[Line]] = {}
+    recipe = ""
+    for line in lines:
+        if line["event"] == "environment":
+            recipe = _needle_recipe(line.get("settings", {}))
+        elif line["event"] == "cell" and "error" not in line:
+            groups.setdefault(recipe, []).append(line)
+    return groups
+
+
+def _needle_recipe(settings: Mapping[str, Any]) -> str:
+    defaults = {"pairs": 32, "repeats": 1, "steps": 0, "learning_rate": 0.0, "embedding_scale": 1.0}
+    x = {**defaults, **settings}
+    times = "once" if x["repeats"] == 1 else f"{x['repeats']} times"
+    return (
+        f"{x['pairs']} pairs, each asked for {times} in a row, {x['steps']:,} steps at a rate of "
+        f"{x['learning_rate']:g}, embeddings of {0.02 * x['embedding_scale']:g} at first"
+    )
+
+
+def needle_cells(cells: Sequence[Line]) -> dict[str, dict[tuple[int, float], float]]:
     """Accuracy by length and depth, the mean over seeds, of each pattern."""
     found: dict[str, dict[tuple[int, float], dict[int, float]]] = {}
-    for cell in events(lines, "cell"):
+    for cell in cells:
         place = (cell["length"], cell["depth"])
         found.setdefault(cell["model"], {}).setdefault(place, {})[cell["seed"]] = cell["accuracy"]
     return {
-        model: {place: statistics.mean(seeds.values()) for place, seeds in cells.items()}
-        for model, cells in found.items()
+        model: {place: statistics.mean(seeds.values()) for place, seeds in places.items()}
+        for model, places in found.items()
     }
 
 
 def needle_table(lines: Sequence[Line]) -> str:
+    """A table for each way of training."""
+    return "\n\n".join(
+        f"{recipe[:1].upper()}{recipe[1:]}:\n\n{_needle_table(cells)}"
+        for recipe, cells in needle_groups(lines).items()
+    )
+
+
+def _needle_table(cells: Sequence[Line]) -> str:
     """Accuracy of each pattern by length, and the worst depth's."""
-    cells = needle_cells(lines)
-    lengths = sorted({length for model in cells.values() for length, _ in model})
+    models = needle_cells(cells)
+    lengths = sorted({length for places in models.values() for length, _ in places})
     rows = []
-    for model, accuracies in cells.items():
+    for model, accuracies in models.items():
         texts = []
         for length in lengths:
             found = [value for (n, _), value in accuracies.items() if n == length]
             text = f"{100 * statistics.mean(found):.0f} ({100 * min(found):.0f})" if found else "-"
             texts.append(text)
-        seeds = {cell["seed"] for cell in events(lines, "cell") if cell["model"] == model}
+        seeds = {cell["seed"] for cell in cells if cell["model"] == model}
         rows.append([PATTERN_NAMES[model], *texts, str(len(seeds))])
     head = ["accuracy, % (worst depth)", *(f"{length:,} tokens" for length in lengths), "seeds"]
     return markdown(head, rows)
@@ -235,6 +344,7 @@ def needle_table(lines: Sequence[Line]) -> str:
 
 TABLES: Mapping[str, Callable[[Sequence[Line]], str]] = {
     "synthetic": synthetic_table,
+    "decays": decays_table,
     "ablation": ablation_table,
     "needle": needle_table,
     "decoding": decoding_table,

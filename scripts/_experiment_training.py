@@ -123,6 +123,11 @@ class Learner:
             hidden = self.model.model(ids, use_cache=False).last_hidden_state
             return self.model.lm_head(hidden[:, -1]).argmax(-1)
 
+    def read(self, reader: Callable[[KimiLinearForCausalLM], Any]) -> Any:
+        """What a function says of the model as it is now."""
+        with self._on_stream(is_awaited=True), torch.no_grad(), self._autocast():
+            return reader(self.model)
+
     @contextmanager
     def _on_stream(self, is_awaited: bool = False) -> Iterator[None]:
         """On the learner's own stream, after what the caller's has queued, which waits afterwards

@@ -73,7 +73,8 @@ class Settings:
     length: int = 512
     factors: Sequence[int] = (1, 2, 4, 8)
     depths: Sequence[float] = DEPTHS
-    pairs: int = 16
+    pairs: int = 32
+    repeats: int = 2
     values: int = 64
     rows: int = 64
     batch_tokens: int = 16384
@@ -82,6 +83,7 @@ class Settings:
     learning_rate: float = 1e-3
     warmup: int = 100
     vocab_size: int = 4096
+    embedding_scale: float = 16.0
 
     def __post_init__(self) -> None:
         require_some("models", self.models, PATTERNS)
@@ -91,8 +93,8 @@ class Settings:
         require(min(self.factors) >= 1, "factors", self.factors, "integers of at least 1")
         is_allowed = all(0 <= depth <= 1 for depth in self.depths)
         require(is_allowed, "depths", self.depths, "numbers from 0 to 1")
-        positive = ("layers", "heads", "pairs", "rows", "batch_tokens", "steps", "eval_every")
-        for name in positive:
+        positive = ("layers", "heads", "pairs", "repeats", "rows", "batch_tokens", "steps")
+        for name in (*positive, "eval_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         allowed = "a multiple of 16 from 16 to 256"
         is_allowed = 16 <= self.head_dim <= 256 and self.head_dim % 16 == 0
@@ -100,8 +102,10 @@ class Settings:
         require(self.values >= 2, "values", self.values, "at least 2")
         most = self.values**2
         require(self.pairs <= most, "pairs", self.pairs, f"at most --values squared, {most}")
-        least = 2 * self.pairs * (PAIR_TOKENS + QUESTION_TOKENS)
-        require(self.length >= least, "length", self.length, f"at least {least} for --pairs")
+        least = self.pairs * (2 * PAIR_TOKENS + self.repeats * QUESTION_TOKENS)
+        allowed = f"at least {least} for --pairs and --repeats"
+        require(self.length >= least, "length", self.length, allowed)
+        require(self.embedding_scale > 0, "embedding_scale", self.embedding_scale, "above 0")
         require(self.warmup >= 0, "warmup", self.warmup, "at least 0")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.vocab_size >= 512, "vocab_size", self.vocab_size, "at least 512")
@@ -123,10 +127,13 @@ class Haystack:
         vocab_size: Ids of the text.
         pairs: Pairs of a row.
         values: How many different values there are, and parts of keys.
+        repeats: How often each pair is asked for in training.
     """
 
-    def __init__(self, tokens: Tensor, vocab_size: int, pairs: int, values: int) -> None:
-        self.tokens, self.pairs, self.values = tokens, pairs, values
+    def __init__(
+        self, tokens: Tensor, vocab_size: int, pairs: int, values: int, repeats: int = 1
+    ) -> None:
+        self.tokens, self.pairs, self.values, self.repeats = tokens, pairs, values, repeats
         self.pair_mark, self.question_mark = vocab_size, vocab_size + 1
         self.first_key, self.first_value = vocab_size + 2, vocab_size + 2 + values
         used = vocab_size + 2 + 2 * values
@@ -135,10 +142,13 @@ class Haystack:
     def training_rows(
         self, count: int, length: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Ids and labels [count, length]: all pairs of a row are asked for, in another order."""
-        size = length + 1 - self.pairs * QUESTION_TOKENS
+        """Ids and labels [count, length]: all pairs of a row are asked for, in other orders."""
+        size = length + 1 - self.repeats * self.pairs * QUESTION_TOKENS
         ids, pairs = self._text(count, size, generator, None)
-        order = self._shuffled(count, self.pairs, self.pairs, generator)
+        rounds = [
+            self._shuffled(count, self.pairs, self.pairs, generator) for _ in range(self.repeats)
+        ]
+        order = torch.cat(rounds, dim=1)
         asked = pairs.gather(1, order.unsqueeze(-1).expand(-1, -1, PAIR_TOKENS)).clone()
         asked[..., 0] = self.question_mark
         row = torch.cat([ids, asked.flatten(1)], dim=1)
@@ -206,7 +216,7 @@ class Battery:
     def __init__(self, settings: Settings, corpus: Corpus, lines: Lines) -> None:
         self.settings, self.lines = settings, lines
         self.device = corpus.train.device
-        sizes = corpus.vocab_size, settings.pairs, settings.values
+        sizes = corpus.vocab_size, settings.pairs, settings.values, settings.repeats
         self.train_text, self.test_text = (
             Haystack(tokens, *sizes) for tokens in (corpus.train, corpus.held_out)
         )
@@ -256,6 +266,8 @@ class Battery:
         vocab_size = self.train_text.vocab_size
         width = matched_width(variant, self.target, vocab_size, **settings.sizes)
         built = build_variant(variant, vocab_size, seed, width=width, **settings.sizes)
+        with torch.no_grad():
+            built.model.embed_tokens.weight.mul_(settings.embedding_scale)
         recipe = Recipe(
             settings.learning_rate,
             warmup=settings.warmup,
@@ -364,6 +376,7 @@ def _parser() -> argparse.ArgumentParser:
         "head_dim": "their size",
         "length": "tokens of a row in training",
         "pairs": "of a key and a value in a row",
+        "repeats": "how often each is asked for in training",
         "values": "different values, and parts of keys",
         "rows": "of a test",
         "batch_tokens": "tokens of a batch",
@@ -374,6 +387,8 @@ def _parser() -> argparse.ArgumentParser:
     }
     add_counts(add, default, counts)
     add("--learning-rate", type=float, default=default.learning_rate, metavar="X")
+    scale = default.embedding_scale
+    add("--embedding-scale", type=float, default=scale, metavar="X", help="embeddings' at first")
     add("--autotune", type=int, default=2, metavar="N", help="choices of autotuners; 0: all")
     add("--corpus", metavar="DIR", help="Python files, in place of the standard library")
     add_common(add, "benchmarks/experiment_needle.jsonl")

@@ -20,7 +20,7 @@ from _experiment_tables import TABLES, events, provenance
 
 ROOT = Path(__file__).parent.parent
 # The kind of line without which there is nothing to show.
-NEEDED = {"synthetic": "run", "ablation": "run", "needle": "cell"}
+NEEDED = {"synthetic": "run", "decays": "run", "ablation": "run", "needle": "cell"}
 NEEDED |= {"decoding": "decode", "kernels": "kernel"}
 NO_RESULTS = "No results yet."
 

@@ -19,8 +19,16 @@ Eight minutes on one GPU; where figures are there already, nothing is done again
     python scripts/experiment_synthetic.py --lengths 256,512 --max-steps 20000 --time-limit 480 \\
         --output benchmarks/experiment_synthetic.jsonl
 
-`scripts/experiment_report.py` makes the table and the figure. Lines: "point" is the accuracy at a
-step, "run" the end of one training, with "stopped": target, pruned (another learning rate was
+What of KDA's decay makes the difference to Gated DeltaNet (`_experiment_decays.py`):
+
+    python scripts/experiment_synthetic.py --experiment decays --tasks palindrome \\
+        --models kda,kda-even,kda-slow,kda-full,gdn,gdn-spread,gdn-slow --lengths 256,512 \\
+        --seeds 0,1 --learning-rates 1e-3 --max-steps 3000 --eval-every 50 --time-limit 480 \\
+        --output benchmarks/experiment_decays.jsonl
+
+`scripts/experiment_report.py` makes the tables and figures. Lines: "point" is the accuracy at a
+step, "run" the end of one training, with the tokens that its states' channels take to lose half, at
+first and now (quantiles of each layer), and "stopped": target, pruned (another learning rate was
 better), beaten (another one was there first), steps (--max-steps), or time (--time-limit).
 """
 
@@ -34,7 +42,8 @@ from typing import Any
 
 import torch
 from _benchmark_settings import numbers
-from _experiment_layers import MIXERS, build_model
+from _experiment_decays import DECAYS, build_with_decays, half_lives
+from _experiment_layers import MIXERS
 from _experiment_runs import (
     Clock,
     Lines,
@@ -55,13 +64,15 @@ from _experiment_training import Learner, Pool, Recipe
 from torch import Tensor
 from tqdm import tqdm
 
-EXPERIMENT = "synthetic"
+EXPERIMENTS = ("synthetic", "decays")
+MODELS = (*MIXERS, *DECAYS)
 # Section 5.1.
 LEARNING_RATES = (5e-5, 1e-4, 5e-4, 1e-3)
 MAX_STEPS = 20_000
 SYMBOLS = {"palindrome": 64, "mqar": 512, "stack": 64}
 # Batches made at once; a stack's take a loop over all operations, however many they are.
 POOL_BATCHES = 32
+DECAY_ROWS = 8  # test sequences over which decays are averaged
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -91,7 +102,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         require_some("tasks", self.tasks, TASKS)
-        require_some("models", self.models, MIXERS)
+        require_some("models", self.models, MODELS)
         require_some("dtype", [self.dtype], DTYPES)
         for name in ("lengths", "learning_rates", "seeds"):
             require(len(getattr(self, name)) > 0, name, getattr(self, name), "one or more numbers")
@@ -124,6 +135,7 @@ class Trial:
     learning_rate: float
     learner: Learner
     parameters: int
+    first_half_lives: list[list[float]]
     accuracies: list[float] = field(default_factory=list)
     train_loss: float = float("inf")
     stopped: str = ""
@@ -190,7 +202,7 @@ class Group:
             use_bfloat16 = self.device.type == "cuda"
         for mixer in settings.models:
             for rate in settings.learning_rates:
-                model = build_model(
+                model = build_with_decays(
                     mixer,
                     self.task.vocab_size,
                     self.place["seed"],
@@ -206,10 +218,13 @@ class Group:
                 shape = tuple(self.test[0][:1].expand(self.rows, -1).shape)
                 learner = Learner(model.to(self.device), recipe, shape)
                 count = sum(parameter.numel() for parameter in model.parameters())
-                trials.append(Trial(mixer, rate, learner, count))
+                trials.append(Trial(mixer, rate, learner, count, self._half_lives(learner)))
                 if learner.graph_error:
                     say(f"{mixer}: the step is not recorded: {learner.graph_error}")
         return trials
+
+    def _half_lives(self, learner: Learner) -> list[list[float]]:
+        return learner.read(lambda model: half_lives(model, self.test[0][:DECAY_ROWS]))
 
     def _evaluate(self, step: int, active: list[Trial]) -> None:
         """Accuracy on the test sequences, of all models before the host waits for any."""
@@ -262,6 +277,8 @@ class Group:
             rows=self.rows,
             symbols=self.task.symbols,
             is_recorded=trial.learner.graph is not None,
+            first_half_lives=trial.first_half_lives,
+            half_lives=self._half_lives(trial.learner),
             group_seconds=time.monotonic() - self.start,
         )
 
@@ -277,6 +294,7 @@ def main(
     commit: str | None = None,
     share: tuple[int, int] = (0, 1),
     autotune: int = 2,
+    experiment: str = "synthetic",
     **options: Any,
 ) -> list[Any]:
     """Train every group that has no figures yet.
@@ -288,6 +306,7 @@ def main(
         commit: What is measured, where git cannot tell.
         share: (i, n): only every n-th group from the i-th on, for processes beside each other.
         autotune: Configurations among which Triton's autotuners choose; 0: all.
+        experiment: Which of the page's experiments the lines are of.
         **options: Fields of `Settings`.
 
     Returns:
@@ -297,8 +316,9 @@ def main(
         ValueError: For an option out of range.
     """
     settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
+    require_some("experiment", [experiment], EXPERIMENTS)
     limit_autotuning(autotune)
-    lines = Lines(EXPERIMENT, None if output is None else Path(output))
+    lines = Lines(experiment, None if output is None else Path(output))
     lines.begin(where, commit, **vars(settings))
     groups = [
         {"task": task, "length": length, "seed": seed}
@@ -353,7 +373,7 @@ def _parser() -> argparse.ArgumentParser:
     add, default = parser.add_argument, Settings()
     add("--tasks", type=names, default=default.tasks, metavar="NAMES", help=", ".join(TASKS))
     add("--lengths", type=numbers, default=default.lengths, metavar="N,N", help="tokens")
-    add("--models", type=names, default=default.models, metavar="NAMES", help=", ".join(MIXERS))
+    add("--models", type=names, default=default.models, metavar="NAMES", help=", ".join(MODELS))
     add("--learning-rates", type=floats, default=LEARNING_RATES, metavar="X,X")
     add("--seeds", type=numbers, default=default.seeds, metavar="N,N")
     add("--symbols", type=int, metavar="N", help=f"random tokens; default {SYMBOLS}")
@@ -381,6 +401,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="choices of autotuners; 0: all",
     )
+    add("--experiment", default=EXPERIMENTS[0], help=", ".join(EXPERIMENTS))
     add_common(add, "benchmarks/experiment_synthetic.jsonl")
     return parser
 

@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
     "factors": (2, 1),
     "depths": (0.0, 1.0),
     "pairs": 2,
+    "repeats": 1,
     "values": 8,
     "rows": 4,
     "batch_tokens": 128,
@@ -38,9 +39,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def haystack() -> Haystack:
+def haystack(repeats: int = 1) -> Haystack:
     tokens = torch.randint(TEXT, (3000,), generator=generator(9))
-    return Haystack(tokens, TEXT, PAIRS, VALUES)
+    return Haystack(tokens, TEXT, PAIRS, VALUES, repeats)
 
 
 def pairs_of(row: list[int], mark: int) -> dict[tuple[int, int], tuple[int, int]]:
@@ -70,6 +71,19 @@ def test_training_rows_ask_for_every_pair() -> None:
             assert others == expected
         places |= {place for _, place in known.values()}
     assert len(places) > 8 and int(ids.max()) < hay.vocab_size
+
+
+def test_every_pair_is_asked_for_more_than_once() -> None:
+    hay = haystack(repeats=3)
+    ids, labels = hay.training_rows(5, 90, generator())
+    assert ids.shape == (5, 90)
+    for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+        known = pairs_of(row, hay.pair_mark)
+        asked = [j for j, token in enumerate(row) if token == hay.question_mark]
+        keys = [(row[j + 1], row[j + 2]) for j in asked]
+        assert [wanted[j + 2] for j in asked] == [known[key][0] for key in keys]
+        for part in range(3):  # all of them before one comes again
+            assert set(keys[part * PAIRS : (part + 1) * PAIRS]) == set(known)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
@@ -132,7 +146,7 @@ def test_a_run(tmp_path: Path) -> None:
     [
         ({"models": ("gdn",)}, "--models 'gdn' is not allowed"),
         ({"depths": (1.5,)}, "--depths"),
-        ({"length": 20}, "--length 20 is not allowed: it must be at least 32"),
+        ({"length": 20}, "--length 20 is not allowed: it must be at least 24 for"),
         ({"pairs": 100}, "--pairs 100 is not allowed"),
         ({"layers": 3}, "num_layers=3 is not allowed"),
         ({"factors": ()}, "--factors"),

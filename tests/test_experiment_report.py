@@ -10,6 +10,7 @@ from _experiment_tables import (
     TABLES,
     ablation_table,
     best_runs,
+    decays_table,
     decoding_table,
     kernels_table,
     needle_table,
@@ -72,25 +73,46 @@ def kernel_lines() -> list[dict[str, Any]]:
 
 
 def ablation_lines() -> list[dict[str, Any]]:
-    base = {"experiment": "ablation", "event": "run", "parameters": 9_000_000}
+    base = {"experiment": "ablation", "event": "run", "parameters": 9_000_000, "tokens": 6_553_600}
     losses = {("3:1", 0): 2.0, ("3:1", 1): 2.2, ("0:1", 0): 2.1, ("0:1", 1): 2.4}
     return [
-        {**base, "variant": v, "seed": s, "validation_loss": x, "validation_perplexity": 10 * x}
+        {
+            **base,
+            "variant": v,
+            "seed": s,
+            "train_loss": x / 2,
+            "validation_loss": x,
+            "validation_perplexity": 10 * x,
+        }
         for (v, s), x in losses.items()
     ]
+
+
+def decays_lines() -> list[dict[str, Any]]:
+    lives = {"first_half_lives": [[1.0, 2.4, 9.0], [2.0, 3.0, 4.0]]}
+    lives |= {"half_lives": [[40.0, 1200.0, 9000.0], [2.0, 50.0, 400.0]]}
+    lines: list[dict[str, Any]] = []
+    for model, seed, reached in (("gdn", 0, 600), ("kda", 0, None), ("kda", 1, 900)):
+        end = {**run(model, seed, 1e-3, reached, 0.98), "experiment": "decays"}
+        lines += [{**end, "event": "point", "step": 500, "accuracy": 0.9}, {**end, **lives}]
+    return lines
 
 
 def needle_lines() -> list[dict[str, Any]]:
     base = {"experiment": "needle", "event": "cell"}
     accuracies = {(0, 0.0): 1.0, (0, 1.0): 0.5, (1, 0.0): 0.8, (1, 1.0): 0.5}
-    return [
+    settings = {"pairs": 8, "repeats": 3, "steps": 900, "learning_rate": 1e-3}
+    begin = {"experiment": "needle", "event": "environment", "settings": settings}
+    cells = [
         {**base, "model": "kda", "length": 512, "seed": s, "depth": d, "accuracy": a}
         for (s, d), a in accuracies.items()
     ]
+    return [begin, *cells]
 
 
 LINES = {
     "synthetic": synthetic_lines(),
+    "decays": decays_lines(),
     "decoding": decoding_lines(),
     "kernels": kernel_lines(),
     "ablation": ablation_lines(),
@@ -104,6 +126,21 @@ def test_the_best_learning_rate_of_each_seed_counts() -> None:
     rows = synthetic_table(LINES["synthetic"]).splitlines()[2:]
     assert rows[0] == "| mqar | 256 | KDA | 300, 200 | 99.5, 99.1 | 0.0005, 0.001 | 0, 1 |"
     assert "| Mamba2 | not in 900 | 12.0 |" in rows[1]
+
+
+def test_decays_table() -> None:
+    kda, gdn = decays_table(LINES["decays"]).splitlines()[2:]
+    lives = "2, 3; 2, 3 | 1,200, 50; 1,200, 50"
+    assert kda == f"| mqar | 256 | KDA | not in 900, 900 | 90.0, 90.0 | {lives} |"
+    assert "| Gated DeltaNet | 600 | 90.0 |" in gdn
+
+
+def test_embeddings_of_other_sizes_stand_apart() -> None:
+    larger = [{**line, "embedding_scale": 16.0} for line in ablation_lines()[:1]]
+    text = ablation_table([*ablation_lines(), *larger])
+    assert text.endswith(ablation_table(ablation_lines()))
+    assert text.startswith("With embeddings of 0.32 at first, 6.6M tokens:")
+    assert "With embeddings of 0.02 at first, 6.6M tokens:" in text
 
 
 def test_decoding_table() -> None:
@@ -120,10 +157,13 @@ def test_other_tables() -> None:
     assert apart == "Difference from `kda`, root mean squares' ratio: dplr 4.1e-03."
     assert forward.splitlines()[2] == "| 2,048 | 1.00 | 1.80 | 1.80 | - | - | - | - |"
     assert backward.splitlines()[2] == "| 2,048 | 3.00 | - | - | - | - | - | - |"
-    base, full = ablation_table(LINES["ablation"]).splitlines()[2:]
-    assert "| 2.1000 (2.0000 to 2.2000) | 21.00 | +0.0000 | 2 | 9.00 | 9.23, 5.65 |" in base
+    base, full = ablation_table(LINES["ablation"]).splitlines()[4:]
+    assert "| 2.1000 (2.0000 to 2.2000) | 21.00 | +0.0000 | 1.05 | 2 | 9.00 | 9.23, 5.65 |" in base
     assert "| 2.2500 (2.1000 to 2.4000) | 22.50 | +0.1500 |" in full
-    (needle,) = needle_table(LINES["needle"]).splitlines()[2:]
+    recipe, _, _, _, needle = needle_table(LINES["needle"]).splitlines()
+    assert recipe.startswith(
+        "8 pairs, each asked for 3 times in a row, 900 steps at a rate of 0.001"
+    )
     assert needle == "| KDA only | 70 (50) | 2 |"
 
 
@@ -134,14 +174,19 @@ def test_page_with_and_without_results(tmp_path: Path) -> None:
     page.write_text(committed)
     assert not any(experiment_report.main(page=page, results=results).values())
     empty = page.read_text()
-    assert empty.count(NO_RESULTS) == 5 and "![" not in empty and not list(tmp_path.glob("*.png"))
+    assert (
+        empty.count(NO_RESULTS) == len(LINES)
+        and "![" not in empty
+        and not list(tmp_path.glob("*.png"))
+    )
     for name, lines in LINES.items():
         environment = {"experiment": name, "event": "environment", "gpu": "NVIDIA H200"}
         texts = [json.dumps(line) for line in [{**environment, "torch": "2.11"}, *lines]]
         (results / f"experiment_{name}.jsonl").write_text("\n".join(texts) + "\n")
     assert all(experiment_report.main(page=page, results=results).values())
     filled = page.read_text()
-    assert NO_RESULTS not in filled and filled.count("Measured on NVIDIA H200, torch 2.11") == 5
+    measured = filled.count("Measured on NVIDIA H200, torch 2.11")
+    assert NO_RESULTS not in filled and measured == len(LINES)
     for name in TABLES:
         assert f"![{name}](experiment_{name}.png)" in filled
         image = tmp_path / f"experiment_{name}.png"
