@@ -9,7 +9,6 @@ import pytest
 import torch
 from finetune_runs import grpo_options, logged, options, write_data, write_model
 from kimi_linear import KimiLinearForCausalLM
-from tolerance import assert_close
 from transformers import AutoTokenizer
 
 pytest.importorskip("trl", reason="fine-tuning needs TRL: pip install '.[finetune]'")
@@ -92,12 +91,17 @@ def test_adapters_of_every_part_and_the_two_merged(
     finetune.main("sft", output=str(folder), **settings)
     losses = [line["loss"] for line in logged(folder)]
     assert losses[-1] < losses[0] - 0.5, losses
-    merged = KimiLinearForCausalLM.from_pretrained(folder / "merged").eval()
+    merged = KimiLinearForCausalLM.from_pretrained(folder / "merged")
+    assert merged.dtype == torch.bfloat16
     base = KimiLinearForCausalLM.from_pretrained(start)
-    adapted = peft.PeftModel.from_pretrained(base, folder).eval()
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        assert_close(merged(ids).logits, adapted(ids).logits, torch.float32)
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    wanted = peft.PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    changed = 0
+    for name, weight in merged.float().state_dict().items():
+        error, size = (weight - wanted[name]).norm(), wanted[name].norm()
+        assert error <= 2**-7 * size, (name, error, size)
+        changed += bool((wanted[name] - before[name]).norm() > 0.02 * size)
+    assert changed > 20
 
 
 @pytest.mark.parametrize("lora", [[], ["attention", "experts"]])

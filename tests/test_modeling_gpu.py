@@ -1,9 +1,14 @@
 """The whole model on a GPU: FLA's kernels against the torch path, in 16 bits and in float32."""
 
+import textwrap
+from pathlib import Path
+
 import kimi_linear.kda as kda
 import pytest
 import torch
 from builders import tiny_model, token_ids
+from decode_models import decode_model
+from test_native import native_like
 from tolerance import assert_kernel_close
 
 pytestmark = [
@@ -156,3 +161,32 @@ def test_saved_on_the_gpu_and_loaded_again(tmp_path):
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
     assert again.model.layers[0].self_attn.A_log.dtype == torch.float32
+
+
+def test_a_trained_model_says_the_same_by_every_path(torch_path):
+    """A text learned by heart, in bfloat16: decoded as one graph, layer by layer, without FLA, and
+    by Transformers' own model with the same weights."""
+    text = Path(textwrap.__file__).read_bytes()[:600]
+    text = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()[None].cuda()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64}
+    model = decode_model("cuda", vocab_size=256, **sizes).float().train()
+    optimizer, steps = torch.optim.AdamW(model.parameters()), 150
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 20) * (1 - step / steps)
+        loss = model(text, labels=text).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert loss < 0.02
+    model = model.to(torch.bfloat16).eval()
+
+    def says(model):
+        options = {"max_new_tokens": 400, "do_sample": False, "eos_token_id": None}
+        return model.generate(text[:, :32], **options)
+
+    assert says(native_like(model).to(torch.bfloat16).cuda()).equal(text[:, :432])
+    for backend in ("graph", "eager"):
+        model.decode_backend = backend
+        assert says(model).equal(text[:, :432]), backend
+    assert torch_path(lambda: says(model)).equal(text[:, :432])
