@@ -1,4 +1,4 @@
-"""Small runs of scripts/finetune.py: a model that can add, texts for it, settings, what was logged."""
+"""Small runs of scripts/finetune.py: a model that can add, texts for it, settings, its logs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""scripts/finetune.py on a GPU: every recipe in bfloat16, adapters over 4 bits, what is left loads."""
+"""scripts/finetune.py on a GPU: each recipe in bfloat16, adapters over 4 and 8 bits."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_adapters_of_every_part_and_the_two_merged(
         error, size = (weight - wanted[name]).norm(), wanted[name].norm()
         assert error <= 2**-7 * size, (name, error, size)
         changed += bool((wanted[name] - before[name]).norm() > 0.02 * size)
-    assert changed > 20
+    assert changed > 15
 
 
 @pytest.mark.parametrize("lora", [[], ["attention", "experts"]])
