@@ -9,7 +9,6 @@ I expert width, E experts, k experts of one token.
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -19,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.integrations import is_deepspeed_zero3_enabled, use_experts_implementation
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -45,8 +43,7 @@ from .context_parallel import (
     total_over,
 )
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
-from .expert_quantization import EXPERT_TENSORS, is_packed, packing_experts, plain_experts
-from .experts_kimi_linear import EXPERTS
+from .expert_quantization import is_packed, packing_experts
 from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
     KimiLinearDeltaAttention,
@@ -58,6 +55,7 @@ from .layers_kimi_linear import (
     is_flash_attention,
 )
 from .loss_kimi_linear import DeferredLogits, LossBackend, causal_lm_loss, uses_fused_loss
+from .moe_kimi_linear import KimiLinearExperts, KimiLinearMoE, KimiLinearRouter
 from .moe_training import (
     ExpertLoads,
     KimiLinearModelOutput,
@@ -65,22 +63,18 @@ from .moe_training import (
     add_router_losses,
     take_notes,
 )
-from .prefill_kernels import choose_experts, has_kernels
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
-from .tensor_parallel import is_dtensor, register_styles, replicated
-from .training_kernels import choose_experts_in_training
+from .tensor_parallel import register_styles
 from .weight_conversion import (
     check_checkpoint,
     other_spellings,
     register_conversion,
     stored_tensors,
 )
-from .wide_product import wide_linear
 
 logger = logging.get_logger(__name__)
 
 BACKBONE = "KimiLinearBackbone"
-EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")
 # Longest call without a past that goes to the "sdpa" backend when no graph is recorded.
 BACKEND_TOKENS = 1024
 # what collators say beside `cu_seq_lens_q`
@@ -101,163 +95,6 @@ AUTO_MAP = {
 # pick it up.
 register_conversion(BACKBONE)
 register_styles()
-
-
-class KimiLinearRouter(nn.Module):
-    """Choice and weights of each token's experts, in float32."""
-
-    e_score_correction_bias: Tensor
-
-    def __init__(self, config: KimiLinearConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        # moves the choice only, and has no gradient; a buffer so that optimizers leave it alone
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
-
-    def forward(self, x: Tensor, notes: RouterNotes | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
-        logits, weights, experts = self._choose(x)
-        if notes is not None:
-            notes.count(experts)
-        return logits, weights, experts
-
-    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        logits = wide_linear(x, self.weight)
-        bias = self.e_score_correction_bias.to(logits.dtype)
-        renormalize = config.moe_renormalize and config.num_experts_per_token > 1  # as released
-        is_sigmoid = config.moe_router_activation_func == "sigmoid"
-        in_groups = config.num_expert_group != config.topk_group
-        if is_sigmoid and not in_groups and has_kernels(logits.detach(), bias):
-            choose = choose_experts_in_training if logits.requires_grad else choose_experts
-            return logits, *choose(
-                logits,
-                bias,
-                config.num_experts_per_token,
-                renormalize,
-                config.routed_scaling_factor,
-            )
-        scores = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
-        choice = self._within_best_groups(scores + bias)
-        experts = choice.topk(config.num_experts_per_token, dim=-1, sorted=False).indices
-        weights = scores.gather(1, experts)
-        if renormalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return logits, weights * config.routed_scaling_factor, experts
-
-    # accelerate's loading for FSDP2 by one process takes all of a state for DTensors, buffers too
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if is_dtensor(self.weight) and self.e_score_correction_bias.is_meta:
-            name = prefix + "e_score_correction_bias"
-            destination[name] = replicated(destination[name], self.weight)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        name = prefix + "e_score_correction_bias"
-        if is_dtensor(state_dict.get(name)):
-            state_dict[name] = state_dict[name].full_tensor()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _within_best_groups(self, scores: Tensor) -> Tensor:
-        """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""
-        groups, kept = self.config.num_expert_group, self.config.topk_group
-        if kept == groups:
-            return scores
-        grouped = scores.unflatten(-1, (groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1, sorted=False).indices
-        outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
-        return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
-
-
-@use_experts_implementation(experts_interface=EXPERTS)
-class KimiLinearExperts(nn.Module):
-    """The routed experts, fused; Transformers' experts interface picks the forward."""
-
-    config: KimiLinearConfig  # set by the decorator
-
-    def __init__(self, config: KimiLinearConfig) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        size = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(self.num_experts, 2 * size, config.hidden_size)
-        )
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, size))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, D], experts and weights [tokens, k] to [tokens, D], one expert at a time."""
-        gate_up_proj, down_proj = plain_experts(self.gate_up_proj), plain_experts(self.down_proj)
-        out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:  # another rank's, under expert parallelism
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_out = F.linear(self.act_fn(gate) * up, down_proj[expert])
-            out = out.index_add(0, token, expert_out * top_k_weights[token, slot, None])
-        return out.to(hidden_states.dtype)
-
-    def split_size(self) -> tuple[str, int, int]:
-        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
-        return "moe_intermediate_size", self.down_proj.shape[2], 8
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        pack = self.__dict__.get("pack_arriving")  # while a quantised model is loaded
-        if pack is not None and name in EXPERT_TENSORS and not value.is_meta:
-            value = pack(value)
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
-        # not from the parameters, which may have no shape under ZeRO-3
-        size, found = self.config.moe_intermediate_size, 0
-        rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            match = EXPERT_NAME.fullmatch(name.removeprefix(prefix))
-            if match is None or int(match[1]) >= self.num_experts:
-                continue
-            fused = self.down_proj if match[2] == "w2" else self.gate_up_proj
-            with torch.no_grad():
-                fused[int(match[1]), rows[match[2]]].copy_(state_dict.pop(name))
-            found += 1
-        if found == 3 * self.num_experts:
-            for name, parameter in self.named_parameters():
-                state_dict.setdefault(prefix + name, parameter.detach())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class KimiLinearMoE(nn.Module):
-    """Routed experts plus the experts that every token uses."""
-
-    def __init__(self, config: KimiLinearConfig) -> None:
-        super().__init__()
-        self.gate = KimiLinearRouter(config)
-        self.experts = KimiLinearExperts(config)
-        if config.num_shared_experts:
-            self.shared_experts = KimiLinearMLP(
-                config, config.moe_intermediate_size * config.num_shared_experts
-            )
-
-    def forward(
-        self, x: Tensor, notes: RouterNotes | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, T, D] to [B, T, D], and with `notes` the router's losses [2]."""
-        tokens = x.flatten(0, -2)
-        # by keyword: hooks of parallel plans put other positional arguments in place of these
-        logits, weights, experts = self.gate(tokens, notes=notes)
-        out = self.experts(tokens, experts, weights).view_as(x)
-        if hasattr(self, "shared_experts"):
-            shared = self.shared_experts(x)
-            out = out + shared if torch.is_grad_enabled() else out.add_(shared)
-        return out if notes is None else (out, notes.losses(logits))
 
 
 class KimiLinearDecoderLayer(GradientCheckpointingLayer):
@@ -318,6 +155,10 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
     def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
         config.check()  # fields may have been changed since it was made
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # Transformers would look for the decorator in this file
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from _environment import environment, line_writer
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, experts_kimi_linear
 from kimi_linear.experts_training import train_experts
 from kimi_linear.loss_kimi_linear import linear_cross_entropy
-from kimi_linear.modeling_kimi_linear import KimiLinearExperts
+from kimi_linear.moe_kimi_linear import KimiLinearExperts
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

@@ -5,7 +5,7 @@ import torch
 from builders import tiny_config, tiny_model, token_ids
 from kimi_linear import experts_kimi_linear
 from kimi_linear.experts_training import train_experts, trains_lean
-from kimi_linear.modeling_kimi_linear import KimiLinearExperts
+from kimi_linear.moe_kimi_linear import KimiLinearExperts
 from kimi_linear.training_kernels import reference_weighted_silu_backward
 from tolerance import TOLERANCE, assert_close
 

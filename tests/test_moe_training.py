@@ -15,9 +15,9 @@ from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
-    KimiLinearRouter,
 )
 from kimi_linear.moe_callback import ExpertBalanceCallback, balance_experts
+from kimi_linear.moe_kimi_linear import KimiLinearRouter
 from kimi_linear.moe_training import ExpertLoads, load_statistics
 from tolerance import assert_close
 from torch import nn

@@ -8,7 +8,7 @@ from kimi_linear import joint_training, loss_kimi_linear
 from kimi_linear.experts_training import train_experts, trains_lean
 from kimi_linear.layers_kimi_linear import KimiLinearDeltaAttention, KimiLinearMLP
 from kimi_linear.loss_kimi_linear import linear_cross_entropy
-from kimi_linear.modeling_kimi_linear import KimiLinearExperts
+from kimi_linear.moe_kimi_linear import KimiLinearExperts
 from kimi_linear.sequence_layout import SequenceLayout, sequence_layout
 from tolerance import TOLERANCE, assert_close
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
