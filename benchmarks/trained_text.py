@@ -22,7 +22,7 @@ from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, kda
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from _benchmark_models import _official_parts, build
+from _benchmark_models import official_parts, build
 from _corpus import split_by_file, standard_library
 
 WINDOW = 8192
@@ -62,11 +62,11 @@ def native_like(model: KimiLinearForCausalLM) -> Any:
     weights = {
         official_name: part
         for name, parameter in model.named_parameters()
-        for official_name, part in _official_parts(name, parameter)
+        for official_name, part in official_parts(name, parameter)
     }
     with torch.no_grad():
         for name, parameter in native.named_parameters():
-            for official_name, part in _official_parts(name, parameter):
+            for official_name, part in official_parts(name, parameter):
                 part.copy_(weights[official_name].view_as(part))
     return native
 

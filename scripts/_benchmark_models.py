@@ -63,7 +63,7 @@ def build(
     model = empty.to_empty(device=device).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            for official_name, part in _official_parts(name, parameter):
+            for official_name, part in official_parts(name, parameter):
                 _fill(official_name, part)
         for buffer in model.buffers():
             buffer.zero_()
@@ -110,7 +110,7 @@ def _native_module(device: torch.device) -> Any:
         del sys.modules["fla"]
 
 
-def _official_parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+def official_parts(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A parameter under its official name; the native model has three convolutions in one."""
     name = name.replace("forget_gate.", "").replace("block_sparse_moe", "mlp")
     if ".conv1d." not in name:
