@@ -22,7 +22,7 @@ from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, kda
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from _benchmark_models import official_parts, build
+from _benchmark_models import build, official_parts
 from _corpus import split_by_file, standard_library
 
 WINDOW = 8192
