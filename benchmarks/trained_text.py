@@ -5,7 +5,8 @@ path continues texts that were held out, in bfloat16 and alone in its batch. A l
 path says how many bytes of its text are the float32 one's, and where they part how much likelier
 the float32 model finds its own byte, in nats: bfloat16 errs by some hundredths.
 
-    python benchmarks/trained_text.py --seconds 90 --record benchmarks/trained_text_h200.jsonl
+    python benchmarks/trained_text.py --seconds 100 --prompts 4 --new-bytes 160 \\
+        --record benchmarks/trained_text_h100.jsonl
 """
 
 import argparse

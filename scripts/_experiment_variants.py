@@ -110,6 +110,7 @@ def build_variant(
     num_heads: int,
     head_dim: int,
     width: int | None = None,
+    embedding_scale: float = 1.0,
 ) -> KimiLinearForCausalLM:
     """A new model of a variant.
 
@@ -119,6 +120,7 @@ def build_variant(
         seed: Of the weights.
         num_layers, num_heads, head_dim: Sizes; the model is as wide as its heads together.
         width: Of the MLPs; None: twice the model's.
+        embedding_scale: How much larger than usual embeddings begin.
 
     Raises:
         ValueError: As `full_layers` does.
@@ -131,6 +133,8 @@ def build_variant(
     )
     torch.manual_seed(seed)
     model = KimiLinearForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(embedding_scale)
     for layer in model.model.layers:
         attention = layer.self_attn
         if isinstance(attention, KimiLinearDeltaAttention):

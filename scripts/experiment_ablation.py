@@ -153,9 +153,10 @@ class Battery:
     def _learner(self, variant: str, seed: int) -> Learner:
         sizes, vocab_size = self.settings.sizes, self.corpus.vocab_size
         width = matched_width(variant, self.target, vocab_size, **sizes)
-        model = build_variant(variant, vocab_size, seed, width=width, **sizes).to(self.device)
-        with torch.no_grad():
-            model.model.embed_tokens.weight.mul_(self.settings.embedding_scale)
+        scale = self.settings.embedding_scale
+        model = build_variant(
+            variant, vocab_size, seed, width=width, embedding_scale=scale, **sizes
+        ).to(self.device)
         shape = (self.rows, self.settings.length)
         learner = Learner(model, self.settings.recipe(self.device), shape)
         if learner.graph_error:

@@ -265,9 +265,10 @@ class Battery:
         settings, variant = self.settings, PATTERNS[model]
         vocab_size = self.train_text.vocab_size
         width = matched_width(variant, self.target, vocab_size, **settings.sizes)
-        built = build_variant(variant, vocab_size, seed, width=width, **settings.sizes)
-        with torch.no_grad():
-            built.model.embed_tokens.weight.mul_(settings.embedding_scale)
+        scale = settings.embedding_scale
+        built = build_variant(
+            variant, vocab_size, seed, width=width, embedding_scale=scale, **settings.sizes
+        )
         recipe = Recipe(
             settings.learning_rate,
             warmup=settings.warmup,

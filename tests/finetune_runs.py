@@ -21,8 +21,8 @@ def question(left: int, right: int) -> str:
     return f"What is {left} plus {right}?"
 
 
-def write_model(folder: Path, **fields: Any) -> None:
-    """A model of two layers, one of either kind of attention, and its tokenizer."""
+def write_model(folder: Path, **fields: Any) -> Path:
+    """The folder, with a model of two layers, one of either attention, and its tokenizer."""
     texts = [f"{question(*pair)} It is {sum(pair)}. I do not know." for pair in SUMS]
     tokenizer = convert_tiktoken(
         train_bpe(texts, 530, show_progress=False), folder, model_max_length=4096
@@ -39,10 +39,11 @@ def write_model(folder: Path, **fields: Any) -> None:
         }
     )
     KimiLinearForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
-def write_data(folder: Path) -> None:
-    """A file of conversations, one of preferences, and one of questions."""
+def write_data(folder: Path) -> Path:
+    """The folder, with a file of conversations, one of preferences, and one of questions."""
     files: dict[str, list[Any]] = {"chat": [], "preferences": [], "questions": []}
     for left, right in SUMS:
         asked, total = question(left, right), left + right
@@ -58,6 +59,7 @@ def write_data(folder: Path) -> None:
         files["questions"].append({"question": asked, "answer": f"{left} + {right} #### {total}"})
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
 
 
 def options(start: Path, file: Path, **changes: Any) -> dict[str, Any]:

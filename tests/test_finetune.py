@@ -30,17 +30,13 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "finetune.py"
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("start") / "model"
-    write_model(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("start") / "model")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a file of conversations, one of preferences, and one of questions."""
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

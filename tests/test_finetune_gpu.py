@@ -30,16 +30,12 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start") / "model"
-    write_model(folder, **SIZES)
-    return folder
+    return write_model(tmp_path_factory.mktemp("start") / "model", **SIZES)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def answer(folder: Path) -> str:
