@@ -1,4 +1,5 @@
-"""One row's tokens divided among processes, with gloo on a CPU, beside one process."""
+"""One row's tokens divided among processes, beside one process: with gloo on a CPU, with NCCL on
+two GPUs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import tiny_model, token_ids
-from processes import run
+from processes import DEVICE_TYPES, assert_same, device, here, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache
@@ -34,12 +35,12 @@ def row(lengths: list[int]) -> dict[str, torch.Tensor]:
     labels = ids.clone()
     labels[0, 20:25] = -100
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return here({"input_ids": ids, "labels": labels, "position_ids": positions})
 
 
 def pair(pattern: str, **fields: Any) -> tuple[Any, Any]:
     """The same model twice, once with its tokens divided."""
-    model, plain = (tiny_model(pattern, **FIELDS, **fields).train() for _ in range(2))
+    model, plain = (here(tiny_model(pattern, **FIELDS, **fields)).train() for _ in range(2))
     model.set_context_parallel(dist.group.WORLD)
     return model, plain
 
@@ -52,8 +53,7 @@ def check_gradients(model: Any, plain: Any, world: int, what: str) -> None:
         else:
             dist.all_reduce(ours.grad)
             grad = ours.grad / world
-        error = (grad - theirs.grad).abs().max()
-        assert error <= 1e-5 * theirs.grad.abs().max(), f"{what}, {name}: {error}"
+        assert_same(grad, theirs.grad, f"{what}, {name}")
     model.zero_grad()
     plain.zero_grad()
 
@@ -66,11 +66,11 @@ def same_gradients(rank: int, world: int, folder: str) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             model.gradient_checkpointing_disable()
-        counts = {"num_items_in_batch": torch.tensor(7)} if name == "inside" else {}
+        counts = {"num_items_in_batch": here(torch.tensor(7))} if name == "inside" else {}
         outputs = [each(**row(lengths), **counts) for each in (model, plain)]
-        torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-5, atol=0)
-        logits = outputs[1].logits[:, own]
-        torch.testing.assert_close(outputs[0].logits[:], logits, rtol=1e-5, atol=1e-5)
+        assert_same(outputs[0].loss.detach(), outputs[1].loss.detach(), f"{name}, loss")
+        logits = [outputs[0].logits[:], outputs[1].logits[:, own]]
+        assert_same(*(x.detach() for x in logits), f"{name}, logits")
         for each in outputs:
             each.loss.backward()
         check_gradients(model, plain, world, name)
@@ -78,7 +78,7 @@ def same_gradients(rank: int, world: int, folder: str) -> None:
 
 def under_fsdp(rank: int, world: int, folder: str) -> None:
     model, plain = pair("hybrid")
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(device().type, (world,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -90,24 +90,24 @@ def under_fsdp(rank: int, world: int, folder: str) -> None:
 def without_gradients(rank: int, world: int, folder: str) -> None:
     """The backbone's hidden states from embeddings; and turning it off again."""
     model, plain = pair("hybrid")
-    embeds = torch.randn(1, TOKENS, 40, generator=torch.Generator().manual_seed(3))
+    embeds = here(torch.randn(1, TOKENS, 40, generator=torch.Generator().manual_seed(3)))
     with torch.no_grad():
         ours, theirs = (
             each.eval().model(inputs_embeds=embeds).last_hidden_state for each in (model, plain)
         )
         own = slice(rank * TOKENS // world, (rank + 1) * TOKENS // world)
-        torch.testing.assert_close(ours, theirs[:, own], rtol=1e-5, atol=1e-5)
+        assert_same(ours, theirs[:, own], "hidden states")
         model.set_context_parallel(None)
         assert torch.equal(model.model(inputs_embeds=embeds).last_hidden_state, theirs)
 
 
 def refuses(rank: int, world: int, folder: str) -> None:
     model, _ = pair("hybrid")
-    ids, mask = token_ids(1, TOKENS), torch.ones(1, TOKENS)
+    ids, mask = here(token_ids(1, TOKENS)), here(torch.ones(1, TOKENS))
     model(ids, attention_mask=mask)
     mask[0, 0] = 0
     calls: list[tuple[dict[str, Any], str]] = [
-        ({"input_ids": token_ids(2, TOKENS)}, "the batch size is 2, .* it must be 1"),
+        ({"input_ids": here(token_ids(2, TOKENS))}, "the batch size is 2, .* it must be 1"),
         ({"input_ids": ids[:, :-1]}, f"has {TOKENS - 1} tokens.* a multiple of {world} processes"),
         ({"input_ids": ids[:, :world]}, f"has {world} tokens, .* at least 3 tokens for each"),
         ({"input_ids": ids, "attention_mask": mask}, "attention_mask has zeros.* all ones"),
@@ -122,6 +122,9 @@ def refuses(rank: int, world: int, folder: str) -> None:
         model(ids)
 
 
-def test_two_and_four_processes_equal_one(tmp_path: Path):
-    run(2, [same_gradients, under_fsdp, without_gradients, refuses], tmp_path)
-    run(4, [same_gradients], tmp_path)
+@pytest.mark.parametrize("device_type", DEVICE_TYPES)
+def test_two_and_four_processes_equal_one(tmp_path: Path, device_type: str):
+    functions = [same_gradients, under_fsdp, without_gradients, refuses]
+    run(2, functions, tmp_path, device_type)
+    if device_type == "cpu" or torch.cuda.device_count() > 3:
+        run(4, [same_gradients], tmp_path, device_type)
