@@ -128,6 +128,17 @@ def launch_gated_norm_backward(
 
 if triton is not None:
 
+    @triton.jit
+    def _normed(x, place, inside, size, eps):
+        """A tile's rows divided by their root mean squares, and the factors that did it."""
+        own = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(own * own, axis=1)[:, None] / size + eps)
+        return own * scale, scale
+
+    @triton.jit
+    def _opened(gate, place, inside):
+        return tl.sigmoid(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
+
     @launch_directly
     @triton.jit
     def _gated_norm(
@@ -137,11 +148,9 @@ if triton is not None:
         column = tl.arange(0, BLOCK)[None, :]
         inside = (row < num_rows) & (column < size)
         place = row * size + column
-        own = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(own * own, axis=1)[:, None] / size + eps)
+        normed, _ = _normed(x, place, inside, size, eps)
         factor = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
-        opened = tl.sigmoid(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
-        value = own * scale * factor * opened
+        value = normed * factor * _opened(gate, place, inside)
         tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
     @launch_directly
@@ -169,10 +178,8 @@ if triton is not None:
             row = (first + step * ROWS + tl.arange(0, ROWS))[:, None]
             inside = (row < num_rows) & (column < size)
             place = row * size + column
-            own = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-            scale = 1.0 / tl.sqrt(tl.sum(own * own, axis=1)[:, None] / size + eps)
-            normed = own * scale
-            opened = tl.sigmoid(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
+            normed, scale = _normed(x, place, inside, size, eps)
+            opened = _opened(gate, place, inside)
             slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
             total += tl.sum(slope * opened * normed, axis=0)
             slope *= factor
