@@ -199,6 +199,15 @@ def group_kernel(
 
 
 @jit
+def _program_expert(begin, active):
+    """The expert of this program, and where its pairs start and stop: nowhere if none is left."""
+    is_used = tl.program_id(1) < tl.load(active)
+    expert = tl.load(active + 1 + tl.program_id(1), mask=is_used, other=0)
+    start = tl.load(begin + expert)
+    return expert, start, tl.where(is_used, tl.load(begin + expert + 1), start)
+
+
+@jit
 def grouped_in_kernel(
     x,  # [B, D], normed
     order,  # int32 [B * TOP] and
@@ -216,10 +225,7 @@ def grouped_in_kernel(
 ):
     """silu(gate) * up of the rows that chose an expert, a tile of an expert by program."""
     wait(IS_LINKED)
-    is_used = tl.program_id(1) < tl.load(active)
-    expert = tl.load(active + 1 + tl.program_id(1), mask=is_used, other=0)
-    start_pair = tl.load(begin + expert)
-    stop_pair = tl.where(is_used, tl.load(begin + expert + 1), start_pair)
+    expert, start_pair, stop_pair = _program_expert(begin, active)
     n, d, g = (
         tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),
         tl.arange(0, STEP),
@@ -264,10 +270,7 @@ def grouped_out_kernel(
 ):
     """Weighted outputs of the pairs of an expert, a tile of an expert by program."""
     wait(IS_LINKED)
-    is_used = tl.program_id(1) < tl.load(active)
-    expert = tl.load(active + 1 + tl.program_id(1), mask=is_used, other=0)
-    start_pair = tl.load(begin + expert)
-    stop_pair = tl.where(is_used, tl.load(begin + expert + 1), start_pair)
+    expert, start_pair, stop_pair = _program_expert(begin, active)
     n, i, g = (
         tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),
         tl.arange(0, STEP),

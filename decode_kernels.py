@@ -4,7 +4,7 @@ At so few tokens a step is a walk through the weights, and its time is the time 
 kernel here reads its weights once, in long rows, and does around it what would otherwise be
 kernels of its own: norms before, activations and residuals after. Where tensors lie is told by
 tables of addresses on the device, so that a recorded graph serves any cache. `decode_step.py` says
-in which order they run; `tests/test_decode_kernels.py` compares each with torch.
+in which order they run; `tests/test_decode_step.py` compares each with torch.
 
 Sums are in float32. What passes from kernel to kernel is in the buffers' dtype.
 
