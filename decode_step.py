@@ -165,7 +165,9 @@ class DecodeStep:
             moe = layer.block_sparse_moe if layer.is_moe else None
             self.routers.append(None if moe is None else self._projection(moe.gate.weight))
             mlp = layer.mlp if moe is None else getattr(moe, "shared_experts", None)
-            self.shared.append(None if mlp is None else self._mlp(mlp))
+            # of few rows the chosen experts' kernels take the shared ones along
+            is_separate = mlp is not None and (moe is None or not self.few)
+            self.shared.append(self._mlp(mlp) if is_separate else None)
         widths = [pair[1].size for pair in self.shared if pair is not None]
         self.mlp = self._empty(B * max(widths, default=0))
         if not any(layer.is_moe for layer in self.layers):
