@@ -2,7 +2,7 @@
 
 import json
 import platform
-import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-
-def commit() -> str:
-    """The checkout's commit, with a mark if files differ from it; "unknown" outside a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from _benchmark_report import current_commit
 
 
 def environment() -> dict[str, Any]:
@@ -26,7 +19,7 @@ def environment() -> dict[str, Any]:
     found = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit(),
+        "commit": current_commit(),
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
     }

@@ -60,7 +60,7 @@ def environment(
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         **{package: _version(package) for package in PACKAGES},
-        "commit": commit or _commit(),
+        "commit": commit or current_commit(),
         "command": shlex.join(command),
     }
 
@@ -149,7 +149,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """The checkout's commit, with a mark if files differ from it; "unknown" outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
     try:
