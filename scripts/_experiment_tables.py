@@ -20,6 +20,7 @@ REPORT_PERPLEXITIES = {
 VARIANT_NAMES = {
     "3:1": "3:1",
     "0:1": "0:1, MLA only",
+    "0:1-rope": "0:1 with RoPE",
     "1:0": "1:0, KDA only",
     "no-gate": "3:1 without output gate",
     "swish-gate": "3:1 with swish output gate",
@@ -38,7 +39,12 @@ DECAY_NAMES = {
 }
 LONGEST = 100_000  # a half-life of more tokens is no decay
 CURVE_STEP = 500  # at which the kinds of decays are compared
-PATTERN_NAMES = {"hybrid": "3 KDA : 1 MLA", "kda": "KDA only", "mla": "MLA only"}
+PATTERN_NAMES = {
+    "hybrid": "3 KDA : 1 MLA",
+    "kda": "KDA only",
+    "mla": "MLA only",
+    "mla-rope": "MLA only, with RoPE",
+}
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

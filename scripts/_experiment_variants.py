@@ -6,6 +6,7 @@
     no-conv              3:1 with SiLU alone where the short convolutions are
     rope                 3:1 with rotary positions on the shared part of MLA's keys and queries.
                          The package itself has MLA without positions only; this layer is here.
+    0:1-rope             0:1 with them
 
 All variants have about as many parameters: the MLPs' width makes up for what differs.
 """
@@ -32,11 +33,9 @@ RATIOS: dict[str, tuple[int, int]] = {
     "7:1": (7, 1),
     "1:0": (1, 0),
 }
-CHANGES = ("no-gate", "swish-gate", "no-conv", "rope")
+CHANGES = ("no-gate", "swish-gate", "no-conv", "rope", "0:1-rope")
 VARIANTS = (*RATIOS, *CHANGES)
 ROPE_THETA = 10000.0
-# Longest call whose queries MLA makes at once without gradients, as rotation needs.
-MAX_ROPE_TOKENS = 1024
 
 
 class PlainNorm(KimiLinearRMSNorm):
@@ -66,16 +65,17 @@ class RotaryLatentAttention(KimiLinearLatentAttention):
         latent, shared = super()._latent(x).split([self.latent_dim, self.shared_key_dim], dim=-1)
         return torch.cat([latent, rotated(shared, dim=1)], dim=-1)
 
+    def _attend_in_tiles(
+        self, x: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of all queries at once: a tile's would be rotated as if it were the first."""
+        out, weights = self._attend(self._query(x), segments, real_tokens)
+        return self.o_proj(out.flatten(-2)), weights
+
 
 def rotated(x: Tensor, dim: int) -> Tensor:
-    """Pairs of the last dimension rotated by their position along `dim`.
-
-    Raises:
-        ValueError: For more than `MAX_ROPE_TOKENS` positions.
-    """
+    """Pairs of the last dimension rotated by their position along `dim`."""
     count, half = x.shape[dim], x.shape[-1] // 2
-    if count > MAX_ROPE_TOKENS:
-        raise ValueError(f"{count} tokens are not allowed with rope: at most {MAX_ROPE_TOKENS}")
     rates = torch.exp(torch.arange(half, device=x.device) * (-math.log(ROPE_THETA) / half))
     angles = torch.arange(count, device=x.device).unsqueeze(1) * rates
     shape = [count if i == dim else 1 for i in range(x.dim() - 1)]
@@ -92,7 +92,7 @@ def full_layers(variant: str, num_layers: int) -> tuple[int, ...]:
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not allowed: it must be one of {VARIANTS}")
-    kda, mla = RATIOS.get(variant, RATIOS["3:1"])
+    kda, mla = RATIOS.get(variant.removesuffix("-rope"), RATIOS["3:1"])
     group = kda + mla
     if num_layers % group:
         raise ValueError(
@@ -139,7 +139,7 @@ def build_variant(
         attention = layer.self_attn
         if isinstance(attention, KimiLinearDeltaAttention):
             _change_kda(attention, variant, config.rms_norm_eps)
-        elif variant == "rope":
+        elif variant.endswith("rope"):
             attention.__class__ = RotaryLatentAttention  # the same weights
     return model
 

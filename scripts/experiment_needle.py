@@ -1,5 +1,5 @@
 """A needle in a haystack by depth and length, beyond the length of training, for Kimi Linear's
-pattern, KDA alone, and latent attention (MLA) alone.
+pattern, KDA alone, and latent attention (MLA) alone, without positions and with rotary ones.
 
 Small models are trained from scratch to look values up: rows of the source of Python's standard
 library, in which pairs of a two-part key and a value stand at random places, and at whose end
@@ -8,7 +8,7 @@ row of sixteen the text is predicted too, elsewhere only the values. Then one pa
 depth of a longer text, the others at random places, and asked for. Chance is one in --values.
 
 That is retrieval as it was practised, at lengths that were not; it says nothing about what a large
-language model of one of these patterns learns from text alone. MLA has no positions in any of them.
+language model of one of these patterns learns from text alone.
 
 A check that it runs, on a CPU, and some minutes on one GPU:
 
@@ -52,7 +52,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 EXPERIMENT = "needle"
-PATTERNS = {"hybrid": "3:1", "kda": "1:0", "mla": "0:1"}
+PATTERNS = {"hybrid": "3:1", "kda": "1:0", "mla": "0:1", "mla-rope": "0:1-rope"}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 POOL_BATCHES = 16
 # A pair takes four places in the text, a question two, and its answer one.

@@ -9,7 +9,6 @@ import pytest
 import torch
 from _experiment_text import Corpus, random_pieces, rows_of
 from _experiment_variants import (
-    MAX_ROPE_TOKENS,
     VARIANTS,
     build_variant,
     count_parameters,
@@ -17,7 +16,7 @@ from _experiment_variants import (
     matched_width,
     rotated,
 )
-from kimi_linear import KimiLinearForCausalLM
+from kimi_linear import KimiLinearForCausalLM, layers_kimi_linear
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
@@ -65,6 +64,7 @@ def loud(variant: str) -> KimiLinearForCausalLM:
 
 def test_layers_of_each_ratio() -> None:
     assert full_layers("3:1", 8) == full_layers("rope", 8) == (4, 8)
+    assert full_layers("0:1-rope", 3) == (1, 2, 3)
     assert full_layers("0:1", 3) == (1, 2, 3) and full_layers("1:0", 3) == ()
     assert full_layers("1:1", 4) == (2, 4) and full_layers("7:1", 8) == (8,)
     with pytest.raises(ValueError, match="num_layers=4 is not allowed: 7:1 needs a multiple of 8"):
@@ -85,10 +85,12 @@ def test_variants_have_about_as_many_parameters() -> None:
 def test_variants_compute_something_else() -> None:
     ids = torch.randint(64, (2, 20))
     base = logits(loud("3:1"), ids)
-    for variant in ("no-gate", "swish-gate", "no-conv", "rope"):
+    alone = logits(loud("0:1"), ids)
+    for variant in ("no-gate", "swish-gate", "no-conv", "rope", "0:1-rope"):
         changed = logits(loud(variant), ids)
         assert changed.isfinite().all()
-        assert (changed - base).abs().max() > 1e-3, variant
+        plain = alone if variant == "0:1-rope" else base
+        assert (changed - plain).abs().max() > 1e-3, variant
 
 
 def test_without_convolution_a_kda_layer_sees_single_tokens() -> None:
@@ -108,8 +110,6 @@ def test_rotation_is_relative() -> None:
         same = scores.diagonal(-distance)
         assert_close(same, same[:1].expand_as(same), torch.float32)
     assert_close(q.norm(dim=-1), query.norm().expand(12), torch.float32)
-    with pytest.raises(ValueError, match="tokens are not allowed with rope"):
-        rotated(torch.zeros(1, MAX_ROPE_TOKENS + 1, 4), dim=1)
 
 
 def test_rope_tells_orders_apart_that_mla_alone_cannot() -> None:
@@ -121,6 +121,14 @@ def test_rope_tells_orders_apart_that_mla_alone_cannot() -> None:
     assert_close(logits(model, ids)[:, -1], logits(model, swapped)[:, -1], torch.float32)
     first, second = (logits(loud("rope"), x)[:, -1] for x in (ids, swapped))
     assert (first - second).abs().max() > 1e-3
+
+
+def test_a_long_call_is_rotated_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients MLA makes many queries in tiles of 1,024 tokens and more."""
+    monkeypatch.setattr(layers_kimi_linear, "FUSED_QUERY_TOKENS", 1)
+    model, ids = loud("rope"), torch.randint(64, (1, 1100))
+    whole = model(ids, use_cache=False).logits.detach()
+    assert_close(logits(model, ids), whole, torch.float32)
 
 
 def test_text_is_whole_and_held_out_by_file(folder: Path) -> None:
