@@ -564,6 +564,28 @@ def test_trainer_resumes_through_load_state_dict(tmp_path):
         assert torch.equal(another.state_dict()[name], tensor), name
 
 
+def test_released_names_are_assigned_to_a_model_without_memory(hybrid, tmp_path):
+    hybrid.save_pretrained(tmp_path)
+    saved = {n: x.bfloat16() for n, x in load_file(tmp_path / "model.safetensors").items()}
+    with torch.device("meta"):
+        other = KimiLinearForCausalLM(tiny_config())
+    result = other.load_state_dict(saved, assign=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    for name, tensor in hybrid.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor.bfloat16()), name
+    assert all(p.requires_grad for p in other.parameters())
+
+
+@pytest.mark.parametrize("rows", [slice(1), slice(7)])
+def test_experts_of_another_shape_are_named(hybrid, tmp_path, rows):
+    hybrid.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    saved[name] = saved[name][rows]
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        tiny_model().load_state_dict(saved)
+
+
 def test_sequence_classification_reads_what_the_mask_calls_last():
     model = KimiLinearForSequenceClassification(tiny_config(num_labels=5)).eval()
     ids = token_ids(2, 8)
