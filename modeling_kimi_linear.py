@@ -357,13 +357,15 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
         notes = take_notes(self, layout, hidden_states, wants_logits)
         losses = []
-        for layer in self.layers:
+        # `assistant_early_exit` lowers the number while the model makes its own draft
+        layers = self.layers[: self.config.num_hidden_layers]
+        for layer in layers:
             if notes is None or not getattr(layer, "is_moe", False):
                 hidden_states = layer(hidden_states, **inputs, **kwargs)
             else:
                 hidden_states, found = layer(hidden_states, router_notes=notes, **inputs, **kwargs)
                 losses.append(found)
-        count_elsewhere(self.layers, past_key_values)
+        count_elsewhere(layers, past_key_values)
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
+from kimi_linear.decode_graph import _depth_obstacle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tolerance import assert_close
 from transformers import (
@@ -300,6 +301,22 @@ def test_assisted_decoding_gives_the_greedy_text(model, draft):
     assistant.generation_config.num_assistant_tokens = 5
     assistant.generation_config.assistant_confidence_threshold = 0.0
     assert model.generate(ids, assistant_model=assistant, **settings).tolist() == expected
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_drafts_of_its_own_first_layers_give_the_greedy_text(model, layers):
+    ids = token_ids(1, 9)
+    settings = {**COMMON, "max_new_tokens": 30}
+    expected = model.generate(ids, **settings).tolist()
+    assert model.generate(ids, assistant_early_exit=layers, **settings).tolist() == expected
+    assert model.config.num_hidden_layers == len(model.model.layers)
+    model.config.num_hidden_layers = layers  # as it is while a draft is made
+    try:
+        assert len(model(ids, output_hidden_states=True).hidden_states) == layers + 1
+        assert f"num_hidden_layers={layers}" in _depth_obstacle(model)
+    finally:
+        model.config.num_hidden_layers = len(model.model.layers)
+    assert _depth_obstacle(model) == ""
 
 
 def test_a_draft_of_ours_for_another_architecture():
