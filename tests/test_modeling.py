@@ -467,6 +467,9 @@ def test_sequence_and_token_classification():
     assert out.logits.shape == (2, 8, 5)
     out.loss.backward()
     assert token.model.layers[0].self_attn.A_log.grad.abs().sum() > 0
+    for given, used in ((None, 0.1), (0.3, 0.3)):  # as Transformers' own heads read it
+        config = tiny_config(classifier_dropout=given)
+        assert KimiLinearForTokenClassification(config).dropout.p == used
 
 
 def test_tied_embeddings():
@@ -606,6 +609,13 @@ def test_what_cannot_work_is_refused_by_name(hybrid):
         hybrid(ids[:, :0])
     with pytest.raises(ValueError, match="logits_to_keep=2"):
         hybrid(ids, labels=ids, logits_to_keep=2)
+    for labels in (ids[:, :5], ids[:1], ids[0]):
+        with pytest.raises(ValueError, match=r"labels has shape .* \[batch, tokens\] = \[2, 6\]"):
+            hybrid(ids, attention_mask=torch.ones_like(ids), labels=labels)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(6,\).*\[batch, tokens\]"):
+        hybrid(ids[0])
+    with pytest.raises(ValueError, match=r"inputs_embeds has shape \(2, 6\).*hidden_size\]"):
+        hybrid(inputs_embeds=ids.float())
     with pytest.raises(ValueError, match="9 columns"):
         tiny_model("all_kda")(ids, attention_mask=torch.ones(2, 9))
     config = tiny_config()
