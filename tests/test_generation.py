@@ -200,6 +200,33 @@ def test_an_empty_cache_given_by_hand(hybrid, mode):
     assert run(hybrid, ids, past_key_values=given, **MODES[mode]) == expected
 
 
+@pytest.mark.parametrize("cached", [9, 12])
+def test_a_prompt_without_a_new_token_is_refused(hybrid, cached):
+    """Transformers' own models read it twice."""
+    ids = token_ids(2, 12)
+    cache = KimiLinearCache(hybrid.config)
+    hybrid(ids[:, :cached], past_key_values=cache)
+    prompt = ids[:, :9]
+    embeds = hybrid.get_input_embeddings()(prompt)
+    for name, value in {"input_ids": prompt, "inputs_embeds": embeds}.items():
+        with pytest.raises(ValueError, match=f"{name} has 9 tokens and past_key_values {cached}"):
+            hybrid.generate(**{name: value}, past_key_values=cache, **COMMON)
+    assert cache.get_seq_length() == cached
+    expected = hybrid.generate(prompt, **COMMON)
+    cache.crop(8)
+    assert torch.equal(hybrid.generate(prompt, past_key_values=cache, **COMMON), expected)
+
+
+def test_the_new_tokens_alone_with_a_mask_of_all(hybrid):
+    ids = token_ids(2, 12)
+    expected = hybrid.generate(ids, **COMMON)
+    cache = KimiLinearCache(hybrid.config)
+    hybrid(ids[:, :9], past_key_values=cache)
+    mask = torch.ones_like(ids)
+    out = hybrid.generate(ids[:, 9:], attention_mask=mask, past_key_values=cache, **COMMON)
+    assert torch.equal(out, expected[:, 9:])
+
+
 def test_three_turns_with_a_returned_cache(model):
     text, cache = token_ids(1, 8), None
     for turn in range(3):
