@@ -40,7 +40,8 @@ class KimiLinearGenerationMixin(GenerationMixin):
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
             raise ValueError(
                 "attention_mask ends in 0, which is not allowed in generate(): prompts must be "
-                "padded on the left"
+                "padded on the left, as with tokenizer.padding_side = 'left' (where no mask is "
+                "given, pad tokens are taken for padding)"
             )
         if self.training and self.model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False
