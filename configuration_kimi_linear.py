@@ -32,6 +32,7 @@ MIN_KDA_HEAD_DIM, MAX_KDA_HEAD_DIM = 16, 256
 
 # Fields of related architectures that would change the computation. They are refused, not ignored.
 UNSUPPORTED_FIELDS = {
+    "attention_bias": "biases of MLA layers in Transformers' own class",
     "activation_situ_beta": "Kimi K3's activation",
     "activation_situ_linear_beta": "Kimi K3's activation",
     "attn_res_block_size": "Kimi K3's attention residuals",
@@ -49,6 +50,13 @@ NATIVE_SIZES = {
 
 ROUTER_TRAINING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate")
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+SWITCHES = (
+    "moe_renormalize",
+    "output_router_logits",
+    "tie_word_embeddings",
+    "use_cache",
+    "use_grouped_topk",
+)
 POSITIVE_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -442,7 +450,7 @@ class KimiLinearConfig(PreTrainedConfig):
             layers,
             "0 (multi-token prediction is not implemented)",
         )
-        for field in ("moe_renormalize", "use_grouped_topk", "tie_word_embeddings", "use_cache"):
+        for field in SWITCHES:
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")
         for field in SPECIAL_IDS:

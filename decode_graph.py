@@ -244,7 +244,12 @@ def model_obstacle(model: nn.Module) -> str:
     device = next(model.parameters()).device
     if device.type not in DEVICE_TYPES:
         return f"the model is on {device.type!r}, it must be on one of {DEVICE_TYPES}"
-    return _chip_obstacle(device) or _size_obstacle(model.config) or _weight_obstacle(model)
+    return (
+        _chip_obstacle(device)
+        or _size_obstacle(model.config)
+        or _depth_obstacle(model)
+        or _weight_obstacle(model)
+    )
 
 
 def _chip_obstacle(device: torch.device) -> str:
@@ -284,6 +289,13 @@ def _size_obstacle(config: Any) -> str:
     if linear["short_conv_kernel_size"] < 2:
         return "linear_attn_config.short_conv_kernel_size is below 2"
     return ""
+
+
+def _depth_obstacle(model: nn.Module) -> str:
+    """An early exit, which a recording of all layers cannot make."""
+    backbone: Any = model.get_submodule("model")
+    count, used = len(backbone.layers), backbone.config.num_hidden_layers
+    return "" if count == used else f"num_hidden_layers={used}, the model has {count}"
 
 
 def _weight_obstacle(model: nn.Module) -> str:

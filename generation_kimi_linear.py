@@ -40,7 +40,8 @@ class KimiLinearGenerationMixin(GenerationMixin):
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
             raise ValueError(
                 "attention_mask ends in 0, which is not allowed in generate(): prompts must be "
-                "padded on the left"
+                "padded on the left, as with tokenizer.padding_side = 'left' (where no mask is "
+                "given, pad tokens are taken for padding)"
             )
         if self.training and self.model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False
@@ -72,8 +73,24 @@ class KimiLinearGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As usual, but a decode step without padding gets what it needs and nothing else: to look
-        into a mask, the host would have to wait for the device."""
+        into a mask, the host would have to wait for the device.
+
+        Raises:
+            ValueError: If the prompt has no token that the cache has not.
+        """
         layers = getattr(past_key_values, "layers", None)
+        left = kwargs.get("next_sequence_length")
+        if is_first_iteration and left is not None and left < 1:
+            # Transformers would take a slice of [-left:], which may be the whole prompt once more
+            prompt = input_ids if inputs_embeds is None else inputs_embeds
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            past = prompt.shape[1] - left
+            raise ValueError(
+                f"{name} has {prompt.shape[1]} tokens and past_key_values {past}, which is not "
+                f"allowed: {name} must be the whole text, at least one token longer than what is "
+                "cached (cache.crop(-1) takes the last one back); or the new tokens alone, with an "
+                "attention_mask of all columns"
+            )
         if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
             past = layers[0].num_tokens
             # the last token of a text is real: the prompt's is checked, others were generated

@@ -439,11 +439,12 @@ class KimiLinearLatentAttention(nn.Module):
         self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager"."""
-        weight = self._kv_b_weight().unflatten(0, (-1, self.key_dim + self.value_dim))
-        key, value = weight.split([self.key_dim, self.value_dim], dim=1)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        weight, bias = self._kv_b_weight()
+        sizes = [self.key_dim, self.value_dim]
+        key, value = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
+        dropout, weights = self.config.attention_dropout if self.training else 0.0, None
         if dropout or self.config._attn_implementation == "eager":
-            return latent_attention_weights(
+            out, weights = latent_attention_weights(
                 query,
                 segments,
                 key,
@@ -452,10 +453,13 @@ class KimiLinearLatentAttention(nn.Module):
                 real_BS=real_tokens,
                 dropout=dropout,
             )
-        out = latent_attention(
-            query, segments, key, value, scaling=self.scaling, real_BS=real_tokens
-        )
-        return out, None
+        else:
+            out = latent_attention(
+                query, segments, key, value, scaling=self.scaling, real_BS=real_tokens
+            )
+        if bias is not None:  # that of keys adds the same to all of a query's scores
+            out = out + bias.unflatten(0, (-1, sum(sizes)))[:, self.key_dim :]
+        return out, weights
 
     def _backend(
         self, query: Tensor, latent: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -506,18 +510,24 @@ class KimiLinearLatentAttention(nn.Module):
             ]
         return torch.cat(outputs, dim=2).transpose(1, 2)[..., : self.value_dim]
 
-    def _kv_b_weight(self) -> Tensor:
-        """[H * (K - P + V), L], also where adapters or quantised weights take kv_b_proj's place."""
+    def _kv_b_weight(self) -> tuple[Tensor, Tensor | None]:
+        """[H * (K - P + V), L] and the bias, also where adapters or quantised weights take
+        kv_b_proj's place. The layer itself has no bias; those of adapters may."""
         proj = self.kv_b_proj
         if (
             type(proj) is nn.Linear
+            and proj.bias is None
             and type(proj.weight) in (nn.Parameter, Tensor)
             and not proj.weight.is_meta
         ):
-            return proj.weight
+            return proj.weight, None
         norm = self.kv_a_layernorm.weight
         eye = torch.eye(self.latent_dim, dtype=norm.dtype, device=norm.device)
-        return proj(eye).transpose(0, 1)
+        weight = proj(eye).transpose(0, 1)
+        if not any(name.rpartition(".")[2] == "bias" for name, _ in proj.named_parameters()):
+            return weight, None
+        bias = proj(torch.zeros_like(eye[:1]))[0]
+        return weight - bias[:, None], bias
 
     def _query(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, H, K]."""

@@ -295,6 +295,10 @@ class DeferredLogits:
         args, kwargs = tree_map_only(cls, cls.tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Files and copies have the logits themselves, without their graph."""
+        return self.tensor().detach().__reduce_ex__(protocol)
+
     def __repr__(self) -> str:
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -315,8 +319,9 @@ def _as_tensor(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    *("getitem", "len", "iter", "array", "bool", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"),
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "pow"),
+    *("getitem", "setitem", "len", "iter", "contains", "array", "bool", "neg", "pos", "abs"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "add", "radd", "sub", "rsub", "mul", "rmul", "matmul"),
+    *("truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow"),
 ):
     setattr(DeferredLogits, f"__{_name}__", _as_tensor(f"__{_name}__"))
 

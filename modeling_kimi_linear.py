@@ -312,6 +312,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         source: Any = input_ids if inputs_embeds is None else inputs_embeds
+        _check_source(source, "input_ids" if inputs_embeds is None else "inputs_embeds")
         batch_size, num_tokens = source.shape[:2]
         if num_tokens == 0:
             raise ValueError(
@@ -357,13 +358,15 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
         notes = take_notes(self, layout, hidden_states, wants_logits)
         losses = []
-        for layer in self.layers:
+        # `assistant_early_exit` lowers the number while the model makes its own draft
+        layers = self.layers[: self.config.num_hidden_layers]
+        for layer in layers:
             if notes is None or not getattr(layer, "is_moe", False):
                 hidden_states = layer(hidden_states, **inputs, **kwargs)
             else:
                 hidden_states, found = layer(hidden_states, router_notes=notes, **inputs, **kwargs)
                 losses.append(found)
-        count_elsewhere(self.layers, past_key_values)
+        count_elsewhere(layers, past_key_values)
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -455,6 +458,16 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         self.embed_tokens = value
 
 
+def _check_source(source: Tensor, name: str) -> None:
+    """ValueError unless the input has the dimensions of rows of tokens."""
+    axes = ["batch", "tokens", "hidden_size"][: 2 if name == "input_ids" else 3]
+    if source.ndim != len(axes):
+        raise ValueError(
+            f"{name} has shape {tuple(source.shape)}, which is not allowed: it must be "
+            f"[{', '.join(axes)}]"
+        )
+
+
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin):
     """Kimi Linear as a language model."""
 
@@ -537,6 +550,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is not None:
+            if self.model.context_group is None and isinstance(logits_to_keep, int):
+                _check_labels(labels, x, logits_to_keep)
             labels, kwargs = _shift_labels(
                 labels,
                 kwargs,
@@ -591,6 +606,17 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         prepare_cache(cache, self.config)
         note_padding(cache, attention_mask, mask, past)
         return decode_logits(self, input_ids, mask, cache)
+
+
+def _check_labels(labels: Tensor, hidden_states: Tensor, logits_to_keep: int) -> None:
+    """ValueError unless there is a label for each token; other labels than all tokens' may be
+    given with `logits_to_keep`."""
+    needed = hidden_states.shape[:2]
+    if not logits_to_keep and labels.shape != needed:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, which is not allowed: it must be "
+            f"[batch, tokens] = {list(needed)}"
+        )
 
 
 def _shift_labels(
@@ -685,7 +711,8 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = KimiLinearBackbone(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

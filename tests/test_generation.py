@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
+from kimi_linear.decode_graph import _depth_obstacle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tolerance import assert_close
 from transformers import (
@@ -199,6 +200,33 @@ def test_an_empty_cache_given_by_hand(hybrid, mode):
     assert run(hybrid, ids, past_key_values=given, **MODES[mode]) == expected
 
 
+@pytest.mark.parametrize("cached", [9, 12])
+def test_a_prompt_without_a_new_token_is_refused(hybrid, cached):
+    """Transformers' own models read it twice."""
+    ids = token_ids(2, 12)
+    cache = KimiLinearCache(hybrid.config)
+    hybrid(ids[:, :cached], past_key_values=cache)
+    prompt = ids[:, :9]
+    embeds = hybrid.get_input_embeddings()(prompt)
+    for name, value in {"input_ids": prompt, "inputs_embeds": embeds}.items():
+        with pytest.raises(ValueError, match=f"{name} has 9 tokens and past_key_values {cached}"):
+            hybrid.generate(**{name: value}, past_key_values=cache, **COMMON)
+    assert cache.get_seq_length() == cached
+    expected = hybrid.generate(prompt, **COMMON)
+    cache.crop(8)
+    assert torch.equal(hybrid.generate(prompt, past_key_values=cache, **COMMON), expected)
+
+
+def test_the_new_tokens_alone_with_a_mask_of_all(hybrid):
+    ids = token_ids(2, 12)
+    expected = hybrid.generate(ids, **COMMON)
+    cache = KimiLinearCache(hybrid.config)
+    hybrid(ids[:, :9], past_key_values=cache)
+    mask = torch.ones_like(ids)
+    out = hybrid.generate(ids[:, 9:], attention_mask=mask, past_key_values=cache, **COMMON)
+    assert torch.equal(out, expected[:, 9:])
+
+
 def test_three_turns_with_a_returned_cache(model):
     text, cache = token_ids(1, 8), None
     for turn in range(3):
@@ -300,6 +328,22 @@ def test_assisted_decoding_gives_the_greedy_text(model, draft):
     assistant.generation_config.num_assistant_tokens = 5
     assistant.generation_config.assistant_confidence_threshold = 0.0
     assert model.generate(ids, assistant_model=assistant, **settings).tolist() == expected
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_drafts_of_its_own_first_layers_give_the_greedy_text(model, layers):
+    ids = token_ids(1, 9)
+    settings = {**COMMON, "max_new_tokens": 30}
+    expected = model.generate(ids, **settings).tolist()
+    assert model.generate(ids, assistant_early_exit=layers, **settings).tolist() == expected
+    assert model.config.num_hidden_layers == len(model.model.layers)
+    model.config.num_hidden_layers = layers  # as it is while a draft is made
+    try:
+        assert len(model(ids, output_hidden_states=True).hidden_states) == layers + 1
+        assert f"num_hidden_layers={layers}" in _depth_obstacle(model)
+    finally:
+        model.config.num_hidden_layers = len(model.model.layers)
+    assert _depth_obstacle(model) == ""
 
 
 def test_a_draft_of_ours_for_another_architecture():

@@ -1,5 +1,6 @@
 """The loss of training without the logits, beside the loss from logits."""
 
+import copy
 import functools
 
 import pytest
@@ -252,11 +253,31 @@ def test_deferred_logits_are_the_logits():
         (logits == expected, torch.ones_like(expected, dtype=torch.bool)),
         (logits.to(torch.float64), expected.double()),
         (torch.stack(list(logits)), expected),
+        (logits // 0.5 + logits % 0.5, expected // 0.5 + expected % 0.5),
+        (2**logits + 2 // logits, 2**expected + 2 // expected),
     ):
         torch.testing.assert_close(getattr(actual, "tensor", lambda a=actual: a)(), wanted)
     assert len(logits) == 2
     with pytest.raises(AttributeError):
         _ = logits.no_such_thing
+
+
+def test_deferred_logits_can_be_written_to():
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    logits = run(model, "auto", ids)[0].logits
+    logits[..., 5] = -torch.inf
+    assert logits.argmax(-1).ne(5).all() and logits[..., 5].isinf().all()
+
+
+def test_deferred_logits_are_saved_as_logits(tmp_path):
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    out = run(model, "auto", ids)[0]
+    torch.save({"logits": out.logits}, tmp_path / "out.pt")
+    torch.save(out, tmp_path / "outputs.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)["logits"]
+    assert torch.equal(found, out.logits.tensor())
+    assert type(torch.load(tmp_path / "outputs.pt", weights_only=False).logits) is torch.Tensor
+    assert torch.equal(copy.deepcopy(out.logits), found)
 
 
 def test_deferred_logits_are_not_made_by_accelerate():

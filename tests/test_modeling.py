@@ -467,6 +467,9 @@ def test_sequence_and_token_classification():
     assert out.logits.shape == (2, 8, 5)
     out.loss.backward()
     assert token.model.layers[0].self_attn.A_log.grad.abs().sum() > 0
+    for given, used in ((None, 0.1), (0.3, 0.3)):  # as Transformers' own heads read it
+        config = tiny_config(classifier_dropout=given)
+        assert KimiLinearForTokenClassification(config).dropout.p == used
 
 
 def test_tied_embeddings():
@@ -564,6 +567,28 @@ def test_trainer_resumes_through_load_state_dict(tmp_path):
         assert torch.equal(another.state_dict()[name], tensor), name
 
 
+def test_released_names_are_assigned_to_a_model_without_memory(hybrid, tmp_path):
+    hybrid.save_pretrained(tmp_path)
+    saved = {n: x.bfloat16() for n, x in load_file(tmp_path / "model.safetensors").items()}
+    with torch.device("meta"):
+        other = KimiLinearForCausalLM(tiny_config())
+    result = other.load_state_dict(saved, assign=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    for name, tensor in hybrid.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor.bfloat16()), name
+    assert all(p.requires_grad for p in other.parameters())
+
+
+@pytest.mark.parametrize("rows", [slice(1), slice(7)])
+def test_experts_of_another_shape_are_named(hybrid, tmp_path, rows):
+    hybrid.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    saved[name] = saved[name][rows]
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        tiny_model().load_state_dict(saved)
+
+
 def test_sequence_classification_reads_what_the_mask_calls_last():
     model = KimiLinearForSequenceClassification(tiny_config(num_labels=5)).eval()
     ids = token_ids(2, 8)
@@ -584,6 +609,13 @@ def test_what_cannot_work_is_refused_by_name(hybrid):
         hybrid(ids[:, :0])
     with pytest.raises(ValueError, match="logits_to_keep=2"):
         hybrid(ids, labels=ids, logits_to_keep=2)
+    for labels in (ids[:, :5], ids[:1], ids[0]):
+        with pytest.raises(ValueError, match=r"labels has shape .* \[batch, tokens\] = \[2, 6\]"):
+            hybrid(ids, attention_mask=torch.ones_like(ids), labels=labels)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(6,\).*\[batch, tokens\]"):
+        hybrid(ids[0])
+    with pytest.raises(ValueError, match=r"inputs_embeds has shape \(2, 6\).*hidden_size\]"):
+        hybrid(inputs_embeds=ids.float())
     with pytest.raises(ValueError, match="9 columns"):
         tiny_model("all_kda")(ids, attention_mask=torch.ones(2, 9))
     config = tiny_config()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearForCausalLM
+from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
 from kimi_linear.peft_targets import EXPERT_PARAMETERS, LORA_GROUPS, lora_targets
 from kimi_linear.weight_conversion import official_shapes
 from safetensors import safe_open
@@ -183,6 +183,21 @@ def test_generation_with_a_cache_reads_the_adapters() -> None:
         with torch.no_grad():
             choice = model(ids[:, :length]).logits[:, -1].argmax(-1)
         assert (choice == ids[:, length]).all()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_biases_of_adapters_count_with_a_cache_too(backend: str) -> None:
+    model = tiny_model("alternating", attn_implementation=backend)
+    config = peft.LoraConfig(target_modules=["kv_b_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    cache = KimiLinearCache(model.config)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        found = [model(ids, past_key_values=cache).logits for ids in IDS.split([9, 11, 1], dim=1)]
+    assert_close(torch.cat(found, dim=1), expected, torch.float32)
 
 
 # ---- files --------------------------------------------------------------------------------------
