@@ -359,7 +359,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         notes = take_notes(self, layout, hidden_states, wants_logits)
         losses = []
         # `assistant_early_exit` lowers the number while the model makes its own draft
-        layers = self.layers[: self.config.num_hidden_layers]
+        layers = list(self.layers)[: self.config.num_hidden_layers]
         for layer in layers:
             if notes is None or not getattr(layer, "is_moe", False):
                 hidden_states = layer(hidden_states, **inputs, **kwargs)

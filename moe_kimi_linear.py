@@ -174,11 +174,17 @@ class KimiLinearExperts(nn.Module):
     def _copy_expert(
         self, expert: int, kind: str, name: str, value: Tensor, error_msgs: list[str]
     ) -> None:
-        """Put one matrix of one expert into its place; another shape is one of torch's errors."""
+        """Put one matrix of one expert into its place, or tell torch why that cannot be."""
         # not from the parameters, which may have no shape under ZeRO-3
         size = self.config.moe_intermediate_size
         rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}[kind]
         place = (self.down_proj if kind == "w2" else self.gate_up_proj)[expert, rows]
+        if place.is_meta:
+            error_msgs.append(
+                f"{name} cannot be put into a model on the meta device alone: assign=True needs "
+                "the matrices of all experts of a layer in one state_dict"
+            )
+            return
         if place.shape == value.shape:
             place.copy_(value)
             return
