@@ -57,6 +57,8 @@ def _fla_kernels() -> tuple[Callable[..., Any] | None, Callable[..., Any] | None
 
 def _fla_obstacle(tensor: Tensor, head_dims: Sequence[int]) -> str:
     """Why FLA cannot take this tensor, or ""."""
+    if is_transformed():
+        return "a transform of torch.func is at work"
     if tensor.device.type not in FLA_DEVICES:
         return f"the tensor is on {tensor.device.type!r}, FLA needs one of {FLA_DEVICES}"
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -137,6 +139,12 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a graph is being recorded through any of the tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work (grad, vmap, jvp), which our own
+    `autograd.Function`s, made for one backward pass, do not take part in."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class _Inputs(NamedTuple):
@@ -783,6 +791,9 @@ def kda_attention(
     chosen = resolve_backend(q, backend, head_dims=(q.shape[-1], v.shape[-1]))
     if needs_grad(*inputs):
         state_out = None
+    if is_transformed():
+        with no_autocast(q.device):
+            return _recurrent(inputs, output_final_state)
     if chosen == "fla" and q.shape[1] > 0:
         out, state = _fla_kda(inputs, output_final_state, is_normalised)
     elif q.shape[1] == 1 and cu_seqlens is None and not needs_grad(*inputs):

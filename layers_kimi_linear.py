@@ -516,7 +516,7 @@ class KimiLinearLatentAttention(nn.Module):
         proj = self.kv_b_proj
         if (
             type(proj) is nn.Linear
-            and proj.bias is None
+            and getattr(proj, "bias", None) is None
             and type(proj.weight) in (nn.Parameter, Tensor)
             and not proj.weight.is_meta
         ):

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .kda import no_autocast
+from .kda import is_transformed, no_autocast
 from .loss_kernel import loss_and_gradient, reference_loss_and_gradient
 from .prefill_kernels import has_kernels
 from .wide_product import add_wide_product, wide_product
@@ -211,6 +211,8 @@ def _obstacle(model: Any, x: Tensor, labels: Tensor, logits_to_keep: int | Tenso
         return "the labels are not those of all tokens"
     if torch.compiler.is_compiling():
         return "the model is being compiled"
+    if is_transformed():
+        return "a transform of torch.func is at work"
     if getattr(model, "_is_replica", False):
         return "the model is a replica of nn.DataParallel, which gathers outputs"
     dtype, weight = product_dtype(x), model.lm_head.weight if _is_plain(model.lm_head) else None

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .direct_launch import launch_directly
+from .kda import is_transformed
 
 try:
     import triton
@@ -28,7 +29,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether the kernels take these: on CUDA, with triton, neither recorded nor compiled."""
-    if triton is None or torch.compiler.is_compiling():
+    if triton is None or torch.compiler.is_compiling() or is_transformed():
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False

@@ -550,6 +550,28 @@ def test_a_cache_made_under_inference_mode_goes_on_outside_it(hybrid):
         assert_close(out, hybrid(ids).logits[:, 8:], FLOAT32)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+def test_transforms_of_torch_func(training, experts):
+    model, ids = tiny_model().train(training), token_ids(2, 11)
+    model.set_experts_implementation(experts)
+    model(ids, labels=ids).loss.backward()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def call(weights, ids, **kwargs):
+        return torch.func.functional_call(model, weights, (ids,), {"use_cache": False, **kwargs})
+
+    def loss(weights, row):
+        return call(weights, row[None], labels=row[None]).loss
+
+    per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, ids)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert_close(per_row[name].mean(0), parameter.grad, FLOAT32, name)
+    logits = torch.func.vmap(lambda row: call(weights, row[None]).logits[0])(ids)
+    assert_close(logits, model.eval()(ids).logits, FLOAT32)
+
+
 def test_trainer_resumes_through_load_state_dict(tmp_path):
     """Trainer hands over the saved names, which have single experts."""
     model, other = tiny_model(), tiny_model(seed=5)
