@@ -64,7 +64,7 @@ from .moe_training import (
     take_notes,
 )
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
-from .tensor_parallel import register_styles
+from .tensor_parallel import joined, register_styles
 from .weight_conversion import (
     check_checkpoint,
     other_spellings,
@@ -205,9 +205,13 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         with _named_as_written(type(self)):
             return super().save_pretrained(*args, **kwargs)
 
-    def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Tied weights once: gathered from several processes, they are two tensors."""
-        state = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save: nn.Module, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """What every torch can put together, and tied weights once: gathered from several
+        processes, they are two tensors."""
+        state = {name: joined(x) for name, x in state_dict.items()}
+        state = super().gather_sharded_state_dict_for_save(model_to_save, state, *args, **kwargs)
         tied = {} if self._device_mesh is None else self.all_tied_weights_keys
         return {name: x for name, x in state.items() if name not in tied}
 

@@ -132,6 +132,26 @@ def replicated(x: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def joined(x: Any) -> Any:
+    """A DTensor of which each process has a part of each of several pieces, such as the fused gate
+    and up projections, as a whole tensor in the CPU's memory; anything else as it is.
+
+    torch 2.11's `full_tensor` refuses these; newer ones put them together.
+    """
+    if not is_dtensor(x) or x.device_mesh.ndim != 1:
+        return x
+    place = x.placements[0]
+    pieces = getattr(place, "split_factor", 1)
+    if pieces == 1:
+        return x
+    own = x.detach().to_local().contiguous()
+    parts = [torch.empty_like(own) for _ in range(x.device_mesh.size())]
+    dist.all_gather(parts, own, group=x.device_mesh.get_group())
+    dim = place.dim % own.ndim
+    cut = [part.cpu().unflatten(dim, (pieces, -1)) for part in parts]
+    return torch.cat(cut, dim=dim + 1).flatten(dim, dim + 1)
+
+
 def register_styles() -> None:
     """Make the styles known to Transformers, under names that it has not."""
     ALL_PARALLEL_STYLES.register(REGION, Region())
@@ -139,4 +159,4 @@ def register_styles() -> None:
         ALL_PARALLEL_STYLES.register(SPLIT.format(dim), SplitParameter(dim))
 
 
-__all__ = ["SumGradients", "SumOutputs", "is_dtensor", "register_styles", "replicated"]
+__all__ = ["SumGradients", "SumOutputs", "is_dtensor", "joined", "register_styles", "replicated"]

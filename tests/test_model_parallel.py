@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
-from processes import DEVICE_TYPES, assert_same, assert_same_gradients, device, here, run
+from kimi_linear.tensor_parallel import joined
+from processes import DEVICE_TYPES, assert_same, assert_same_gradients, device, here, run, whole
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.functional import cross_entropy
@@ -48,10 +49,6 @@ def load(folder: str, name: str, dtype: torch.dtype = torch.float32, **kwargs: A
         f"{folder}/{name}", distributed_config=config, attn_implementation="sdpa", dtype=dtype
     )
     return model if kwargs else here(model)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def packed_rows() -> dict[str, torch.Tensor]:
@@ -104,6 +101,8 @@ def tensor_parallel(rank: int, world: int, folder: str) -> None:
     assert kda.q_conv1d.weight.to_local().shape == (64 // world, 1, 4)
     assert kda.A_log.to_local().shape == (1, 1, 4 // world, 1)
     assert mla.kv_b_proj.weight.to_local().shape[0] == 8 // world * 26
+    fused, expected = (each.model.layers[1].block_sparse_moe.experts for each in (model, plain))
+    assert torch.equal(joined(fused.gate_up_proj), expected.gate_up_proj.cpu())
     same_text(model, plain)
     same_training(model, plain)
     model.save_pretrained(f"{folder}/tensor_{world}")
@@ -132,7 +131,9 @@ def tensor_parallel_in_bfloat16(rank: int, world: int, folder: str) -> None:
         loss.backward()
     torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
     grads = [
-        torch.cat([whole(parameter.grad).flatten().float() for parameter in each.parameters()])
+        torch.cat(
+            [whole(parameter.grad).flatten().float().cpu() for parameter in each.parameters()]
+        )
         for each in (model, plain)
     ]
     assert (grads[0] - grads[1]).norm() <= 0.1 * grads[1].norm()
