@@ -1,5 +1,6 @@
 """The figures of docs/experiments.md, from the lines of the experiments."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 def plot_synthetic(lines: Sequence[Line], path: Path) -> None:
     """As figure 4: peak accuracy over length above, accuracy over steps at one length below: 1,024
-    tokens, or as many as there are."""
+    tokens, or as many as there are. A point and a curve for each seed; the line is their mean."""
     runs = best_runs(lines)
     tasks = list(dict.fromkeys(task for task, _, _ in runs))
     lengths = sorted({length for _, length, _ in runs})
@@ -72,13 +73,16 @@ def plot_synthetic(lines: Sequence[Line], path: Path) -> None:
             if not found:
                 continue
             colour, marker = STYLES[model]
-            peaks = [(n, 100 * max(x["best_accuracy"] for x in found[n])) for n in sorted(found)]
-            above.plot(
-                *zip(*peaks, strict=True), marker=marker, color=colour, label=MODEL_NAMES[model]
-            )
-            for run in found.get(shown, [])[:1]:
+            peaks = [(n, 100 * run["best_accuracy"]) for n, x in found.items() for run in x]
+            above.plot(*zip(*peaks, strict=True), marker, color=colour, ms=4, alpha=0.7)
+            means = [
+                (n, statistics.mean(share for length, share in peaks if length == n))
+                for n in sorted(found)
+            ]
+            above.plot(*zip(*means, strict=True), color=colour, label=MODEL_NAMES[model])
+            for run in found.get(shown, []):
                 curve = [(0, 0.0), *_curve(lines, run)]
-                below.plot(*zip(*curve, strict=True), color=colour, label=MODEL_NAMES[model])
+                below.plot(*zip(*curve, strict=True), color=colour, lw=1.2)
         above.set_xscale("log", base=2)
         set_ticks(above, lengths)
         above.set(title=task, xlabel="tokens", ylim=(-3, 103))
@@ -220,7 +224,7 @@ def plot_needle(lines: Sequence[Line], path: Path) -> None:
             axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
         row[0].set_ylabel(f"{recipe.split(' in a row')[0]}\ndepth (%)", fontsize=8)
-    figure.colorbar(image, ax=list(panels.flat), label="accuracy (%)")
+    figure.colorbar(image, ax=list(panels.flat), label="accuracy (%), mean over seeds")
     figure.savefig(path, dpi=110)
 
 

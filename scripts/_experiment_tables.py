@@ -79,12 +79,13 @@ def _quality(run: Line) -> tuple[float, float, int]:
 
 
 def synthetic_table(lines: Sequence[Line]) -> str:
-    """Steps to the target and best accuracy by task, length and model."""
+    """Steps to the target and best accuracy by task, length and model, seeds separated by commas;
+    one learning rate where theirs are equal."""
     rows = []
     for (task, length, model), runs in best_runs(lines).items():
         steps = [_steps(run) for run in runs]
         accuracies = [f"{100 * run['best_accuracy']:.1f}" for run in runs]
-        rates = sorted({run["learning_rate"] for run in runs})
+        rates = [f"{run['learning_rate']:g}" for run in runs]
         rows.append(
             [
                 task,
@@ -92,7 +93,7 @@ def synthetic_table(lines: Sequence[Line]) -> str:
                 MODEL_NAMES[model],
                 ", ".join(steps),
                 ", ".join(accuracies),
-                ", ".join(f"{rate:g}" for rate in rates),
+                ", ".join(rates if len(set(rates)) > 1 else rates[:1]),
                 ", ".join(str(run["seed"]) for run in runs),
             ]
         )
@@ -332,20 +333,28 @@ def needle_table(lines: Sequence[Line]) -> str:
 
 
 def _needle_table(cells: Sequence[Line]) -> str:
-    """Accuracy of each pattern by length, and the worst depth's."""
-    models = needle_cells(cells)
-    lengths = sorted({length for places in models.values() for length, _ in places})
+    """Accuracy of each pattern by length and seed, and the worst depth's."""
+    lengths = sorted({cell["length"] for cell in cells})
     rows = []
-    for model, accuracies in models.items():
-        texts = []
-        for length in lengths:
-            found = [value for (n, _), value in accuracies.items() if n == length]
-            text = f"{100 * statistics.mean(found):.0f} ({100 * min(found):.0f})" if found else "-"
-            texts.append(text)
-        seeds = {cell["seed"] for cell in cells if cell["model"] == model}
-        rows.append([PATTERN_NAMES[model], *texts, str(len(seeds))])
-    head = ["accuracy, % (worst depth)", *(f"{length:,} tokens" for length in lengths), "seeds"]
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        found = [cell for cell in cells if cell["model"] == model]
+        texts = [_by_seed([cell for cell in found if cell["length"] == n]) for n in lengths]
+        seeds = sorted({cell["seed"] for cell in found})
+        rows.append([PATTERN_NAMES[model], *texts, ", ".join(str(seed) for seed in seeds)])
+    head = ["accuracy, % (worst depth)", *(f"{length:,} tokens" for length in lengths), "seed"]
     return markdown(head, rows)
+
+
+def _by_seed(cells: Sequence[Line]) -> str:
+    """Each seed's mean over depths, and the worst depth of any seed."""
+    seeds: dict[int, dict[float, float]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["seed"]):
+        seeds.setdefault(cell["seed"], {})[cell["depth"]] = cell["accuracy"]
+    if not seeds:
+        return "-"
+    means = ", ".join(f"{100 * statistics.mean(depths.values()):.0f}" for depths in seeds.values())
+    worst = min(min(depths.values()) for depths in seeds.values())
+    return f"{means} ({100 * worst:.0f})"
 
 
 TABLES: Mapping[str, Callable[[Sequence[Line]], str]] = {

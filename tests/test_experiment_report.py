@@ -124,8 +124,10 @@ def test_the_best_learning_rate_of_each_seed_counts() -> None:
     runs = best_runs(LINES["synthetic"])
     assert [x["learning_rate"] for x in runs["mqar", 256, "kda"]] == [1e-3, 5e-4]
     rows = synthetic_table(LINES["synthetic"]).splitlines()[2:]
-    assert rows[0] == "| mqar | 256 | KDA | 300, 200 | 99.5, 99.1 | 0.0005, 0.001 | 0, 1 |"
+    assert rows[0] == "| mqar | 256 | KDA | 300, 200 | 99.5, 99.1 | 0.001, 0.0005 | 0, 1 |"
     assert "| Mamba2 | not in 900 | 12.0 |" in rows[1]
+    same = [run("kda", seed, 1e-3, 300, 0.995) for seed in (0, 1)]
+    assert "| 99.5, 99.5 | 0.001 | 0, 1 |" in synthetic_table(same)
 
 
 def test_decays_table() -> None:
@@ -164,7 +166,7 @@ def test_other_tables() -> None:
     assert recipe.startswith(
         "8 pairs, each asked for 3 times in a row, 900 steps at a rate of 0.001"
     )
-    assert needle == "| KDA only | 70 (50) | 2 |"
+    assert needle == "| KDA only | 75, 65 (50) | 0, 1 |"
 
 
 def test_page_with_and_without_results(tmp_path: Path) -> None:
