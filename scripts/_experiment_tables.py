@@ -233,13 +233,32 @@ def ablation_groups(lines: Sequence[Line]) -> dict[tuple[float, int], Groups]:
     """Runs by variant, of every seed the last one; by how much larger embeddings were at first, and
     by tokens: the largest first, then the shortest."""
     found: dict[tuple[float, int], dict[str, dict[int, Line]]] = {}
-    for run in events(lines, "run"):
+    for run in _with_first_reading(lines):
         recipe = run.get("embedding_scale", 1.0), run["tokens"]
         found.setdefault(recipe, {}).setdefault(run["variant"], {})[run["seed"]] = run
     return {
         recipe: {variant: list(runs.values()) for variant, runs in found[recipe].items()}
         for recipe in sorted(found, key=lambda recipe: (-recipe[0], recipe[1]))
     }
+
+
+def _with_first_reading(lines: Iterable[Line]) -> list[Line]:
+    """Runs, with "first_reading": tokens and validation loss of the last point before any text was
+    read a second time; None where there was no point so early."""
+    settings: Mapping[str, Any] = {}
+    early: dict[tuple[str, int], tuple[int, float]] = {}
+    runs = []
+    for line in lines:
+        if line["event"] == "environment":
+            settings, early = line.get("settings", {}), {}
+        elif line["event"] == "point":
+            tokens = line["step"] * settings.get("batch_tokens", 0)
+            if 0 < tokens <= settings.get("train_tokens", 0):
+                early[line["variant"], line["seed"]] = tokens, line["validation_loss"]
+        elif line["event"] == "run" and "error" not in line:
+            first = early.pop((line["variant"], line["seed"]), None)
+            runs.append({**line, "first_reading": first})
+    return runs
 
 
 def recipe_name(recipe: tuple[float, int]) -> str:
@@ -259,6 +278,8 @@ def ablation_table(lines: Sequence[Line]) -> str:
 def _ablation_table(groups: Groups) -> str:
     """Validation loss with its spread over seeds, beside the report's perplexities."""
     base = {run["seed"]: run["validation_loss"] for run in groups.get("3:1", [])}
+    firsts = [run["first_reading"] for runs in groups.values() for run in runs]
+    early = {first[0] for first in firsts if first}  # one number: a recipe's points are alike
     rows = []
     for variant, runs in groups.items():
         losses = [run["validation_loss"] for run in runs]
@@ -272,6 +293,7 @@ def _ablation_table(groups: Groups) -> str:
                 f"{statistics.mean(run['validation_perplexity'] for run in runs):.2f}",
                 f"{statistics.mean(pairs):+.4f}" if pairs else "-",
                 f"{statistics.mean(run['train_loss'] for run in runs):.2f}",
+                *([_first_reading(runs)] if early else []),
                 str(len(losses)),
                 f"{runs[0]['parameters'] / 1e6:.2f}",
                 "-" if report is None else f"{report[0]:.2f}, {report[1]:.2f}",
@@ -283,11 +305,20 @@ def _ablation_table(groups: Groups) -> str:
         "perplexity",
         "loss over 3:1, same seeds",
         "last batch's loss",
+        *(f"validation loss after {tokens / 1e6:.1f}M, none read twice" for tokens in early),
         "seeds",
         "million parameters",
         "report: training, validation perplexity",
     )
     return markdown(head, rows)
+
+
+def _first_reading(runs: Sequence[Line]) -> str:
+    """Mean and range of the validation losses before any text was read a second time."""
+    losses = [run["first_reading"][1] for run in runs if run["first_reading"]]
+    if not losses:
+        return "-"
+    return f"{statistics.mean(losses):.2f} ({min(losses):.2f} to {max(losses):.2f})"
 
 
 def needle_groups(lines: Sequence[Line]) -> dict[str, list[Line]]:

@@ -145,6 +145,23 @@ def test_embeddings_of_other_sizes_stand_apart() -> None:
     assert "With embeddings of 0.02 at first, 6.6M tokens:" in text
 
 
+def test_what_no_text_was_read_twice_for_stands_apart() -> None:
+    """The point at 20 tokens of 25, not the one at 40, and each run's own."""
+    settings = {"batch_tokens": 2, "train_tokens": 25}
+    lines: list[dict[str, Any]] = [
+        {"experiment": "ablation", "event": "environment", "settings": settings}
+    ]
+    for run_line, loss in zip(ablation_lines(), (3.0, 3.2, 3.4, 3.8), strict=True):
+        for step, each in ((5, 9.0), (10, loss), (20, 1.0)):
+            lines.append({**run_line, "event": "point", "step": step, "validation_loss": each})
+        lines.append(run_line)
+    table = ablation_table(lines)
+    assert "| validation loss after 0.0M, none read twice |" in table
+    assert "| 1.05 | 3.10 (3.00 to 3.20) | 2 |" in table
+    assert "| 3.60 (3.40 to 3.80) | 2 |" in table
+    assert "none read twice" not in ablation_table(ablation_lines())
+
+
 def test_decoding_table() -> None:
     short, long = decoding_table(LINES["decoding"]).splitlines()[2:]
     assert long == (
