@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .expert_quantization import PackedExperts, plain_experts
-from .kda import is_transformed, no_autocast
+from .kda import is_traced, no_autocast
 from .pair_sort import sort_pairs
 from .training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
 
@@ -39,7 +39,7 @@ def grouped_mm() -> Callable[..., Tensor] | None:
 def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
     """Whether `train_experts` takes this call."""
     matrices = experts.gate_up_proj, experts.down_proj
-    if x.device.type not in DEVICES or torch.compiler.is_compiling() or is_transformed():
+    if x.device.type not in DEVICES or is_traced():
         return False
     # in the first pass of reentrant checkpointing too, which records no gradients
     if not (experts.training or torch.is_grad_enabled()):

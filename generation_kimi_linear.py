@@ -82,11 +82,12 @@ class KimiLinearGenerationMixin(GenerationMixin):
         left = kwargs.get("next_sequence_length")
         if is_first_iteration and left is not None and left < 1:
             # Transformers would take a slice of [-left:], which may be the whole prompt once more
-            prompt = input_ids if inputs_embeds is None else inputs_embeds
-            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
-            past = prompt.shape[1] - left
+            name, prompt = "input_ids", input_ids
+            if inputs_embeds is not None:
+                name, prompt = "inputs_embeds", inputs_embeds
+            count = prompt.shape[1]
             raise ValueError(
-                f"{name} has {prompt.shape[1]} tokens and past_key_values {past}, which is not "
+                f"{name} has {count} tokens and past_key_values {count - left}, which is not "
                 f"allowed: {name} must be the whole text, at least one token longer than what is "
                 "cached (cache.crop(-1) takes the last one back); or the new tokens alone, with an "
                 "attention_mask of all columns"

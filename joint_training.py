@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .conv_training_kernels import WIDTH, convolve_columns, convolve_columns_backward, triton
 from .experts_training import product_dtype
-from .kda import is_transformed, no_autocast
+from .kda import is_traced, no_autocast
 from .sequence_layout import SequenceLayout
 from .training_kernels import gated_silu, weighted_silu_backward
 
@@ -32,9 +32,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 def trains_jointly(x: Tensor, linears: Sequence[nn.Linear], *others: Tensor) -> bool:
     """Whether these linear layers are taken at once: in training, if nothing but their weights
     counts (no adapters, hooks, quantised or sharded weights)."""
-    if triton is None or x.device.type not in DEVICES or torch.compiler.is_compiling():
-        return False
-    if is_transformed():
+    if triton is None or x.device.type not in DEVICES or is_traced():
         return False
     # in the first pass of reentrant checkpointing too, which records no gradients
     if not (torch.is_grad_enabled() or linears[0].training) or x.dtype not in DTYPES:

@@ -147,6 +147,12 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def is_traced() -> bool:
+    """Whether tensors may be stand-ins, which our own kernels and functions do not take: while a
+    compiler or a transform of `torch.func` is at work."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
 class _Inputs(NamedTuple):
     """The arguments of `kda_attention` that carry data."""
 

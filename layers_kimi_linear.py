@@ -442,7 +442,8 @@ class KimiLinearLatentAttention(nn.Module):
         weight, bias = self._kv_b_weight()
         sizes = [self.key_dim, self.value_dim]
         key, value = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
-        dropout, weights = self.config.attention_dropout if self.training else 0.0, None
+        dropout = self.config.attention_dropout if self.training else 0.0
+        weights = None
         if dropout or self.config._attn_implementation == "eager":
             out, weights = latent_attention_weights(
                 query,

@@ -554,8 +554,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is not None:
-            if self.model.context_group is None and isinstance(logits_to_keep, int):
-                _check_labels(labels, x, logits_to_keep)
+            keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            if keeps_all and self.model.context_group is None:
+                _check_labels(labels, x.shape[:2])
             labels, kwargs = _shift_labels(
                 labels,
                 kwargs,
@@ -612,11 +613,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         return decode_logits(self, input_ids, mask, cache)
 
 
-def _check_labels(labels: Tensor, hidden_states: Tensor, logits_to_keep: int) -> None:
-    """ValueError unless there is a label for each token; other labels than all tokens' may be
-    given with `logits_to_keep`."""
-    needed = hidden_states.shape[:2]
-    if not logits_to_keep and labels.shape != needed:
+def _check_labels(labels: Tensor, needed: torch.Size) -> None:
+    """ValueError unless there is a label for each token."""
+    if labels.shape != needed:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, which is not allowed: it must be "
             f"[batch, tokens] = {list(needed)}"

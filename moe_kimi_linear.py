@@ -149,11 +149,12 @@ class KimiLinearExperts(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
-        matches = {name: EXPERT_NAME.fullmatch(name.removeprefix(prefix)) for name in state_dict}
         names = {
             (int(match[1]), match[2]): name
-            for name, match in matches.items()
-            if match and name.startswith(prefix) and int(match[1]) < self.num_experts
+            for name in state_dict
+            if name.startswith(prefix)
+            and (match := EXPERT_NAME.fullmatch(name, len(prefix)))
+            and int(match[1]) < self.num_experts
         }
         is_complete = len(names) == 3 * self.num_experts
         if is_complete and local_metadata.get("assign_to_params_buffers"):

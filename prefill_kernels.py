@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .direct_launch import launch_directly
-from .kda import is_transformed
+from .kda import is_traced
 
 try:
     import triton
@@ -29,7 +29,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether the kernels take these: on CUDA, with triton, neither recorded nor compiled."""
-    if triton is None or torch.compiler.is_compiling() or is_transformed():
+    if triton is None or is_traced():
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .kda import is_transformed, needs_grad, no_autocast
+from .kda import is_traced, needs_grad, no_autocast
 
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,7 +40,7 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     with no_autocast(x.device):
         is_plain = type(weight) in (nn.Parameter, Tensor) and x.dtype == weight.dtype != wide
-        if is_plain and not torch.compiler.is_compiling() and not is_transformed():
+        if is_plain and not is_traced():
             return _WideLinear.apply(x, weight) if needs_grad(x, weight) else _forward(x, weight)
         return F.linear(x.to(wide), weight.to(wide))
 

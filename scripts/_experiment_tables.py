@@ -279,7 +279,8 @@ def _ablation_table(groups: Groups) -> str:
     """Validation loss with its spread over seeds, beside the report's perplexities."""
     base = {run["seed"]: run["validation_loss"] for run in groups.get("3:1", [])}
     firsts = [run["first_reading"] for runs in groups.values() for run in runs]
-    early = {first[0] for first in firsts if first}  # one number: a recipe's points are alike
+    early = {first[0] for first in firsts if first}
+    assert len(early) <= 1, early  # a recipe's points are alike
     rows = []
     for variant, runs in groups.items():
         losses = [run["validation_loss"] for run in runs]

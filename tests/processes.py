@@ -24,6 +24,15 @@ IMPORTS += ["transformers.trainer", "transformers.generation.utils"]
 Function = Callable[[int, int, str], None]
 
 
+def fits(world: int, device_type: str) -> bool:
+    """Whether there is a device for each of so many processes."""
+    return device_type == "cpu" or torch.cuda.device_count() >= world
+
+
+TWO_GPUS = pytest.mark.skipif(not fits(2, "cuda"), reason="needs two GPUs")
+DEVICE_TYPES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])]
+
+
 def run(world: int, functions: list[Function], folder: Path, device_type: str = "cpu") -> None:
     """Each `function(rank, world, folder)` in turn, in `world` processes of one group."""
     with socket.socket() as free:
@@ -96,8 +105,3 @@ def assert_same_gradients(model: Any, plain: Any, what: str = "") -> None:
     """Of all parameters, in order; those of `model` may be sharded."""
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert_same(ours.grad, theirs.grad, f"{what} {name}")
-
-
-gpu = pytest.mark.gpu
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-DEVICE_TYPES = ["cpu", pytest.param("cuda", marks=[gpu, two_gpus])]

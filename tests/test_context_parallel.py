@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import tiny_model, token_ids
-from processes import DEVICE_TYPES, assert_same, device, here, run
+from processes import DEVICE_TYPES, assert_same, device, fits, here, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache
@@ -126,5 +126,5 @@ def refuses(rank: int, world: int, folder: str) -> None:
 def test_two_and_four_processes_equal_one(tmp_path: Path, device_type: str):
     functions = [same_gradients, under_fsdp, without_gradients, refuses]
     run(2, functions, tmp_path, device_type)
-    if device_type == "cpu" or torch.cuda.device_count() > 3:
+    if fits(4, device_type):
         run(4, [same_gradients], tmp_path, device_type)

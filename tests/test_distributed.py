@@ -20,7 +20,7 @@ from _training import make_optimizer
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
 from packaging.version import Version
-from processes import DEVICE_TYPES, assert_same, assert_same_gradients, device, here, run
+from processes import DEVICE_TYPES, assert_same, assert_same_gradients, device, fits, here, run
 from test_scripts import SIZES
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -185,5 +185,5 @@ def test_two_and_four_processes_equal_one(tmp_path: Path, device_type: str):
     run(2, functions, tmp_path, device_type)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "whole")]
     assert files[0] == files[1]  # saved from shards: the released names, byte for byte
-    readers = 2 if device_type == "cuda" and torch.cuda.device_count() < 4 else 4
+    readers = 4 if fits(4, device_type) else 2
     run(readers, [same_gradients, load_shards], tmp_path, device_type)

@@ -10,7 +10,16 @@ import torch.distributed as dist
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.tensor_parallel import joined
-from processes import DEVICE_TYPES, assert_same, assert_same_gradients, device, here, run, whole
+from processes import (
+    DEVICE_TYPES,
+    assert_same,
+    assert_same_gradients,
+    device,
+    fits,
+    here,
+    run,
+    whole,
+)
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.functional import cross_entropy
@@ -232,12 +241,11 @@ def test_two_and_four_processes_equal_one(tmp_path: Path, device_type: str):
     three = {**FIELDS["linear_attn_config"], "num_heads": 3}
     tiny_model(linear_attn_config=three).save_pretrained(tmp_path / "three_kda_heads")
     for world, fields in MODELS.items():
-        if device_type == "cuda" and torch.cuda.device_count() < world:
+        if not fits(world, device_type):
             continue
         tiny_model(**fields).save_pretrained(tmp_path / f"of_{world}")
-        functions = [sizes_must_divide, tensor_parallel]
+        functions = [sizes_must_divide, tensor_parallel, tensor_parallel_in_bfloat16]
         functions += [] if IS_OLD else [with_sharded_data]
-        functions += [tensor_parallel_in_bfloat16]
         if world == 2:
             functions += [expert_parallel, pipeline_of_text, pipeline_of_training]
         run(world, functions, tmp_path, device_type)
