@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .rollback import KDAPlan
+from .upstream import is_offloading, put_layers
 
 BLOCK_TOKENS = 256
 # A buffer of at least so many tokens is never copied to grow: the next one goes beside it.
@@ -630,29 +631,28 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     if layers and all(hasattr(layer, "memory_bytes") for layer in layers):
         if len(layers) != config.num_hidden_layers:
             raise ValueError(
-                f"past_key_values has {len(layers)} layers, which is not allowed: it must have "
+                f"cache has {len(layers)} layers, which is not allowed: it must have "
                 f"num_hidden_layers={config.num_hidden_layers}"
             )
         counts = {layer.num_tokens for layer in layers}
         if len(counts) > 1:
             raise ValueError(
-                f"past_key_values has layers of {min(counts)} and of {max(counts)} tokens, which "
+                f"cache has layers of {min(counts)} and of {max(counts)} tokens, which "
                 "is not allowed: an error ended the call before; start from a copy, or reset() it"
             )
         return cache
     name = type(cache).__name__
     if name != "DynamicCache":
         raise ValueError(
-            f"past_key_values={name} is not supported: it must be a KimiLinearCache, "
+            f"cache={name} is not supported: it must be a KimiLinearCache, "
             "a DynamicCache or None; KimiLinearCache(config, reserve_tokens=...) makes room in "
             "advance, as generate(cache_implementation='static') does"
         )
     if any(getattr(layer, "is_initialized", False) or _has_state(layer) for layer in layers):
         raise ValueError(
-            f"past_key_values={name} holds tokens that this model did not write: it must be empty"
+            f"cache={name} holds tokens that this model did not write: it must be empty"
         )
-    cache.layers = _layers_for(config, ROLLBACK_TOKENS, 0, getattr(cache, "offloading", False))
-    cache.layer_class_to_replicate = None
+    put_layers(cache, _layers_for(config, ROLLBACK_TOKENS, 0, is_offloading(cache)))
     cache.__class__ = KimiLinearDynamicCache
     return cache
 

@@ -42,7 +42,7 @@ def note_padding(
     had_padding = cache.layers[0].has_padding
     if had_padding and attention_mask is None:
         raise ValueError(
-            "attention_mask=None is not allowed here: past_key_values holds padding, so that it "
+            "attention_mask=None is not allowed here: cache holds padding, so that it "
             "must be [batch, tokens] with a column for each cached and each new token"
         )
     if mask is None:

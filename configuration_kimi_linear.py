@@ -131,7 +131,7 @@ class KimiLinearConfig(PreTrainedConfig):
     """
 
     model_type = "kimi_linear"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "aux_loss_alpha": "router_aux_loss_coef",
         "max_position_embeddings": "model_max_length",

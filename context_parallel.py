@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .kda import compute_dtype, kda_attention, no_autocast
 from .sequence_layout import SequenceLayout
+from .upstream import attention_backend
 
 
 class _Gather(torch.autograd.Function):
@@ -172,7 +173,7 @@ def check_context_call(
         group: The process group.
         shape: B and T.
         attention_mask: None where it says nothing.
-        has_cache: Whether the call has `past_key_values` or wants some.
+        has_cache: Whether the call has a `cache` or wants some.
     """
     (batch_size, num_tokens), world = shape, dist.get_world_size(group)
     least = config.linear_attn_config["short_conv_kernel_size"] - 1
@@ -185,10 +186,10 @@ def check_context_call(
             "sequence whose labels are -100",
         ),
         (attention_mask is not None, "attention_mask has zeros", "all ones: pack sequences"),
-        (has_cache, "past_key_values or use_cache is given", "left out"),
+        (has_cache, "cache or use_cache is given", "left out"),
         (
-            config._attn_implementation != "sdpa",
-            f"attn_implementation={config._attn_implementation!r}",
+            attention_backend(config) != "sdpa",
+            f"attn_implementation={attention_backend(config)!r}",
             "'sdpa'",
         ),
     ]

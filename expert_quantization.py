@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from .upstream import mark_initialized
+
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
 BLOCK_SIZES = {4: 64, 8: 256}
 aten = torch.ops.aten
@@ -184,7 +186,7 @@ def _packer(config: Any) -> Callable[[Tensor], nn.Parameter]:
         else:
             packed = PackedExperts.of(weights, 8)
         made = nn.Parameter(packed, requires_grad=False)
-        made._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_initialized(made)
         return made
 
     return pack

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.utils import logging
 
 from .experts_training import train_experts, trains_lean
 from .grouped_kernels import TensorDescriptor, TritonError, down, gate_up
 from .pair_sort import sort_pairs
 from .prefill_kernels import has_kernels, weighted_sum
+from .upstream import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 logger = logging.get_logger(__name__)
 

@@ -5,32 +5,25 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
-from .late_stop import late_sample
+from .model_outputs import one_cache
 from .sessions import Session, load_session, read_session, save_session
+from .upstream import GenerationHooks
 
 logger = logging.get_logger(__name__)
 
 CACHE_IMPLEMENTATIONS = (None, "dynamic", "static", "offloaded", "offloaded_static")
 # what `generate()` hands to every step, without effect on one token behind a cache
-DECODE_ARGUMENTS = {"next_sequence_length", "position_ids", "logits_to_keep", "use_cache"}
+DECODE_ARGUMENTS = {"position_ids", "logits_to_keep", "use_cache"}
 
 
-class KimiLinearGenerationMixin(GenerationMixin):
+class KimiLinearGenerationMixin(GenerationHooks):
     """`GenerationMixin` with the hybrid cache."""
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Give `generate()` a hybrid cache, unless it is given one or wants none."""
+    def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Refuse what this model cannot generate with."""
         if generation_config.compile_config is not None:
             logger.warning_once(
                 "compile_config has no effect: on a GPU decoding replays one CUDA graph already, "
@@ -56,66 +49,8 @@ class KimiLinearGenerationMixin(GenerationMixin):
                 f"cache_implementation={kind!r} is not supported: it must be one of "
                 f"{CACHE_IMPLEMENTATIONS}"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = self._new_cache(generation_config, max_cache_length)
-            return
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As usual, but a decode step without padding gets what it needs and nothing else: to look
-        into a mask, the host would have to wait for the device.
-
-        Raises:
-            ValueError: If the prompt has no token that the cache has not.
-        """
-        layers = getattr(past_key_values, "layers", None)
-        left = kwargs.get("next_sequence_length")
-        if is_first_iteration and left is not None and left < 1:
-            # Transformers would take a slice of [-left:], which may be the whole prompt once more
-            name, prompt = "input_ids", input_ids
-            if inputs_embeds is not None:
-                name, prompt = "inputs_embeds", inputs_embeds
-            count = prompt.shape[1]
-            raise ValueError(
-                f"{name} has {count} tokens and past_key_values {count - left}, which is not "
-                f"allowed: {name} must be the whole text, at least one token longer than what is "
-                "cached (cache.crop(-1) takes the last one back); or the new tokens alone, with an "
-                "attention_mask of all columns"
-            )
-        if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
-            past = layers[0].num_tokens
-            # the last token of a text is real: the prompt's is checked, others were generated
-            if past and input_ids.shape[1] == past + 1:
-                attention_mask = None
-                if DECODE_ARGUMENTS.issuperset(name for name, x in kwargs.items() if x is not None):
-                    last = input_ids[:, -1:].contiguous()
-                    return {"input_ids": last, "past_key_values": past_key_values}
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        """As usual, but on CUDA the host does not wait for each token, see `late_stop.py`; where
-        several GPUs have to make the same number of steps it does."""
-        late = None if kwargs.get("synced_gpus") else late_sample()
-        return super()._sample(*args, **kwargs) if late is None else late(self, *args, **kwargs)
-
-    def _new_cache(self, generation_config: Any, max_cache_length: int) -> KimiLinearCache:
+    def new_cache(self, generation_config: Any, max_cache_length: int) -> KimiLinearCache:
         """A cache that can be cropped if someone will be able to: it is returned, or a draft's."""
         kind = generation_config.cache_implementation or ""
         is_returned = generation_config.return_dict_in_generate
@@ -129,6 +64,58 @@ class KimiLinearGenerationMixin(GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return cache
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As usual, but a decode step without padding gets what it needs and nothing else: to look
+        into a mask, the host would have to wait for the device.
+
+        Raises:
+            ValueError: If the prompt has no token that the cache has not.
+            RuntimeError: In `generate()`, if the loop has lost its cache.
+        """
+        cache = one_cache(cache, past_key_values)
+        if is_first_iteration and next_sequence_length is not None and next_sequence_length < 1:
+            # Transformers would take a slice of [-left:], which may be the whole prompt once more
+            name, prompt = "input_ids", input_ids
+            if inputs_embeds is not None:
+                name, prompt = "inputs_embeds", inputs_embeds
+            count = prompt.shape[1]
+            raise ValueError(
+                f"{name} has {count} tokens and cache {count - next_sequence_length}, which is not "
+                f"allowed: {name} must be the whole text, at least one token longer than what is "
+                "cached (cache.crop(-1) takes the last one back); or the new tokens alone, with an "
+                "attention_mask of all columns"
+            )
+        inputs: dict[str, Any] | None = None
+        layers = getattr(cache, "layers", None)
+        if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
+            past = layers[0].num_tokens
+            # the last token of a text is real: the prompt's is checked, others were generated
+            if past and input_ids.shape[1] == past + 1:
+                attention_mask = None
+                if DECODE_ARGUMENTS.issuperset(name for name, x in kwargs.items() if x is not None):
+                    inputs = {"input_ids": input_ids[:, -1:].contiguous(), "cache": cache}
+        if inputs is None:
+            inputs = self.step_inputs(
+                input_ids,
+                cache,
+                next_sequence_length=next_sequence_length,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                is_first_iteration=is_first_iteration,
+                **kwargs,
+            )
+        return self.watch_step(inputs, input_ids.shape[1])
 
     def save_session(
         self, path: str | os.PathLike[str], cache: Cache, input_ids: Tensor | None = None

@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_kimi_linear import KDALayerCache, LatentLayerCache, States
 from .configuration_kimi_linear import KimiLinearConfig
@@ -39,6 +38,7 @@ from .prefill_kernels import has_kernels, silu_mul
 from .rollback import KDAPlan
 from .sequence_layout import SequenceLayout
 from .short_conv import convolution_state, short_convolution
+from .upstream import ALL_ATTENTION_FUNCTIONS, attention_backend
 
 LATENT_NORM_EPS = 1e-6
 # Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
@@ -130,20 +130,20 @@ class KimiLinearDeltaAttention(nn.Module):
         self,
         hidden_states: Tensor,  # [B, T, D]
         layout: SequenceLayout,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         kda_plan: KDAPlan | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if past_key_values is None or kda_plan is None:
+        if cache is None or kda_plan is None:
             return self._read(hidden_states, layout)[0], None
-        cache: KDALayerCache = past_key_values.layers[self.layer_idx]
-        x, states = cache.start(hidden_states, kda_plan)
-        own = cache.writable_state(hidden_states.shape[0])
+        past: KDALayerCache = cache.layers[self.layer_idx]
+        x, states = past.start(hidden_states, kda_plan)
+        own = past.writable_state(hidden_states.shape[0])
         *_, last = runs = kda_plan.runs
         outputs = []
         if len(runs) == 2 and all(r.start < r.stop and r.layout.cu_seqlens is None for r in runs):
             out, states, anchor = self._read(x, last.layout, states, own, last.start)
-            cache.keep_anchor(anchor)
+            past.keep_anchor(anchor)
             outputs.append(out)
             runs = ()
         for run in runs:
@@ -152,8 +152,8 @@ class KimiLinearDeltaAttention(nn.Module):
                 out, states, _ = self._read(part, run.layout, states, state_out)
                 outputs.append(out)
             if run.makes_anchor:
-                cache.keep_anchor(states)
-        cache.update(states, hidden_states, kda_plan, x[:, last.start : last.stop])
+                past.keep_anchor(states)
+        past.update(states, hidden_states, kda_plan, x[:, last.start : last.stop])
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return out[:, -hidden_states.shape[1] :], None
 
@@ -380,7 +380,7 @@ class KimiLinearLatentAttention(nn.Module):
         hidden_states: Tensor,  # [B, T, D]
         layout: SequenceLayout,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         real_tokens: Tensor | None = None,
         by_blocks: bool = False,
         kda_plan: KDAPlan | None = None,
@@ -392,14 +392,14 @@ class KimiLinearLatentAttention(nn.Module):
         use_flash = is_flash_attention(self.config)
         # flash attention takes sequences end to end, and "sdpa" one by one; else rows and a mask
         alone = attends_by_sequence(self.config, layout)
-        packed = use_flash and layout.cu_seqlens is not None and past_key_values is None
+        packed = use_flash and layout.cu_seqlens is not None and cache is None
         packed = (packed and not by_blocks) or alone
         x = layout.pack(hidden_states) if packed else hidden_states
         latent = self._latent(x)  # [B, T, L + P]
         segments = [latent]
-        if past_key_values is not None:
-            cache: LatentLayerCache = past_key_values.layers[self.layer_idx]
-            segments = cache.update(latent)
+        if cache is not None:
+            own: LatentLayerCache = cache.layers[self.layer_idx]
+            segments = own.update(latent)
         if layout.context is not None:
             keys = layout.context.latents(latent)
             ends = [0, x.shape[1]] if layout.cu_seqlens is None else layout.ends
@@ -444,7 +444,7 @@ class KimiLinearLatentAttention(nn.Module):
         key, value = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
         dropout = self.config.attention_dropout if self.training else 0.0
         weights = None
-        if dropout or self.config._attn_implementation == "eager":
+        if dropout or attention_backend(self.config) == "eager":
             out, weights = latent_attention_weights(
                 query,
                 segments,
@@ -470,7 +470,7 @@ class KimiLinearLatentAttention(nn.Module):
         if is_flash_attention(self.config) and self.value_dim != key.shape[-1]:
             value = F.pad(value, (0, key.shape[-1] - self.value_dim))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
+            attention_backend(self.config), eager_attention
         )
         out, weights = attention(
             self,
@@ -568,7 +568,7 @@ def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
 def attends_by_sequence(config: KimiLinearConfig, layout: SequenceLayout) -> bool:
     """Whether packed sequences are attended to one by one instead of in rows, whose mask grows with
     the square of their length: by "sdpa", where the sequences are not too short for that."""
-    if not layout.is_packed or config._attn_implementation != "sdpa":
+    if not layout.is_packed or attention_backend(config) != "sdpa":
         return False
     assert layout.cu_seqlens is not None
     count = layout.cu_seqlens.numel() - 1
@@ -577,7 +577,7 @@ def attends_by_sequence(config: KimiLinearConfig, layout: SequenceLayout) -> boo
 
 
 def is_flash_attention(config: KimiLinearConfig) -> bool:
-    return "flash" in (config._attn_implementation or "")
+    return "flash" in attention_backend(config)
 
 
 def _flash_lengths(layout: SequenceLayout) -> dict[str, Any]:

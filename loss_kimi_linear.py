@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .kda import is_transformed, no_autocast
 from .loss_kernel import loss_and_gradient, reference_loss_and_gradient
 from .prefill_kernels import has_kernels
+from .upstream import ForCausalLMLoss
 from .wide_product import add_wide_product, wide_product
 
 LossBackend = Literal["auto", "fused", "logits"]

@@ -7,30 +7,17 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call, N sequences,
 I expert width, E experts, k experts of one token.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
-from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    MoeCausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
-from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.utils import logging
 
 from .cache_kimi_linear import prepare_cache
 from .cached_call import check_columns, count_elsewhere, note_padding, plan_kda, unless_all_real
@@ -55,16 +42,35 @@ from .layers_kimi_linear import (
     is_flash_attention,
 )
 from .loss_kimi_linear import DeferredLogits, LossBackend, causal_lm_loss, uses_fused_loss
-from .moe_kimi_linear import KimiLinearExperts, KimiLinearMoE, KimiLinearRouter
-from .moe_training import (
-    ExpertLoads,
+from .model_outputs import (
+    KimiLinearCausalLMOutput,
     KimiLinearModelOutput,
-    RouterNotes,
-    add_router_losses,
-    take_notes,
+    KimiLinearSequenceClassifierOutput,
+    one_cache,
 )
+from .moe_kimi_linear import KimiLinearExperts, KimiLinearMoE, KimiLinearRouter
+from .moe_training import ExpertLoads, RouterNotes, add_router_losses, take_notes
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
 from .tensor_parallel import joined, register_styles
+from .upstream import (
+    BACKBONE_ARGUMENTS,
+    CAUSAL_LM_ARGUMENTS,
+    CLASSIFIER_ARGUMENTS,
+    GradientCheckpointingLayer,
+    Loading,
+    OutputRecorder,
+    PreTrainedModelHooks,
+    attention_backend,
+    can_return_tuple,
+    capture_outputs,
+    check_arguments,
+    create_causal_mask,
+    has_own_adapters,
+    init,
+    is_quantized,
+    packed_sequence_mask_function,
+    save_by_registered_names,
+)
 from .weight_conversion import (
     check_checkpoint,
     other_spellings,
@@ -127,14 +133,14 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + (self.block_sparse_moe if self.is_moe else self.mlp)(x)
 
 
-class KimiLinearPreTrainedModel(PreTrainedModel):
+class KimiLinearPreTrainedModel(PreTrainedModelHooks):
     """Weight initialisation, loading and saving."""
 
     config_class = KimiLinearConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["KimiLinearDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -148,17 +154,12 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
     }
 
-    _tp_plan: dict[str, str]
     # prefixes of tensors that a checkpoint may lack when a new head is put on a trained backbone
     _new_heads: tuple[str, ...] = ()
 
     def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
         config.check()  # fields may have been changed since it was made
         super().__init__(config, *args, **kwargs)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # Transformers would look for the decorator in this file
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -193,57 +194,35 @@ class KimiLinearPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: For a model whose experts are quantised; its adapters can be saved.
         """
-        if is_packed(self) and not getattr(self, "_hf_peft_config_loaded", False):
+        if is_packed(self) and not has_own_adapters(self):
             raise ValueError(
                 "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
                 "for them; save its adapters, and merge them into the model without quantisation"
             )
         self.config.auto_map = dict(AUTO_MAP)
-        if getattr(self, "hf_quantizer", None) is None:
-            # else Transformers repeats the layout that was loaded, official or not
-            self._weight_conversions = None
+        if not is_quantized(self):
+            save_by_registered_names(self)
         with _named_as_written(type(self)):
             return super().save_pretrained(*args, **kwargs)
 
-    def gather_sharded_state_dict_for_save(
-        self, model_to_save: nn.Module, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """What every torch can put together, and tied weights once: gathered from several
-        processes, they are two tensors."""
-        state = {name: joined(x) for name, x in state_dict.items()}
-        state = super().gather_sharded_state_dict_for_save(model_to_save, state, *args, **kwargs)
-        tied = {} if self._device_mesh is None else self.all_tied_weights_keys
-        return {name: x for name, x in state.items() if name not in tied}
+    def joined_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What every torch can put together."""
+        return {name: joined(x) for name, x in state_dict.items()}
 
-    def init_parallel_plans(self) -> None:
-        """Leave out rules for what this configuration has not, of which Transformers would warn."""
-        super().init_parallel_plans()
-        names = {name for name, _ in chain(self.named_modules(), self.named_parameters())}
-        known = {replace_layer_number_by_wildcard(name) for name in names}
-        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in known}
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    def load_weights(self, loading: Loading) -> Any:
         """Check the files first, since Transformers would fill what is missing with random numbers;
         then let it read them through `stored_tensors`, which needs no more memory than the model.
         """
-        if getattr(model, "_hf_peft_config_loaded", False):  # the files are an adapter's
-            return PreTrainedModel._load_pretrained_model(
-                model, state_dict, checkpoint_files, load_config, *args, **kwargs
-            )
-        files = [str(file) for file in checkpoint_files or []]
-        plain = not load_config.is_quantized and not is_deepspeed_zero3_enabled()
-        if state_dict is None and plain and files and files[0].endswith(".safetensors"):
-            if not load_config.ignore_mismatched_sizes:
-                check_checkpoint(files, model, optional=model._new_heads)
-            if load_config.device_mesh is None:
-                state_dict = stored_tensors(files, model)
-        mapping = [*(load_config.weight_mapping or []), *other_spellings()]
-        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        with packing_experts(model, KimiLinearExperts, load_config.hf_quantizer):
-            return PreTrainedModel._load_pretrained_model(
-                model, state_dict, checkpoint_files, load_config, *args, **kwargs
-            )
+        if loading.is_adapter:
+            return super().load_weights(loading)
+        state_dict, files = loading.state_dict, loading.files
+        if state_dict is None and loading.is_plain and files and files[0].endswith(".safetensors"):
+            if not loading.ignores_shapes:
+                check_checkpoint(files, self, optional=self._new_heads)
+            if not loading.is_divided:
+                state_dict = stored_tensors(files, self)
+        with packing_experts(self, KimiLinearExperts, loading.quantizer):
+            return loading.read(state_dict, other_spellings())
 
 
 @contextmanager
@@ -283,11 +262,12 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> KimiLinearModelOutput:
         """Run the decoder.
@@ -298,21 +278,25 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
                 anywhere.
             position_ids: [B or 1, T]. There are no positional encodings; only restarts matter,
                 which begin a new sequence within a row (packing).
-            past_key_values: A `KimiLinearCache`, or an empty `DynamicCache`.
+            cache: A `KimiLinearCache`, or an empty `DynamicCache`.
             inputs_embeds: [B, T, D].
             use_cache: Whether to return a cache. None: as the configuration says, never in training
                 and never for packed rows.
             cu_seq_lens_q: [N + 1] boundaries of packed sequences in the flattened [B * T].
             seq_idx: [B or 1, T] number of the sequence that each token belongs to.
+            past_key_values: Older name of `cache`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`,
+                `return_dict`, and the lengths that collators of packed rows add.
 
         Returns:
-            `last_hidden_state` [B, T, D], `past_key_values`, and on request `hidden_states`,
-            `attentions` (of MLA layers, eager attention only) and `router_logits` (of MoE layers,
-            [B * T, E]); `router_losses`, see `KimiLinearModelOutput`.
+            See `KimiLinearModelOutput`.
 
         Raises:
+            TypeError: For an argument that is none of these.
             ValueError: If inputs contradict each other; the message names the argument.
         """
+        check_arguments(self, kwargs, BACKBONE_ARGUMENTS)
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         source: Any = input_ids if inputs_embeds is None else inputs_embeds
@@ -326,7 +310,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             check_attention_mask(attention_mask, batch_size, num_tokens)
         mask = unless_all_real(attention_mask)
         if self.context_group is not None:
-            shape, has_cache = (batch_size, num_tokens), past_key_values is not None or use_cache
+            shape, has_cache = (batch_size, num_tokens), cache is not None or use_cache
             check_context_call(self.config, self.context_group, shape, mask, bool(has_cache))
             source, use_cache = source[:, own_tokens(num_tokens, self.context_group)], False
         hidden_states = self.embed_tokens(source) if inputs_embeds is None else source
@@ -343,21 +327,21 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             layout = shard_layout(layout, num_tokens, self.context_group)
         for name in FLASH_LENGTHS:  # the layout's own take their place
             kwargs.pop(name, None)
-        past_key_values = self._cache_for(layout, past_key_values, use_cache, batch_size)
-        past = 0 if past_key_values is None else past_key_values.layers[0].num_tokens
+        cache = self._cache_for(layout, cache, use_cache, batch_size)
+        past = 0 if cache is None else cache.layers[0].num_tokens
         check_columns(attention_mask, past, num_tokens)
-        if past_key_values is not None:
-            note_padding(past_key_values, attention_mask, mask, past)
+        if cache is not None:
+            note_padding(cache, attention_mask, mask, past)
         by_blocks = self._attends_by_blocks(layout, past, num_tokens)
         inputs = {
             "layout": layout,
-            "past_key_values": past_key_values,
+            "cache": cache,
             "attention_mask": None
             if by_blocks
-            else self._causal_mask(hidden_states, mask, past_key_values, layout),
+            else self._causal_mask(hidden_states, mask, cache, layout),
             "real_tokens": None if mask is None else mask.to(hidden_states.device) != 0,
             "by_blocks": by_blocks,
-            "kda_plan": plan_kda(hidden_states, mask, past_key_values, layout),
+            "kda_plan": plan_kda(hidden_states, mask, cache, layout),
         }
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
         notes = take_notes(self, layout, hidden_states, wants_logits)
@@ -370,46 +354,46 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             else:
                 hidden_states, found = layer(hidden_states, router_notes=notes, **inputs, **kwargs)
                 losses.append(found)
-        count_elsewhere(layers, past_key_values)
+        count_elsewhere(layers, cache)
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            cache=cache,
             router_losses=None if notes is None else notes.close(losses),
         )
 
     def _cache_for(
         self,
         layout: SequenceLayout,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         batch_size: int,
     ) -> Cache | None:
         """The cache to read and write, or None."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError(
-                    "past_key_values is not allowed under gradient checkpointing: it must be None"
+                    "cache is not allowed under gradient checkpointing: it must be None"
                 )
             if use_cache:
                 logger.warning_once("use_cache=True has no effect under gradient checkpointing")
             return None
         if layout.is_packed:
-            if use_cache or past_key_values is not None:
+            if use_cache or cache is not None:
                 raise ValueError(
                     "packed sequences cannot be combined with a cache: pass use_cache=False and no "
-                    "past_key_values"
+                    "cache"
                 )
             return None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if not use_cache and past_key_values is None:
+        if not use_cache and cache is None:
             return None
         # a given cache counts whatever use_cache says: the tokens it holds are part of the text
-        cache = prepare_cache(past_key_values, self.config)
+        cache = prepare_cache(cache, self.config)
         rows = next((layer.num_rows for layer in cache.layers if layer.num_rows is not None), None)
         if rows not in (None, batch_size):
             raise ValueError(
-                f"past_key_values holds {rows} rows, which is not allowed: it must be the input's "
+                f"cache holds {rows} rows, which is not allowed: it must be the input's "
                 f"{batch_size}"
             )
         return cache
@@ -421,31 +405,27 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         if past:
             return True
         is_long = num_tokens > BACKEND_TOKENS and not layout.is_packed
-        is_sdpa = self.config._attn_implementation == "sdpa"
+        is_sdpa = attention_backend(self.config) == "sdpa"
         return is_long and is_sdpa and not torch.is_grad_enabled()
 
     def _causal_mask(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         layout: SequenceLayout,
     ) -> Any:
         """The mask that the attention backend of the MLA layers wants; None if it needs none."""
         if "full_attention" not in self.config.layer_types or layout.context is not None:
             return None
-        if is_flash_attention(self.config) and past_key_values is None:
+        if is_flash_attention(self.config) and cache is None:
             return None  # the layout's boundaries say it all
         if attends_by_sequence(self.config, layout):
             return None
         inside = packed_sequence_mask_function(layout.sequence_ids) if layout.is_packed else None
+        # the cache by its place: Transformers renamed it
         return create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=None,
-            and_mask_function=inside,
+            self.config, hidden_states, attention_mask, cache, and_mask_function=inside
         )
 
     def set_context_parallel(self, group: Any) -> None:
@@ -506,15 +486,16 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> KimiLinearCausalLMOutput:
         """Run the model; see `KimiLinearBackbone.forward` for the arguments not named here.
 
         Args:
@@ -523,33 +504,40 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             use_cache: None: as the backbone decides, but never together with labels.
             logits_to_keep: Logits of only the last so many tokens; 0 for all; or the token indices
                 wanted.
+            **kwargs: The backbone's and the loss function's: `num_items_in_batch`, `shift_labels`,
+                `ignore_index`, and what a `loss_function` of your own names.
 
         Returns:
-            `loss`, `logits` [B, kept, vocab_size], and the backbone's outputs. In training with
-            labels the logits are `DeferredLogits`, see `loss_backend`, and the loss contains the
-            router's losses that have a coefficient. `aux_loss` is the balance loss without its
-            coefficient, where it was computed.
+            See `KimiLinearCausalLMOutput`. In training with labels the logits are
+            `DeferredLogits`, see `loss_backend`, and the loss contains the router's losses that
+            have a coefficient.
+
+        Raises:
+            TypeError, ValueError: As the backbone.
         """
-        if labels is not None and use_cache is None and past_key_values is None:
+        check_arguments(self, kwargs, CAUSAL_LM_ARGUMENTS, for_loss=True)
+        cache = one_cache(cache, past_key_values)
+        if labels is not None and use_cache is None and cache is None:
             use_cache = False
         others = {"labels": labels, "cu_seq_lens_q": cu_seq_lens_q, "seq_idx": seq_idx, **kwargs}
         if isinstance(logits_to_keep, int) and is_decode_step(
-            self.config, input_ids, inputs_embeds, past_key_values, others
+            self.config, input_ids, inputs_embeds, cache, others
         ):
-            assert input_ids is not None and past_key_values is not None
-            logits = self._decode(input_ids, attention_mask, past_key_values)
+            assert input_ids is not None and cache is not None
+            logits = self._decode(input_ids, attention_mask, cache)
             if logits is not None:
-                return MoeCausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                return KimiLinearCausalLMOutput(logits=logits, cache=cache)
+        loss_kwargs = {name: x for name, x in kwargs.items() if name not in BACKBONE_ARGUMENTS}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
-            **kwargs,
+            **{name: x for name, x in kwargs.items() if name not in loss_kwargs},
         )
         x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -557,9 +545,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
             if keeps_all and self.model.context_group is None:
                 _check_labels(labels, x.shape[:2])
-            labels, kwargs = _shift_labels(
+            labels, loss_kwargs = _shift_labels(
                 labels,
-                kwargs,
+                loss_kwargs,
                 self.model.context_group,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -574,26 +562,26 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                     f"logits_to_keep={logits_to_keep!r} is not allowed with labels: it must be 0"
                 )
             if is_fused:
-                loss = causal_lm_loss(x, self.lm_head.weight, labels, **kwargs)
+                loss = causal_lm_loss(x, self.lm_head.weight, labels, **loss_kwargs)
             else:
                 loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
                 )
-            shifted = kwargs.get("shift_labels")
+            shifted = loss_kwargs.get("shift_labels")
             loss = add_router_losses(
                 self,
                 loss,
                 outputs.router_losses,
                 labels[:, 1:] if shifted is None else shifted,
-                kwargs.get("num_items_in_batch"),
+                loss_kwargs.get("num_items_in_batch"),
             )
             if self.model.context_group is not None:
                 loss = total_over(loss, self.model.context_group)
-        return MoeCausalLMOutputWithPast(
+        return KimiLinearCausalLMOutput(
             loss=loss,
             aux_loss=None if outputs.router_losses is None else outputs.router_losses[0],
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -661,10 +649,16 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> KimiLinearSequenceClassifierOutput:
         """Run the model; see `KimiLinearBackbone.forward` for the arguments not named here.
 
         Args:
@@ -675,10 +669,17 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         Returns:
             `loss`, `logits` [B, num_labels], and the backbone's outputs.
         """
+        check_arguments(self, kwargs, CLASSIFIER_ARGUMENTS)
+        kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
@@ -696,10 +697,10 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
                 logits=logits, labels=labels, pooled_logits=pooled, config=self.config
             )
             loss = add_router_losses(self, loss, outputs.router_losses)
-        return SequenceClassifierOutputWithPast(
+        return KimiLinearSequenceClassifierOutput(
             loss=loss,
             logits=pooled,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -724,7 +725,14 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Run the model; see `KimiLinearBackbone.forward` for the arguments not named here.
@@ -735,7 +743,19 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         Returns:
             `loss`, `logits` [B, T, num_labels], `hidden_states` and `attentions` on request.
         """
-        outputs = self.model(input_ids, attention_mask, **kwargs)
+        check_arguments(self, kwargs, CLASSIFIER_ARGUMENTS)
+        kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=one_cache(cache, past_key_values),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
 
 from .configuration_kimi_linear import KimiLinearConfig
 from .expert_quantization import EXPERT_TENSORS, plain_experts
@@ -23,6 +22,7 @@ from .moe_training import RouterNotes
 from .prefill_kernels import choose_experts, has_kernels
 from .tensor_parallel import is_dtensor, replicated
 from .training_kernels import choose_experts_in_training
+from .upstream import use_experts_implementation
 from .wide_product import wide_linear
 
 EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")

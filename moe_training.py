@@ -14,13 +14,11 @@ with experts.
 
 import math
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .context_parallel import total_over
 from .sequence_layout import SequenceLayout
@@ -28,14 +26,6 @@ from .sequence_layout import SequenceLayout
 LAYER_NUMBER = re.compile(r"layers\.(\d+)\.")
 # peft keeps the module that it trains a copy of under this name
 UNUSED_MODULE = "original_module"
-
-
-@dataclass
-class KimiLinearModelOutput(MoeModelOutputWithPast):
-    """The backbone's outputs; `router_losses` [2] are balance loss and z-loss, each the sum over
-    the layers, without its coefficient. None where nothing asked for them."""
-
-    router_losses: Tensor | None = None
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -386,7 +376,6 @@ def check_rate(field: str, value: Any) -> None:
 
 __all__ = [
     "ExpertLoads",
-    "KimiLinearModelOutput",
     "RouterNotes",
     "add_router_losses",
     "balance_loss",

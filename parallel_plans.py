@@ -2,10 +2,9 @@
 
 `from_pretrained(..., distributed_config=DistributedConfig(tp_size=N))` applies the first one,
 `ep_size=N` (Transformers 5.17: `enable_expert_parallel=True`) the second, `pp_size=N` the third.
-The styles "kimi_linear_*" are in `tensor_parallel.py`.
+The styles "kimi_linear_*" are in `tensor_parallel.py`; `upstream.py` says the second plan in the
+words of 5.17.
 """
-
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 REGION = "kimi_linear_region"
 SPLIT = "kimi_linear_split_{}"  # which dimension of a parameter
@@ -44,8 +43,6 @@ EP_PLAN = {
     f"{MOE}.experts.down_proj": "grouped_gemm",
     f"{MOE}.experts": "ep_dispatch_experts",
 }
-if "ep_router" in ALL_PARALLEL_STYLES:  # as Transformers 5.17 has it
-    EP_PLAN |= {f"{MOE}.gate": "ep_router", f"{MOE}.experts": "moe_tp_experts"}
 
 PP_PLAN = {
     "embed_tokens": (["input_ids"], ["inputs_embeds"]),

@@ -11,7 +11,7 @@ of one's own.
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
+
+from .upstream import CheckpointHooks, rotate_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -162,7 +163,7 @@ def publish(draft: Path, final: Path) -> None:
 # ---- Trainer -------------------------------------------------------------------------------------
 
 
-class SafeTrainingMixin:
+class SafeTrainingMixin(CheckpointHooks):
     """Checks each step before its update, and writes checkpoints as a whole or not at all.
 
     Args:
@@ -254,15 +255,14 @@ class SafeTrainingMixin:
             )
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def save_checkpoint(self, folder: Path, write: Callable[[], None]) -> None:
         """As Trainer's, in a folder beside the others that is renamed at the end."""
-        folder = Path(super()._get_output_dir(trial))  # type: ignore[misc]
         final = folder / f"checkpoint-{self.state.global_step}"
         self._refuse_poison(final)
         self._clear_drafts(folder)
         self._draft = folder / f"{UNFINISHED}-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            write()
             self._finish_checkpoint(self._draft / final.name, final)
         except BaseException as error:
             shutil.rmtree(self._draft, ignore_errors=True)
@@ -280,7 +280,7 @@ class SafeTrainingMixin:
                 use_mtime=True,
             )
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+            self.push_written_checkpoint(str(final))
 
     def _finish_checkpoint(self, draft: Path, final: Path) -> None:
         """Name the best checkpoint as it will be called, write to the disk, rename."""
@@ -313,14 +313,13 @@ class SafeTrainingMixin:
                 shutil.rmtree(path, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def output_folder(self, folder: str) -> str:
         """Where checkpoints are written: while one is, to its draft."""
-        return str(self._draft) if self._draft else super()._get_output_dir(trial)  # type: ignore
+        return str(self._draft or folder)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def may_push(self) -> bool:
         """Not from a draft, which is about to move."""
-        if self._draft is None:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        return self._draft is None
 
 
 class SafeTrainer(SafeTrainingMixin, Trainer):

@@ -159,7 +159,7 @@ def read_session(
     if kept < text.shape[1]:
         with torch.no_grad():
             for part in text[:, kept:].split(chunk_tokens, dim=1):
-                model(part, past_key_values=cache, logits_to_keep=1)
+                model(part, cache=cache, logits_to_keep=1)
         save_session(path, cache, model, text)
     return cache
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from .parallel_plans import REGION, SPLIT
+from .upstream import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor

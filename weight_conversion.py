@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import (
+from transformers import PreTrainedModel
+
+from .upstream import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    register_checkpoint_conversion_mapping,
 )
-from transformers.modeling_utils import PreTrainedModel
 
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000

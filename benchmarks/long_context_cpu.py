@@ -68,11 +68,11 @@ def read_and_decode(
     def read(count: int) -> float:
         ids = torch.randint(0, config.vocab_size, (1, count), generator=generator)
         start = time.perf_counter()
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, cache=cache, logits_to_keep=1)
         return time.perf_counter() - start
 
     warm_up = KimiLinearCache(config)
-    model(torch.zeros(1, chunk_tokens, dtype=torch.long), past_key_values=warm_up)
+    model(torch.zeros(1, chunk_tokens, dtype=torch.long), cache=warm_up)
     del warm_up
     gc.collect()
     before = resident_bytes()

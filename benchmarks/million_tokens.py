@@ -66,7 +66,7 @@ class Run:
         ids = torch.randint(0, self.model.config.vocab_size, (1, count), device="cuda")
         torch.cuda.synchronize()
         start = time.perf_counter()
-        out = self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
+        out = self.model(ids, cache=self.cache, logits_to_keep=1).logits
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         if not bool(out.isfinite().all()):
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         warm_up = KimiLinearCache(model.config, rollback_tokens=0)
         for count in (args.chunk_tokens, args.chunk_tokens, 1, 1):
             ids = torch.zeros(1, count, dtype=torch.long, device="cuda")
-            model(ids, past_key_values=warm_up, logits_to_keep=1)
+            model(ids, cache=warm_up, logits_to_keep=1)
         del warm_up
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

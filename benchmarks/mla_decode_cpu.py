@@ -56,7 +56,7 @@ def ours_step(config: KimiLinearConfig, latent: torch.Tensor, x: torch.Tensor) -
     cache.layers[LAYER].update(latent)
 
     def step() -> torch.Tensor:
-        out = layer(x, layout=SequenceLayout(), past_key_values=cache, by_blocks=True)[0]
+        out = layer(x, layout=SequenceLayout(), cache=cache, by_blocks=True)[0]
         cache.layers[LAYER].crop(-1)
         return out
 
@@ -72,7 +72,7 @@ def native_step(config: NativeConfig, latent: torch.Tensor, x: torch.Tensor) -> 
     cache.update(latent[..., :rank].clone(), latent[..., rank:].clone(), LAYER)
 
     def step() -> torch.Tensor:
-        out = layer(x, attention_mask=None, past_key_values=cache)[0]
+        out = layer(x, attention_mask=None, cache=cache)[0]
         cache.layers[LAYER].crop(-1)
         return out
 

@@ -67,7 +67,7 @@ def measure_chunks(model: Any, num_tokens: int, chunk: int, tell: Callable[[dict
     for start in range(0, num_tokens, chunk):
         count = min(chunk, num_tokens - start)
         ids = torch.randint(0, model.config.vocab_size, (1, count), device="cuda")
-        total += seconds(lambda ids=ids: model(ids, past_key_values=cache, logits_to_keep=1))
+        total += seconds(lambda ids=ids: model(ids, cache=cache, logits_to_keep=1))
         read = start + count
         if read * 8 // num_tokens > start * 8 // num_tokens:
             tell(

@@ -97,10 +97,10 @@ def read(model: nn.Module, num_tokens: int) -> None:
     """A text in two calls, rows with padding, and a few tokens at once."""
     model.eval()
     ids = torch.randint(3, 4096, (2, num_tokens), device="cuda")
-    cache = model(ids[:1], use_cache=True).past_key_values
+    cache = model(ids[:1], use_cache=True).cache
     watch()
     for piece in (ids[:1], ids[:1, :7]):
-        model(piece, past_key_values=cache, use_cache=True)
+        model(piece, cache=cache, use_cache=True)
     mask = torch.ones_like(ids)
     mask[0, : num_tokens // 3] = 0
     model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)

@@ -47,9 +47,7 @@ class LongText:
         def read() -> Tensor:
             for piece in ids.split(self.chunk, dim=1):
                 bench.effort.check_time()
-                out = bench.model(
-                    piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-                )
+                out = bench.model(piece, cache=self.cache, use_cache=True, logits_to_keep=1)
             return out.logits[:, -1:].argmax(-1)
 
         with torch.no_grad():
@@ -102,7 +100,7 @@ class LongText:
             self.text = bench.model.generate(
                 self.text,
                 attention_mask=torch.ones_like(self.text),
-                past_key_values=self.cache,
+                cache=self.cache,
                 max_new_tokens=count,
                 do_sample=False,
             )

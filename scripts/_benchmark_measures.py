@@ -121,7 +121,7 @@ class Bench:
         cache = new_cache(self.kind, self.model.config, ids.shape[1])
         for piece in ids.split(chunk, dim=1):
             self.effort.check_time()
-            self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(piece, cache=cache, use_cache=True, logits_to_keep=1)
 
     def generate(self, batch: int) -> dict[str, Any]:
         """`generate()` from a cache of its own.

@@ -288,7 +288,7 @@ class Chat:
         with torch.inference_mode(), stop.set_by_interrupt():
             self.model.generate(
                 **prompt,
-                past_key_values=cache,
+                cache=cache,
                 max_new_tokens=min(self.max_new_tokens, most - length),
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.tokenizer.convert_tokens_to_ids(list(EOS_TOKENS)),

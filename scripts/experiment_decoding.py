@@ -165,7 +165,7 @@ class Subject:
         size = max(16, min(TEXT_TOKENS, TEXT_TOKENS_ALL_ROWS // rows, context // 2))
         generator = torch.Generator().manual_seed(context)
         text = torch.randint(config.vocab_size, (rows, size), generator=generator)
-        out = self.model(text.to(self.device), past_key_values=cache, logits_to_keep=1)
+        out = self.model(text.to(self.device), cache=cache, logits_to_keep=1)
         for layer in cache.layers:
             if hasattr(layer, "segments"):
                 _repeat_latents(layer, size, context)
@@ -187,7 +187,7 @@ class Subject:
 
     def _steps(self, cache: KimiLinearCache, token: Tensor, count: int) -> Tensor:
         for _ in range(count):
-            token = self.model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = self.model(token, cache=cache).logits[:, -1:].argmax(-1)
         return token
 
     def _backend(self, rows: int) -> str:

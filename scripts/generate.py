@@ -93,7 +93,7 @@ def main(
         out = network.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -26,7 +26,7 @@ def hybrid():
 
 def read(model, cache, ids, **kwargs):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **kwargs).logits
+        return model(ids, cache=cache, **kwargs).logits
 
 
 # ------------------------------------------------------------------------------------------- memory
@@ -77,7 +77,7 @@ def test_the_48b_shape_takes_1152_bytes_a_token_and_mla_layer_in_16_bits():
         model = KimiLinearBackbone(config).to(torch.bfloat16).eval()
         cache = KimiLinearCache(config, rollback_tokens=0)
         with torch.no_grad():
-            model(token_ids(1, length).clamp(max=63), past_key_values=cache)
+            model(token_ids(1, length).clamp(max=63), cache=cache)
         memory[name] = cache.cache_memory()
     num_mla = real.layer_types.count("full_attention")
     assert (num_mla, real.num_hidden_layers) == (7, 27)
@@ -259,11 +259,11 @@ def test_rollback_with_padding(model):
     cache = KimiLinearCache(model.config, rollback_tokens=10)
     with torch.no_grad():
         for a, b in ((0, 22), (22, 30)):
-            model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache)
+            model(ids[:, a:b], attention_mask=mask[:, :b], cache=cache)
         cache.crop(-7)
         more = token_ids(3, 5, seed=9)
         mask = torch.cat([mask[:, :23], torch.ones(3, 5, dtype=torch.long)], dim=1)
-        out = model(more, attention_mask=mask, past_key_values=cache).logits
+        out = model(more, attention_mask=mask, cache=cache).logits
         text = torch.cat([ids[:, :23], more], dim=1)
         for row in range(3):
             alone = text[row][mask[row].bool()]
@@ -277,11 +277,11 @@ def test_gradients_flow_through_a_rollback(hybrid):
     for crops in (False, True):
         embeds = hybrid.get_input_embeddings()(ids).detach().requires_grad_()
         cache = KimiLinearCache(hybrid.config)
-        hybrid(inputs_embeds=embeds, past_key_values=cache)
+        hybrid(inputs_embeds=embeds, cache=cache)
         if crops:
-            hybrid(token_ids(1, 3, seed=8), past_key_values=cache)
+            hybrid(token_ids(1, 3, seed=8), cache=cache)
             cache.crop(-3)
-        hybrid(more, past_key_values=cache).logits[:, -1].square().sum().backward()
+        hybrid(more, cache=cache).logits[:, -1].square().sum().backward()
         grads.append(embeds.grad)
     hybrid.zero_grad()
     assert_close(grads[1], grads[0], FLOAT32)
@@ -400,7 +400,7 @@ def test_a_cache_that_an_error_left_half_written_is_refused(hybrid):
 def test_dynamic_cache_is_cropped_in_all_layers_or_in_none(pattern):
     """MLA layers could go back further than KDA layers, and may come first."""
     model, cache = tiny_model(pattern), DynamicCache()
-    model(token_ids(1, 300), past_key_values=cache)
+    model(token_ids(1, 300), cache=cache)
     assert isinstance(cache, DynamicCache)
     with pytest.raises(ValueError, match=r"crop\(-250\) would leave 50 of 300 tokens"):
         cache.crop(-250)
@@ -408,7 +408,7 @@ def test_dynamic_cache_is_cropped_in_all_layers_or_in_none(pattern):
     cache.crop(-2)
     expected = model(token_ids(1, 300)).logits[:, -2:]
     assert_close(
-        model(token_ids(1, 300)[:, -2:], past_key_values=cache).logits, expected, torch.float32
+        model(token_ids(1, 300)[:, -2:], cache=cache).logits, expected, torch.float32
     )
 
 

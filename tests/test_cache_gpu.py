@@ -73,7 +73,7 @@ def test_one_long_call_equals_chunks_and_steps(dtype):
     expected = model(ids, use_cache=False).logits
     cache, parts = KimiLinearCache(model.config), []
     for part in ids.split((1100, 1, 1, 200, 1298), dim=1):
-        parts.append(model(part, past_key_values=cache).logits)
+        parts.append(model(part, cache=cache).logits)
     assert_kernel_close(torch.cat(parts, dim=1), expected, dtype)
 
 
@@ -83,11 +83,11 @@ def test_rollback_replays_with_the_kernels(removed):
     model, ids, more = gpu_model(torch.float32), token_ids(2, 90).cuda(), token_ids(2, 5).cuda()
     cache = KimiLinearCache(model.config, rollback_tokens=20)
     for part in ids.split((80, 9, 1), dim=1):
-        model(part, past_key_values=cache)
+        model(part, cache=cache)
     cache.crop(-removed)
     text = torch.cat([ids[:, : 90 - removed], more], dim=1)
     expected = model(text, use_cache=False).logits[:, -5:]
-    parts = [model(part, past_key_values=cache).logits for part in more.split((1, 3, 1), dim=1)]
+    parts = [model(part, cache=cache).logits for part in more.split((1, 3, 1), dim=1)]
     assert_kernel_close(torch.cat(parts, dim=1), expected, torch.float32)
 
 
@@ -102,7 +102,7 @@ def test_offloaded_latents_are_not_on_the_gpu():
     model, ids = gpu_model(torch.bfloat16), token_ids(1, 70).cuda()
     cache = KimiLinearCache(model.config, offload=True)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     assert [cache.layers[i].tail.device.type for i in (1, 3)] == ["cpu", "cpu"]
 
 
@@ -125,6 +125,6 @@ def test_memory_of_a_chunk_does_not_grow_with_the_context():
     for length in range(512, 4 * FUSED_EXPANDED_TOKENS + 512, 512):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(token_ids(1, 512).cuda(), past_key_values=cache, logits_to_keep=1)
+        model(token_ids(1, 512).cuda(), cache=cache, logits_to_keep=1)
         needed[length] = torch.cuda.max_memory_allocated() - before
     assert needed[4 * FUSED_EXPANDED_TOKENS] <= 1.1 * needed[2 * FUSED_EXPANDED_TOKENS]

@@ -84,7 +84,7 @@ class CacheMachine(RuleBasedStateMachine):
         padded = bool((self.mask == 0).any()) or self.cache.layers[0].has_padding
         mask = self.mask if padded else None
         with torch.no_grad():
-            out = self.model(new, attention_mask=mask, past_key_values=self.cache).logits
+            out = self.model(new, attention_mask=mask, cache=self.cache).logits
             whole = self.model(self.ids, attention_mask=mask, use_cache=False).logits
         seen = real.bool()
         if seen.any():

@@ -111,7 +111,7 @@ def refuses(rank: int, world: int, folder: str) -> None:
         ({"input_ids": ids[:, :-1]}, f"has {TOKENS - 1} tokens.* a multiple of {world} processes"),
         ({"input_ids": ids[:, :world]}, f"has {world} tokens, .* at least 3 tokens for each"),
         ({"input_ids": ids, "attention_mask": mask}, "attention_mask has zeros.* all ones"),
-        ({"input_ids": ids, "past_key_values": DynamicCache()}, "past_key_values .* is given"),
+        ({"input_ids": ids, "cache": DynamicCache()}, "cache .* is given"),
         ({"input_ids": ids, "use_cache": True}, "use_cache is given.* it must be left out"),
     ]
     for inputs, message in calls:

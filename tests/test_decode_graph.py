@@ -23,7 +23,7 @@ def check(actual, expected, name=""):
 
 def call(model, backend, ids, cache, **kwargs):
     model.decode_backend = backend
-    return model(ids.to(model.device), past_key_values=cache, **kwargs).logits
+    return model(ids.to(model.device), cache=cache, **kwargs).logits
 
 
 def both(model, cache, ids, steps=3, mask=None):

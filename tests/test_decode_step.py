@@ -26,7 +26,7 @@ def prepared(model, num_rows, *, num_tokens=9, rollback_tokens=0):
     """A step with random numbers in its residual stream, loaded with a cache, and that cache."""
     cache = KimiLinearCache(model.config, rollback_tokens=rollback_tokens)
     ids = token_ids(num_rows, num_tokens).to(model.device)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     step = DecodeStep(model, num_rows, has_padding=False)
     rows = [layer.step_table(num_rows, model.dtype) for layer in cache.layers]
     rows = [row + [0] * (TABLE_COLUMNS - len(row)) for row in rows]
@@ -58,7 +58,7 @@ def test_attention_equals_the_layers(num_rows, index, device):
     expected = layer.self_attn(
         layer.input_layernorm(hidden),
         layout=SequenceLayout(),
-        past_key_values=other,
+        cache=other,
         by_blocks=True,
         **arguments,
     )[0][:, 0]

@@ -57,7 +57,7 @@ def test_a_cache_is_as_full_as_if_it_had_been_read(pattern: str) -> None:
     for latent in latents:
         assert latent.shape[:2] == (3, 300)
         assert_close(latent[:, 150:], latent[:, :150], torch.float32)
-    out = model.model(token, past_key_values=cache).logits
+    out = model.model(token, cache=cache).logits
     assert out.isfinite().all() and cache.get_seq_length() == 301
 
 

@@ -116,8 +116,8 @@ def test_a_static_cache_makes_its_room_once(hybrid):
         cache_implementation="static",
         return_dict_in_generate=True,
     )
-    assert out.past_key_values.layers[3].tail.shape[1] == 512
-    assert not out.past_key_values.is_compileable
+    assert out.cache.layers[3].tail.shape[1] == 512
+    assert not out.cache.is_compileable
 
 
 def test_logits_of_a_run_are_those_of_one_call(model):
@@ -187,9 +187,9 @@ def test_a_cache_filled_by_hand(model, split, mode):
     ids = token_ids(2, 9)
     cache = KimiLinearCache(model.config)
     with torch.no_grad():
-        model(ids[:, :split], past_key_values=cache)
+        model(ids[:, :split], cache=cache)
     expected = run(model, ids, **MODES[mode])
-    assert run(model, ids, past_key_values=cache, **MODES[mode]) == expected
+    assert run(model, ids, cache=cache, **MODES[mode]) == expected
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beam"])
@@ -197,7 +197,7 @@ def test_an_empty_cache_given_by_hand(hybrid, mode):
     ids = token_ids(2, 9)
     given = KimiLinearCache(hybrid.config, reserve_tokens=100, rollback_tokens=0)
     expected = run(hybrid, ids, **MODES[mode])
-    assert run(hybrid, ids, past_key_values=given, **MODES[mode]) == expected
+    assert run(hybrid, ids, cache=given, **MODES[mode]) == expected
 
 
 @pytest.mark.parametrize("cached", [9, 12])
@@ -205,25 +205,25 @@ def test_a_prompt_without_a_new_token_is_refused(hybrid, cached):
     """Transformers' own models read it twice."""
     ids = token_ids(2, 12)
     cache = KimiLinearCache(hybrid.config)
-    hybrid(ids[:, :cached], past_key_values=cache)
+    hybrid(ids[:, :cached], cache=cache)
     prompt = ids[:, :9]
     embeds = hybrid.get_input_embeddings()(prompt)
     for name, value in {"input_ids": prompt, "inputs_embeds": embeds}.items():
-        with pytest.raises(ValueError, match=f"{name} has 9 tokens and past_key_values {cached}"):
-            hybrid.generate(**{name: value}, past_key_values=cache, **COMMON)
+        with pytest.raises(ValueError, match=f"{name} has 9 tokens and cache {cached}"):
+            hybrid.generate(**{name: value}, cache=cache, **COMMON)
     assert cache.get_seq_length() == cached
     expected = hybrid.generate(prompt, **COMMON)
     cache.crop(8)
-    assert torch.equal(hybrid.generate(prompt, past_key_values=cache, **COMMON), expected)
+    assert torch.equal(hybrid.generate(prompt, cache=cache, **COMMON), expected)
 
 
 def test_the_new_tokens_alone_with_a_mask_of_all(hybrid):
     ids = token_ids(2, 12)
     expected = hybrid.generate(ids, **COMMON)
     cache = KimiLinearCache(hybrid.config)
-    hybrid(ids[:, :9], past_key_values=cache)
+    hybrid(ids[:, :9], cache=cache)
     mask = torch.ones_like(ids)
-    out = hybrid.generate(ids[:, 9:], attention_mask=mask, past_key_values=cache, **COMMON)
+    out = hybrid.generate(ids[:, 9:], attention_mask=mask, cache=cache, **COMMON)
     assert torch.equal(out, expected[:, 9:])
 
 
@@ -232,18 +232,18 @@ def test_three_turns_with_a_returned_cache(model):
     for turn in range(3):
         settings = {**COMMON, "attention_mask": torch.ones_like(text)}
         expected = run(model, text, **settings)
-        out = model.generate(text, **settings, past_key_values=cache, return_dict_in_generate=True)
+        out = model.generate(text, **settings, cache=cache, return_dict_in_generate=True)
         assert out.sequences.tolist() == expected
-        cache = out.past_key_values
+        cache = out.cache
         text = torch.cat([out.sequences, token_ids(1, 5, seed=turn)], dim=1)
 
 
 def test_a_turn_that_takes_some_of_the_answer_back(hybrid):
     out = hybrid.generate(token_ids(1, 8), **COMMON, return_dict_in_generate=True)
     text = torch.cat([out.sequences[:, :14], token_ids(1, 5, seed=3)], dim=1)
-    out.past_key_values.crop(14 - out.past_key_values.get_seq_length())
+    out.cache.crop(14 - out.cache.get_seq_length())
     expected = run(hybrid, text)
-    assert run(hybrid, text, past_key_values=out.past_key_values) == expected
+    assert run(hybrid, text, cache=out.cache) == expected
 
 
 PADDINGS = {
@@ -259,10 +259,10 @@ def test_padded_prompts_then_a_turn(model, where):
     ids, mask = token_ids(2, 8), torch.tensor(PADDINGS[where])
     cache = KimiLinearCache(model.config)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
     text = torch.cat([ids, token_ids(2, 4, seed=2)], dim=1)
     mask = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
-    out = model.generate(text, attention_mask=mask, past_key_values=cache, **COMMON)
+    out = model.generate(text, attention_mask=mask, cache=cache, **COMMON)
     for row in range(2):
         alone = text[row][mask[row].bool()]
         assert out[row, 12:].tolist() == run(model, alone[None])[0][len(alone) :]
@@ -272,17 +272,17 @@ def test_many_answers_from_one_prefix(hybrid):
     ids = token_ids(1, 9)
     cache = KimiLinearCache(hybrid.config)
     with torch.no_grad():
-        hybrid(ids[:, :8], past_key_values=cache)
+        hybrid(ids[:, :8], cache=cache)
     for seed in range(3):
         torch.manual_seed(seed)
         settings = {**COMMON, "do_sample": True}
         expected = hybrid.generate(ids, **settings).tolist()
         torch.manual_seed(seed)
-        got = hybrid.generate(ids, past_key_values=cache.fork(), **settings).tolist()
+        got = hybrid.generate(ids, cache=cache.fork(), **settings).tolist()
         assert got == expected
     cache.batch_repeat_interleave(4)
     rows = ids.expand(4, -1)
-    assert run(hybrid, rows, past_key_values=cache) == run(hybrid, rows)
+    assert run(hybrid, rows, cache=cache) == run(hybrid, rows)
 
 
 # ------------------------------------------------------------------------------------- speculation
@@ -372,7 +372,7 @@ def test_prompt_lookup_after_a_long_prompt_and_then_a_turn(hybrid):
     out = hybrid.generate(ids, prompt_lookup_num_tokens=8, **COMMON, return_dict_in_generate=True)
     assert out.sequences.tolist() == run(hybrid, ids)
     turn = torch.cat([out.sequences, phrase[:, :5]], dim=1)
-    assert run(hybrid, turn, past_key_values=out.past_key_values) == run(hybrid, turn)
+    assert run(hybrid, turn, cache=out.cache) == run(hybrid, turn)
 
 
 def test_assisted_sampling_draws_from_the_model(hybrid):
@@ -401,7 +401,7 @@ def test_a_speculative_loop_of_ones_own(model, batch_size):
     generator = torch.Generator().manual_seed(0)
     cache, text = KimiLinearCache(model.config), ids
     with torch.no_grad():
-        logits = model(text, past_key_values=cache).logits[:, -1]
+        logits = model(text, cache=cache).logits[:, -1]
         while text.shape[1] < expected.shape[1]:
             token = logits.argmax(-1, keepdim=True)
             start = text.shape[1] + 1
@@ -412,7 +412,7 @@ def test_a_speculative_loop_of_ones_own(model, batch_size):
                 )
                 draft[row, place] = (draft[row, place] + 1) % 94
             step = torch.cat([token, draft], dim=1)
-            out = model(step, past_key_values=cache).logits
+            out = model(step, cache=cache).logits
             right = out[:, :-1].argmax(-1) == draft
             accepted = int(right.all(dim=0).cumprod(0).sum())
             cache.crop(-(draft.shape[1] - accepted))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearCache, late_stop
+from kimi_linear import KimiLinearCache, upstream
 from tolerance import assert_close
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
@@ -54,7 +54,7 @@ def model(request, monkeypatch):
     model = tiny_model()
     if request.param == "cuda":
         return model.to("cuda", torch.bfloat16)
-    monkeypatch.setattr(late_stop, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(upstream, "LATE_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(torch, "Event", Event)
     return model
 
@@ -83,7 +83,7 @@ def generate(model, lengths, **kwargs):
 
 def on_time(monkeypatch, model, lengths, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(late_stop, "DEVICE_TYPES", ())
+        patch.setattr(upstream, "LATE_DEVICE_TYPES", ())
         return generate(model, lengths, **kwargs)
 
 
@@ -113,19 +113,19 @@ def test_returned_cache_has_the_same_tokens(model, monkeypatch, lengths):
     out, _ = generate(model, lengths, **options)
     assert out.sequences.tolist() == expected.sequences.tolist()
     assert len(out.logits) == len(expected.logits)
-    cache, old = out.past_key_values, expected.past_key_values
+    cache, old = out.cache, expected.cache
     assert cache.get_seq_length() == old.get_seq_length() == out.sequences.shape[1] - 1
     assert cache.layers[0].rollback_tokens == old.layers[0].rollback_tokens
     with torch.no_grad():
         last = out.sequences[:, -1:]
-        logits, wanted = (model(last, past_key_values=each).logits for each in (cache, old))
+        logits, wanted = (model(last, cache=each).logits for each in (cache, old))
     dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
     assert_close(logits, wanted, dtype, "logits")
 
 
 def test_cache_that_cannot_go_back_is_asked_on_time(model):
     lengths, cache = [3], KimiLinearCache(model.config, rollback_tokens=0)
-    text, passes = generate(model, lengths, past_key_values=cache)
+    text, passes = generate(model, lengths, cache=cache)
     assert text.shape[1] == PROMPT + 4 and passes == 4
     assert cache.get_seq_length() == text.shape[1] - 1
 
@@ -136,8 +136,8 @@ def test_several_gpus_are_asked_on_time(model, monkeypatch):
 
 
 def test_only_on_devices_that_are_named():
-    assert late_stop.DEVICE_TYPES == ("cuda",)
-    check = late_stop.LateStopCheck.is_supported
+    assert upstream.LATE_DEVICE_TYPES == ("cuda",)
+    check = upstream.LateStopCheck.is_supported
     cache = KimiLinearCache(tiny_model().config)
     assert check(torch.device("cuda"), cache, True, False)
     assert not check(torch.device("cuda"), cache, True, True)
@@ -152,11 +152,11 @@ def test_loop_of_another_form_is_left_alone(monkeypatch):
         return "theirs"
 
     model = tiny_model()
-    late_stop.late_sample.cache_clear()
+    upstream.late_sample.cache_clear()
     monkeypatch.setattr(GenerationMixin, "_sample", other)
     try:
-        assert late_stop.late_sample() is None and model._sample() == "theirs"
+        assert upstream.late_sample() is None and model._sample() == "theirs"
     finally:
-        late_stop.late_sample.cache_clear()
+        upstream.late_sample.cache_clear()
     monkeypatch.undo()
-    assert late_stop.late_sample() is not None
+    assert upstream.late_sample() is not None

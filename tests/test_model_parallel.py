@@ -150,9 +150,9 @@ def tensor_parallel_in_bfloat16(rank: int, world: int, folder: str) -> None:
     for each in (model, plain):
         each.eval()
     with torch.no_grad():
-        caches = [each(ids[:, :-1], use_cache=True).past_key_values for each in (model, plain)]
+        caches = [each(ids[:, :-1], use_cache=True).cache for each in (model, plain)]
         steps = [
-            each(ids[:, -1:], past_key_values=cache).logits.float()
+            each(ids[:, -1:], cache=cache).logits.float()
             for each, cache in zip((model, plain), caches, strict=True)
         ]
     assert (steps[0] - steps[1]).norm() <= 0.1 * steps[1].norm()

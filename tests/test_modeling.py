@@ -71,14 +71,14 @@ def test_padded_then_continued_equals_unpadded(model, where):
     padded, mask = pad_columns(ids, columns, LENGTH)
     with torch.no_grad():
         expected = model(torch.cat([ids, more])[None]).logits[0, len(ids) :]
-        cache = model(padded, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(padded, attention_mask=mask, use_cache=True).cache
         mask = torch.cat([mask, torch.ones(1, 4, dtype=torch.long)], dim=1)
-        first = model(more[None, :4], attention_mask=mask, past_key_values=cache).logits
+        first = model(more[None, :4], attention_mask=mask, cache=cache).logits
         # two single steps with a padded one in between
         logits = [first[0]]
         for token, real in ((more[4], 1), (torch.tensor(96), 0), (more[5], 1)):
             mask = torch.cat([mask, torch.tensor([[real]])], dim=1)
-            out = model(token.view(1, 1), attention_mask=mask, past_key_values=cache).logits
+            out = model(token.view(1, 1), attention_mask=mask, cache=cache).logits
             if real:
                 logits.append(out[0])
     assert_close(torch.cat(logits), expected, FLOAT32, where)
@@ -200,9 +200,9 @@ def test_the_flash_path_hands_over_boundaries_and_padding(hybrid):
                         cut = {**call, "input_ids": ids[:, :20]}
                         if "attention_mask" in call:
                             cut["attention_mask"] = mask[:, :20]
-                        cache = hybrid(**cut, use_cache=True).past_key_values
+                        cache = hybrid(**cut, use_cache=True).cache
                         rest = {**call, "input_ids": ids[:, 20:]}
-                        out = hybrid(**rest, past_key_values=cache).logits
+                        out = hybrid(**rest, cache=cache).logits
                         whole = hybrid(**call, use_cache=False).logits[:, 20:]
                         assert_close(out[real[:, 20:]], whole[real[:, 20:]], FLOAT32, "cached")
             assert_close(logits[1], logits[0], FLOAT32, str(list(call)))
@@ -291,7 +291,7 @@ def test_one_call_equals_chunks_equals_steps(model, splits, training):
             expected = model(ids).logits
             cache, parts = KimiLinearCache(model.config), []
             for part in ids.split(splits, dim=1):
-                parts.append(model(part, past_key_values=cache).logits)
+                parts.append(model(part, cache=cache).logits)
     finally:
         model.eval()
     assert cache.get_seq_length() == 50
@@ -304,8 +304,8 @@ def test_float64_agrees_with_itself_to_1e_10():
     assert model.model.layers[0].self_attn.A_log.dtype == torch.float64
     with torch.no_grad():
         expected = model(ids).logits
-        cache = model(ids[:, :23]).past_key_values
-        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(23, 40)]
+        cache = model(ids[:, :23]).cache
+        steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(23, 40)]
     assert_close(torch.cat(steps, dim=1), expected[:, 23:], torch.float64)
 
 
@@ -318,7 +318,7 @@ def test_gradients_flow_through_a_cached_prefix(hybrid):
         embeds = hybrid.get_input_embeddings()(ids).detach().requires_grad_()
         cache = KimiLinearCache(hybrid.config)
         for part in embeds.split((split, 30 - split) if split < 30 else (30,), dim=1):
-            logits = hybrid(inputs_embeds=part, past_key_values=cache).logits
+            logits = hybrid(inputs_embeds=part, cache=cache).logits
         logits[:, -1].square().sum().backward()
         grads.append(embeds.grad)
     hybrid.zero_grad()
@@ -349,8 +349,8 @@ def test_an_empty_dynamic_cache_is_taken_over(hybrid):
     ids = token_ids(1, 7)
     cache = DynamicCache(config=hybrid.config)
     with torch.no_grad():
-        hybrid(ids[:, :5], past_key_values=cache)
-        out = hybrid(ids[:, 5:], past_key_values=cache).logits
+        hybrid(ids[:, :5], cache=cache)
+        out = hybrid(ids[:, 5:], cache=cache).logits
         assert_close(out, hybrid(ids).logits[:, 5:], FLOAT32)
     assert cache.get_seq_length() == 7
 
@@ -375,10 +375,10 @@ def test_inputs_embeds_and_tuples(hybrid):
 
 def test_no_cache_is_built_in_training_nor_with_labels(hybrid):
     ids = token_ids(1, 5)
-    assert hybrid(ids).past_key_values is not None
-    assert hybrid(ids, labels=ids).past_key_values is None
+    assert hybrid(ids).cache is not None
+    assert hybrid(ids, labels=ids).cache is None
     hybrid.train()
-    assert hybrid(ids).past_key_values is None
+    assert hybrid(ids).cache is None
     hybrid.eval()
 
 
@@ -443,13 +443,13 @@ def test_contradicting_inputs_are_refused_by_name(hybrid, named, kwargs):
 
 def test_caches_of_others_are_refused(hybrid):
     with pytest.raises(ValueError, match="StaticCache"):
-        hybrid(token_ids(1, 6), past_key_values=StaticCache(config=hybrid.config, max_cache_len=8))
+        hybrid(token_ids(1, 6), cache=StaticCache(config=hybrid.config, max_cache_len=8))
     used = DynamicCache()
     used.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     with pytest.raises(ValueError, match="holds tokens"):
-        hybrid(token_ids(1, 6), past_key_values=used)
+        hybrid(token_ids(1, 6), cache=used)
     with pytest.raises(ValueError, match="num_hidden_layers"):
-        hybrid(token_ids(1, 6), past_key_values=KimiLinearCache(tiny_config(num_hidden_layers=5)))
+        hybrid(token_ids(1, 6), cache=KimiLinearCache(tiny_config(num_hidden_layers=5)))
 
 
 def test_sequence_and_token_classification():
@@ -516,8 +516,8 @@ def test_padded_loss_equals_unpadded(hybrid, where):
 def test_a_given_cache_counts_whatever_use_cache_says(hybrid):
     ids = token_ids(1, 12)
     with torch.no_grad():
-        cache = hybrid(ids[:, :8]).past_key_values
-        out = hybrid(ids[:, 8:], past_key_values=cache, use_cache=False).logits
+        cache = hybrid(ids[:, :8]).cache
+        out = hybrid(ids[:, 8:], cache=cache, use_cache=False).logits
         assert_close(out, hybrid(ids).logits[:, 8:], FLOAT32)
 
 
@@ -525,28 +525,28 @@ def test_gradient_checkpointing_never_drops_a_cache_silently():
     model, ids = tiny_model(), token_ids(2, 9)
     kwargs = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=96)
     expected = model.generate(ids, **kwargs).tolist()
-    cache = model(ids).past_key_values
+    cache = model(ids).cache
     model.gradient_checkpointing_enable()
     model.train()
     assert model.generate(ids, **kwargs).tolist() == expected
-    with pytest.raises(ValueError, match="past_key_values"):
-        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="cache"):
+        model(ids, cache=cache)
 
 
 @pytest.mark.parametrize("pattern", ["all_mla", "hybrid"])
 def test_a_cache_of_another_batch_size_is_refused(pattern):
     model = tiny_model(pattern)
-    cache = model(token_ids(2, 5)).past_key_values
+    cache = model(token_ids(2, 5)).cache
     with pytest.raises(ValueError, match="holds 2 rows"):
-        model(token_ids(1, 2), past_key_values=cache)
+        model(token_ids(1, 2), cache=cache)
 
 
 def test_a_cache_made_under_inference_mode_goes_on_outside_it(hybrid):
     ids = token_ids(1, 12)
     with torch.inference_mode():
-        cache = hybrid(ids[:, :8]).past_key_values
+        cache = hybrid(ids[:, :8]).cache
     with torch.no_grad():
-        out = hybrid(ids[:, 8:], past_key_values=cache).logits
+        out = hybrid(ids[:, 8:], cache=cache).logits
         assert_close(out, hybrid(ids).logits[:, 8:], FLOAT32)
 
 

@@ -103,7 +103,7 @@ def test_padding_then_continuing():
     for t in range(5):
         mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
         step = model(
-            more[t].view(1, 1), attention_mask=mask, past_key_values=out.past_key_values
+            more[t].view(1, 1), attention_mask=mask, cache=out.cache
         ).logits
         assert_kernel_close(step[0, 0], expected[90 + t], torch.bfloat16)
 
@@ -115,8 +115,8 @@ def test_one_call_equals_chunks(splits):
     ids = token_ids(2, 123).cuda()
     expected, cache, parts = model(ids).logits, None, []
     for part in ids.split(splits, dim=1):
-        out = model(part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(part, cache=cache, use_cache=True)
+        cache = out.cache
         parts.append(out.logits)
     assert_kernel_close(torch.cat(parts, dim=1), expected, torch.bfloat16)
 

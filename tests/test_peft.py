@@ -196,7 +196,7 @@ def test_biases_of_adapters_count_with_a_cache_too(backend: str) -> None:
     cache = KimiLinearCache(model.config)
     with torch.no_grad():
         expected = model(IDS).logits
-        found = [model(ids, past_key_values=cache).logits for ids in IDS.split([9, 11, 1], dim=1)]
+        found = [model(ids, cache=cache).logits for ids in IDS.split([9, 11, 1], dim=1)]
     assert_close(torch.cat(found, dim=1), expected, torch.float32)
 
 

@@ -113,9 +113,9 @@ def test_pieces_of_tokens_equal_the_whole(monkeypatch):
 
     def read():
         cache = KimiLinearCache(model.config)
-        parts = [model(ids, past_key_values=cache).logits]
+        parts = [model(ids, cache=cache).logits]
         cache.crop(-20)
-        return torch.cat([*parts, model(more, past_key_values=cache).logits], dim=1)
+        return torch.cat([*parts, model(more, cache=cache).logits], dim=1)
 
     expected = read()
     monkeypatch.setattr(layers_module, "PIECE_TOKENS", 2 * 256)

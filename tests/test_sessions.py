@@ -21,7 +21,7 @@ folder, session = sys.argv[1:]
 model = KimiLinearForCausalLM.from_pretrained(folder).eval()
 cache, ids = model.load_session(session)
 turn = torch.cat([ids, torch.arange(5)[None].expand(len(ids), -1)], dim=1)
-out = model.generate(turn, past_key_values=cache, attention_mask=torch.ones_like(turn),
+out = model.generate(turn, cache=cache, attention_mask=torch.ones_like(turn),
                      max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=96)
 print(out.tolist())
 """
@@ -34,7 +34,7 @@ def model(request):
 
 def read(model, cache, ids, **kwargs):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **kwargs).logits
+        return model(ids, cache=cache, **kwargs).logits
 
 
 def test_another_process_goes_on(tmp_path):
@@ -182,7 +182,7 @@ def test_read_session_reads_a_long_text_once(tmp_path, monkeypatch):
         assert sum(read_counts) == expected
         read_counts.clear()
         assert cache.get_seq_length() == 309
-        got = model.generate(ids, past_key_values=cache, **COMMON).tolist()
+        got = model.generate(ids, cache=cache, **COMMON).tolist()
         assert got == model.generate(ids, **COMMON).tolist()
     save_session(path, cache, model)
     with pytest.raises(ValueError, match="holds no input_ids"):

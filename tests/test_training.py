@@ -28,7 +28,7 @@ def test_a_step_makes_no_states_and_no_cache(monkeypatch, packed):
     positions = torch.arange(30).expand(2, -1) % 11 if packed else None
     out = model(ids, labels=ids, position_ids=positions)
     out.loss.backward()
-    assert out.past_key_values is None
+    assert out.cache is None
     assert asked == [(False, None)] * (3 * (1 + 3))
 
 
