@@ -564,6 +564,13 @@ class KimiLinearCache(Cache):
                 raise ValueError(f"{name}={value} is not allowed: it must be at least 0")
         super().__init__(layers=_layers_for(config, rollback_tokens, reserve_tokens, offload))
 
+    num_reorders = 0  # since it was made, so that a beam search that does not is found out
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows into the order of `beam_idx` [B]."""
+        super().reorder_cache(beam_idx)
+        self.num_reorders += 1
+
     def cache_memory(self) -> dict[str, int]:
         """Bytes held, see the function `cache_memory`."""
         return cache_memory(self)

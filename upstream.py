@@ -255,7 +255,8 @@ CACHE_NAME = (
 
 class LoopWatch:
     """Follows one `generate()` from step to step: each has to read all of the text that its cache
-    has not, no more and no less, and to go on with the same cache.
+    has not, no more and no less, and to go on with the same cache; in beam search, with its rows
+    in the beams' order.
 
     A loop that renames what it hands on would lose the cache without a word, and each step would
     be a text of one token.
@@ -263,7 +264,8 @@ class LoopWatch:
 
     def __init__(self) -> None:
         self.cache: Any = None
-        self.steps = self.total = self.width = 0
+        self.steps = self.total = self.width = self.reorders = 0
+        self.has_beams = False
         self.offset: int | None = None  # tokens of the text that its ids do not show
 
     def step(self, cache: Any, width: int, new: int, *, uses_cache: bool) -> None:
@@ -290,6 +292,10 @@ class LoopWatch:
             # a process whose rows have ended repeats its last step while others go on
             if past != expected and (is_piece or width != self.width):
                 self._refuse(f"with {past} tokens in its cache, where {expected} come before it")
+        reorders = getattr(cache, "num_reorders", 0)
+        if self.steps and self.has_beams and self.cache is not None and reorders == self.reorders:
+            self._refuse("with the rows of its cache in the order of the step before")
+        self.reorders = reorders
         # pieces of a prompt do not say how the loop counts
         self.offset = None if is_piece else past + new - width
         self.cache, self.total, self.width = cache, past + new, width
@@ -338,6 +344,9 @@ class GenerationHooks(GenerationMixin):
         max_cache_length: int,
     ) -> None:
         self.check_generation(generation_config, model_kwargs)
+        watch = _watch.get()
+        if watch is not None:
+            watch.has_beams = "beam" in generation_mode
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
             model_kwargs[CACHE_NAME] = self.new_cache(generation_config, max_cache_length)
             return

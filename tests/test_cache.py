@@ -407,9 +407,7 @@ def test_dynamic_cache_is_cropped_in_all_layers_or_in_none(pattern):
     assert {layer.num_tokens for layer in cache.layers} == {300}
     cache.crop(-2)
     expected = model(token_ids(1, 300)).logits[:, -2:]
-    assert_close(
-        model(token_ids(1, 300)[:, -2:], cache=cache).logits, expected, torch.float32
-    )
+    assert_close(model(token_ids(1, 300)[:, -2:], cache=cache).logits, expected, torch.float32)
 
 
 def test_an_offloading_dynamic_cache_is_taken_over(hybrid):

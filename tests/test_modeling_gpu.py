@@ -102,9 +102,7 @@ def test_padding_then_continuing():
     assert_kernel_close(out.logits[0, columns], expected[:90], torch.bfloat16)
     for t in range(5):
         mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-        step = model(
-            more[t].view(1, 1), attention_mask=mask, cache=out.cache
-        ).logits
+        step = model(more[t].view(1, 1), attention_mask=mask, cache=out.cache).logits
         assert_kernel_close(step[0, 0], expected[90 + t], torch.bfloat16)
 
 
