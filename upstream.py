@@ -320,6 +320,10 @@ def _watching() -> Iterator[None]:
         _watch.reset(token)
 
 
+# What the loop hands to each step though no forward reads it: `generate(stop_strings=...)`.
+LOOP_ARGUMENTS = ("tokenizer", "assistant_tokenizer")
+
+
 class GenerationHooks(GenerationMixin):
     """`generate()` under both names of the cache, watched, with methods of our own for what it
     does inside."""
@@ -356,6 +360,8 @@ class GenerationHooks(GenerationMixin):
 
     def step_inputs(self, input_ids: Tensor, cache: Any, **kwargs: Any) -> dict[str, Any]:
         """Transformers' `prepare_inputs_for_generation`, which names the cache by its version."""
+        for name in LOOP_ARGUMENTS:
+            kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(input_ids, **{CACHE_NAME: cache}, **kwargs)
 
     def watch_step(self, inputs: dict[str, Any], width: int) -> dict[str, Any]:
