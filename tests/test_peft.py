@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
 from kimi_linear.peft_targets import EXPERT_PARAMETERS, LORA_GROUPS, lora_targets
 from kimi_linear.weight_conversion import official_shapes
+from packaging.version import Version
 from safetensors import safe_open
 from tolerance import assert_close
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 peft = pytest.importorskip("peft", reason="adapters need PEFT: pip install '.[finetune]'")
 
@@ -217,6 +220,11 @@ def test_saved_adapters_reload_to_the_same_bits(group: str, tmp_path: Path) -> N
         assert torch.equal(logits(again), logits(plain))
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"model.load_adapter() of Transformers {transformers.__version__} asks for PEFT "
+    f"{MIN_PEFT_VERSION}, PEFT {peft.__version__} is installed; 0.22 was not out when 5.24 was",
+)
 def test_transformers_loads_a_folder_of_adapters(tmp_path: Path) -> None:
     """Its own integration reads an adapter's file as it reads a model's, which was an error once:
     all the model's tensors are missing in it."""
