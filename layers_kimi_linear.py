@@ -38,7 +38,12 @@ from .prefill_kernels import has_kernels, silu_mul
 from .rollback import KDAPlan
 from .sequence_layout import SequenceLayout
 from .short_conv import convolution_state, short_convolution
-from .upstream import ALL_ATTENTION_FUNCTIONS, attention_backend
+from .upstream import (
+    ALL_ATTENTION_FUNCTIONS,
+    LAYER_ARGUMENTS,
+    attention_backend,
+    check_arguments,
+)
 
 LATENT_NORM_EPS = 1e-6
 # Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
@@ -134,6 +139,7 @@ class KimiLinearDeltaAttention(nn.Module):
         kda_plan: KDAPlan | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        check_arguments(self, kwargs, LAYER_ARGUMENTS)
         if cache is None or kda_plan is None:
             return self._read(hidden_states, layout)[0], None
         past: KDALayerCache = cache.layers[self.layer_idx]
@@ -388,6 +394,7 @@ class KimiLinearLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`attention_mask` is the backend's; `real_tokens` [B, S] is False at padding; `by_blocks`
         says that the latents are attended to by our own code instead of the backend."""
+        check_arguments(self, kwargs, LAYER_ARGUMENTS)
         batch_size = hidden_states.shape[0]
         use_flash = is_flash_attention(self.config)
         # flash attention takes sequences end to end, and "sdpa" one by one; else rows and a mask

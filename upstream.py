@@ -72,6 +72,14 @@ BACKBONE_ARGUMENTS = {
     "max_length_q": "DataCollatorWithFlattening; cu_seq_lens_q says it already",
     "max_length_k": "DataCollatorWithFlattening; cu_seq_lens_q says it already",
 }
+# What the backbone hands to all layers, of which each kind reads its own.
+LAYER_ARGUMENTS = {
+    **BACKBONE_ARGUMENTS,
+    "attention_mask": "the attention backend's, read by latent attention",
+    "real_tokens": "read by latent attention",
+    "by_blocks": "read by latent attention",
+    "kda_plan": "read by delta attention",
+}
 CAUSAL_LM_ARGUMENTS = {
     **BACKBONE_ARGUMENTS,
     "num_items_in_batch": "Trainer; the loss divides by it",
@@ -90,7 +98,7 @@ def check_arguments(
     """TypeError if a forward was given arguments that it does not know.
 
     Args:
-        model: Whose forward it is.
+        model: The module whose forward it is.
         given: What arrived in its `**kwargs`.
         known: Names that are allowed there.
         for_loss: Whether those of the model's loss function are allowed too.
@@ -489,6 +497,7 @@ __all__ = [
     "CAUSAL_LM_ARGUMENTS",
     "CLASSIFIER_ARGUMENTS",
     "LATE_DEVICE_TYPES",
+    "LAYER_ARGUMENTS",
     "TESTED",
     "CheckpointHooks",
     "Concatenate",

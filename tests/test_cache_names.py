@@ -19,6 +19,7 @@ from kimi_linear import (
     upstream,
 )
 from kimi_linear.model_outputs import CACHE_NAMES
+from kimi_linear.sequence_layout import SequenceLayout
 from kimi_linear.upstream import LoopWatch
 from transformers import DynamicCache
 from transformers.generation import GenerationMixin
@@ -144,10 +145,17 @@ def test_a_misspelt_argument_is_named(make):
     with pytest.raises(TypeError) as error:
         model(token_ids(1, 3), past_key_value=KimiLinearCache(model.config))
     message = str(error.value)
-    assert "past_key_value:" in message.replace(": its arguments", ":")
+    assert "does not know past_key_value: its arguments are input_ids, " in message
     for known in ("attention_mask", "cache", "past_key_values", "output_hidden_states"):
         assert known in message
     assert type(model).__name__ in message
+
+
+@pytest.mark.parametrize("number", [0, 3], ids=["KDA", "MLA"])
+def test_a_layer_names_a_misspelt_argument(model, number):
+    layer = model.model.layers[number]
+    with pytest.raises(TypeError, match=f"{type(layer.self_attn).__name__}.* past_key_value:"):
+        layer(torch.zeros(1, 3, 40), layout=SequenceLayout(), past_key_value=None)
 
 
 def test_generate_names_a_misspelt_argument(model):
