@@ -99,10 +99,15 @@ def check_arguments(
 
     Args:
         model: The module whose forward it is.
-        given: What arrived in its `**kwargs`.
+        given: What arrived in its `**kwargs`. Pipeline parallelism (5.17) binds the outer call's
+            arguments and hands its `**kwargs` over under that name, `return_dict` included, which
+            the outer call sees to: they are put where they belong.
         known: Names that are allowed there.
         for_loss: Whether those of the model's loss function are allowed too.
     """
+    if "kwargs" in given:
+        given.update(given.pop("kwargs"))
+        given.pop("return_dict", None)
     unknown = given.keys() - known.keys()
     if unknown and for_loss:
         unknown -= inspect.signature(model.loss_function).parameters.keys()

@@ -223,13 +223,13 @@ def test_grpo_raises_a_reward_and_generates_with_our_cache(
     start: Path, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     caches = []
-    original = KimiLinearForCausalLM._new_cache
+    original = KimiLinearForCausalLM.new_cache
 
     def noted(self: Any, *args: Any) -> Any:
         caches.append(original(self, *args))
         return caches[-1]
 
-    monkeypatch.setattr(KimiLinearForCausalLM, "_new_cache", noted)
+    monkeypatch.setattr(KimiLinearForCausalLM, "new_cache", noted)
     folder = tmp_path / "run"
     settings = grpo_options(start, data, tmp_path, steps=20, learning_rate=3e-2)
     finetune.main("grpo", output=str(folder), **settings)
