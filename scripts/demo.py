@@ -5,7 +5,7 @@ modules held out. Then compares the bits per byte on the held-out modules with `
 a trigram model, draws the curves, and has a new process, which cannot import this package, load the
 saved folder with `trust_remote_code=True` and write code.
 
-    python scripts/demo.py                          # under 6 minutes on 2 free cores
+    python scripts/demo.py                          # 400 steps
     python scripts/demo.py --steps 2000             # a better model
     python scripts/demo.py --minutes 4              # as good as the machine makes it in that time
     python scripts/demo.py --prompt 'def quicksort(' --output runs/mine
@@ -46,7 +46,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 GENERATE = Path(__file__).with_name("generate.py")
 PROMPT = 'class PriorityQueue:\n    """A queue that returns its smallest item first."""\n\n    def '
-STEPS = 500
+STEPS = 400
 SAMPLE_ROWS = 16
 LOSSES_PER_RUN = 200
 
@@ -91,8 +91,8 @@ def main(
     config_overrides: dict[str, Any] | None = None,
     vocab_size: int = 4096,
     sequence_length: int = 512,
-    batch_size: int = 4,
-    learning_rate: float = 1.2e-2,
+    batch_size: int = 8,
+    learning_rate: float = 6e-3,
     weight_decay: float = 0.1,
     optimizer: str = "muon",
     schedule: str = "wsd",
@@ -468,8 +468,8 @@ def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows per step")
-    parser.add_argument("--learning-rate", type=float, default=1.2e-2)
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
+    parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--optimizer", default="muon", help="muon or adamw")
     parser.add_argument("--schedule", default="wsd", help="wsd, cosine or constant")
