@@ -2,7 +2,7 @@
 # They share .venv; each installs its extras once, and again when a file that decides them changes.
 #
 #   make demo                           the main job: tokenizer, training, generation
-#   make demo ARGS="--minutes 60"       the same with flags of scripts/demo.py
+#   make demo ARGS="--steps 2000"       the same with flags of scripts/demo.py
 #   make test                           the tests
 #   make test ARGS="-k kda"             the same with flags of pytest
 #   make lint format typecheck          ruff and mypy
@@ -25,8 +25,9 @@ ARGS ?=
 .NOTPARALLEL:
 .PHONY: demo test lint format typecheck gpu-test clean
 
+# Threads that wait asleep: beside other programs, spinning ones make a step six times as long.
 demo: $(VENV)/train.stamp
-	$(BIN)/python scripts/demo.py $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(ARGS)

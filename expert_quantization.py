@@ -23,14 +23,14 @@ BLOCK_SIZES = {4: 64, 8: 256}
 aten = torch.ops.aten
 
 
-def _functional() -> Any:
+def _bitsandbytes() -> Any:
     try:
-        import bitsandbytes.functional as functional
+        import bitsandbytes
     except ImportError as error:
         raise ValueError(
             f"experts cannot be quantised: bitsandbytes cannot be imported ({error})"
         ) from error
-    return functional
+    return bitsandbytes
 
 
 class PackedExperts(Tensor):
@@ -67,10 +67,12 @@ class PackedExperts(Tensor):
         """
         if bits not in BLOCK_SIZES:
             raise ValueError(f"bits={bits} is not allowed: it must be one of {tuple(BLOCK_SIZES)}")
-        functional, plain = _functional(), weights.detach().contiguous()
+        functional, plain = _bitsandbytes().functional, weights.detach().contiguous()
         if bits == 4:
+            whole = plain.numel() % BLOCK_SIZES[4] == 0
             packed, state = functional.quantize_4bit(
-                plain,
+                # its kernel for CPUs with AVX512 takes rows for whole blocks, whatever their length
+                plain.reshape(-1, BLOCK_SIZES[4]) if whole else plain.reshape(1, -1),
                 blocksize=BLOCK_SIZES[4],
                 compress_statistics=double_quant,
                 quant_type=quant_type,
@@ -81,7 +83,7 @@ class PackedExperts(Tensor):
 
     def unpacked(self) -> Tensor:
         """The weights [E, .., ..], a plain tensor."""
-        functional = _functional()
+        functional = _bitsandbytes().functional
         unpack = functional.dequantize_4bit if self.bits == 4 else functional.dequantize_blockwise
         return unpack(self.packed, self.state).reshape(self.shape).to(self.dtype)
 
@@ -167,6 +169,8 @@ def packing_experts(model: nn.Module, kind: type, quantizer: Any) -> Iterator[No
         for name, module in model.named_modules()
         if isinstance(module, kind) and not any(skip in name for skip in skipped)
     ]
+    if config.load_in_4bit:
+        _keep_linears_exact(model)
     pack = _packer(config)
     for module in experts:
         module.__dict__["pack_arriving"] = pack
@@ -175,6 +179,24 @@ def packing_experts(model: nn.Module, kind: type, quantizer: Any) -> Iterator[No
     finally:
         for module in experts:
             del module.__dict__["pack_arriving"]
+
+
+def _keep_linears_exact(model: nn.Module) -> None:
+    """Have linear layers in 4 bits compute the same on every CPU, whatever their size.
+
+    On a CPU with AVX512-BF16, the first evaluation repacks a layer's weights for a kernel that
+    refuses sizes, computes in bfloat16 whatever was asked for, and has no gradient: training after
+    it goes wrong too. On a CPU with AVX512, weights whose rows are not whole blocks come back with
+    scales of other blocks: such layers stay wide, on every device.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, _bitsandbytes().nn.Linear4bit):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if module.in_features % module.weight.blocksize:
+            sizes, has_bias = (module.in_features, module.out_features), module.bias is not None
+            plain = nn.Linear(*sizes, has_bias, device="meta", dtype=module.weight.dtype)
+            model.set_submodule(name, plain)
 
 
 def _packer(config: Any) -> Callable[[Tensor], nn.Parameter]:

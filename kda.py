@@ -510,21 +510,26 @@ def _run_segment(
         beta_GC[:, :, None] * scores[:, :, 1], beta_GC.diag_embed(), upper=False, unitriangular=True
     )
     S = None if state is None else state.reshape(R * H, K, V)
-    rows, solved = rows.view(n, R * H, 2 * C, K), solved.view(n, R * H, C, C)
-    scores_q, columns = scores[:, :, 0].view(n, R * H, C, C), columns.view(n, R * H, C, K)
-    total = total.view(n, R * H, K, 1)
-    outputs = []
-    for i in range(n):
+    chunks = zip(
+        rows.view(n, R * H, 2 * C, K).unbind(),  # one gradient, where n slices would fill n
+        scores[:, :, 0].view(n, R * H, C, C).unbind(),
+        columns.view(n, R * H, C, K).transpose(2, 3).unbind(),
+        total.view(n, R * H, K, 1).unbind(),
+        solved.view(n, R * H, C, C).unbind(),
+        v_nGCV.unbind(),
+        strict=True,
+    )
+    outputs: list[Tensor] = []
+    for row, score, column, decay, solve, value in chunks:
         if S is None:
-            v_new = solved[i] @ v_nGCV[i]
-            outputs.append(scores_q[i] @ v_new)
+            v_new = solve @ value
+            outputs.append(score @ v_new)
         else:
-            from_state = (rows[i] @ S).view(R * H, C, 2, V)
-            v_new = solved[i] @ (v_nGCV[i] - from_state[:, :, 1])
-            outputs.append(torch.baddbmm(from_state[:, :, 0], scores_q[i], v_new))
-        if i + 1 < n or want_state:
-            fresh = columns[i].transpose(1, 2)
-            S = fresh @ v_new if S is None else torch.baddbmm(S * total[i], fresh, v_new)
+            from_q, from_k = (row @ S).view(R * H, C, 2, V).unbind(2)
+            v_new = solve @ (value - from_k)
+            outputs.append(torch.baddbmm(from_q, score, v_new))
+        if len(outputs) < n or want_state:
+            S = column @ v_new if S is None else torch.baddbmm(S * decay, column, v_new)
     out = torch.stack(outputs).view(n, R, H, C, V).permute(1, 0, 3, 2, 4).reshape(R, L, H, V)
     return out, (S.view(R, H, K, V) if want_state and S is not None else None)
 

@@ -312,8 +312,10 @@ class BudgetCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         interval = 0.5 if sys.stderr.isatty() else LOG_SECONDS
-        layout = "{l_bar}{bar}| {elapsed}{postfix}"
-        self._bar = tqdm(total=100, bar_format=layout, mininterval=interval, miniters=0)
+        layout = "{l_bar}{bar}| {elapsed}, {remaining} to go{postfix}"
+        self._bar = tqdm(  # what remains is by the average so far, evaluations included
+            total=100, bar_format=layout, mininterval=interval, miniters=0, smoothing=0
+        )
         self.budget.run()
 
     def on_step_end(

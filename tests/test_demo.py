@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import demo
 import pytest
 import torch
+from _training import Budget, BudgetCallback
 from kimi_linear import KimiLinearForCausalLM
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerControl, TrainerState
 
 TINY = {
     "hidden_size": 32,
@@ -134,6 +136,44 @@ def test_the_new_process_cannot_import_the_package_and_gets_the_same_logits(
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
     )
     torch.testing.assert_close(torch.load(saved), here, atol=1e-5, rtol=1e-5)
+
+
+def test_the_default_is_a_number_of_steps_and_repeats_itself(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock decided where training ended: other figures on every machine."""
+    monkeypatch.setattr(demo, "STEPS", 6)
+    monkeypatch.setattr(demo, "generate_elsewhere", lambda *args: "")  # the other tests wait for it
+    runs = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / str(len(runs))
+        results = demo.main(
+            output=folder,
+            seed=seed,
+            vocab_size=640,
+            sequence_length=64,
+            config_overrides=TINY,
+            corpus=corpus,
+        )
+        assert results["training"]["steps"] == 6
+        losses = json.loads((folder / "results.json").read_text())["losses"]
+        runs.append([*(loss for _, loss in losses), results["bits_per_byte"]["kimi_linear"]])
+    assert runs[0] == runs[1] and runs[0] != runs[2]
+
+
+def test_the_bar_says_how_long_it_will_be(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = BudgetCallback(Budget(4, None), 8, lambda step, seconds: "")
+    state, control = TrainerState(), TrainerControl()
+    callback.on_train_begin(None, state, control)
+    for state.global_step in range(1, 5):
+        callback._bar.start_t -= 60  # a minute a step
+        callback.on_step_end(None, state, control)
+        callback._bar.refresh()
+    callback.on_train_end(None, state, control)
+    assert control.should_training_stop
+    bar = capsys.readouterr().err
+    for percent, left in ((25, "03:00"), (50, "02:00"), (75, "01:00"), (100, "00:00")):
+        assert re.search(rf"{percent}%.*, {left} to go, step {percent // 25},", bar), bar
 
 
 def test_a_failing_process_is_reported(tmp_path: Path) -> None:

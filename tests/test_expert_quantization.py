@@ -1,5 +1,6 @@
 """Experts in 4 and 8 bits: what they compute, what they take, what they refuse; QLoRA on them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from kimi_linear.peft_targets import lora_targets
 from safetensors import safe_open
 from tolerance import assert_close
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
+
+pytestmark = pytest.mark.usefixtures("cpu")
 
 IDS = token_ids(2, 21)
 CONFIGS: dict[int, dict[str, Any]] = {
@@ -31,6 +35,27 @@ CONFIGS: dict[int, dict[str, Any]] = {
 ERRORS, BITS = {4: 0.16, 8: 0.04}, {4: 4.6, 8: 8.3}
 
 
+class WholeBlocksOnly(TorchDispatchMode):
+    """Refuses to have weights unpacked that bitsandbytes' kernel for AVX512 unpacks wrongly."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        if func.namespace == "bitsandbytes" and "4bit" in func._schema.name:
+            shape = given.get("shape", given.get("shapeB"))
+            if shape is not None and len(shape) > 1 and shape[0] > 1:
+                assert shape[-1] % given["blocksize"] == 0, (func, shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=[False, True], ids=["any_cpu", "avx512_bf16"])
+def cpu(request: Any, monkeypatch: Any) -> Iterator[None]:
+    """What bitsandbytes finds out about the CPU, on which its ways depend."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: request.param)
+    with WholeBlocksOnly():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -38,9 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, bits: int, **changes: Any) -> KimiLinearForCausalLM:
+def load(
+    folder: Path, bits: int, dtype: torch.dtype = torch.float32, **changes: Any
+) -> KimiLinearForCausalLM:
     config = BitsAndBytesConfig(**{**CONFIGS[bits], **changes})
-    return KimiLinearForCausalLM.from_pretrained(folder, quantization_config=config).eval()
+    return KimiLinearForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=dtype
+    ).eval()
 
 
 def experts_of(model: Any) -> dict[str, Tensor]:
@@ -90,6 +119,28 @@ def test_packed_weights_are_near_and_small(bits: int, dtype: torch.dtype) -> Non
     assert 8 * taken / weights.numel() < BITS[bits]
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 48), (3, 5, 48), (3, 5, 7)])
+def test_rows_need_not_be_whole_blocks(shape: tuple[int, ...]) -> None:
+    """bitsandbytes' kernel for CPUs with AVX512 took other blocks' scales for them."""
+    weights = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    weights *= torch.logspace(-3, 3, weights.numel()).reshape(shape)  # no block's scale fits others
+    found = PackedExperts.of(weights, 4).unpacked()
+    for block, expected in zip(found.flatten().split(64), weights.flatten().split(64), strict=True):
+        assert (block - expected).abs().max() < ERRORS[4] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_of_any_size(folder: Path, dtype: torch.dtype) -> None:
+    """4 bits where rows are whole blocks, whatever the number of rows; the rest stays wide."""
+    model = load(folder, 4, dtype=dtype)
+    linears = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
+    packed = [m for m in linears if isinstance(m, bnb.nn.Linear4bit)]
+    wide = [m for m in linears if type(m) is nn.Linear]
+    assert any(m.out_features % 32 for m in packed) and not any(m.in_features % 64 for m in packed)
+    assert wide and all(m.in_features % 64 and m.weight.dtype == dtype for m in wide)
+    assert model(IDS).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_a_quantised_model_computes_what_its_weights_say(folder: Path, experts: str) -> None:
     model = load(folder, 4)
@@ -105,12 +156,18 @@ def test_a_quantised_model_computes_what_its_weights_say(folder: Path, experts: 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_adapters_over_quantised_experts_get_their_gradients(folder: Path, experts: str) -> None:
-    """As over the same weights in full, and again after a step: nothing piles up on the way."""
+    """As over the same weights in full, and again after a step: nothing piles up on the way.
+
+    Also after an evaluation, which made bitsandbytes' layers lose theirs on CPUs with AVX512-BF16.
+    """
     model = load(folder, 4)
     plain = adapt(unquantised(model, folder)).train()
     model = adapt(model).train()
     for each in (model, plain):
         each.base_model.model.set_experts_implementation(experts)
+        with torch.no_grad():
+            each.eval()(IDS)
+        each.train()
     for _ in range(2):
         found = []
         for each in (model, plain):
