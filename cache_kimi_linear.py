@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from .rollback import KDAPlan
-from .upstream import is_offloading, put_layers
+from .upstream import holds_tokens, is_offloading, put_layers
 
 BLOCK_TOKENS = 256
 # A buffer of at least so many tokens is never copied to grow: the next one goes beside it.
@@ -115,7 +115,7 @@ class KDALayerCache(_LayerCache):
     """State of one KDA layer.
 
     Args:
-        rollback_tokens: At least so many of the last tokens can be taken back by `crop`; 0: none.
+        rollback_tokens: Minimum number of trailing tokens `crop` can remove; 0 disables it.
 
     Attributes:
         conv_state: [B, 3, D, W - 1], the last inputs of the q, k and v convolutions, oldest first;
@@ -655,7 +655,7 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
             "a DynamicCache or None; KimiLinearCache(config, reserve_tokens=...) makes room in "
             "advance, as generate(cache_implementation='static') does"
         )
-    if any(getattr(layer, "is_initialized", False) or _has_state(layer) for layer in layers):
+    if holds_tokens(cache):
         raise ValueError(
             f"cache={name} holds tokens that this model did not write: it must be empty"
         )
@@ -673,11 +673,6 @@ def _layers_for(
         else LatentLayerCache(reserve_tokens, offload)
         for kind in config.layer_types
     ]
-
-
-def _has_state(layer: object) -> bool:
-    flags = getattr(layer, "has_previous_state", False)
-    return any(flags.values()) if isinstance(flags, dict) else bool(flags)
 
 
 def _may_write(x: Tensor) -> bool:

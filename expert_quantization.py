@@ -141,24 +141,25 @@ def is_packed(model: nn.Module) -> bool:
 
 
 @contextmanager
-def packing_experts(model: nn.Module, kind: type, quantizer: Any) -> Iterator[None]:
+def packing_experts(
+    model: nn.Module, kind: type, config: Any, is_quantized_file: bool
+) -> Iterator[None]:
     """While a checkpoint is read, pack what arrives in the model's experts.
 
     Args:
         model: The model, on the meta device.
         kind: The experts' class.
-        quantizer: Transformers'; only bitsandbytes' counts.
+        config: The quantisation's, or None; only bitsandbytes' counts.
+        is_quantized_file: Whether the checkpoint's weights are quantised already.
 
     Raises:
         ValueError: For a checkpoint that is quantised already.
     """
-    config = getattr(quantizer, "quantization_config", None)
     method = getattr(config, "quant_method", None)
     if getattr(method, "value", method) != "bitsandbytes":
         yield
         return
-    assert config is not None
-    if getattr(quantizer, "pre_quantized", False):
+    if is_quantized_file:
         raise ValueError(
             "quantization_config in the checkpoint is not allowed: bitsandbytes' layout has no "
             "place for fused experts; load the released weights, and quantise them while loading"

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
 from .model_outputs import one_cache
 from .sessions import Session, load_session, read_session, save_session
-from .upstream import GenerationHooks
+from .upstream import LOOP_ARGUMENTS, GenerationHooks
 
 logger = logging.get_logger(__name__)
 
@@ -50,18 +50,18 @@ class KimiLinearGenerationMixin(GenerationHooks):
                 f"{CACHE_IMPLEMENTATIONS}"
             )
 
-    def new_cache(self, generation_config: Any, max_cache_length: int) -> KimiLinearCache:
+    def new_cache(
+        self, kind: str | None, max_tokens: int, *, is_returned: bool, is_draft: bool
+    ) -> KimiLinearCache:
         """A cache that can be cropped if someone will be able to: it is returned, or a draft's."""
-        kind = generation_config.cache_implementation or ""
-        is_returned = generation_config.return_dict_in_generate
-        longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        kind = kind or ""
         cache = KimiLinearCache(
             self.config,
             rollback_tokens=ROLLBACK_TOKENS if is_returned else 0,
-            reserve_tokens=longest if "static" in kind else 0,
+            reserve_tokens=max_tokens if "static" in kind else 0,
             offload="offloaded" in kind,
         )
-        if generation_config.is_assistant:
+        if is_draft:
             cache.activate_past_recording()
         return cache
 
@@ -84,6 +84,8 @@ class KimiLinearGenerationMixin(GenerationHooks):
             RuntimeError: In `generate()`, if the loop has lost its cache.
         """
         cache = one_cache(cache, past_key_values)
+        for name in LOOP_ARGUMENTS:
+            kwargs.pop(name, None)
         if is_first_iteration and next_sequence_length is not None and next_sequence_length < 1:
             # Transformers would take a slice of [-left:], which may be the whole prompt once more
             name, prompt = "input_ids", input_ids

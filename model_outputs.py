@@ -70,13 +70,22 @@ class OutputWithCache(BothCacheNames):
 @functools.cache
 def _with_cache(kind: type) -> type:
     """A subclass of an output class of Transformers up to 5.23 that has `cache` too."""
+
+    def reduce(self: Any) -> Any:  # by the class that a pickle can name
+        return _rebuilt, (kind, dict(self))
+
     own = {
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
+        "__reduce__": reduce,
         "_cache_field": "past_key_values",
         "cache": property(lambda self: self.past_key_values),
     }
     return type(kind.__name__, (BothCacheNames, kind), own)
+
+
+def _rebuilt(kind: type, fields: dict[str, Any]) -> Any:
+    return answering_both(kind(**fields))
 
 
 def answering_both(output: Any) -> Any:

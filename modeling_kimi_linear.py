@@ -56,6 +56,8 @@ from .upstream import (
     BACKBONE_ARGUMENTS,
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
+    LENGTH_ARGUMENTS,
+    OUTPUT_ARGUMENTS,
     GradientCheckpointingLayer,
     Loading,
     OutputRecorder,
@@ -81,10 +83,10 @@ from .weight_conversion import (
 logger = logging.get_logger(__name__)
 
 BACKBONE = "KimiLinearBackbone"
+# Of a head's further arguments, those that the backbone reads.
+PASSED_ON = {**OUTPUT_ARGUMENTS, **LENGTH_ARGUMENTS}
 # Longest call without a past that goes to the "sdpa" backend when no graph is recorded.
 BACKEND_TOKENS = 1024
-# what collators say beside `cu_seq_lens_q`
-FLASH_LENGTHS = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 AUTO_MAP = {
     "AutoConfig": "configuration_kimi_linear.KimiLinearConfig",
     "AutoModel": f"modeling_kimi_linear.{BACKBONE}",
@@ -221,7 +223,9 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
                 check_checkpoint(files, self, optional=self._new_heads)
             if not loading.is_divided:
                 state_dict = stored_tensors(files, self)
-        with packing_experts(self, KimiLinearExperts, loading.quantizer):
+        with packing_experts(
+            self, KimiLinearExperts, loading.quantization, loading.is_quantized_file
+        ):
             return loading.read(state_dict, other_spellings())
 
 
@@ -296,6 +300,11 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             ValueError: If inputs contradict each other; the message names the argument.
         """
         check_arguments(self, kwargs, BACKBONE_ARGUMENTS)
+        if cu_seq_lens_q is None and not LENGTH_ARGUMENTS.keys().isdisjoint(kwargs):
+            raise ValueError(
+                f"{', '.join(LENGTH_ARGUMENTS.keys() & kwargs.keys())} without cu_seq_lens_q is "
+                "not allowed: cu_seq_lens_q says where packed sequences begin"
+            )
         cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -325,8 +334,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         )
         if self.context_group is not None:
             layout = shard_layout(layout, num_tokens, self.context_group)
-        for name in FLASH_LENGTHS:  # the layout's own take their place
-            kwargs.pop(name, None)
+        kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         cache = self._cache_for(layout, cache, use_cache, batch_size)
         past = 0 if cache is None else cache.layers[0].num_tokens
         check_columns(attention_mask, past, num_tokens)
@@ -527,7 +535,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             logits = self._decode(input_ids, attention_mask, cache)
             if logits is not None:
                 return KimiLinearCausalLMOutput(logits=logits, cache=cache)
-        loss_kwargs = {name: x for name, x in kwargs.items() if name not in BACKBONE_ARGUMENTS}
+        kwargs.pop("skip_logits", None)
+        inner = {name: x for name, x in kwargs.items() if name in PASSED_ON}
+        loss_kwargs = {name: x for name, x in kwargs.items() if name not in PASSED_ON}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -537,7 +547,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
-            **{name: x for name, x in kwargs.items() if name not in loss_kwargs},
+            **inner,
         )
         x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -670,7 +680,6 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
             `loss`, `logits` [B, num_labels], and the backbone's outputs.
         """
         check_arguments(self, kwargs, CLASSIFIER_ARGUMENTS)
-        kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -680,7 +689,7 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
-            **kwargs,
+            **{name: x for name, x in kwargs.items() if name in PASSED_ON},
         )
         logits = self.score(outputs.last_hidden_state)
         real = attention_mask
@@ -744,7 +753,6 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
             `loss`, `logits` [B, T, num_labels], `hidden_states` and `attentions` on request.
         """
         check_arguments(self, kwargs, CLASSIFIER_ARGUMENTS)
-        kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -754,7 +762,7 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
-            **kwargs,
+            **{name: x for name, x in kwargs.items() if name in PASSED_ON},
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None

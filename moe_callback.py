@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .moe_training import ExpertLoads, check_rate, load_statistics
+from .upstream import put_callback_first
 
 
 class ExpertBalanceCallback(TrainerCallback):
@@ -75,7 +76,7 @@ class ExpertBalanceCallback(TrainerCallback):
 def balance_experts(trainer: Trainer, rate: float | None = None) -> ExpertBalanceCallback:
     """Add the callback to a Trainer, before its reporters; see `ExpertBalanceCallback`."""
     callback = ExpertBalanceCallback(rate)
-    trainer.callback_handler.callbacks.insert(0, callback)
+    put_callback_first(trainer, callback)
     return callback
 
 

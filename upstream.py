@@ -63,33 +63,57 @@ def versions() -> str:
 
 # ---- arguments of a forward ----------------------------------------------------------------------
 
-# What Transformers hands to a forward beside the arguments that ours name, and why it is there.
+# What Transformers and its trainers hand to a forward beside the arguments that ours name, and who
+# reads it or why it is dropped.
+OUTPUT_ARGUMENTS = {
+    "output_attentions": "capture_outputs",
+    "output_hidden_states": "capture_outputs",
+    "output_router_logits": "capture_outputs",
+}
+LENGTH_ARGUMENTS = {
+    "cu_seq_lens_k": "dropped: DataCollatorWithFlattening's cu_seq_lens_q says it",
+    "max_length_q": "dropped: DataCollatorWithFlattening's cu_seq_lens_q says it",
+    "max_length_k": "dropped: DataCollatorWithFlattening's cu_seq_lens_q says it",
+}
 BACKBONE_ARGUMENTS = {
-    "output_attentions": "read by capture_outputs",
-    "output_hidden_states": "read by capture_outputs",
-    "output_router_logits": "read by capture_outputs",
-    "cu_seq_lens_k": "DataCollatorWithFlattening; cu_seq_lens_q says it already",
-    "max_length_q": "DataCollatorWithFlattening; cu_seq_lens_q says it already",
-    "max_length_k": "DataCollatorWithFlattening; cu_seq_lens_q says it already",
+    **OUTPUT_ARGUMENTS,
+    **LENGTH_ARGUMENTS,
+    "logits_to_keep": "dropped: TRL's DistillationTrainer takes it from the head's signature",
+    "num_items_in_batch": "dropped: Trainer's compute_loss_func divides by it",
 }
 # What the backbone hands to all layers, of which each kind reads its own.
 LAYER_ARGUMENTS = {
-    **BACKBONE_ARGUMENTS,
-    "attention_mask": "the attention backend's, read by latent attention",
-    "real_tokens": "read by latent attention",
-    "by_blocks": "read by latent attention",
-    "kda_plan": "read by delta attention",
+    **OUTPUT_ARGUMENTS,
+    "attention_mask": "latent attention: the attention backend's mask",
+    "real_tokens": "latent attention",
+    "by_blocks": "latent attention",
+    "kda_plan": "delta attention",
+}
+SHARED_ARGUMENTS = {
+    **OUTPUT_ARGUMENTS,
+    **LENGTH_ARGUMENTS,
+    "num_items_in_batch": "the loss: of Trainer, with gradient accumulation",
+    "skip_logits": "dropped: Trainer's evaluation asks Liger's kernels for it",
 }
 CAUSAL_LM_ARGUMENTS = {
-    **BACKBONE_ARGUMENTS,
-    "num_items_in_batch": "Trainer; the loss divides by it",
-    "shift_labels": "Trainer and accelerate under sequence parallelism",
-    "ignore_index": "the loss function's",
+    **SHARED_ARGUMENTS,
+    "shift_labels": "the loss: of Trainer and accelerate, under sequence parallelism",
+    "ignore_index": "the loss",
 }
 CLASSIFIER_ARGUMENTS = {
-    **BACKBONE_ARGUMENTS,
-    "num_items_in_batch": "Trainer; a classifier's loss is a mean",
+    **SHARED_ARGUMENTS,
+    "margin": "dropped: TRL's RewardTrainer reads it itself",
 }
+# What a loss function is given by the model itself.
+LOSS_INPUTS = {"logits", "labels", "vocab_size", "pooled_logits", "config"}
+
+
+def loss_arguments(function: Callable[..., Any], given: dict[str, Any]) -> set[str]:
+    """Those of the given names that a loss function reads."""
+    parameters = inspect.signature(function).parameters.values()
+    if function is not ForCausalLMLoss and any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return set(given)
+    return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - LOSS_INPUTS
 
 
 def check_arguments(
@@ -110,12 +134,13 @@ def check_arguments(
         given.pop("return_dict", None)
     unknown = given.keys() - known.keys()
     if unknown and for_loss:
-        unknown -= inspect.signature(model.loss_function).parameters.keys()
+        unknown -= loss_arguments(model.loss_function, given)
     if unknown:
-        named = list(inspect.signature(type(model).forward).parameters)
+        names = [*list(inspect.signature(type(model).forward).parameters)[1:-1], *known]
+        names += ["return_dict"] if isinstance(model, PreTrainedModel) else []
         raise TypeError(
             f"{type(model).__name__}.forward() does not know {', '.join(sorted(unknown))}: its "
-            f"arguments are {', '.join([*named[1:-1], *known, 'return_dict'])} ({versions()})"
+            f"arguments are {', '.join(names)} ({versions()})"
         )
 
 
@@ -154,6 +179,17 @@ def put_layers(cache: Cache, layers: list[Any]) -> None:
     cache.layer_class_to_replicate = None
 
 
+def holds_tokens(cache: Cache) -> bool:
+    """Whether a cache of Transformers has been written to."""
+
+    def has_state(layer: Any) -> bool:  # of linear attention; 5.24: one for each of its states
+        flags = getattr(layer, "has_previous_state", False)
+        return any(flags.values()) if isinstance(flags, dict) else bool(flags)
+
+    layers = getattr(cache, "layers", [])
+    return any(getattr(each, "is_initialized", False) or has_state(each) for each in layers)
+
+
 def is_offloading(cache: Cache) -> bool:
     """Whether a `DynamicCache` was made with `offloading=True`."""
     return bool(getattr(cache, "offloading", False))
@@ -170,7 +206,8 @@ class Loading:
         is_plain: Whether neither a quantiser nor ZeRO-3 reads them.
         is_divided: Whether each process takes its part of the tensors.
         ignores_shapes: `ignore_mismatched_sizes`.
-        quantizer: Transformers' quantiser, or None.
+        quantization: The configuration by which weights are quantised; None: not at all.
+        is_quantized_file: Whether the files' weights are quantised already.
         read: Reads: takes a state dict (None: from the files) and further renamings.
     """
 
@@ -180,7 +217,8 @@ class Loading:
     is_plain: bool
     is_divided: bool
     ignores_shapes: bool
-    quantizer: Any
+    quantization: Any
+    is_quantized_file: bool
     read: Callable[[dict[str, Any] | None, list[Any]], Any]
 
 
@@ -218,7 +256,8 @@ class PreTrainedModelHooks(PreTrainedModel):
                 is_plain=not load_config.is_quantized and not is_deepspeed_zero3_enabled(),
                 is_divided=load_config.device_mesh is not None,
                 ignores_shapes=load_config.ignore_mismatched_sizes,
-                quantizer=load_config.hf_quantizer,
+                quantization=getattr(load_config.hf_quantizer, "quantization_config", None),
+                is_quantized_file=getattr(load_config.hf_quantizer, "pre_quantized", False),
                 read=read,
             )
         )
@@ -273,9 +312,15 @@ class LoopWatch:
 
     A loop that renames what it hands on would lose the cache without a word, and each step would
     be a text of one token.
+
+    Args:
+        model: Whose `generate()` it is.
+        is_own_loop: Whether the loop is one that the caller has brought along, which may go on with
+            any cache that has read its text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any = None, is_own_loop: bool = False) -> None:
+        self.model, self.is_own_loop = model, is_own_loop
         self.cache: Any = None
         self.steps = self.total = self.width = self.reorders = 0
         self.has_beams = False
@@ -291,23 +336,29 @@ class LoopWatch:
             uses_cache: Whether the loop keeps a cache.
 
         Raises:
-            RuntimeError: If the answer would be another text's.
+            RuntimeError: If the step would read the wrong tokens.
         """
         past = 0 if cache is None else cache.get_seq_length()
         is_piece = self.steps > 0 and new == width <= self.width
         if self.steps:
             if cache is None and uses_cache:
                 self._refuse("without the cache that the first one returned")
+            if self.is_own_loop:
+                return
             if self.cache is not None and cache is not self.cache:
                 self._refuse("with another cache than the first one")
             known = self.offset is not None and not is_piece
             expected = width + (self.offset or 0) - new if known else self.total
+            # PEFT's prompt tuning puts tokens of its own before the prompt, unseen by the loop
+            has_prefix = self.steps == 1 and past > expected and new == width - self.width
             # a process whose rows have ended repeats its last step while others go on
-            if past != expected and (is_piece or width != self.width):
+            repeats = width == self.width and not is_piece
+            if past != expected and not has_prefix and not repeats:
                 self._refuse(f"with {past} tokens in its cache, where {expected} come before it")
         reorders = getattr(cache, "num_reorders", 0)
-        if self.steps and self.has_beams and self.cache is not None and reorders == self.reorders:
-            self._refuse("with the rows of its cache in the order of the step before")
+        if self.has_beams and self.cache is not None and not is_piece:
+            if reorders == self.reorders:
+                self._refuse("with the rows of its cache in the order of the step before")
         self.reorders = reorders
         # pieces of a prompt do not say how the loop counts
         self.offset = None if is_piece else past + new - width
@@ -316,8 +367,8 @@ class LoopWatch:
 
     def _refuse(self, how: str) -> None:
         raise RuntimeError(
-            f"generate() made step {self.steps + 1} {how}, which would give the text of another "
-            f"prompt. {versions()}: install one of these, or pass use_cache=False"
+            f"generate() made step {self.steps + 1} {how}: its text would be wrong. {versions()}. "
+            "Another version, or use_cache=False, helps"
         )
 
 
@@ -325,8 +376,8 @@ _watch: ContextVar[LoopWatch | None] = ContextVar("kimi_linear_loop_watch", defa
 
 
 @contextmanager
-def _watching() -> Iterator[None]:
-    token = _watch.set(LoopWatch())
+def _watching(watch: LoopWatch) -> Iterator[None]:
+    token = _watch.set(watch)
     try:
         yield
     finally:
@@ -348,7 +399,7 @@ class GenerationHooks(GenerationMixin):
         cache = one_cache(cache, past_key_values)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        with _watching():
+        with _watching(LoopWatch(self, callable(kwargs.get("custom_generate")))):
             return answering_both(super().generate(*args, **kwargs))
 
     # 5.17: the only place where a model can give the loop a cache of its own.
@@ -365,7 +416,13 @@ class GenerationHooks(GenerationMixin):
         if watch is not None:
             watch.has_beams = "beam" in generation_mode
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
-            model_kwargs[CACHE_NAME] = self.new_cache(generation_config, max_cache_length)
+            longest = max(max_cache_length, getattr(generation_config, "max_cache_len", 0) or 0)
+            model_kwargs[CACHE_NAME] = self.new_cache(
+                generation_config.cache_implementation,
+                longest,
+                is_returned=generation_config.return_dict_in_generate,
+                is_draft=generation_config.is_assistant,
+            )
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -373,23 +430,19 @@ class GenerationHooks(GenerationMixin):
 
     def step_inputs(self, input_ids: Tensor, cache: Any, **kwargs: Any) -> dict[str, Any]:
         """Transformers' `prepare_inputs_for_generation`, which names the cache by its version."""
-        for name in LOOP_ARGUMENTS:
-            kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(input_ids, **{CACHE_NAME: cache}, **kwargs)
 
     def watch_step(self, inputs: dict[str, Any], width: int) -> dict[str, Any]:
-        """A step's inputs, checked if `generate()` is what asks for them; see `LoopWatch`."""
+        """A step's inputs, checked if `generate()` is what asks for them; see `LoopWatch`. PEFT's
+        prompt tuning (0.21) looks for the cache by its older name in them."""
+        cache = one_cache(inputs.pop("cache", None), inputs.pop("past_key_values", None))
         watch = _watch.get()
-        if watch is not None:
+        if watch is not None and watch.model is self:
             ids = inputs.get("input_ids")
             read = inputs["inputs_embeds"] if ids is None else ids
-            watch.step(
-                one_cache(inputs.get("cache"), inputs.get("past_key_values")),
-                width,
-                read.shape[1],
-                uses_cache=bool(inputs.get("use_cache", True)),
-            )
-        return inputs
+            uses_cache = bool(inputs.get("use_cache", True))
+            watch.step(cache, width, read.shape[1], uses_cache=uses_cache)
+        return inputs if cache is None else {**inputs, "past_key_values": cache}
 
     # 5.17: the loop of greedy search and sampling, run with a check of our own, see `late_sample`.
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
@@ -400,8 +453,17 @@ class GenerationHooks(GenerationMixin):
         """Refuse what cannot be done; the model's class knows."""
         raise NotImplementedError
 
-    def new_cache(self, generation_config: Any, max_cache_length: int) -> Cache:
-        """A cache for a call of `generate()` that was given none; the model's class makes it."""
+    def new_cache(
+        self, kind: str | None, max_tokens: int, *, is_returned: bool, is_draft: bool
+    ) -> Cache:
+        """A cache for a call of `generate()` that was given none; the model's class makes it.
+
+        Args:
+            kind: `cache_implementation`.
+            max_tokens: The most that it will hold.
+            is_returned: Whether the caller gets it.
+            is_draft: Whether the model drafts for another one, which takes tokens back.
+        """
         raise NotImplementedError
 
 
@@ -461,6 +523,11 @@ def late_sample() -> Callable[..., Any] | None:
 # ---- Trainer -------------------------------------------------------------------------------------
 
 
+def put_callback_first(trainer: Any, callback: Any) -> None:
+    """Add a callback to a Trainer before those that it has, its reporters among them."""
+    trainer.callback_handler.callbacks.insert(0, callback)
+
+
 class CheckpointHooks:
     """How Trainer writes a checkpoint, for a class that stands before Trainer (5.17)."""
 
@@ -502,6 +569,9 @@ __all__ = [
     "CAUSAL_LM_ARGUMENTS",
     "CLASSIFIER_ARGUMENTS",
     "LATE_DEVICE_TYPES",
+    "LENGTH_ARGUMENTS",
+    "LOOP_ARGUMENTS",
+    "OUTPUT_ARGUMENTS",
     "LAYER_ARGUMENTS",
     "TESTED",
     "CheckpointHooks",
@@ -525,12 +595,14 @@ __all__ = [
     "check_arguments",
     "create_causal_mask",
     "has_own_adapters",
+    "holds_tokens",
     "init",
     "is_offloading",
     "is_quantized",
     "late_sample",
     "mark_initialized",
     "packed_sequence_mask_function",
+    "put_callback_first",
     "put_layers",
     "register_checkpoint_conversion_mapping",
     "rotate_checkpoints",

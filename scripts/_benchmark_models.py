@@ -89,8 +89,8 @@ def _native_model(config: KimiLinearConfig, device: torch.device) -> PreTrainedM
     native_config = module.KimiLinearConfig(
         **{field: getattr(config, field) for field in SHARED_FIELDS},
         linear_attn_config=dict(config.linear_attn_config),
+        attn_implementation="sdpa",
     )
-    native_config._attn_implementation = "sdpa"
     return module.KimiLinearForCausalLM(native_config)
 
 

@@ -15,6 +15,7 @@ Examples:
 """
 
 import argparse
+import ast
 import json
 import os
 import shutil
@@ -25,7 +26,6 @@ import kimi_linear
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
 from push_to_hub import check_weights
-from transformers.dynamic_module_utils import get_relative_import_files
 
 CONFIG = "config.json"
 ENTRY_FILES = ("configuration_kimi_linear.py", "modeling_kimi_linear.py")
@@ -79,8 +79,22 @@ def code_files() -> list[Path]:
     """This package's files that `trust_remote_code` needs: the two entries and what they import."""
     root = Path(kimi_linear.__file__).parent
     entries = [root / name for name in ENTRY_FILES]
-    imported = {Path(file) for entry in entries for file in get_relative_import_files(entry)}
-    return entries + sorted(imported - set(entries))
+    return entries + sorted(_siblings(*entries) - set(entries))
+
+
+def _siblings(*files: Path) -> set[Path]:
+    """What files import from beside themselves, directly or not."""
+    found: set[Path] = set()
+    pending = list(files)
+    while pending:
+        file = pending.pop()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                path = file.with_name(f"{node.module}.py")
+                if path not in found and path.is_file():
+                    found.add(path)
+                    pending.append(path)
+    return found
 
 
 def read_config(snapshot: Path) -> dict[str, Any]:
@@ -160,7 +174,7 @@ def _tokenizer_code(snapshot: Path) -> set[str]:
                 file = snapshot / f"{name.rpartition('.')[0]}.py"
                 if not file.is_file():
                     raise ValueError(f"{path}: auto_map names {name!r}, but {file} is missing")
-                found |= {file.name, *(Path(f).name for f in get_relative_import_files(file))}
+                found |= {file.name, *(path.name for path in _siblings(file))}
     return found
 
 

@@ -3,6 +3,7 @@ what a forward does not know is refused; a loop that has lost its cache is an er
 
 import importlib.util
 import inspect
+import pickle
 import re
 import sys
 import warnings
@@ -21,7 +22,7 @@ from kimi_linear import (
 from kimi_linear.model_outputs import CACHE_NAMES
 from kimi_linear.sequence_layout import SequenceLayout
 from kimi_linear.upstream import LoopWatch
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.utils import logging
@@ -114,6 +115,7 @@ def test_positional_arguments_are_where_transformers_has_them(model):
 
 def test_plain_runs_are_silent(model, tmp_path, caplog):
     """Neither Python's warnings nor Transformers' own, whatever the name of the cache."""
+    logging.get_logger("transformers").warning_once.__func__.cache_clear()  # said in other tests
     logger = logging.get_logger("transformers")
     logger.addHandler(caplog.handler)
     ids = token_ids(2, 7)
@@ -130,6 +132,7 @@ def test_plain_runs_are_silent(model, tmp_path, caplog):
                 model.generate(ids, num_beams=2, **COMMON)
                 model.generate(ids[:1], prompt_lookup_num_tokens=2, **COMMON)
                 model.generate(ids, prefill_chunk_size=3, **COMMON)
+                model.generate(ids, prefill_chunk_size=3, num_beams=2, **COMMON)
     finally:
         logger.removeHandler(caplog.handler)
     about_cache = [r.message for r in caplog.records if "cache" in r.message or "past" in r.message]
@@ -176,6 +179,60 @@ def test_a_loss_function_of_ones_own_has_its_arguments():
         model(ids, labels=ids, bluntness=3.0)
 
 
+def test_what_trainers_pass_is_known():
+    """By name: TRL's DistillationTrainer and RewardTrainer, Trainer with Liger's kernels."""
+    ids = token_ids(2, 5)
+    with torch.no_grad():
+        backbone = KimiLinearBackbone(tiny_config()).eval()
+        plain = backbone(ids).last_hidden_state
+        for extra in ({"logits_to_keep": 3}, {"num_items_in_batch": 8}):
+            assert torch.equal(backbone(ids, **extra).last_hidden_state, plain)
+        head = KimiLinearForSequenceClassification(tiny_config(num_labels=1)).eval()
+        assert torch.equal(head(ids, margin=torch.ones(2)).logits, head(ids).logits)
+        model = tiny_model()
+        assert torch.equal(model(ids, skip_logits=True).logits, model(ids).logits)
+
+
+def test_what_the_model_itself_gives_a_loss_is_no_argument(model):
+    for name in ("logits", "vocab_size", "kwargs"):
+        given = {name: {"depth": 1} if name == "kwargs" else 3}
+        with pytest.raises(TypeError, match="does not know"):
+            model(token_ids(1, 3), **given)
+
+
+def test_lengths_alone_are_refused(model):
+    """They would be packed rows that nobody takes apart."""
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="without cu_seq_lens_q is not allowed"):
+        model(token_ids(1, 5), cu_seq_lens_k=ends, max_length_k=3)
+
+
+def test_outputs_of_generate_can_be_pickled(model):
+    out = model.generate(token_ids(1, 4), return_dict_in_generate=True, **COMMON)
+    again = pickle.loads(pickle.dumps(out))
+    assert torch.equal(again.sequences, out.sequences)
+    assert (
+        again.cache.get_seq_length()
+        == out.cache.get_seq_length()
+        == again["cache"].layers[0].num_tokens
+    )
+
+
+def test_another_model_driven_from_inside_is_not_watched(model):
+    """As amateur decoding does: a logits processor that asks a second model."""
+    other, caches = tiny_model(seed=1), []
+
+    class Other(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            caches.append(KimiLinearCache(other.config))
+            other(**other.prepare_inputs_for_generation(input_ids, cache=caches[-1]))
+            return scores
+
+    ids = token_ids(1, 6)
+    text = model.generate(ids, logits_processor=LogitsProcessorList([Other()]), **COMMON)
+    assert torch.equal(text, model.generate(ids, **COMMON)) and len(caches) == 8
+
+
 # ---- a loop that loses its cache -----------------------------------------------------------------
 
 
@@ -205,10 +262,14 @@ def renamed_loop(monkeypatch):
     ids=["beam", "lookup", "chunked"],
 )
 def test_a_renamed_cache_is_an_error_and_not_a_text(renamed_loop, model, mode):
-    with pytest.raises((RuntimeError, ValueError)) as error:
+    message = {
+        "num_beams": "rows of its cache in the order of the step before",
+        "prompt_lookup_num_tokens": "(?i)assisted decoding requires a ",  # Transformers' own
+        "prefill_chunk_size": "Cannot use prefill chunking without a ",
+    }[next(iter(mode))]
+    with pytest.raises((RuntimeError, ValueError), match=message) as error:
         model.generate(token_ids(1, 7), **mode, **COMMON)
-    if "num_beams" in mode:  # the others are noticed by Transformers itself
-        assert "rows of its cache in the order of the step before" in str(error.value)
+    if "num_beams" in mode:
         assert f"Transformers {transformers.__version__} is installed" in str(error.value)
         assert "tested with 5.17.0 to " in str(error.value)
 
@@ -277,7 +338,8 @@ def run_watch(*steps):
         [(4, 3, 3), (7, 4, 1), (8, 5, 1)],  # new tokens alone
         [(0, 0, 7), (7, 1, 1), (8, 2, 1)],  # from embeddings
         [(0, 3, 3), (3, 3, 3), (6, 1, 1), (7, 8, 1), (8, 9, 1)],  # in pieces
-        [(0, 9, 9), (7, 11, 4), (9, 10, 1)],  # drafts, of which some were taken back
+        [(0, 9, 9), (7, 11, 4), (9, 10, 1)],  # drafts, some of them taken back
+        [(0, 7, 7), (10, 8, 1), (11, 9, 1)],  # PEFT's prompt tuning with three virtual tokens
         [(0, 7, 7), (7, 8, 1), (8, 8, 1)],  # rows that have ended, where other processes go on
         [(0, 1, 1), (1, 2, 1), (2, 3, 1)],
     ],
@@ -295,6 +357,7 @@ def test_the_watch_lets_right_loops_pass(steps):
         [(0, 3, 3), (0, 3, 3)],  # a piece that the cache has not
         [(0, 3, 3), (3, 3, 3), (3, 8, 1)],
         [(0, 0, 7), (0, 1, 1)],
+        [(0, 7, 7), (10, 8, 1), (14, 9, 1)],  # virtual tokens at every step
     ],
 )
 def test_the_watch_refuses_wrong_ones(steps):

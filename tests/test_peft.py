@@ -249,6 +249,20 @@ def test_transformers_loads_a_folder_of_adapters(tmp_path: Path) -> None:
     assert torch.equal(logits(again), expected)
 
 
+def test_prompt_tuning_generates_the_text_of_a_loop_without_a_cache() -> None:
+    """PEFT puts its virtual tokens into the first step's inputs, where `generate()` sees none."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_model(), config).eval()
+    ids = expected = IDS[:1, :7]
+    with torch.no_grad():
+        for _ in range(6):
+            best = model(expected, use_cache=False).logits[:, -1:].argmax(-1)
+            expected = torch.cat([expected, best], dim=1)
+    for more in (1, 2, 6):
+        text = model.generate(input_ids=ids, max_new_tokens=more, do_sample=False, eos_token_id=95)
+        assert torch.equal(text, expected[:, : 7 + more])
+
+
 @pytest.mark.parametrize("group", LORA_GROUPS)
 def test_merged_weights_give_the_adapters_logits(group: str) -> None:
     model = adapted(group)
