@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import add_code
+import commands
 import official
 import pytest
 import torch
@@ -280,11 +279,11 @@ def test_output_in_use(snapshot, tmp_path):
 
 
 def test_command_line(original, tmp_path):
-    command = [sys.executable, add_code.__file__, str(original), "--output", str(tmp_path / "ours")]
-    done = subprocess.run([*command, "--copy"], capture_output=True, text=True)
+    command = [add_code.__file__, str(original), "--output", str(tmp_path / "ours")]
+    done = commands.run([*command, "--copy"])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ours" / "README.md").is_file()
     assert str(tmp_path / "ours") in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = commands.run(command)
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].startswith("error: output=")
