@@ -130,16 +130,17 @@ def test_links_code_and_config(original, tmp_path, copy):
     ]
 
 
-@pytest.mark.parametrize("kind", ["original", "cached"])
-def test_the_folder_loads_for_strangers(request, model, tmp_path, kind):
-    snapshot = request.getfixturevalue(kind)
-    before = state_of(snapshot)
-    output = add_code.main(snapshot=snapshot, output=tmp_path / "Ours-0.1b")
-    results = run_stranger(LOGITS, output, tmp_path / "stranger")
+def test_the_folders_load_for_strangers(original, cached, model, tmp_path):
+    before = [state_of(snapshot) for snapshot in (original, cached)]
+    outputs = [
+        add_code.main(snapshot=snapshot, output=tmp_path / f"Ours-0.{number}b")
+        for number, snapshot in enumerate((original, cached))
+    ]
     with torch.no_grad():
         expected = model(token_ids(2, 13)).logits
-    torch.testing.assert_close(results["logits"], expected, rtol=1e-5, atol=1e-5)
-    assert state_of(snapshot) == before
+    for results in run_stranger(LOGITS, outputs, tmp_path / "stranger"):
+        torch.testing.assert_close(results["logits"], expected, rtol=1e-5, atol=1e-5)
+    assert [state_of(snapshot) for snapshot in (original, cached)] == before
 
 
 def test_saving_into_the_folder_leaves_the_snapshot_alone(original, tmp_path):
