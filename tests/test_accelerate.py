@@ -15,7 +15,7 @@ import torch
 from kimi_linear import KimiLinearForCausalLM
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.transformers,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
 ]
 HAS_GPUS = torch.cuda.device_count() > 1

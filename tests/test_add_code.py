@@ -16,6 +16,8 @@ from kimi_linear.modeling_kimi_linear import AUTO_MAP
 from safetensors.torch import load_file, save_file
 from test_remote_code import CODE, LOGITS, run_stranger
 
+pytestmark = pytest.mark.transformers
+
 OTHER_CODE = {
     "configuration_kimi.py": "raise ImportError('the other configuration')\n",
     "modeling_kimi.py": "from .configuration_kimi import KimiLinearConfig\nraise ImportError\n",

@@ -96,6 +96,7 @@ def test_a_training_step_is_three_forwards_over_all_logits(limits: Limits) -> No
 # ---- models -------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernels
 def test_both_models_are_the_same_function() -> None:
     ids = torch.randint(0, 2048, (2, 37))
     logits = []
@@ -275,7 +276,6 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
             assert device > 0 and device + host == pytest.approx(line["ms_per_token"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_the_first_call_of_a_new_process() -> None:
     options = {**SMALL, "models": ("native",), "measure": ("first-call",)}
     lines = benchmark.main(**options)

@@ -19,6 +19,8 @@ from _chat import Chat
 from kimi_linear.tokenizer import ToolCall
 from memorised_chat import CALCULATION, COUNTING, GREETING, WITH_SYSTEM_PROMPT
 
+pytestmark = pytest.mark.transformers
+
 SCRIPT = chat_script.__file__
 PATIENCE = 120  # seconds, on a machine that has other things to do
 

@@ -33,6 +33,8 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+pytestmark = pytest.mark.core
+
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 MOE_PATTERNS = {
     "dense_first": {},

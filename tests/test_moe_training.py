@@ -20,6 +20,8 @@ from tolerance import assert_close
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 BALANCE = {"router_aux_loss_coef": 0.3}
 BOTH = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.2}
 CHECKPOINTING = [None, {"use_reentrant": False}, {"use_reentrant": True}]

@@ -15,6 +15,8 @@ from builders import tiny_model, token_ids
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
 from safetensors.torch import load_file, save_file
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 # Even an installed copy cannot be imported.
 HIDE = """
 import sys

@@ -24,6 +24,8 @@ from kimi_linear.safe_training import (
 from safe_training_worker import make_trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+pytestmark = pytest.mark.core
+
 BAD_NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -136,7 +138,6 @@ def test_without_bad_steps_it_trains_as_trainer_does(tmp_path):
         assert files[0] == files[1]
 
 
-@pytest.mark.slow
 def test_two_processes_stop_together_and_keep_a_whole_checkpoint(tmp_path):
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     runs = [
@@ -272,7 +273,6 @@ def test_an_error_on_the_way_to_the_disk(tmp_path, monkeypatch):
     assert checkpoints(tmp_path) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["weights", "state", "rename"])
 def test_killed_while_saving(tmp_path, moment, straight):
     run = commands.run([worker.__file__, tmp_path, moment, torch.get_num_threads()])

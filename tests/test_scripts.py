@@ -293,7 +293,6 @@ def test_prompt_from_argument_file_or_stdin(
     assert generate.read_prompt(None, None) == "é\n"
 
 
-@pytest.mark.slow
 def test_both_commands_from_a_shell(trained: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(

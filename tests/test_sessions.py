@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 from transformers import DynamicCache
 
+pytestmark = pytest.mark.core
+
 COMMON = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=96)
 
 PROCESS = """

@@ -21,6 +21,8 @@ from kimi_linear.tokenizer import (
 )
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.transformers
+
 WRITTEN = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "tiktoken.model"),
