@@ -17,6 +17,8 @@ from kimi_linear import upstream
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Trainer
 
+pytestmark = pytest.mark.core
+
 PACKAGE = Path(kimi_linear.__file__).parent
 MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "upstream.py")
 CHANGED = (
