@@ -3,7 +3,8 @@
 #
 #   make demo                           the main job: tokenizer, training, generation
 #   make demo ARGS="--steps 2000"       the same with flags of scripts/demo.py
-#   make test                           the tests
+#   make test                           the tests, but those that take minutes
+#   make test-slow                      these
 #   make test ARGS="-k kda"             the same with flags of pytest
 #   make lint format typecheck          ruff and mypy
 #   make gpu-test                       the tests that need a CUDA device, in .venv-gpu
@@ -23,14 +24,17 @@ ARGS ?=
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test lint format typecheck gpu-test clean
+.PHONY: demo test test-slow lint format typecheck gpu-test clean
 
 # Threads that wait asleep: beside other programs, spinning ones make a step six times as long.
 demo: $(VENV)/train.stamp
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -51,7 +55,7 @@ gpu-test: .venv-gpu/gpu.stamp
 	.venv-gpu/bin/python -m pytest -m gpu $(ARGS)
 
 clean:
-	rm -rf .venv .venv-gpu .venv-oldest .venv-kernels build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-oldest .venv-kernels .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found: make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -15,8 +15,6 @@ from filelock import FileLock
 
 MAX_THREADS = 2
 AUTOTUNE_CONFIGS = 2
-# A server takes longer to start than its tests to run.
-ONE_WORKER = {"test_serving.py"}
 
 
 class RootIsPlainFolder:
@@ -49,21 +47,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Several workers take test by test, but files in `ONE_WORKER` as a whole.
-
-    `xdist_group` is for this too, but without effect in pytest 9.2 with pytest-xdist 3.8, which
-    writes the group to an attribute that pytest reads no more.
-    """
+    """A worker takes whole files, in alphabetical order, and makes a file's fixtures once."""
     if config.getoption("dist") != "load":
         return None
-    from xdist.scheduler import LoadScopeScheduling
+    from xdist.scheduler import LoadFileScheduling
 
-    class WholeFiles(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return file if Path(file).name in ONE_WORKER else nodeid
-
-    return WholeFiles(config, log)
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def bind_native_model_to_torch() -> None:

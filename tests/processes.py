@@ -33,15 +33,20 @@ TWO_GPUS = pytest.mark.skipif(not fits(2, "cuda"), reason="needs two GPUs")
 DEVICE_TYPES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])]
 
 
+def context() -> Any:
+    """Starts processes: without a GPU by forking one that has done nothing but import."""
+    found = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if found.get_start_method() == "forkserver":
+        found.set_forkserver_preload(IMPORTS)
+    return found
+
+
 def run(world: int, functions: list[Function], folder: Path, device_type: str = "cpu") -> None:
     """Each `function(rank, world, folder)` in turn, in `world` processes of one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    method = "spawn"
-    if not torch.cuda.is_available():
-        method = "forkserver"  # forked from a process that has done nothing but import
-        multiprocessing.get_context(method).set_forkserver_preload(IMPORTS)
+    method = context().get_start_method()
     arguments = (world, port, functions, str(folder), device_type)
     unseen = {"CUDA_VISIBLE_DEVICES": ""} if device_type == "cpu" else {}
     with mock.patch.dict(os.environ, unseen):

@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import add_code
+import commands
 import official
 import pytest
 import torch
@@ -16,6 +15,8 @@ from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
 from safetensors.torch import load_file, save_file
 from test_remote_code import CODE, LOGITS, run_stranger
+
+pytestmark = pytest.mark.transformers
 
 OTHER_CODE = {
     "configuration_kimi.py": "raise ImportError('the other configuration')\n",
@@ -131,16 +132,17 @@ def test_links_code_and_config(original, tmp_path, copy):
     ]
 
 
-@pytest.mark.parametrize("kind", ["original", "cached"])
-def test_the_folder_loads_for_strangers(request, model, tmp_path, kind):
-    snapshot = request.getfixturevalue(kind)
-    before = state_of(snapshot)
-    output = add_code.main(snapshot=snapshot, output=tmp_path / "Ours-0.1b")
-    results = run_stranger(LOGITS, output, tmp_path / "stranger")
+def test_the_folders_load_for_strangers(original, cached, model, tmp_path):
+    before = [state_of(snapshot) for snapshot in (original, cached)]
+    outputs = [
+        add_code.main(snapshot=snapshot, output=tmp_path / f"Ours-0.{number}b")
+        for number, snapshot in enumerate((original, cached))
+    ]
     with torch.no_grad():
         expected = model(token_ids(2, 13)).logits
-    torch.testing.assert_close(results["logits"], expected, rtol=1e-5, atol=1e-5)
-    assert state_of(snapshot) == before
+    for results in run_stranger(LOGITS, outputs, tmp_path / "stranger"):
+        torch.testing.assert_close(results["logits"], expected, rtol=1e-5, atol=1e-5)
+    assert [state_of(snapshot) for snapshot in (original, cached)] == before
 
 
 def test_saving_into_the_folder_leaves_the_snapshot_alone(original, tmp_path):
@@ -280,11 +282,11 @@ def test_output_in_use(snapshot, tmp_path):
 
 
 def test_command_line(original, tmp_path):
-    command = [sys.executable, add_code.__file__, str(original), "--output", str(tmp_path / "ours")]
-    done = subprocess.run([*command, "--copy"], capture_output=True, text=True)
+    command = [add_code.__file__, str(original), "--output", str(tmp_path / "ours")]
+    done = commands.run([*command, "--copy"])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ours" / "README.md").is_file()
     assert str(tmp_path / "ours") in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = commands.run(command)
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].startswith("error: output=")

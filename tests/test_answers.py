@@ -17,6 +17,8 @@ from kimi_linear.tokenizer import (
     train_bpe,
 )
 
+pytestmark = pytest.mark.transformers
+
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 

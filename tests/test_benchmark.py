@@ -1,12 +1,11 @@
 """scripts/benchmark.py: its limits, its two models, and runs of small sizes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import benchmark
+import commands
 import pytest
 import torch
 from _benchmark_long_text import LongText
@@ -97,6 +96,7 @@ def test_a_training_step_is_three_forwards_over_all_logits(limits: Limits) -> No
 # ---- models -------------------------------------------------------------------------------------
 
 
+@pytest.mark.kernels
 def test_both_models_are_the_same_function() -> None:
     ids = torch.randint(0, 2048, (2, 37))
     logits = []
@@ -276,7 +276,6 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
             assert device > 0 and device + host == pytest.approx(line["ms_per_token"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_the_first_call_of_a_new_process() -> None:
     options = {**SMALL, "models": ("native",), "measure": ("first-call",)}
     lines = benchmark.main(**options)
@@ -325,9 +324,7 @@ def test_files_without_figures_are_refused(tmp_path: Path) -> None:
 
 def test_numbers_of_the_command_line() -> None:
     assert numbers("512,4k,1M") == (512, 4096, 1048576)
-    found = subprocess.run(
-        [sys.executable, SCRIPT, "--contexts", "4k,many"], capture_output=True, text=True
-    )
+    found = commands.run([SCRIPT, "--contexts", "4k,many"])
     assert found.returncode == 2
     assert "--contexts: 'many' is not allowed: it must be an integer such as 512" in found.stderr
 
@@ -335,8 +332,7 @@ def test_numbers_of_the_command_line() -> None:
 def test_the_command_prints_lines_only(tmp_path: Path) -> None:
     flags = ["--models", "ours", "--measure", "prefill", "--contexts", "8", "--threads", "1"]
     flags += ["--device", "cpu", "--commit", "abc", "--output", str(tmp_path / "x.jsonl")]
-    command = [sys.executable, SCRIPT, *flags]
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = commands.run([SCRIPT, *flags])
     assert found.returncode == 0, found.stderr
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert [line["measure"] for line in lines] == ["environment", "prefill"]

@@ -11,6 +11,8 @@ from kimi_linear.cache_kimi_linear import LatentLayerCache
 from tolerance import assert_close
 from transformers import DynamicCache
 
+pytestmark = pytest.mark.core
+
 FLOAT32 = torch.float32
 
 

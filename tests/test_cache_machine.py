@@ -14,6 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from builders import PATTERNS, tiny_model
 from hypothesis import HealthCheck, Phase, settings
@@ -21,6 +22,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kimi_linear import KimiLinearCache
 from tolerance import assert_close
+
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
 
 EXAMPLES = int(os.environ.get("KIMI_MACHINE_EXAMPLES", "10"))
 STEPS = 12

@@ -27,6 +27,8 @@ from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.utils import logging
 
+pytestmark = pytest.mark.core
+
 COMMON = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=96)
 CLASSES = {
     "backbone": lambda: KimiLinearBackbone(tiny_config()),

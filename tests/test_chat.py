@@ -15,6 +15,8 @@ from kimi_linear.tokenizer import (
 )
 from kimi_linear.tokenizer.special_tokens import NOT_SPECIAL, OFFICIAL_NUM_RANKS, special_token_ids
 
+pytestmark = pytest.mark.transformers
+
 jinja2 = pytest.importorskip("jinja2")
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -6,18 +6,20 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import _generation
 import chat as chat_script
+import commands
 import pytest
 from _calculator import calculator
 from _chat import Chat
 from kimi_linear.tokenizer import ToolCall
 from memorised_chat import CALCULATION, COUNTING, GREETING, WITH_SYSTEM_PROMPT
+
+pytestmark = pytest.mark.transformers
 
 SCRIPT = chat_script.__file__
 PATIENCE = 120  # seconds, on a machine that has other things to do
@@ -243,11 +245,8 @@ class TestChat:
 
 class TestScript:
     def run(self, folder: Path, lines: list[str], *flags: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, SCRIPT, str(folder), "--greedy", "--device", "cpu", *flags]
-        text = "".join(f"{line}\n" for line in lines)
-        return subprocess.run(
-            command, input=text, capture_output=True, encoding="utf-8", timeout=PATIENCE
-        )
+        command = [SCRIPT, str(folder), "--greedy", "--device", "cpu", *flags]
+        return commands.run(command, "".join(f"{line}\n" for line in lines))
 
     def test_commands(self, chat_model: Path, tmp_path: Path) -> None:
         file = tmp_path / "chat.json"
@@ -307,12 +306,8 @@ class TestScript:
         import pty
 
         terminal, child = pty.openpty()
-        command = [sys.executable, SCRIPT, str(chat_model), "--greedy", "--device", "cpu"]
-        process = subprocess.Popen(
-            command, stdin=child, stdout=child, stderr=child, start_new_session=True,
-            preexec_fn=lambda: _take_terminal(child),
-        )  # fmt: skip
-        os.close(child)
+        command = [SCRIPT, str(chat_model), "--greedy", "--device", "cpu"]
+        process = commands.start(command, *[os.ttyname(child)] * 3)
         try:
             _expect(terminal, "> ")
             os.write(terminal, COUNTING[0]["content"].encode() + b"\n")
@@ -324,19 +319,13 @@ class TestScript:
             _expect(terminal, GREETING[1]["content"])
             _expect(terminal, "> ")
             os.write(terminal, b"\x04")
-            assert process.wait(PATIENCE) == 0
+            process.join(PATIENCE)
+            assert process.exitcode == 0
         finally:
             process.kill()
-            process.wait()
+            process.join()
+            os.close(child)
             os.close(terminal)
-
-
-def _take_terminal(descriptor: int) -> None:
-    """Make a pseudo-terminal the one whose Ctrl-C reaches this process."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
 
 
 def _expect(terminal: int, text: str) -> None:

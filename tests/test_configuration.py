@@ -7,6 +7,8 @@ from builders import tiny_config
 from kimi_linear import PRESETS, KimiLinearConfig
 from official import CONFIG as OFFICIAL
 
+pytestmark = pytest.mark.core
+
 # what describes the writer of a file, not the model
 WRITER_KEYS = {"transformers_version", "auto_map", "architectures", "dtype"}
 

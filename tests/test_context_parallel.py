@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
 ]
 TOKENS = 48

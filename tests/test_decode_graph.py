@@ -9,7 +9,7 @@ from decode_models import DEVICES, INTERPRETED, decode_model, small_grids  # noq
 from kimi_linear import KimiLinearCache, decode_graph, decode_projection
 from tolerance import assert_close, assert_kernel_close
 
-pytestmark = pytest.mark.usefixtures("small_grids")
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
 each_device = pytest.mark.parametrize("device", DEVICES)
 GREEDY = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=96)
 

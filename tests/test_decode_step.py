@@ -10,7 +10,12 @@ from kimi_linear.decode_step import TABLE_COLUMNS, DecodeStep
 from kimi_linear.sequence_layout import SequenceLayout
 from tolerance import assert_close, assert_kernel_close
 
-pytestmark = [pytest.mark.usefixtures("small_grids"), pytest.mark.parametrize("device", DEVICES)]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.interpreted,
+    pytest.mark.usefixtures("small_grids"),
+    pytest.mark.parametrize("device", DEVICES),
+]
 # few rows take the matrix-vector kernels, many the grouped ones
 ROWS = [1, 3, 6]
 

@@ -11,7 +11,6 @@ from kimi_linear import KimiLinearForCausalLM
 from processes import run
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.slow
 SETTINGS = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {

@@ -11,6 +11,8 @@ import torch
 from kimi_linear import direct_launch
 from kimi_linear.direct_launch import DirectLaunch, launch_directly
 
+pytestmark = pytest.mark.kernels
+
 try:
     import triton
     import triton.language as tl

@@ -31,7 +31,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
 ]
 ROWS, TOKENS = 4, 24

@@ -14,6 +14,8 @@ from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
 
+pytestmark = pytest.mark.kernels
+
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"device": "cpu", "heads": 2, "head_dim": 16, "repeats": 2}
 

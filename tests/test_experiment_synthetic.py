@@ -15,6 +15,8 @@ from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
 
+pytestmark = pytest.mark.kernels
+
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
     "device": "cpu",

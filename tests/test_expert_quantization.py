@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
+pytestmark = pytest.mark.transformers
+
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
 
 pytestmark = pytest.mark.usefixtures("cpu")

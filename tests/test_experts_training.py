@@ -9,6 +9,8 @@ from kimi_linear.moe_kimi_linear import KimiLinearExperts
 from kimi_linear.training_kernels import reference_weighted_silu_backward
 from tolerance import TOLERANCE, assert_close
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 NAMES = ("out", "x", "weights", "gate_up_proj", "down_proj")
 
 

@@ -20,6 +20,8 @@ from kimi_linear import KimiLinearForCausalLM, safe_training
 from tolerance import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.finetune
+
 pytest.importorskip("trl", reason="fine-tuning needs TRL: pip install '.[finetune]'")
 peft = pytest.importorskip("peft", reason="fine-tuning needs PEFT: pip install '.[finetune]'")
 trainers = pytest.importorskip("_finetune_trainers")

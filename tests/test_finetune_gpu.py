@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 pytest.importorskip("trl", reason="fine-tuning needs TRL: pip install '.[finetune]'")
 peft = pytest.importorskip("peft", reason="fine-tuning needs PEFT: pip install '.[finetune]'")
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = pytest.mark.gpu
 # sizes that the decode graph and grouped products take
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -31,6 +31,8 @@ from kimi_linear.tokenizer import convert_tiktoken, encode_chat, encode_plain, t
 from memorised_chat import CONVERSATIONS
 from transformers import PreTrainedTokenizerBase
 
+pytestmark = pytest.mark.finetune
+
 NEEDED = {"model": "m", "dataset": "d", "output": "o"}
 
 

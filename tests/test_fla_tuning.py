@@ -7,6 +7,8 @@ import pytest
 import torch
 from kimi_linear import fla_configs, fla_tuning, gated_norm, kda, short_conv
 
+pytestmark = pytest.mark.kernels
+
 triton = pytest.importorskip("triton")
 autotuner = pytest.importorskip("triton.runtime.autotuner")
 

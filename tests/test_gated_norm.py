@@ -7,6 +7,8 @@ from kimi_linear import gated_norm
 from kimi_linear.gated_norm import _GatedNorm, gated_rms_norm
 from tolerance import assert_close
 
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
+
 EPS = 1e-5
 
 

@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 COMMON = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=96)
 NO_CACHE = dict(use_cache=False)
 

@@ -18,10 +18,13 @@ from hub_server import HubServer
 from hub_store import User
 from safetensors import safe_open
 
+pytestmark = pytest.mark.transformers
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "push_to_hub.py"
 TOKEN = "hf_me"
 
 PUSH = """
+import runpy
 import sys
 from pathlib import Path
 
@@ -75,6 +78,9 @@ trainer.push_to_hub()
 keep("me/trained@main", model)
 assert (logits["me/trained@main"] - logits["me/scripted@main"]).abs().max() > 1e-3
 torch.save({"inputs": dict(inputs), "logits": logits}, folder / "expected.pt")
+
+sys.argv = [sys.argv[2], str(folder / "local"), "--repo-id", "me/scripted", "--license", "mit"]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 LOAD = """
@@ -184,9 +190,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     path = os.pathsep.join(filter(None, sys.path))
     with HubServer(folder / "hub", {TOKEN: User("me")}, part_bytes=60_000) as server:
         pushing = environment(server, folder / "home", PYTHONPATH=path)
-        run(["-c", PUSH, str(folder)], pushing, elsewhere)
-        command = [str(SCRIPT), str(folder / "local"), "--repo-id", "me/scripted"]
-        run([*command, "--license", "mit"], pushing, elsewhere)
+        run(["-c", PUSH, str(folder), str(SCRIPT)], pushing, elsewhere)
         card = (folder / "local" / "README.md").read_text()
         (folder / "usage.py").write_text(card.split("```python\n")[1].split("```")[0])
         loading = environment(server, folder / "empty")

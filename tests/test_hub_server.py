@@ -19,6 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+pytestmark = pytest.mark.transformers
+
 USERS = {
     "hf_me": User("me", orgs=("lab",)),
     "hf_reader": User("me", role="read"),

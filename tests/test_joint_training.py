@@ -18,6 +18,8 @@ from kimi_linear.short_conv import short_convolution
 from tolerance import assert_close
 from torch import nn
 
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
+
 
 def packed(*lengths):
     positions = torch.cat([torch.arange(n) for n in lengths])[None]

@@ -13,6 +13,8 @@ from kimi_linear.kda import chunked_kda, kda_attention, log_decay, recurrent_kda
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.kernels
+
 NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 1000)
 

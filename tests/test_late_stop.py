@@ -8,6 +8,8 @@ from tolerance import assert_close
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 END, PAD, PROMPT = 95, 96, 5
 # tokens that each row writes before the end of its text
 LENGTHS = {"one row": [4], "several": [2, 6, 3], "all at once": [3, 3], "to the limit": [1, 20]}

@@ -10,6 +10,8 @@ from kimi_linear.latent_attention import (
 )
 from tolerance import assert_close
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 B, H, N, P, V, L = 3, 2, 5, 3, 7, 11
 SCALING = 0.4
 FORMS = ("absorbed", "expanded")

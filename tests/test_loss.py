@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 V, D, C = 97, 40, 16
 WIDE_DTYPES = [torch.float32, torch.float64]
 

@@ -6,6 +6,8 @@ from interpreter import DEVICE, DTYPES, draw, with_kernels
 from kimi_linear.loss_kernel import loss_and_gradient, reference_loss_and_gradient
 from tolerance import assert_close
 
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
+
 
 @with_kernels
 @pytest.mark.parametrize("dtype", DTYPES)

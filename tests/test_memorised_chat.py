@@ -7,6 +7,8 @@ import torch
 from memorised_chat import CONVERSATIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.transformers
+
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_answers_by_heart(chat_model: Path, name: str) -> None:

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from transformers.distributed import DistributedConfig
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.transformers,
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
 ]
 TOKENS = 24

@@ -18,6 +18,8 @@ from tolerance import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import flash_attention_mask
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 BACKENDS = ("eager", "sdpa", "flex_attention")
 FLOAT32 = torch.float32
 

@@ -1,12 +1,9 @@
 """Training of the router: its losses, what is counted of its choice, the correction bias."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import moe_worker
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +19,8 @@ from kimi_linear.moe_training import ExpertLoads, load_statistics
 from tolerance import assert_close
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
 
 BALANCE = {"router_aux_loss_coef": 0.3}
 BOTH = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.2}
@@ -382,17 +381,7 @@ def test_imbalance_falls():
 
 
 def test_two_processes_update_as_one_on_the_joined_batch(tmp_path):
-    script = Path(moe_worker.__file__)
-    command = [sys.executable, script]
-    path = {"PYTHONPATH": ":".join([str(script.parent), *sys.path])}
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "meeting"), str(tmp_path / "biases")],
-            env={**os.environ, **path},
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
+    processes.run(2, [moe_worker.save_biases], tmp_path)
     first, second = (torch.load(tmp_path / f"biases.{rank}") for rank in range(2))
     assert torch.equal(first, second)
     assert torch.equal(first, moe_worker.train(0, 1))

@@ -12,6 +12,8 @@ from transformers.models.kimi_linear.configuration_kimi_linear import (
     KimiLinearConfig as NativeConfig,
 )
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 CASES = {
     "hybrid": {},
     "all_kda": {"pattern": "all_kda"},

@@ -13,6 +13,8 @@ from kimi_linear.modeling_kimi_linear import (
 from kimi_linear.parameter_groups import parameter_groups, parameter_kinds
 from torch import nn
 
+pytestmark = pytest.mark.transformers
+
 MODELS = {
     "causal": tiny_model,
     "tied": lambda: tiny_model(tie_word_embeddings=True),

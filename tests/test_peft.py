@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+pytestmark = [pytest.mark.finetune, pytest.mark.transformers]
+
 peft = pytest.importorskip("peft", reason="adapters need PEFT: pip install '.[finetune]'")
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")

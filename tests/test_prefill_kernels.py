@@ -20,8 +20,9 @@ from kimi_linear.pair_sort import (
 from kimi_linear.short_conv import convolution_state, short_convolution
 from tolerance import assert_close
 
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 
-@pytest.mark.slow
+
 @pytest.mark.skipif(triton is None, reason="needs triton")
 @pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
 def test_all_compile_for_hopper(tmp_path):

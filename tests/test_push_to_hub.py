@@ -25,6 +25,8 @@ from official import CONFIG as OFFICIAL
 from official import tensors as official_tensors
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.transformers
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 REPO = "me/model"
 INDEX = "model.safetensors.index.json"

@@ -15,6 +15,8 @@ from builders import tiny_model, token_ids
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
 from safetensors.torch import load_file, save_file
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 # Even an installed copy cannot be imported.
 HIDE = """
 import sys
@@ -34,10 +36,10 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-folder, out = sys.argv[1:]
+*folders, out = sys.argv[1:]
 ids = load_file(f"{out}/ids.safetensors")["ids"]
 torch.set_num_threads(1)
-def load(auto, path=folder, **kwargs):
+def load(auto, path, **kwargs):
     loaded, info = auto.from_pretrained(
         path, trust_remote_code=True, output_loading_info=True, **kwargs)
     assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
@@ -46,40 +48,41 @@ def load(auto, path=folder, **kwargs):
 """
 
 EVERYTHING = """
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-assert type(config).__module__.startswith("transformers_modules."), type(config)
-model, info = load(AutoModelForCausalLM)
-assert not info["missing_keys"] and not info["unexpected_keys"], info
-backbone, info = load(AutoModel)
-assert not info["missing_keys"], info
-scores = {}
-for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
-    classifier, info = load(auto, num_labels=3)
-    assert {name.split(".")[0] for name in info["missing_keys"]} == {"score"}, info
-    scores[auto.__name__] = classifier(ids).logits
-assert scores["AutoModelForSequenceClassification"].shape == (2, 3)
-assert scores["AutoModelForTokenClassification"].shape == (2, ids.shape[1], 3)
-with torch.no_grad():
-    results = {
-        "logits": model(ids).logits,
-        "hidden": backbone(ids).last_hidden_state,
-        "text": model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None),
-    }
-model.save_pretrained(f"{out}/again")
-save_file(results, f"{out}/results.safetensors")
-print(type(model).__module__)
+for number, folder in enumerate(folders):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert type(config).__module__.startswith("transformers_modules."), type(config)
+    model, info = load(AutoModelForCausalLM, folder)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    backbone, info = load(AutoModel, folder)
+    assert not info["missing_keys"], info
+    scores = {}
+    for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        classifier, info = load(auto, folder, num_labels=3)
+        assert {name.split(".")[0] for name in info["missing_keys"]} == {"score"}, info
+        scores[auto.__name__] = classifier(ids).logits
+    assert scores["AutoModelForSequenceClassification"].shape == (2, 3)
+    assert scores["AutoModelForTokenClassification"].shape == (2, ids.shape[1], 3)
+    with torch.no_grad():
+        results = {
+            "logits": model(ids).logits,
+            "hidden": backbone(ids).last_hidden_state,
+            "text": model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None),
+        }
+    model.save_pretrained(f"{out}/again-{number}")
+    save_file(results, f"{out}/results-{number}.safetensors")
 """
 
 LOGITS = """
-model, info = load(AutoModelForCausalLM)
-assert not info["missing_keys"] and not info["unexpected_keys"], info
-with torch.no_grad():
-    save_file({"logits": model(ids).logits}, f"{out}/results.safetensors")
+for number, folder in enumerate(folders):
+    model, info = load(AutoModelForCausalLM, folder)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    with torch.no_grad():
+        save_file({"logits": model(ids).logits}, f"{out}/results-{number}.safetensors")
 """
 
 
-def run_stranger(script: str, folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    """Run `script` where the package cannot be imported; the tensors that it saves.
+def run_stranger(script: str, folders: list[Path], out: Path) -> list[dict[str, torch.Tensor]]:
+    """Run `script` where the package cannot be imported; the tensors that it saves by folder.
 
     `-I` leaves out the working directory and PYTHONPATH, `HIDE` an installed copy.
     """
@@ -88,7 +91,7 @@ def run_stranger(script: str, folder: Path, out: Path) -> dict[str, torch.Tensor
     environment = {key: os.environ[key] for key in ("PATH", "TMPDIR", "HOME") if key in os.environ}
     environment |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [sys.executable, "-I", "-c", HIDE + STRANGER + script, str(folder), str(out)],
+        [sys.executable, "-I", "-c", HIDE + STRANGER + script, *map(str, folders), str(out)],
         cwd=out,
         env=environment,
         capture_output=True,
@@ -96,7 +99,7 @@ def run_stranger(script: str, folder: Path, out: Path) -> dict[str, torch.Tensor
         timeout=120,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return load_file(out / "results.safetensors")
+    return [load_file(out / f"results-{number}.safetensors") for number in range(len(folders))]
 
 
 def siblings(file: Path) -> set[str]:
@@ -133,19 +136,20 @@ def expected(model) -> dict[str, torch.Tensor]:
         }
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "Kimi-Linear-0.1b.v2-a_3"])
-def test_saved_folder_works_for_strangers(model, expected, tmp_path, name):
-    folder = tmp_path / name
-    model.save_pretrained(folder, max_shard_size="60KB")
-    results = run_stranger(EVERYTHING, folder, tmp_path / "first")
-    for key, value in expected.items():
-        torch.testing.assert_close(results[key], value, rtol=1e-5, atol=1e-5)
+def test_saved_folders_work_for_strangers(model, expected, tmp_path):
+    folders = [tmp_path / name for name in ("checkpoint", "Kimi-Linear-0.1b.v2-a_3")]
+    for folder in folders:
+        model.save_pretrained(folder, max_shard_size="60KB")
+    for results in run_stranger(EVERYTHING, folders, tmp_path / "first"):
+        for key, value in expected.items():
+            torch.testing.assert_close(results[key], value, rtol=1e-5, atol=1e-5)
     # what the stranger saved is as good as what we saved
-    again = tmp_path / "first" / "again"
-    assert {path.name for path in again.glob("*.py")} == CODE
-    assert read_config(again) == read_config(folder)
-    results = run_stranger(LOGITS, again, tmp_path / "second")
-    torch.testing.assert_close(results["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+    again = [tmp_path / "first" / f"again-{number}" for number in range(2)]
+    for ours, theirs in zip(folders, again, strict=True):
+        assert {path.name for path in theirs.glob("*.py")} == CODE
+        assert read_config(theirs) == read_config(ours)
+    for results in run_stranger(LOGITS, again, tmp_path / "second"):
+        torch.testing.assert_close(results["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
 
 
 def read_config(folder: Path) -> dict:

@@ -5,10 +5,9 @@ import json
 import os
 import resource
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 import safe_training_worker as worker
 import torch
@@ -24,6 +23,8 @@ from kimi_linear.safe_training import (
 )
 from safe_training_worker import make_trainer
 from transformers.trainer_utils import get_last_checkpoint
+
+pytestmark = pytest.mark.core
 
 BAD_NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -137,19 +138,18 @@ def test_without_bad_steps_it_trains_as_trainer_does(tmp_path):
         assert files[0] == files[1]
 
 
-@pytest.mark.slow
 def test_two_processes_stop_together_and_keep_a_whole_checkpoint(tmp_path):
-    script, port = Path(worker.__file__), free_port()
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    path = os.pathsep.join([str(script.parent), *sys.path])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     runs = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path, "spoil", "1"],
-            env={**os.environ, **group, "PYTHONPATH": path, "RANK": rank, "LOCAL_RANK": rank},
+        commands.start(
+            [worker.__file__, tmp_path, "spoil", "1"],
+            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in ("0", "1")
     ]
-    assert [run.wait(timeout=600) for run in runs] == [3, 3]
+    for run in runs:
+        run.join(commands.PATIENCE)
+    assert [run.exitcode for run in runs] == [3, 3]
     assert checkpoints(tmp_path) == ["checkpoint-1"]
     saved = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "model.safetensors"} <= saved
@@ -273,14 +273,10 @@ def test_an_error_on_the_way_to_the_disk(tmp_path, monkeypatch):
     assert checkpoints(tmp_path) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["weights", "state", "rename"])
 def test_killed_while_saving(tmp_path, moment, straight):
-    script = Path(worker.__file__)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path])}
-    command = [sys.executable, script, tmp_path, moment, str(torch.get_num_threads())]
-    run = subprocess.run(command, env=environment, timeout=600)
-    assert run.returncode == -9
+    run = commands.run([worker.__file__, tmp_path, moment, torch.get_num_threads()])
+    assert run.returncode == -9, run.stderr
     assert get_last_checkpoint(tmp_path).endswith("checkpoint-2")
     assert checkpoints(tmp_path) == ["checkpoint-2", "unfinished-4"]
     resumed = make_trainer(tmp_path, SafeTrainer)

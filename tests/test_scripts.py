@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import generate
 import pytest
 import torch
@@ -292,7 +293,6 @@ def test_prompt_from_argument_file_or_stdin(
     assert generate.read_prompt(None, None) == "é\n"
 
 
-@pytest.mark.slow
 def test_both_commands_from_a_shell(trained: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
@@ -305,12 +305,7 @@ def test_both_commands_from_a_shell(trained: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.stdout.startswith("line 1")
-    failed = subprocess.run(
-        [sys.executable, SCRIPTS / "train.py", "--output", tmp_path / "run", "nowhere"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    failed = commands.run([SCRIPTS / "train.py", "--output", tmp_path / "run", "nowhere"])
     assert failed.returncode != 0 and "nowhere does not exist" in failed.stderr
 
 

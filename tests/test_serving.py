@@ -34,6 +34,8 @@ from memorised_chat import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+pytestmark = pytest.mark.transformers
+
 COMMAND = Path(sysconfig.get_path("scripts")) / "transformers"
 START_SECONDS = 180
 ANSWER_SECONDS = 60

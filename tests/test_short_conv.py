@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from kimi_linear.short_conv import short_convolution
 from tolerance import assert_close
 
+pytestmark = pytest.mark.kernels
+
 LENGTHS = [5, 1, 0, 2, 3, 0, 9]
 
 

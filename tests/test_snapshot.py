@@ -1,11 +1,10 @@
 """A downloaded model's tokenizer converted, and what other engines read of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import convert_tokenizer
 import official
 import pytest
@@ -21,6 +20,8 @@ from kimi_linear.tokenizer import (
     train_bpe,
 )
 from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.transformers
 
 WRITTEN = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -182,12 +183,12 @@ class TestConvertSnapshot:
             convert_snapshot(snapshot, snapshot)
 
     def test_command_line(self, snapshot: Path, tmp_path: Path) -> None:
-        command = [sys.executable, convert_tokenizer.__file__, str(snapshot), "--output"]
-        done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
+        command = [convert_tokenizer.__file__, str(snapshot), "--output"]
+        done = commands.run([*command, str(tmp_path / "out")])
         assert done.returncode == 0, done.stderr
         assert "900 tokens, answers end with <|im_end|>" in done.stdout
         (snapshot / "tiktoken.model").unlink()
-        done = subprocess.run([*command, str(tmp_path / "out2")], capture_output=True, text=True)
+        done = commands.run([*command, str(tmp_path / "out2")])
         assert done.returncode == 1
         assert done.stderr.strip().startswith("error: ") and "is missing" in done.stderr
 

@@ -24,6 +24,8 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers_for_tests import BYTES, auto_load, reference_of, trained_ranks
 
+pytestmark = pytest.mark.transformers
+
 pytest.importorskip("tiktoken")
 
 OFFICIAL_IDS = {

@@ -182,8 +182,11 @@ class TestEveryText:
         for case in cases:
             check_batch(case, [text])
 
-    def test_many_texts(self, cases: list[Case]) -> None:
-        num_texts, seen = NUM_TEXTS, set[str]()
+    @pytest.mark.parametrize(
+        "num_texts", [NUM_TEXTS // 4, pytest.param(NUM_TEXTS, marks=pytest.mark.slow)]
+    )
+    def test_many_texts(self, cases: list[Case], num_texts: int) -> None:
+        seen = set[str]()
 
         # Some texts come twice, and only different ones count.
         @hypothesis.settings(
@@ -270,6 +273,7 @@ class TestLargeVocabulary:
             {},
         ],
     )
+    @pytest.mark.transformers
     def test_pattern_and_ids_stay(
         self, cases: list[Case], tmp_path: Path, config: dict[str, str] | None
     ) -> None:

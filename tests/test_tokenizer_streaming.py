@@ -13,6 +13,8 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 from tokenizers_for_tests import BYTES, Case, make_case, substring_ranks, text_strategy
 
+pytestmark = pytest.mark.transformers
+
 transformers = pytest.importorskip("transformers")
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -8,6 +8,8 @@ from kimi_linear.loss_kimi_linear import DeferredLogits
 from tolerance import assert_close
 from transformers import Trainer, TrainingArguments
 
+pytestmark = [pytest.mark.core, pytest.mark.kernels]
+
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_makes_no_states_and_no_cache(monkeypatch, packed):

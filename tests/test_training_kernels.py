@@ -15,6 +15,8 @@ from kimi_linear.training_kernels import (
 )
 from tolerance import assert_close
 
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
+
 
 @with_kernels
 @pytest.mark.parametrize("dtype", DTYPES)

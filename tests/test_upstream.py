@@ -18,6 +18,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Trainer
 
+pytestmark = pytest.mark.core
+
 PACKAGE = Path(kimi_linear.__file__).parent
 MODULES = [*PACKAGE.glob("*.py"), *PACKAGE.glob("tokenizer/*.py"), *PACKAGE.glob("scripts/*.py")]
 MODULES = sorted(path for path in MODULES if path.name != "upstream.py")

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from kimi_linear.wide_product import add_wide_product, wide_linear, wide_product
 from tolerance import assert_close
 
+pytestmark = pytest.mark.kernels
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 

@@ -3,7 +3,7 @@
     accelerate launch --config_file ... tests/trainer_worker.py FOLDER [FLAG ...]
 
 Writes the steps' losses to FOLDER/losses.json and the model to FOLDER/model. Flags:
-"checkpointing", "bf16", "resume" (from the checkpoint of step 2 that a run before has left there).
+"checkpointing", "bf16", "resume" (again from the checkpoint of step 2, to FOLDER/resumed).
 """
 
 import json
@@ -48,6 +48,12 @@ def main(folder: Path, flags: list[str]) -> None:
         try_few_autotune_configs()
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         shard_on_a_cpu()
+    train(folder, flags)
+    if "resume" in flags:
+        train(folder / "resumed", flags, folder / "checkpoint-2")
+
+
+def train(folder: Path, flags: list[str], checkpoint: Path | None = None) -> None:
     set_seed(0)
     args = TrainingArguments(
         str(folder),
@@ -65,9 +71,7 @@ def main(folder: Path, flags: list[str]) -> None:
     )
     args.per_device_train_batch_size = ROWS // args.world_size
     trainer = SafeTrainer(tiny_model(num_experts=8), args, train_dataset=Rows())
-    trainer.train(
-        resume_from_checkpoint=str(folder / "checkpoint-2") if "resume" in flags else None
-    )
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
