@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
-pytestmark = pytest.mark.transformers
-
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
 
-pytestmark = pytest.mark.usefixtures("cpu")
+pytestmark = [pytest.mark.transformers, pytest.mark.usefixtures("cpu")]
 
 IDS = token_ids(2, 21)
 CONFIGS: dict[int, dict[str, Any]] = {
