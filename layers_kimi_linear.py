@@ -446,7 +446,9 @@ class KimiLinearLatentAttention(nn.Module):
         self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager"."""
-        weight, bias = self._kv_b_weight()
+        if not _is_linear_map(self.kv_b_proj):
+            return self._attend_expanded(query, segments, real_tokens)
+        weight, bias = self._kv_b_weight(query)
         sizes = [self.key_dim, self.value_dim]
         key, value = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -518,19 +520,42 @@ class KimiLinearLatentAttention(nn.Module):
             ]
         return torch.cat(outputs, dim=2).transpose(1, 2)[..., : self.value_dim]
 
-    def _kv_b_weight(self) -> tuple[Tensor, Tensor | None]:
+    def _attend_expanded(
+        self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `_attend`, by calling `kv_b_proj` with all latents: what its hooks do, or a module in
+        its place, acts on cached tokens as it does in a call without a past."""
+        rows = query.shape[0]
+        key, value = self._expand(torch.cat([x.expand(rows, -1, -1) for x in segments], dim=1))
+        T, S = query.shape[1], key.shape[2]
+        seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+        if real_tokens is not None:  # padding sees itself: nothing at all would be NaN
+            seen = seen & (real_tokens[:, None, None] | seen.triu(S - T))
+        mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)
+        out, weights = eager_attention(
+            self,
+            query.transpose(1, 2),
+            key,
+            value,
+            mask,
+            self.scaling,
+            self.config.attention_dropout if self.training else 0.0,
+        )
+        return out, weights if attention_backend(self.config) == "eager" else None
+
+    def _kv_b_weight(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """[H * (K - P + V), L] and the bias, also where adapters or quantised weights take
-        kv_b_proj's place. The layer itself has no bias; those of adapters may."""
+        kv_b_proj's place, or its weight is elsewhere between calls. The layer itself has no bias;
+        those of adapters may."""
         proj = self.kv_b_proj
         if (
             type(proj) is nn.Linear
             and getattr(proj, "bias", None) is None
             and type(proj.weight) in (nn.Parameter, Tensor)
-            and not proj.weight.is_meta
+            and "forward" not in vars(proj)
         ):
             return proj.weight, None
-        norm = self.kv_a_layernorm.weight
-        eye = torch.eye(self.latent_dim, dtype=norm.dtype, device=norm.device)
+        eye = torch.eye(self.latent_dim, dtype=like.dtype, device=like.device)
         weight = proj(eye).transpose(0, 1)
         if not any(name.rpartition(".")[2] == "bias" for name, _ in proj.named_parameters()):
             return weight, None
@@ -564,6 +589,16 @@ class KimiLinearLatentAttention(nn.Module):
     def split_size(self) -> tuple[str, int, int]:
         """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "num_attention_heads", self.num_heads, 1
+
+
+def _is_linear_map(proj: nn.Module) -> bool:
+    """Whether a module in a linear layer's place is one: the layer itself, quantised, offloaded by
+    accelerate or with PEFT's adapters, and without hooks that could change what it gives."""
+    if any(each._forward_hooks or each._forward_pre_hooks for each in proj.modules()):
+        return False
+    if "forward" in vars(proj) and not hasattr(proj, "_hf_hook"):
+        return False
+    return isinstance(proj, nn.Linear) or hasattr(proj, "base_layer")
 
 
 def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
