@@ -680,6 +680,7 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
             `loss`, `logits` [B, num_labels], and the backbone's outputs.
         """
         check_arguments(self, kwargs, CLASSIFIER_ARGUMENTS)
+        num_items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -703,9 +704,15 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, pooled_logits=pooled, config=self.config
+                logits=logits,
+                labels=labels,
+                pooled_logits=pooled,
+                config=self.config,
+                num_items_in_batch=num_items,
             )
-            loss = add_router_losses(self, loss, outputs.router_losses)
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * labels.numel() / num_items  # a mean, whatever Trainer counted
+            loss = add_router_losses(self, loss, outputs.router_losses, labels, num_items)
         return KimiLinearSequenceClassifierOutput(
             loss=loss,
             logits=pooled,
@@ -753,6 +760,7 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
             `loss`, `logits` [B, T, num_labels], `hidden_states` and `attentions` on request.
         """
         check_arguments(self, kwargs, CLASSIFIER_ARGUMENTS)
+        num_items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -767,8 +775,8 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config)
-            loss = add_router_losses(self, loss, outputs.router_losses)
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items)
+            loss = add_router_losses(self, loss, outputs.router_losses, labels, num_items)
         return TokenClassifierOutput(
             loss=loss,
             logits=logits,
