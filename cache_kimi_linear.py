@@ -657,7 +657,9 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
         )
     if holds_tokens(cache):
         raise ValueError(
-            f"cache={name} holds tokens that this model did not write: it must be empty"
+            f"cache={name} holds tokens that this model did not write: it must be empty (PEFT's "
+            "prefix tuning puts keys and values there, which this model's cache has no place for: "
+            "use another kind of adapter)"
         )
     put_layers(cache, _layers_for(config, ROLLBACK_TOKENS, 0, is_offloading(cache)))
     cache.__class__ = KimiLinearDynamicCache

@@ -10,6 +10,16 @@ import difflib
 import math
 from typing import Any
 
+import transformers
+
+# Loading the configuration is the first thing that any loading does. Older releases have other
+# names for what is imported below.
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):
+    raise ImportError(
+        "this implementation of Kimi Linear needs Transformers 5.17 or newer, this is "
+        f"{transformers.__version__}: pip install --upgrade transformers"
+    )
+
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
@@ -268,6 +278,16 @@ class KimiLinearConfig(PreTrainedConfig):
         """Check again, for fields changed after construction; `save_pretrained` calls this."""
         super().validate(*args, **kwargs)
         self.check()
+
+    def fit_layer_lists(self) -> None:
+        """Forget the kinds of layers that there are no more: `num_hidden_layers` was lowered on a
+        configuration that named each layer's kind."""
+        lists, count = self.linear_attn_config, self.num_hidden_layers
+        names = ("kda_layers", "full_attn_layers")
+        named = sorted(number for name in names for number in lists[name])
+        if len(named) > count >= 1 and named == list(range(1, len(named) + 1)):
+            fitting = {name: [n for n in lists[name] if n <= count] for name in names}
+            self.linear_attn_config = {**lists, **fitting}
 
     def check(self) -> None:
         """Check every field.

@@ -123,18 +123,18 @@ class KimiLinearCausalLMOutput(OutputWithCache):
 
     Attributes:
         loss: Scalar, with `labels`.
-        aux_loss: Balance loss without its coefficient, where it was computed.
         logits: [B, kept, vocab_size], a tensor or `DeferredLogits`.
         cache, hidden_states, attentions, router_logits: The backbone's.
+        aux_loss: Balance loss without its coefficient, where it was computed.
     """
 
     loss: Tensor | None = None
-    aux_loss: Tensor | None = None
     logits: Any = None
     cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass

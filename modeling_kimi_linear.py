@@ -160,7 +160,9 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
     _new_heads: tuple[str, ...] = ()
 
     def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
-        config.check()  # fields may have been changed since it was made
+        # fields may have been changed since it was made
+        config.fit_layer_lists()
+        config.check()
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()

@@ -1,10 +1,17 @@
 """`KimiLinearConfig`: the official fields, their round trip, and what is refused."""
 
+import inspect
 import json
+import sys
 
 import pytest
 from builders import tiny_config
-from kimi_linear import PRESETS, KimiLinearConfig
+from kimi_linear import (
+    PRESETS,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    configuration_kimi_linear,
+)
 from official import CONFIG as OFFICIAL
 
 pytestmark = pytest.mark.core
@@ -190,3 +197,27 @@ def test_a_field_broken_after_construction_is_refused_on_save(tmp_path):
 
 def test_other_metadata_is_kept(tmp_path):
     assert saved(tiny_config(my_note="kept"), tmp_path)["my_note"] == "kept"
+
+
+def test_fewer_layers_of_a_loaded_configuration():
+    """The smoke test of a large model: its first layers."""
+    config = tiny_config("alternating")
+    before = config.linear_attn_config
+    config.num_hidden_layers = 2
+    model = KimiLinearForCausalLM(config)
+    assert len(model.model.layers) == 2
+    assert config.layer_types == ["linear_attention", "full_attention"]
+    assert config.linear_attn_config["kda_layers"] == [1]
+    assert before["kda_layers"] == [1, 3]  # another configuration may share it
+    assert KimiLinearConfig.from_dict(config.to_dict()).num_hidden_layers == 2
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="full_attn_layers|kda_layers"):
+        KimiLinearForCausalLM(config)
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.16.0"])
+def test_an_older_transformers_is_named(monkeypatch, version):
+    source = inspect.getsource(configuration_kimi_linear)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    with pytest.raises(ImportError, match=f"needs Transformers 5.17 or newer, this is {version}"):
+        exec(compile(source, "configuration_kimi_linear.py", "exec"), {"__name__": "old"})

@@ -83,13 +83,15 @@ def offload(model, kind, folder):
     if kind == "device_map":
         model.save_pretrained(folder / "model")
         names = ["model.embed_tokens", "model.norm", "lm_head"]
-        places = {name: "cpu" for name in names}
+        places = dict.fromkeys(names, "cpu")
         places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
         return KimiLinearForCausalLM.from_pretrained(
             folder / "model", device_map=places, offload_folder=folder / "offload"
         )
     parts = {name: "cpu" for name, _ in model.named_children() if name != "model"}
-    parts |= {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    parts |= {
+        f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"
+    }
     for i, layer in enumerate(model.model.layers):  # one part of one layer
         for name, _ in layer.named_children():
             is_away = i == 3 and name == "self_attn"
