@@ -565,6 +565,7 @@ class KimiLinearCache(Cache):
         super().__init__(layers=_layers_for(config, rollback_tokens, reserve_tokens, offload))
 
     num_reorders = 0  # since it was made, so that a beam search that does not is found out
+    is_torn = False  # between the first write of a call and its end
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows into the order of `beam_idx` [B]."""
@@ -583,13 +584,19 @@ class KimiLinearCache(Cache):
                 stay, as in older versions; 0 does nothing.
 
         Raises:
-            ValueError: If the KDA layers cannot go back so far.
+            ValueError: If the KDA layers cannot go back so far, or an error ended the call before.
         """
         if tokens_to_remove == 0:
             return
+        check_whole(self)
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.is_torn = False
 
     def copy(self) -> "KimiLinearCache":
         """An independent copy, all memory included."""
@@ -625,6 +632,15 @@ def cache_memory(cache: Cache) -> dict[str, int]:
     return total
 
 
+def check_whole(cache: Cache) -> None:
+    """ValueError if a call that an exception ended has written to the cache."""
+    if getattr(cache, "is_torn", False):
+        raise ValueError(
+            "cache holds a part of a call that an error ended, which is not allowed: start from a "
+            "copy, or reset() it"
+        )
+
+
 def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     """A cache with layers of ours: a new one for None, the given one if it is ours or still empty.
 
@@ -641,6 +657,7 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
                 f"cache has {len(layers)} layers, which is not allowed: it must have "
                 f"num_hidden_layers={config.num_hidden_layers}"
             )
+        check_whole(cache)
         counts = {layer.num_tokens for layer in layers}
         if len(counts) > 1:
             raise ValueError(
@@ -706,5 +723,6 @@ __all__ = [
     "KimiLinearCache",
     "LatentLayerCache",
     "cache_memory",
+    "check_whole",
     "prepare_cache",
 ]

@@ -340,8 +340,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         cache = self._cache_for(layout, cache, use_cache, batch_size)
         past = 0 if cache is None else cache.layers[0].num_tokens
         check_columns(attention_mask, past, num_tokens)
-        if cache is not None:
-            note_padding(cache, attention_mask, mask, past)
         by_blocks = self._attends_by_blocks(layout, past, num_tokens)
         inputs = {
             "layout": layout,
@@ -358,6 +356,9 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         losses = []
         # `assistant_early_exit` lowers the number while the model makes its own draft
         layers = list(self.layers)[: self.config.num_hidden_layers]
+        if cache is not None:
+            note_padding(cache, attention_mask, mask, past)
+            cache.is_torn = True  # until all layers have counted the call's tokens
         for layer in layers:
             if notes is None or not getattr(layer, "is_moe", False):
                 hidden_states = layer(hidden_states, **inputs, **kwargs)
@@ -365,6 +366,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
                 hidden_states, found = layer(hidden_states, router_notes=notes, **inputs, **kwargs)
                 losses.append(found)
         count_elsewhere(layers, cache)
+        if cache is not None:
+            cache.is_torn = False
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
             cache=cache,
@@ -610,7 +613,10 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             return None
         prepare_cache(cache, self.config)
         note_padding(cache, attention_mask, mask, past)
-        return decode_logits(self, input_ids, mask, cache)
+        cache.is_torn = True
+        logits = decode_logits(self, input_ids, mask, cache)
+        cache.is_torn = False
+        return logits
 
 
 def _check_labels(labels: Tensor, needed: torch.Size) -> None:

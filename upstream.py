@@ -323,7 +323,7 @@ class LoopWatch:
         self.model, self.is_own_loop = model, is_own_loop
         self.cache: Any = None
         self.steps = self.total = self.width = self.reorders = 0
-        self.has_beams = False
+        self.has_beams = self.has_drafts = False
         self.offset: int | None = None  # tokens of the text that its ids do not show
 
     def step(self, cache: Any, width: int, new: int, *, uses_cache: bool) -> None:
@@ -399,8 +399,14 @@ class GenerationHooks(GenerationMixin):
         cache = one_cache(cache, past_key_values)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        with _watching(LoopWatch(self, callable(kwargs.get("custom_generate")))):
-            return answering_both(super().generate(*args, **kwargs))
+        watch = LoopWatch(self, callable(kwargs.get("custom_generate")))
+        try:
+            with _watching(watch):
+                return answering_both(super().generate(*args, **kwargs))
+        except BaseException:
+            if watch.has_drafts and hasattr(cache, "is_torn"):
+                cache.is_torn = True  # drafted tokens are in it that nobody has accepted
+            raise
 
     # 5.17: the only place where a model can give the loop a cache of its own.
     def _prepare_cache_for_generation(
@@ -415,6 +421,7 @@ class GenerationHooks(GenerationMixin):
         watch = _watch.get()
         if watch is not None:
             watch.has_beams = "beam" in generation_mode
+            watch.has_drafts = "assisted" in generation_mode
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
             longest = max(max_cache_length, getattr(generation_config, "max_cache_len", 0) or 0)
             model_kwargs[CACHE_NAME] = self.new_cache(
