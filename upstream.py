@@ -266,6 +266,17 @@ class PreTrainedModelHooks(PreTrainedModel):
         """Read a checkpoint; the model's class may do it in its own way."""
         return loading.read(loading.state_dict, [])
 
+    # With accelerate's offloading a parameter is on "meta", and drafts would be put there.
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        found = super().device
+        if found.type != "meta":
+            return found
+        hooks = [getattr(module, "_hf_hook", None) for module in self.modules()]
+        places = [getattr(hook, "execution_device", None) for hook in hooks]
+        return next((torch.device(place) for place in places if place is not None), found)
+
     # Transformers warns of rules for modules that this configuration has not. 5.17 has other names
     # for the styles of expert parallelism.
     def init_parallel_plans(self) -> None:

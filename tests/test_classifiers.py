@@ -7,6 +7,8 @@ from kimi_linear import KimiLinearForSequenceClassification, KimiLinearForTokenC
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+pytestmark = pytest.mark.core
+
 KINDS = {
     "classes": (KimiLinearForSequenceClassification, {}),
     "regression": (KimiLinearForSequenceClassification, {"num_labels": 1}),

@@ -8,6 +8,8 @@ from kimi_linear import KimiLinearForCausalLM
 from tolerance import assert_close
 from torch import nn
 
+pytestmark = pytest.mark.core
+
 IDS = token_ids(2, 12)
 COMMON = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=96)
 MODES = {"greedy": {}, "beams": {"num_beams": 3}, "lookup": {"prompt_lookup_num_tokens": 2}}

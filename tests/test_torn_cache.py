@@ -6,6 +6,8 @@ from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache, save_session
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+pytestmark = pytest.mark.core
+
 IDS = token_ids(1, 12)
 REFUSED = "cache holds a part of a call that an error ended"
 COMMON = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=96)
