@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
-from .model_outputs import one_cache
+from .outputs_kimi_linear import one_cache
 from .sessions import Session, load_session, read_session, save_session
 from .upstream import LOOP_ARGUMENTS, GenerationHooks
 

@@ -42,14 +42,14 @@ from .layers_kimi_linear import (
     is_flash_attention,
 )
 from .loss_kimi_linear import DeferredLogits, LossBackend, causal_lm_loss, uses_fused_loss
-from .model_outputs import (
+from .moe_kimi_linear import KimiLinearExperts, KimiLinearMoE, KimiLinearRouter
+from .moe_training import ExpertLoads, RouterNotes, add_router_losses, take_notes
+from .outputs_kimi_linear import (
     KimiLinearCausalLMOutput,
     KimiLinearModelOutput,
     KimiLinearSequenceClassifierOutput,
     one_cache,
 )
-from .moe_kimi_linear import KimiLinearExperts, KimiLinearMoE, KimiLinearRouter
-from .moe_training import ExpertLoads, RouterNotes, add_router_losses, take_notes
 from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
 from .tensor_parallel import joined, register_styles
 from .upstream import (

@@ -47,7 +47,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .model_outputs import answering_both, one_cache
+from .outputs_kimi_linear import answering_both, one_cache
 
 # The oldest and the newest release that all tests have run on.
 TESTED = ("5.17.0", "5.24.0")

@@ -19,7 +19,7 @@ from kimi_linear import (
     KimiLinearForTokenClassification,
     upstream,
 )
-from kimi_linear.model_outputs import CACHE_NAMES
+from kimi_linear.outputs_kimi_linear import CACHE_NAMES
 from kimi_linear.sequence_layout import SequenceLayout
 from kimi_linear.upstream import LoopWatch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
