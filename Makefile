@@ -26,9 +26,13 @@ ARGS ?=
 .NOTPARALLEL:
 .PHONY: demo test test-slow lint format typecheck gpu-test clean
 
-# Threads that wait asleep: beside other programs, spinning ones make a step six times as long.
+# glibc gives memory back that the next operation asks for again, which takes an eighth of a step;
+# and threads that spin for long while they wait take the time of whoever else is there.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 \
+	MALLOC_TOP_PAD_=268435456 GOMP_SPINCOUNT=10000
+
 demo: $(VENV)/train.stamp
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/demo.py $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -5,7 +5,7 @@ modules held out. Then compares the bits per byte on the held-out modules with `
 a trigram model, draws the curves, and has a new process, which cannot import this package, load the
 saved folder with `trust_remote_code=True` and write code.
 
-    python scripts/demo.py                          # 400 steps
+    python scripts/demo.py                          # 300 steps, under 6 minutes on 2 cores
     python scripts/demo.py --steps 2000             # a better model
     python scripts/demo.py --minutes 4              # as good as the machine makes it in that time
     python scripts/demo.py --prompt 'def quicksort(' --output runs/mine
@@ -46,7 +46,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 GENERATE = Path(__file__).with_name("generate.py")
 PROMPT = 'class PriorityQueue:\n    """A queue that returns its smallest item first."""\n\n    def '
-STEPS = 400
+STEPS = 300
 SAMPLE_ROWS = 16
 LOSSES_PER_RUN = 200
 
