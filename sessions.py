@@ -1,8 +1,9 @@
 """Sessions: a cache in a safetensors file, read back by another process.
 
 The file holds what the layers of a cache hold, the ids that were read if they are given, and in its
-metadata the model's dtype and fingerprint. Latents that serve all rows are stored once. What `crop`
-needs is stored too.
+metadata the model's dtype and fingerprint and a checksum of the tensors. Latents that serve all
+rows are stored once. What `crop` needs is stored too. A file is trusted with nothing: names, types,
+sizes and counts are held against the model before any of them reaches a cache.
 
 Shapes: B batch, S tokens seen.
 """
@@ -10,6 +11,8 @@ Shapes: B batch, S tokens seen.
 import hashlib
 import json
 import os
+import uuid
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +24,14 @@ from transformers.cache_utils import Cache
 
 from .cache_kimi_linear import KDALayerCache, KimiLinearCache, LatentLayerCache, check_whole
 
-FORMAT = "kimi-linear-session-1"
+FORMAT = "kimi-linear-session-2"
+FORMATS = (FORMAT, "kimi-linear-session-1")  # the first had no checksum
 SAMPLES = 16
 KDA_TENSORS = ("conv_state", "recurrent_state", "anchor_conv_state", "anchor_recurrent_state")
 KDA_NUMBERS = ("num_tokens", "has_padding", "rollback_tokens", "num_logged", "is_stale")
 LATENT_NUMBERS = ("num_tokens", "has_padding", "reserve_tokens", "offload_latents")
-
-
+MAX_TOKENS = 1 << 40
+FLAGS = {"has_padding", "is_stale", "offload_latents"}
 # What crop can take back from a session that `read_session` begins: a question behind a long text.
 SESSION_ROLLBACK_TOKENS = 1024
 
@@ -93,10 +97,11 @@ def save_session(
         "fingerprint": model_fingerprint(model),
         "layers": json.dumps(numbers),
     }
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(f"{path}.{uuid.uuid4().hex}.part")
     try:
         # a tensor that shares memory with another one cannot be saved
-        save_file({name: x.clone() for name, x in tensors.items()}, part, metadata)
+        copies = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
+        save_file(copies, part, metadata | {"checksum": _checksum(copies)})
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -106,7 +111,8 @@ def load_session(path: str | os.PathLike[str], model: Any) -> Session:
     """Read a session, each layer's part to the device where the model has that layer.
 
     Raises:
-        ValueError: If the file is not a session, or one of another model or dtype.
+        ValueError: If the file is not a session, or one of another model or dtype, or something in
+            it is not as `save_session` writes it; the message names the field.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -117,7 +123,13 @@ def load_session(path: str | os.PathLike[str], model: Any) -> Session:
         raise ValueError(f"path={os.fspath(path)!r} is not a safetensors file: {error}") from error
     cache = KimiLinearCache(model.config)
     modules = getattr(model, model.base_model_prefix, model).layers
-    numbers = json.loads(metadata["layers"])
+    try:
+        numbers = json.loads(metadata["layers"])
+        if metadata["format"] == FORMAT:
+            _require(_checksum(tensors) == metadata["checksum"], "checksum", "that of its tensors")
+        _check_content(cache, tensors, numbers, model)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"path={os.fspath(path)!r} is damaged: {error}") from error
     for i, (layer, values) in enumerate(zip(cache.layers, numbers, strict=True)):
         device = next(modules[i].parameters()).device
         prefix = f"layers.{i}."
@@ -169,21 +181,103 @@ def read_session(
 def _check(path: str | os.PathLike[str], metadata: dict[str, str], model: Any) -> None:
     """ValueError unless the file is a session of this model."""
     name = os.fspath(path)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in FORMATS:
         raise ValueError(
             f"path={name!r} has format {metadata.get('format')!r}, which is not allowed: it must "
             f"be {FORMAT!r}, as save_session writes it"
         )
-    if metadata["dtype"] != str(model.dtype):
+    if metadata.get("dtype") != str(model.dtype):
         raise ValueError(
-            f"path={name!r} is a session in {metadata['dtype']}, which is not allowed: the model "
-            f"is in {model.dtype}"
+            f"path={name!r} is a session in {metadata.get('dtype')}, which is not allowed: the "
+            f"model is in {model.dtype}"
         )
-    if metadata["fingerprint"] != model_fingerprint(model):
+    if metadata.get("fingerprint") != model_fingerprint(model):
         raise ValueError(
             f"path={name!r} is a session of another model, which is not allowed: weights and sizes "
             "must be the same"
         )
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 over the bytes of tensors on the CPU, in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        flat = tensors[name].contiguous().reshape(-1)
+        value = zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", value)
+    return f"{value:08x}"
+
+
+def _require(is_right: bool, field: str, allowed: str) -> None:
+    if not is_right:
+        raise ValueError(f"{field} is not allowed: it must be {allowed}")
+
+
+def _check_content(
+    cache: KimiLinearCache, tensors: dict[str, Tensor], numbers: Any, model: Any
+) -> None:
+    """ValueError unless all of a file is what `save_session` writes of a cache of this model."""
+    config, left = model.config, dict(tensors)
+    count = len(cache.layers)
+    is_list = isinstance(numbers, list) and all(isinstance(each, dict) for each in numbers)
+    _require(is_list and len(numbers) == count, "layers", f"a list of {count} objects")
+    ids = left.pop("input_ids", None)
+    total = numbers[0].get("num_tokens")
+    rows = next((x.shape[0] for name, x in left.items() if name.endswith("_state")), None)
+    rows = numbers[-1].get("num_rows") if rows is None else rows
+    for i, (layer, values) in enumerate(zip(cache.layers, numbers, strict=True)):
+        prefix, is_kda = f"layers.{i}.", isinstance(layer, KDALayerCache)
+        _check_numbers(prefix, is_kda, values, total, config)
+        own = {name: left.pop(name) for name in list(left) if name.startswith(prefix)}
+        if is_kda:
+            shapes = _kda_shapes(values["num_logged"] or 0, config)
+            needed = {"conv_state", "recurrent_state", *(["log"] if values["num_logged"] else [])}
+        else:
+            width = config.kv_lora_rank + config.qk_rope_head_dim
+            shapes = {f"latents.{n}": (None, width) for n in range(len(own))}
+            needed = set(shapes)
+            found = sum(x.shape[1] for x in own.values() if x.ndim == 3)
+            _require(found == total, f"{prefix}num_tokens", f"its latents' {found}")
+            _require(values["num_rows"] == rows, f"{prefix}num_rows", f"{rows}, as elsewhere")
+        names = {name.removeprefix(prefix) for name in own}
+        _require(needed <= names <= shapes.keys(), f"{prefix}*", f"some of {sorted(shapes)}")
+        for name, x in own.items():
+            shape = shapes[name.removeprefix(prefix)]
+            dtype = torch.float32 if name.endswith("recurrent_state") else model.dtype
+            fits = x.ndim == len(shape) + 1 and x.shape[0] in ((rows,) if is_kda else (1, rows))
+            fits = fits and all(n in (None, m) for n, m in zip(shape, x.shape[1:], strict=True))
+            _require(fits and x.dtype == dtype, name, f"{dtype} of [{rows}, {shape}]")
+    _require(not left, ", ".join(left), "left out")
+    if ids is not None:
+        fits = ids.dtype == torch.int64 and ids.shape == (rows, total)
+        fits = fits and bool(((ids >= 0) & (ids < config.vocab_size)).all())
+        _require(fits, "input_ids", f"int64 of [{rows}, {total}] below {config.vocab_size}")
+
+
+def _kda_shapes(num_logged: int, config: Any) -> dict[str, tuple[int | None, ...]]:
+    """Sizes without rows of what a KDA layer stores."""
+    linear = config.linear_attn_config
+    H, K, W = linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]
+    conv, state = (3, H * K, W - 1), (H, K, K)
+    shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(KDA_TENSORS, state)
+    shapes |= {"conv_state": conv, "anchor_conv_state": conv}
+    return shapes | {"log": (num_logged, config.hidden_size)}
+
+
+def _check_numbers(prefix: str, is_kda: bool, values: Any, total: Any, config: Any) -> None:
+    """ValueError unless a layer's numbers are there, and nothing else, within their bounds."""
+    names = {*KDA_NUMBERS} if is_kda else {*LATENT_NUMBERS, "num_rows"}
+    _require(values.keys() == names, f"{prefix}*", f"{sorted(names)}")
+    for name, value in values.items():
+        if name in FLAGS:
+            _require(isinstance(value, bool), prefix + name, "true or false")
+        elif not (name == "num_logged" and value is None):
+            _require(type(value) is int and value >= 0, prefix + name, "a number of at least 0")
+    fits = 0 < values["num_tokens"] == total <= MAX_TOKENS
+    _require(fits, f"{prefix}num_tokens", f"from 1 to {MAX_TOKENS}, the same in all layers")
+    most = max(config.model_max_length, total)
+    for name in ("rollback_tokens", "reserve_tokens", "num_logged"):
+        limit = total if name == "num_logged" else most
+        _require((values.get(name) or 0) <= limit, prefix + name, f"at most {limit}")
 
 
 def _layer_content(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

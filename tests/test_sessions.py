@@ -1,11 +1,15 @@
 """Caches in files: another process goes on as if it had read the text itself."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+
 import commands
 import pytest
 import torch
 from builders import PATTERNS, tiny_model, token_ids
-from kimi_linear import KimiLinearCache
+from kimi_linear import KimiLinearCache, sessions
 from kimi_linear.sessions import keep_prefix, load_session, model_fingerprint, save_session
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 from transformers import DynamicCache
@@ -183,3 +187,81 @@ def test_read_session_reads_a_long_text_once(tmp_path, monkeypatch):
     save_session(path, cache, model)
     with pytest.raises(ValueError, match="holds no input_ids"):
         model.read_session(path, ids)
+
+
+def rewritten(path, change):
+    """The file with tensors, metadata and a right checksum after `change(tensors, numbers)`."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    numbers = json.loads(metadata["layers"])
+    change(tensors, numbers)
+    metadata |= {"layers": json.dumps(numbers), "checksum": sessions._checksum(tensors)}
+    save_file(tensors, path, metadata)
+
+
+def put(name, value):
+    return lambda tensors, numbers: numbers[0].update({name: value})
+
+
+DAMAGE = {
+    "an attribute of the layer": put("crop", "mine"),
+    "a huge count": lambda tensors, numbers: [n.update(num_tokens=10**30) for n in numbers],
+    "a number as a flag": put("is_stale", 1),
+    "a flag as a number": put("rollback_tokens", True),
+    "a negative number": put("rollback_tokens", -1),
+    "room for all memory": lambda tensors, numbers: numbers[3].update(reserve_tokens=10**12),
+    "a log that is not there": put("num_logged", 3),
+    "layers of other lengths": put("num_tokens", 4),
+    "a missing layer": lambda tensors, numbers: numbers.pop(),
+    "a state of another size": lambda tensors, numbers: tensors.update(
+        {"layers.0.recurrent_state": torch.zeros(1, 2, 16, 8)}
+    ),
+    "a missing state": lambda tensors, numbers: tensors.pop("layers.0.conv_state"),
+    "integer latents": lambda tensors, numbers: tensors.update(
+        {"layers.3.latents.0": torch.zeros(1, 7, 26, dtype=torch.int32)}
+    ),
+    "a tensor of nobody": lambda tensors, numbers: tensors.update(more=torch.zeros(2)),
+    "ids of no vocabulary": lambda tensors, numbers: tensors.update(
+        input_ids=torch.full((1, 7), 10**6)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_what_a_file_says_is_held_against_the_model(tmp_path, change):
+    model, path = tiny_model(), tmp_path / "it"
+    cache, ids = KimiLinearCache(model.config, rollback_tokens=0), token_ids(1, 7)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    save_session(path, cache, model, ids)
+    rewritten(path, lambda tensors, numbers: None)
+    assert load_session(path, model).cache.get_seq_length() == 7
+    rewritten(path, change)
+    with pytest.raises(ValueError, match="is damaged: .* is not allowed: it must be"):
+        load_session(path, model)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    model, path = tiny_model(), tmp_path / "it"
+    cache = KimiLinearCache(model.config)
+    with torch.no_grad():
+        model(token_ids(1, 7), cache=cache)
+    save_session(path, cache, model)
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: checksum"):
+        load_session(path, model)
+
+
+def test_threads_save_to_one_path(tmp_path):
+    model, path = tiny_model(), tmp_path / "it"
+    cache = KimiLinearCache(model.config)
+    with torch.no_grad():
+        model(token_ids(1, 7), cache=cache)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(save_session, path, cache, model) for _ in range(40)]:
+            done.result()
+    assert [file.name for file in tmp_path.iterdir()] == ["it"]
+    assert load_session(path, model).cache.get_seq_length() == 7
