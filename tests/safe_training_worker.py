@@ -71,7 +71,8 @@ def die_at(moment: str) -> None:
         TrainerState.save_to_json = save_state
     else:
         publish = safe_training.publish
-        safe_training.publish = lambda *args: die() if "-4" in str(args[1]) else publish(*args)
+        name = "checkpoint-4"
+        safe_training.publish = lambda *args: die() if args[1].name == name else publish(*args)
 
 
 class Spoiled(SafeTrainer):

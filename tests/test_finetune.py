@@ -227,8 +227,8 @@ def test_grpo_raises_a_reward_and_generates_with_our_cache(
     caches = []
     original = KimiLinearForCausalLM.new_cache
 
-    def noted(self: Any, *args: Any) -> Any:
-        caches.append(original(self, *args))
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        caches.append(original(self, *args, **kwargs))
         return caches[-1]
 
     monkeypatch.setattr(KimiLinearForCausalLM, "new_cache", noted)
