@@ -650,6 +650,16 @@ def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
     return torch.full_like(labels, -100).flatten().index_copy(0, places, following).view_as(labels)
 
 
+def _read_for_classifier(
+    model: Any, kwargs: dict[str, Any], **inputs: Any
+) -> tuple[KimiLinearModelOutput, Tensor | int | None]:
+    """The backbone's outputs for a classifier's inputs, and the number of items that its loss is
+    divided by, where Trainer counts them."""
+    check_arguments(model, kwargs, CLASSIFIER_ARGUMENTS)
+    passed = {name: x for name, x in kwargs.items() if name in PASSED_ON}
+    return model.model(**inputs, **passed), kwargs.get("num_items_in_batch")
+
+
 class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
     """Kimi Linear with a label per sequence, read at its last token that is not padding."""
 
@@ -687,18 +697,18 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         Returns:
             `loss`, `logits` [B, num_labels], and the backbone's outputs.
         """
-        check_arguments(self, kwargs, CLASSIFIER_ARGUMENTS)
-        num_items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
+        outputs, num_items = _read_for_classifier(
+            self,
+            kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
-            **{name: x for name, x in kwargs.items() if name in PASSED_ON},
+            past_key_values=past_key_values,
         )
         logits = self.score(outputs.last_hidden_state)
         real = attention_mask
@@ -767,18 +777,18 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         Returns:
             `loss`, `logits` [B, T, num_labels], `hidden_states` and `attentions` on request.
         """
-        check_arguments(self, kwargs, CLASSIFIER_ARGUMENTS)
-        num_items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
+        outputs, num_items = _read_for_classifier(
+            self,
+            kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
-            **{name: x for name, x in kwargs.items() if name in PASSED_ON},
+            past_key_values=past_key_values,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None

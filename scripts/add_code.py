@@ -83,7 +83,7 @@ def code_files() -> list[Path]:
 
 
 def _siblings(*files: Path) -> set[Path]:
-    """What files import from beside themselves, directly or not."""
+    """What files import from beside themselves, directly or not; ValueError if one is missing."""
     found: set[Path] = set()
     pending = list(files)
     while pending:
@@ -91,7 +91,9 @@ def _siblings(*files: Path) -> set[Path]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
                 path = file.with_name(f"{node.module}.py")
-                if path not in found and path.is_file():
+                if path not in found:
+                    if not path.is_file():
+                        raise ValueError(f"{file} imports {path}, which is missing")
                     found.add(path)
                     pending.append(path)
     return found

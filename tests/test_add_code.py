@@ -290,3 +290,9 @@ def test_command_line(original, tmp_path):
     again = commands.run(command)
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].startswith("error: output=")
+
+
+def test_a_missing_file_of_the_tokenizers_code_is_named(tmp_path):
+    (tmp_path / "tokenization.py").write_text("from .pieces import cut\n")
+    with pytest.raises(ValueError, match="tokenization.py imports .*pieces.py, which is missing"):
+        add_code._siblings(tmp_path / "tokenization.py")
