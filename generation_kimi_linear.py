@@ -9,8 +9,9 @@ from transformers.utils import logging
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
 from .outputs_kimi_linear import one_cache
+from .sequence_layout import last_real_columns
 from .sessions import Session, load_session, read_session, save_session
-from .upstream import LOOP_ARGUMENTS, GenerationHooks
+from .upstream import CACHE_NAME, LOOP_ARGUMENTS, GenerationHooks
 
 logger = logging.get_logger(__name__)
 
@@ -29,13 +30,18 @@ class KimiLinearGenerationMixin(GenerationHooks):
                 "compile_config has no effect: on a GPU decoding replays one CUDA graph already, "
                 "whatever the cache (decode_backend)"
             )
-        mask = model_kwargs.get("attention_mask")
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
+        past = 0 if cache is None else cache.get_seq_length()
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
-            raise ValueError(
-                "attention_mask ends in 0, which is not allowed in generate(): prompts must be "
-                "padded on the left, as with tokenizer.padding_side = 'left' (where no mask is "
-                "given, pad tokens are taken for padding)"
-            )
+            _check_rows(mask[:, past:])
+            positions = model_kwargs.get("position_ids")
+            if positions is not None:  # they go on from the last column: let it be a real token's
+                columns = last_real_columns(mask != 0)
+                model_kwargs["position_ids"] = positions.expand_as(columns).gather(1, columns)
+            if generation_config.prefill_chunk_size is not None:
+                # the last piece need not hold each row's last token
+                logger.warning_once("prefill_chunk_size has no effect on right-padded prompts")
+                generation_config.prefill_chunk_size = None
         if self.training and self.model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False
         kind = generation_config.cache_implementation
@@ -144,6 +150,16 @@ class KimiLinearGenerationMixin(GenerationHooks):
         raise ValueError(
             "generate_batch() is not supported: Transformers' continuous batching keeps keys and "
             "values in pages and has no place for KDA states; use generate() with a padded batch"
+        )
+
+
+def _check_rows(new_mask: Tensor) -> None:
+    """ValueError if a row of `new_mask` [B, T] is padding alone: nothing says how it goes on."""
+    empty = (new_mask == 0).all(dim=1)
+    if bool(empty.any()):
+        raise ValueError(
+            f"attention_mask has no token of row {int(empty.int().argmax())} that the cache has "
+            "not, which is not allowed in generate(): each row must have one"
         )
 
 

@@ -50,7 +50,12 @@ from .outputs_kimi_linear import (
     KimiLinearSequenceClassifierOutput,
     one_cache,
 )
-from .sequence_layout import SequenceLayout, check_attention_mask, sequence_layout
+from .sequence_layout import (
+    SequenceLayout,
+    check_attention_mask,
+    last_real_columns,
+    sequence_layout,
+)
 from .tensor_parallel import joined, register_styles
 from .upstream import (
     BACKBONE_ARGUMENTS,
@@ -222,7 +227,9 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         state_dict, files = loading.state_dict, loading.files
         if state_dict is None and loading.is_plain and files and files[0].endswith(".safetensors"):
             if not loading.ignores_shapes:
-                check_checkpoint(files, self, optional=self._new_heads)
+                check_checkpoint(
+                    files, self, optional=self._new_heads, may_lack=loading.is_reported
+                )
             if not loading.is_divided:
                 state_dict = stored_tensors(files, self)
         with packing_experts(
@@ -521,9 +528,10 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 `ignore_index`, and what a `loss_function` of your own names.
 
         Returns:
-            See `KimiLinearCausalLMOutput`. In training with labels the logits are
-            `DeferredLogits`, see `loss_backend`, and the loss contains the router's losses that
-            have a coefficient.
+            See `KimiLinearCausalLMOutput`. Without labels, logits at padding are those of the row's
+            last real token before it: the last column's say how each row goes on. In training with
+            labels the logits are `DeferredLogits`, see `loss_backend`, and the loss contains the
+            router's losses that have a coefficient.
 
         Raises:
             TypeError, ValueError: As the backbone.
@@ -570,7 +578,11 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 cu_seq_lens=cu_seq_lens_q,
             )
         is_fused = uses_fused_loss(self, x, labels, logits_to_keep)
-        logits = DeferredLogits.of(self.lm_head, x) if is_fused else self.lm_head(x[:, kept, :])
+        if is_fused:
+            logits: Any = DeferredLogits.of(self.lm_head, x)
+        else:
+            mask = attention_mask if labels is None and x.shape[1] > 1 else None
+            logits = self.lm_head(_kept_states(x, kept, unless_all_real(mask)))
         if labels is not None:
             if logits.shape[:2] != labels.shape:
                 raise ValueError(
@@ -617,6 +629,15 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         logits = decode_logits(self, input_ids, mask, cache)
         cache.is_torn = False
         return logits
+
+
+def _kept_states(x: Tensor, kept: slice | Tensor, mask: Tensor | None) -> Tensor:
+    """Of the hidden states [B, T, D] those whose logits are wanted; at padding (`mask` [B, S]) that
+    of the row's last real token before it, which says how the row goes on."""
+    if mask is None:
+        return x[:, kept, :]
+    columns = last_real_columns(mask[:, -x.shape[1] :].to(x.device) != 0)[:, kept]
+    return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 def _check_labels(labels: Tensor, needed: torch.Size) -> None:

@@ -211,9 +211,27 @@ def _previous_real(
     real: Tensor | None, batch_size: int, num_tokens: int, device: torch.device | None
 ) -> Tensor:
     """[B, T] int64: column of the last real token before each column, -1 if there is none."""
-    columns = torch.arange(num_tokens, device=device).expand(batch_size, -1)
-    last = columns if real is None else torch.where(real, columns, -1).cummax(1).values
+    if real is None:
+        last = torch.arange(num_tokens, device=device).expand(batch_size, -1)
+    else:
+        last = _last_real(real)
     return F.pad(last, (1, 0), value=-1)[:, :-1]
+
+
+def _last_real(real: Tensor) -> Tensor:
+    """[B, T] int64: of each column the last real one up to it, -1 where there is none."""
+    columns = torch.arange(real.shape[1], device=real.device)
+    return torch.where(real, columns, -1).cummax(1).values
+
+
+def last_real_columns(real: Tensor) -> Tensor:
+    """[B, T] int64: of each column the last real one up to it, or itself where there is none.
+
+    Args:
+        real: [B, T] bool, False at padding.
+    """
+    last = _last_real(real)
+    return torch.where(last < 0, torch.arange(real.shape[1], device=real.device), last)
 
 
 def _expand(
@@ -242,4 +260,4 @@ def _sequence_numbers(
     return torch.searchsorted(ends, place, right=True).reshape(batch_size, num_tokens)
 
 
-__all__ = ["SequenceLayout", "check_attention_mask", "sequence_layout"]
+__all__ = ["SequenceLayout", "check_attention_mask", "last_real_columns", "sequence_layout"]

@@ -206,6 +206,7 @@ class Loading:
         is_plain: Whether neither a quantiser nor ZeRO-3 reads them.
         is_divided: Whether each process takes its part of the tensors.
         ignores_shapes: `ignore_mismatched_sizes`.
+        is_reported: `output_loading_info`: the caller is told what is missing.
         quantization: The configuration by which weights are quantised; None: not at all.
         is_quantized_file: Whether the files' weights are quantised already.
         read: Reads: takes a state dict (None: from the files) and further renamings.
@@ -217,9 +218,14 @@ class Loading:
     is_plain: bool
     is_divided: bool
     ignores_shapes: bool
+    is_reported: bool
     quantization: Any
     is_quantized_file: bool
     read: Callable[[dict[str, Any] | None, list[Any]], Any]
+
+
+# `from_pretrained(output_loading_info=...)`, which it does not hand on.
+_is_reported: ContextVar[bool] = ContextVar("kimi_linear_is_reported", default=False)
 
 
 class PreTrainedModelHooks(PreTrainedModel):
@@ -233,6 +239,15 @@ class PreTrainedModelHooks(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    @classmethod
+    @functools.wraps(PreTrainedModel.from_pretrained.__func__)
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        token = _is_reported.set(bool(kwargs.get("output_loading_info")))
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        finally:
+            _is_reported.reset(token)
 
     # The only place between a model on the meta device and its weights.
     @staticmethod
@@ -256,6 +271,7 @@ class PreTrainedModelHooks(PreTrainedModel):
                 is_plain=not load_config.is_quantized and not is_deepspeed_zero3_enabled(),
                 is_divided=load_config.device_mesh is not None,
                 ignores_shapes=load_config.ignore_mismatched_sizes,
+                is_reported=_is_reported.get(),
                 quantization=getattr(load_config.hf_quantizer, "quantization_config", None),
                 is_quantized_file=getattr(load_config.hf_quantizer, "pre_quantized", False),
                 read=read,

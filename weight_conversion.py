@@ -42,6 +42,10 @@ EXPERT_WEIGHT = re.compile(r"(.+\.experts)\.(\d+)\.(w[123])\.weight")
 FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 
+class CheckpointError(ValueError, RuntimeError):
+    """Weights that do not fit the model. Transformers raises RuntimeError there."""
+
+
 def register_conversion(class_name: str) -> None:
     """Register the mapping for models of class `class_name`, a name Transformers has not."""
     # The patterns are regular expressions on load and, the other way round, on save: an unescaped
@@ -107,7 +111,11 @@ def _unfused(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int
 
 
 def check_checkpoint(
-    files: list[str], model: PreTrainedModel, *, optional: tuple[str, ...] = ()
+    files: list[str],
+    model: PreTrainedModel,
+    *,
+    optional: tuple[str, ...] = (),
+    may_lack: bool = False,
 ) -> None:
     """Compare safetensors files with the model before anything is loaded.
 
@@ -115,10 +123,12 @@ def check_checkpoint(
         files: Paths of all shards.
         model: The model, possibly on the meta device.
         optional: Prefixes of model names that a checkpoint may lack (new task heads).
+        may_lack: Whether tensors may be missing; those that are there are still checked.
 
     Raises:
-        ValueError: If a file is missing or truncated, a tensor is missing, or has another shape;
-            the message names file and tensor.
+        CheckpointError: If a tensor is missing or has another shape; the message names file and
+            tensor.
+        ValueError: If a file is missing or truncated.
     """
     expected = official_shapes(model)
     fused = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -134,7 +144,7 @@ def check_checkpoint(
                 continue
             needed = expected.get(own) or fused[own]
             if shape != needed:
-                raise ValueError(
+                raise CheckpointError(
                     f"{path}: tensor {name} has shape {list(shape)}, the model needs {list(needed)}"
                 )
             seen.update(official for official, _ in _unfused(own, shape))
@@ -142,14 +152,14 @@ def check_checkpoint(
         # a checkpoint of the backbone alone: whatever head the model has is new
         optional += tuple(name for name in expected if not name.startswith(f"{prefix}."))
     missing = [name for name in expected if name not in seen and not name.startswith(optional)]
-    if missing:
+    if missing and not may_lack:
         shown = ", ".join(missing[:5])
         if len(missing) > 5:
             shown += f" and {len(missing) - 5} more"
         where = (
             files[0] if len(files) == 1 else f"{len(files)} shards in {os.path.dirname(files[0])}"
         )
-        raise ValueError(f"{where}: {len(missing)} tensors of the model are missing: {shown}")
+        raise CheckpointError(f"{where}: {len(missing)} tensors of the model are missing: {shown}")
 
 
 def _check_expert(path: str, name: str, fused: dict[str, Any], base_prefix: str) -> None:
@@ -157,7 +167,7 @@ def _check_expert(path: str, name: str, fused: dict[str, Any], base_prefix: str)
     match = EXPERT_WEIGHT.fullmatch(name)
     own = match and _own_name(f"{match[1]}.down_proj", fused, base_prefix)
     if own:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: tensor {name} has no place: num_experts={fused[own][0]} in the model"
         )
 
@@ -328,6 +338,7 @@ def _fused_experts(
 
 
 __all__ = [
+    "CheckpointError",
     "check_checkpoint",
     "official_shapes",
     "other_spellings",

@@ -270,6 +270,67 @@ def test_padded_prompts_then_a_turn(model, where):
         assert out[row, 12:].tolist() == run(model, alone[None])[0][len(alone) :]
 
 
+ENDING_IN_PADDING = torch.tensor(
+    [[1] * 8 + [0] * 3, [1] * 11, [0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0], [1] + [0] * 10]
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "cache"),
+    [*(("greedy", cache) for cache in CACHES), ("beam", "default"), ("several samples", "static")],
+)
+def test_prompts_that_end_in_padding(model, mode, cache):
+    """Each row goes on from its last real token, whatever stands at padding."""
+    ids, mask = token_ids(4, 11), ENDING_IN_PADDING
+    settings = {**MODES[mode], **CACHES[cache]}
+    if mode == "several samples":
+        settings["top_k"] = 1
+    out = torch.tensor(run(model, ids, attention_mask=mask, **settings)).view(4, -1, 23)
+    assert torch.equal(out[:, :, :11], ids[:, None].expand_as(out[:, :, :11]))
+    assert run(model, ids, attention_mask=mask, **NO_CACHE, **MODES[mode] | settings) == (
+        out.view(-1, 23).tolist()
+    )
+    for row in range(4):
+        alone = ids[row][mask[row].bool()]
+        expected = torch.tensor(run(model, alone[None], **settings))
+        assert out[row, :, 11:].tolist() == expected[:, len(alone) :].tolist()
+
+
+@pytest.mark.parametrize("real", [[1, 1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0]])
+def test_drafts_behind_a_prompt_that_ends_in_padding(model, real):
+    ids, mask = token_ids(1, 7), torch.tensor([real])
+    expected = run(model, ids[:, mask[0].bool()])[0][sum(real) :]
+    for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model(seed=1)}):
+        assert run(model, ids, attention_mask=mask, **how)[0][7:] == expected
+
+
+def test_turns_that_end_in_padding(hybrid):
+    """Also those after a cached one, with embeddings, and with the new tokens alone."""
+    ids, mask = token_ids(2, 8), torch.tensor([[1] * 6 + [0] * 2, [1] * 8])
+    out = hybrid.generate(ids, attention_mask=mask, **COMMON, return_dict_in_generate=True)
+    new = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    text = torch.cat([out.sequences, token_ids(2, 5, seed=4)], dim=1)
+    mask = torch.cat([mask, torch.ones_like(out.sequences[:, 8:]), new], dim=1)
+    expected = run(hybrid, text, attention_mask=mask)
+    embeds = hybrid.get_input_embeddings()(text)
+    by_embeds = hybrid.generate(inputs_embeds=embeds, attention_mask=mask, **COMMON)
+    assert by_embeds.tolist() == [row[text.shape[1] :] for row in expected]
+    assert run(hybrid, text, attention_mask=mask, cache=out.cache) == expected
+
+
+def test_logits_at_padding_are_those_of_the_last_real_token(model):
+    ids, mask = token_ids(4, 11), ENDING_IN_PADDING
+    for kept in (0, 3, torch.tensor([10, 2])):
+        logits = model(ids, attention_mask=mask, logits_to_keep=kept).logits
+        columns = torch.arange(11)[-kept:] if isinstance(kept, int) else kept
+        for row, real in enumerate(mask.bool()):
+            alone = model(ids[row][real][None]).logits[0]
+            for place, column in enumerate(columns.tolist()):
+                seen = int(real[: column + 1].sum())
+                if seen:
+                    assert_close(logits[row, place], alone[seen - 1], torch.float32)
+
+
 def test_many_answers_from_one_prefix(hybrid):
     ids = token_ids(1, 9)
     cache = KimiLinearCache(hybrid.config)
@@ -437,9 +498,8 @@ def test_what_cannot_work_is_refused_by_name(hybrid):
         hybrid.generate(ids, cache_implementation="quantized", **COMMON)
     with pytest.raises(ValueError, match=r"generate_batch\(\)"):
         hybrid.generate_batch([[1, 2]])
-    with pytest.raises(ValueError, match="padded on the left"):
-        right = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-        hybrid.generate(ids, attention_mask=right, **COMMON)
+    with pytest.raises(ValueError, match="attention_mask has no token of row 1"):
+        hybrid.generate(ids, attention_mask=torch.tensor([[1] * 6, [0] * 6]), **COMMON)
 
 
 def test_memory_for_rollback_is_kept_only_for_those_who_can_use_it(hybrid, monkeypatch):
