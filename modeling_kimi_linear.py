@@ -579,7 +579,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             )
         is_fused = uses_fused_loss(self, x, labels, logits_to_keep)
         if is_fused:
-            logits: Any = DeferredLogits.of(self.lm_head, x)
+            logits = DeferredLogits.of(self.lm_head, x)
         else:
             mask = attention_mask if labels is None and x.shape[1] > 1 else None
             logits = self.lm_head(_kept_states(x, kept, unless_all_real(mask)))
