@@ -240,10 +240,22 @@ class SafeTrainingMixin(CheckpointHooks):
                 loads.reset()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the number of steps that were skipped, if there were any."""
+        """As Trainer's, with the number of steps that were skipped, if there were any; `train_loss`
+        is the mean of the whole run, of which Trainer knows the steps since it was resumed."""
         if self.skipped_steps and "loss" in logs:
             logs["skipped_steps"] = len(self.skipped_steps)
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _mean_loss(self) -> float:
+        """Over all steps: those that were logged before `train()` began, and those since."""
+        total, logged = self.loss_since_begin(), 0
+        for values in self.state.log_history:
+            if "loss" in values and values["step"] <= self.first_step:
+                total += values["loss"] * (values["step"] - logged)
+                logged = values["step"]
+        return total / max(1, logged + self.state.global_step - self.first_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's, but weights that are not finite are an error; a checkpoint's are looked at
