@@ -28,8 +28,9 @@ from .upstream import CheckpointHooks, rotate_checkpoints
 logger = logging.get_logger(__name__)
 
 BadStep = Literal["stop", "skip"]
-# Trainer neither resumes from folders of such a name nor counts them among its checkpoints.
-UNFINISHED = "unfinished"
+# Trainer neither resumes from folders of such a name, nor counts them among its checkpoints, nor
+# pushes them.
+UNFINISHED = "_unfinished"
 # Names in a message.
 MAX_NAMES = 8
 
@@ -106,7 +107,7 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write to, which takes its name when everything in it is on the disk.
 
     Whatever goes wrong before, `final` is what it was: absent, or the whole older folder. An error
-    removes what was written; after a kill it stays as "unfinished-...", for the next call to clear.
+    removes what was written; after a kill it stays as "_unfinished-...", for the next to clear.
 
     Args:
         final: Its folder must exist; older contents are replaced.

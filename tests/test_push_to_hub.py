@@ -331,34 +331,57 @@ def push(script: ModuleType, server: HubServer, folder: Path, **options: Any) ->
     )
 
 
-def test_what_is_pushed_is_the_folder_without_training_state(
+def test_what_is_pushed_is_the_model(
     script: ModuleType, server: HubServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Bug: what training, killed runs and other tools leave in a folder was pushed with it."""
+    wanted = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    wanted |= {"README.md", "LICENSE", "eval_results.json", "additional_chat_templates/rag.jinja"}
     unwanted = (
-        "optimizer.pt",
-        "rng_state.pth",
-        "training_args.bin",
-        ".env",
+        "_unfinished-4/checkpoint-4/optimizer.pt",
+        "unfinished-replaced-x/model.safetensors",
         "deep/.env.local",
         "checkpoint-2/model.safetensors",
-        "runs/events.out",
+        "wandb/run-1/config.yaml",
         "__pycache__/kda.cpython-311.pyc",
+        ".git/config",
+        "keys/LICENSE",
+        "optimizer.pt",
+        "optimizer_0/__0_0.distcp",
+        "training_args.bin",
+        "model.safetensors.part",
+        "chat.safetensors",
+        "metrics.jsonl.part",
+        "id_rsa",
+        "key.pem",
+        "notes.py",
+        ".env",
+        ".netrc",
     )
-    for name in unwanted:
+    for name in ("LICENSE", "eval_results.json", "additional_chat_templates/rag.jinja", *unwanted):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     url = push(script, server, folder, private=True, license="mit", message="My model")
-    assert url == f"{server.endpoint}/{REPO}" == capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert url == f"{server.endpoint}/{REPO}" == printed.splitlines()[-1]
     repo = server.store.repos["model", REPO]
     assert repo.private and repo.commit_at("main").title == "My model"
     files = stored(server)
     del files[".gitattributes"]
-    assert "README.md" in files
-    assert files == {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.relative_to(folder).as_posix() not in unwanted
-    }
+    assert files == {name: (folder / name).read_bytes() for name in wanted}
+    named = re.search("not pushed, no part of a model: (.*) [(]--include", printed)[1].split(", ")
+    tops = {name.partition("/")[0] + "/ (1 files)" * ("/" in name) for name in unwanted}
+    assert set(named) == tops
+
+
+def test_more_is_pushed_on_request(script: ModuleType, server: HubServer, folder: Path) -> None:
+    (folder / "figures").mkdir()
+    (folder / "figures" / "[1].png").write_bytes(b"x")
+    (folder / "figures" / "1.svg").write_bytes(b"x")
+    push(script, server, folder, include=["figures/*.png"])
+    assert {name for name in stored(server) if "/" in name} == {"figures/[1].png"}
+    with pytest.raises(ValueError, match=r"include: '\*.gif' is no file of"):
+        push(script, server, folder, include=["*.gif"])
 
 
 def test_a_card_is_kept_here_and_there_unless_told_otherwise(
@@ -425,7 +448,7 @@ def test_wrong_arguments_are_refused_before_any_request(
 def test_flags_are_arguments_of_main(script: ModuleType) -> None:
     flags = "x --repo-id me/m --private --revision r --message m --metrics j --license mit"
     more = "--dataset a/b --dataset c --language en --base-model me/b --overwrite-card --dry-run"
-    given = vars(script.parse_args(f"{flags} {more}".split()))
+    given = vars(script.parse_args(f"{flags} {more} --include x".split()))
     assert given["datasets"] == ["a/b", "c"] and given["dry_run"] and given["private"]
     assert set(given) == set(inspect.signature(script.main).parameters) - {"endpoint", "token"}
     plain = vars(script.parse_args(["x", "--repo-id", "me/m"]))

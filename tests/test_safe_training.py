@@ -278,7 +278,7 @@ def test_killed_while_saving(tmp_path, moment, straight):
     run = commands.run([worker.__file__, tmp_path, moment, torch.get_num_threads()])
     assert run.returncode == -9, run.stderr
     assert get_last_checkpoint(tmp_path).endswith("checkpoint-2")
-    assert checkpoints(tmp_path) == ["checkpoint-2", "unfinished-4"]
+    assert checkpoints(tmp_path) == ["_unfinished-4", "checkpoint-2"]
     resumed = make_trainer(tmp_path, SafeTrainer)
     resumed.train(resume_from_checkpoint=True)
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
