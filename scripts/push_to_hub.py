@@ -33,8 +33,14 @@ from huggingface_hub.utils import validate_repo_id
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
-from kimi_linear.weight_conversion import check_checkpoint, read_header
+from kimi_linear.weight_conversion import (
+    check_checkpoint,
+    check_finite,
+    check_inside,
+    read_header,
+)
 from model_card import TASKS, Statements, model_card, read_metrics
+from tqdm import tqdm
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -227,7 +233,16 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     if has_index == (folder / WEIGHTS).is_file():
         state = "both are there" if has_index else "both are missing"
         raise ValueError(f"{folder}: of {WEIGHTS} and {INDEX} one is needed, and {state}")
-    return _read_json(folder / INDEX).get("weight_map", {}) if has_index else None
+    if not has_index:
+        return None
+    places = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise ValueError(f"{folder / INDEX}: weight_map must be an object with a file by tensor")
+    absolute = sorted(name for name in set(places.values()) if os.path.isabs(name))
+    if absolute:
+        raise ValueError(f"{folder / INDEX} names {absolute[0]}; allowed: names in this folder")
+    check_inside(str(folder), [str(folder / name) for name in places.values()])
+    return places
 
 
 def _weight_files(folder: Path) -> set[str]:
@@ -244,6 +259,16 @@ def _check_index(index: Path, places: dict[str, str], found: dict[str, str]) -> 
                 f"{index}: tensor {tensor} is listed in {places.get(tensor, 'no shard')} and found "
                 f"in {found.get(tensor, 'no shard')}"
             )
+
+
+def check_weight_values(folder: Path) -> None:
+    """Read all weights of a folder.
+
+    Raises:
+        ValueError: A tensor holds NaN or Inf.
+    """
+    files = sorted(str(folder / name) for name in _weight_files(folder) - {INDEX})
+    check_finite(tqdm(files, "reading weights", unit="file"))
 
 
 def check_tokenizer(folder: Path, config: KimiLinearConfig) -> set[str]:
@@ -325,6 +350,7 @@ def main(
     base_model: str | None = None,
     overwrite_card: bool = False,
     include: Sequence[str] = (),
+    check_values: bool = False,
     dry_run: bool = False,
     endpoint: str | None = None,
     token: str | None = None,
@@ -344,6 +370,7 @@ def main(
         base_model: Hub id of the model that this one was trained from.
         overwrite_card: Replace a README.md that is there already.
         include: Patterns of files to push that are no part of a model.
+        check_values: Read all weights and refuse NaN and Inf.
         dry_run: Only check, and print what would be pushed; write nothing, ask no server.
         endpoint: Server; None for HF_ENDPOINT or the public Hub.
         token: Access token; None for the one of the login or of HF_TOKEN.
@@ -358,6 +385,8 @@ def main(
     measured = read_metrics(metrics) if metrics is not None else []
     statements = Statements(measured, datasets, license, languages, base_model)
     checkpoint = check_folder(path)
+    if check_values:
+        check_weight_values(checkpoint.folder)
     print(f"{checkpoint.folder}: {len(checkpoint.shapes)} tensors, complete", flush=True)
     if dry_run:
         _print_plan(checkpoint, repo_id, statements, overwrite_card, include)
@@ -453,6 +482,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite-card", action="store_true", help="replace README.md")
     parser.add_argument(
         "--include", action="append", default=[], help="files to push too, such as 'figures/*.png'"
+    )
+    parser.add_argument(
+        "--check-values", action="store_true", help="read all weights, refuse NaN and Inf"
     )
     parser.add_argument("--dry-run", action="store_true", help="check and print only")
     return parser.parse_args(arguments)

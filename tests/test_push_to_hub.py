@@ -125,6 +125,13 @@ def forget_tensor_and_entry(folder: Path) -> None:
     )
 
 
+def point_shards_at(name: Any) -> Callable[[Path], object]:
+    def change(index: dict[str, Any]) -> None:
+        index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+
+    return lambda folder: edit_json(folder / INDEX, change)
+
+
 EXPERT = r"model\.layers\.1\.block_sparse_moe\.experts\.0\.w1\.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
@@ -170,6 +177,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "nowhere": (forget_tensor_and_entry, rf"missing: {EXPERT}"),
     "wrong shape": (edit_shard(transpose), rf"{EXPERT} has shape \[40, 24\].*\[24, 40\]"),
+    "outside": (point_shards_at("../outside/x.safetensors"), r"names .*\.\./outside/x.*outside of"),
+    "absolute": (point_shards_at("/x.safetensors"), r"names /x\.safetensors; allowed: names in"),
+    "no names": (point_shards_at(3), r"weight_map must be an object with a file by tensor"),
+    "whole numbers": (
+        edit_shard(lambda content, name: content.update({name: content[name].int()})),
+        rf"{EXPERT} is in I32, the model needs floating point",
+    ),
+    "truths": (
+        edit_shard(lambda content, name: content.update({name: content[name] > 0})),
+        rf"{EXPERT} is in BOOL, the model needs floating point",
+    ),
     "no tokenizer config": (
         lambda f: (f / "tokenizer_config.json").unlink(),
         r"tokenizer_config\.json is missing",
@@ -197,6 +215,16 @@ def test_a_damaged_folder_is_refused_by_name(script: ModuleType, folder: Path, n
     damage(folder)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         script.check_folder(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_are_looked_at_on_request(script: ModuleType, folder: Path, value: float) -> None:
+    options = {"path": folder, "repo_id": REPO, "dry_run": True}
+    script.main(**options, check_values=True)
+    edit_shard(lambda content, name: content[name][1].fill_(value))(folder)
+    script.main(**options)
+    with pytest.raises(ValueError, match=rf"tensor {EXPERT} holds NaN or Inf"):
+        script.main(**options, check_values=True)
 
 
 def test_a_whole_folder_passes(script: ModuleType, folder: Path) -> None:
@@ -448,7 +476,7 @@ def test_wrong_arguments_are_refused_before_any_request(
 def test_flags_are_arguments_of_main(script: ModuleType) -> None:
     flags = "x --repo-id me/m --private --revision r --message m --metrics j --license mit"
     more = "--dataset a/b --dataset c --language en --base-model me/b --overwrite-card --dry-run"
-    given = vars(script.parse_args(f"{flags} {more} --include x".split()))
+    given = vars(script.parse_args(f"{flags} {more} --include x --check-values".split()))
     assert given["datasets"] == ["a/b", "c"] and given["dry_run"] and given["private"]
     assert set(given) == set(inspect.signature(script.main).parameters) - {"endpoint", "token"}
     plain = vars(script.parse_args(["x", "--repo-id", "me/m"]))
