@@ -80,6 +80,7 @@ from .upstream import (
 )
 from .weight_conversion import (
     check_checkpoint,
+    check_inside,
     other_spellings,
     register_conversion,
     stored_tensors,
@@ -225,6 +226,7 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         if loading.is_adapter:
             return super().load_weights(loading)
         state_dict, files = loading.state_dict, loading.files
+        check_inside(self.name_or_path, files)
         if state_dict is None and loading.is_plain and files and files[0].endswith(".safetensors"):
             if not loading.ignores_shapes:
                 check_checkpoint(

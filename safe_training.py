@@ -28,8 +28,9 @@ from .upstream import CheckpointHooks, rotate_checkpoints
 logger = logging.get_logger(__name__)
 
 BadStep = Literal["stop", "skip"]
-# Trainer neither resumes from folders of such a name nor counts them among its checkpoints.
-UNFINISHED = "unfinished"
+# Trainer neither resumes from folders of such a name, nor counts them among its checkpoints, nor
+# pushes them.
+UNFINISHED = "_unfinished"
 # Names in a message.
 MAX_NAMES = 8
 
@@ -106,7 +107,7 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write to, which takes its name when everything in it is on the disk.
 
     Whatever goes wrong before, `final` is what it was: absent, or the whole older folder. An error
-    removes what was written; after a kill it stays as "unfinished-...", for the next call to clear.
+    removes what was written; after a kill it stays as "_unfinished-...", for the next to clear.
 
     Args:
         final: Its folder must exist; older contents are replaced.
@@ -240,10 +241,22 @@ class SafeTrainingMixin(CheckpointHooks):
                 loads.reset()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the number of steps that were skipped, if there were any."""
+        """As Trainer's, with the number of steps that were skipped, if there were any; `train_loss`
+        is the mean of the whole run, of which Trainer knows the steps since it was resumed."""
         if self.skipped_steps and "loss" in logs:
             logs["skipped_steps"] = len(self.skipped_steps)
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _mean_loss(self) -> float:
+        """Over all steps: those that were logged before `train()` began, and those since."""
+        total, logged = self.loss_since_begin(), 0
+        for values in self.state.log_history:
+            if "loss" in values and values["step"] <= self.first_step:
+                total += values["loss"] * (values["step"] - logged)
+                logged = values["step"]
+        return total / max(1, logged + self.state.global_step - self.first_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's, but weights that are not finite are an error; a checkpoint's are looked at

@@ -563,7 +563,29 @@ def put_callback_first(trainer: Any, callback: Any) -> None:
 
 
 class CheckpointHooks:
-    """How Trainer writes a checkpoint, for a class that stands before Trainer (5.17)."""
+    """How Trainer writes a checkpoint and goes on from one, for a class that stands before Trainer
+    (5.17)."""
+
+    first_step = 0  # the steps that were done when `train()` began
+
+    # A run whose checkpoint is of its last step has nothing left to train; Trainer would train one
+    # more step. What follows, such as sampling in an evaluation, goes on with the same numbers.
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepared = super()._prepare_for_training(  # type: ignore[misc]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        self.first_step = self.state.global_step  # type: ignore[attr-defined]
+        if resume_from_checkpoint is not None and self.first_step >= max_steps:
+            self._load_rng_state(resume_from_checkpoint)  # type: ignore[attr-defined]
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # type: ignore[attr-defined]
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = super()._get_output_dir(trial)  # type: ignore[misc]
@@ -576,6 +598,10 @@ class CheckpointHooks:
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.may_push():
             self.push_written_checkpoint(checkpoint_folder)
+
+    def loss_since_begin(self) -> float:
+        """The sum of the losses of all steps since `train()` began, when it is about to end."""
+        return self._total_loss_scalar  # type: ignore[attr-defined]
 
     def push_written_checkpoint(self, folder: str) -> None:
         """Push a checkpoint's folder, as Trainer does behind each save."""

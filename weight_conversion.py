@@ -13,12 +13,14 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -126,8 +128,8 @@ def check_checkpoint(
         may_lack: Whether tensors may be missing; those that are there are still checked.
 
     Raises:
-        CheckpointError: If a tensor is missing or has another shape; the message names file and
-            tensor.
+        CheckpointError: If a tensor is missing, has another shape, or is no floating-point one; the
+            message names file and tensor.
         ValueError: If a file is missing or truncated.
     """
     expected = official_shapes(model)
@@ -136,12 +138,17 @@ def check_checkpoint(
     seen: set[str] = set()
     names: list[str] = []
     for path in files:
-        for name, shape in read_header(path).items():
+        for name, block in _read_blocks(path).items():
+            shape = block.shape
             names.append(name)
             own = _own_name(name, expected, prefix) or _own_name(name, fused, prefix)
             if own is None:
                 _check_expert(path, name, fused, prefix)
                 continue
+            if not block.dtype.startswith(("F", "BF")):
+                raise CheckpointError(
+                    f"{path}: tensor {name} is in {block.dtype}, the model needs floating point"
+                )
             needed = expected.get(own) or fused[own]
             if shape != needed:
                 raise CheckpointError(
@@ -160,6 +167,37 @@ def check_checkpoint(
             files[0] if len(files) == 1 else f"{len(files)} shards in {os.path.dirname(files[0])}"
         )
         raise CheckpointError(f"{where}: {len(missing)} tensors of the model are missing: {shown}")
+
+
+def check_inside(folder: str, files: Iterable[str]) -> None:
+    """Check that the files that an index names are in the folder; links may lead out of it.
+    Nothing where there is no such folder, as for a repository.
+
+    Raises:
+        ValueError: One is not.
+    """
+    root = os.path.abspath(folder)
+    for file in files if os.path.isdir(folder) else ():
+        if not Path(os.path.abspath(file)).is_relative_to(root):
+            raise ValueError(f"{folder}: the index names {file}, which is outside of this folder")
+
+
+def check_finite(files: Iterable[str]) -> None:
+    """Check that no tensor holds NaN or Inf, by reading them all.
+
+    Args:
+        files: Paths of safetensors files.
+
+    Raises:
+        ValueError: One does; the message names file and tensor.
+    """
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                wide = tensor.float() if tensor.is_floating_point() else tensor
+                if not wide.isfinite().all():
+                    raise ValueError(f"{path}: tensor {name} holds NaN or Inf")
 
 
 def _check_expert(path: str, name: str, fused: dict[str, Any], base_prefix: str) -> None:
@@ -186,8 +224,8 @@ def read_header(path: str) -> dict[str, tuple[int, ...]]:
     data.
 
     Raises:
-        ValueError: If the file is missing, is no safetensors file, or ends too early (naming the
-            first tensor cut).
+        ValueError: If the file is missing, is no safetensors file to safetensors' own reader, or
+            ends too early (naming the first tensor cut).
     """
     return {name: block.shape for name, block in _read_blocks(path).items()}
 
@@ -225,7 +263,11 @@ def _read_blocks(path: str) -> dict[str, StoredBlock]:
         end = block.start + block.size
         if end > size:
             raise ValueError(f"{path}: truncated at {size} bytes, tensor {name} ends at byte {end}")
-    return blocks
+    try:
+        with safe_open(path, "pt"):
+            return blocks  # without gaps and overlaps, and of whole numbers
+    except SafetensorError as error:
+        raise ValueError(f"{path}: the safetensors header cannot be read ({error})") from error
 
 
 def _stored_block(path: str, offset: int, entry: dict[str, Any]) -> StoredBlock:
@@ -340,6 +382,8 @@ def _fused_experts(
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
+    "check_finite",
+    "check_inside",
     "official_shapes",
     "other_spellings",
     "read_header",

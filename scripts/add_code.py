@@ -25,7 +25,7 @@ from typing import Any
 import kimi_linear
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
-from push_to_hub import check_weights
+from push_to_hub import check_weight_values, check_weights
 
 CONFIG = "config.json"
 ENTRY_FILES = ("configuration_kimi_linear.py", "modeling_kimi_linear.py")
@@ -39,7 +39,11 @@ ARCHITECTURES = sorted(
 
 
 def main(
-    *, snapshot: str | os.PathLike[str], output: str | os.PathLike[str], copy: bool = False
+    *,
+    snapshot: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    copy: bool = False,
+    check_values: bool = False,
 ) -> Path:
     """Make `output` a folder of links to `snapshot` that loads with this package's code.
 
@@ -47,6 +51,7 @@ def main(
         snapshot: Folder with `config.json` and safetensors weights in the released layout.
         output: Folder to make; it may exist if it is empty.
         copy: Copy all files that are no weights instead of linking them.
+        check_values: Read all weights and refuse NaN and Inf.
 
     Returns:
         The absolute path of `output`.
@@ -58,6 +63,8 @@ def main(
     source, target = Path(snapshot).expanduser().absolute(), Path(output).expanduser().absolute()
     fields = read_config(source)
     check_snapshot(source, fields)
+    if check_values:
+        check_weight_values(source)
     check_output(source, target)
     code = code_files()
     kept = [path for path in sorted(source.iterdir()) if _is_kept(path, source, code)]
@@ -201,6 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder to make: a new or an empty one")
     parser.add_argument(
         "--copy", action="store_true", help="copy all files that are no weights, don't link them"
+    )
+    parser.add_argument(
+        "--check-values", action="store_true", help="read all weights, refuse NaN and Inf"
     )
     return parser
 

@@ -217,6 +217,10 @@ BROKEN = {
         lambda folder: drop_tensor(folder, EXPERT, torch.zeros(40, 23)),
         rf"tensor {EXPERT} has shape \[40, 23\], the model needs \[40, 24\]",
     ),
+    "whole_numbers": (
+        lambda folder: drop_tensor(folder, EXPERT, torch.zeros(40, 24, dtype=torch.int64)),
+        f"tensor {EXPERT} is in I64, the model needs floating point",
+    ),
     "no_weights": (
         lambda folder: (folder / "model.safetensors.index.json").unlink(),
         "model.safetensors and model.safetensors.index.json",

@@ -278,11 +278,30 @@ def test_killed_while_saving(tmp_path, moment, straight):
     run = commands.run([worker.__file__, tmp_path, moment, torch.get_num_threads()])
     assert run.returncode == -9, run.stderr
     assert get_last_checkpoint(tmp_path).endswith("checkpoint-2")
-    assert checkpoints(tmp_path) == ["checkpoint-2", "unfinished-4"]
+    assert checkpoints(tmp_path) == ["_unfinished-4", "checkpoint-2"]
     resumed = make_trainer(tmp_path, SafeTrainer)
     resumed.train(resume_from_checkpoint=True)
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
     assert states_equal(resumed.model.state_dict(), straight)
+
+
+@pytest.mark.parametrize("steps", [4, 6], ids=["within an epoch", "at its end"])
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_run_goes_on_for_the_steps_that_are_left(tmp_path, steps, left):
+    """Bug: Trainer trained a fifth of four steps, wrote it, and called the loss of none 0."""
+    options = {"max_steps": steps, "save_total_limit": 3, "logging_steps": 1}
+    trainer = make_trainer(tmp_path, SafeTrainer, **options)
+    whole, numbers = trainer.train(), torch.rand(3)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = make_trainer(tmp_path, SafeTrainer, **options)
+    checkpoint = tmp_path / f"checkpoint-{steps - left}"
+    rest = again.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(torch.rand(3), numbers)  # what an evaluation may sample
+    assert again.state.global_step == steps
+    assert states_equal(again.model.state_dict(), trainer.model.state_dict())
+    assert rest.metrics["train_loss"] == pytest.approx(whole.training_loss)
+    if not left:
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_the_best_checkpoint_is_named_and_kept(tmp_path):
