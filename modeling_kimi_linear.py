@@ -604,6 +604,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
 
     def _decode(self, input_ids: Any, attention_mask: Tensor | None, cache: Cache) -> Any:
         """Logits by the recorded decode step, or None if the call has to run layer by layer."""
+        prepare_cache(cache, self.config)
         if not can_decode(self, input_ids, cache):
             return None
         past = cache.layers[0].num_tokens
@@ -611,7 +612,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         check_columns(attention_mask, past, 1)
         if mask is not None and not bool((mask[:, -1] != 0).all()):
             return None
-        prepare_cache(cache, self.config)
         note_padding(cache, attention_mask, mask, past)
         cache.is_torn = True
         logits = decode_logits(self, input_ids, mask, cache)
