@@ -334,6 +334,9 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             cu_seq_lens=cu_seq_lens_q,
             device=hidden_states.device,
         )
+        if mask is not None and layout.token_index is not None:  # 0 * NaN is NaN, in every product
+            padding = mask[:, -num_tokens:, None].to(hidden_states.device) == 0
+            hidden_states = hidden_states.masked_fill(padding, 0)
         if self.context_group is not None:
             layout = shard_layout(layout, num_tokens, self.context_group)
         kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
