@@ -36,12 +36,14 @@ class _LayerCache(CacheLayerMixin):
     """What both kinds share: they count tokens and select rows of their tensors.
 
     Attributes:
+        kind: Its entry of `config.layer_types`.
         num_tokens: S, padding included.
         has_padding: Whether some of them may be padding.
     """
 
     is_sliding = False
     supports_early_init = False
+    kind = ""
     _tensors: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -131,6 +133,7 @@ class KDALayerCache(_LayerCache):
         is_stale: Whether tokens were taken back that the states still hold.
     """
 
+    kind = "linear_attention"
     _tensors = (
         "recurrent_state",
         "conv_state",
@@ -366,6 +369,7 @@ class LatentLayerCache(_LayerCache):
     """
 
     is_croppable = True
+    kind = "full_attention"
     _tensors = ("tail",)
 
     def __init__(self, reserve_tokens: int = 0, offload: bool = False) -> None:
@@ -641,22 +645,36 @@ def check_whole(cache: Cache) -> None:
         )
 
 
+def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
+    """ValueError unless a cache of ours has a layer of the right kind for each of the model's."""
+    kinds, needed = [layer.kind for layer in cache.layers], config.layer_types
+    if kinds == needed:
+        return
+    if len(kinds) != len(needed):
+        raise ValueError(
+            f"cache has {len(kinds)} layers, which is not allowed: it must have "
+            f"num_hidden_layers={len(needed)}"
+        )
+    i = next(i for i, kind in enumerate(needed) if kind != kinds[i])
+    raise ValueError(
+        f"cache.layers[{i}] is one of {kinds[i]}, which is not allowed: it must be one of "
+        f"{needed[i]}, as the model's layer is"
+    )
+
+
 def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     """A cache with layers of ours: a new one for None, the given one if it is ours or still empty.
 
     Raises:
         ValueError: If another cache already holds tokens, or is of a kind that our layers cannot
-            stand in for, or if its layers do not hold equally many tokens.
+            stand in for, or if its layers are not the model's kinds or do not hold equally many
+            tokens.
     """
     if cache is None:
         return KimiLinearCache(config)
     layers = getattr(cache, "layers", [])
     if layers and all(hasattr(layer, "memory_bytes") for layer in layers):
-        if len(layers) != config.num_hidden_layers:
-            raise ValueError(
-                f"cache has {len(layers)} layers, which is not allowed: it must have "
-                f"num_hidden_layers={config.num_hidden_layers}"
-            )
+        check_kinds(cache, config)
         check_whole(cache)
         counts = {layer.num_tokens for layer in layers}
         if len(counts) > 1:
@@ -723,6 +741,7 @@ __all__ = [
     "KimiLinearCache",
     "LatentLayerCache",
     "cache_memory",
+    "check_kinds",
     "check_whole",
     "prepare_cache",
 ]

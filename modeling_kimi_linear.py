@@ -343,6 +343,9 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             cu_seq_lens=cu_seq_lens_q,
             device=hidden_states.device,
         )
+        if mask is not None and layout.token_index is not None:  # 0 * NaN is NaN, in every product
+            padding = mask[:, -num_tokens:, None].to(hidden_states.device) == 0
+            hidden_states = hidden_states.masked_fill(padding, 0)
         if self.context_group is not None:
             layout = shard_layout(layout, num_tokens, self.context_group)
         kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
@@ -618,6 +621,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
 
     def _decode(self, input_ids: Any, attention_mask: Tensor | None, cache: Cache) -> Any:
         """Logits by the recorded decode step, or None if the call has to run layer by layer."""
+        prepare_cache(cache, self.config)
         if not can_decode(self, input_ids, cache):
             return None
         past = cache.layers[0].num_tokens
@@ -625,7 +629,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         check_columns(attention_mask, past, 1)
         if mask is not None and not bool((mask[:, -1] != 0).all()):
             return None
-        prepare_cache(cache, self.config)
         note_padding(cache, attention_mask, mask, past)
         cache.is_torn = True
         logits = decode_logits(self, input_ids, mask, cache)

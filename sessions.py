@@ -22,7 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .cache_kimi_linear import KDALayerCache, KimiLinearCache, LatentLayerCache, check_whole
+from .cache_kimi_linear import (
+    KDALayerCache,
+    KimiLinearCache,
+    LatentLayerCache,
+    check_kinds,
+    check_whole,
+)
 
 FORMAT = "kimi-linear-session-2"
 FORMATS = (FORMAT, "kimi-linear-session-1")  # the first had no checksum
@@ -68,12 +74,13 @@ def save_session(
         input_ids: [B, at least S], what the cache has read; its first S columns are stored.
 
     Raises:
-        ValueError: If the cache is empty or not one of ours, an error ended its last call, or the
-            ids are too few.
+        ValueError: If the cache is empty, not one of ours or one of another model, an error ended
+            its last call, or the ids are too few.
     """
     layers = getattr(cache, "layers", [])
     if not layers or not all(hasattr(layer, "memory_bytes") for layer in layers):
         raise ValueError(f"cache={type(cache).__name__} is not allowed: it must be one of ours")
+    check_kinds(cache, model.config)
     check_whole(cache)
     num_tokens = layers[0].num_tokens
     if num_tokens == 0:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,26 @@ class TestTemplate:
         for at, number in enumerate(written):
             assert f"## Return of functions.f:{number}\nresult {at}<|im_end|>" in text
             assert f"<|tool_call_begin|>functions.f:{number}<|tool_call_arg" in text
+
+    @pytest.mark.parametrize("form", ["functions.f:{}", "call_{}"])
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_many_calls_take_linear_time(self, tokenizer: Any, form: str, order: int) -> None:
+        """800 calls took 4 s: each looked at all before it."""
+
+        def seconds(count: int) -> float:
+            ids = [form.format(number) for number in range(count)]
+            calls = [{"id": id_, "name": "f", "arguments": "{}"} for id_ in ids]
+            results = [{"role": "tool", "tool_call_id": id_, "content": ""} for id_ in ids][::order]
+            taken = [{**calls[n], "id": f"functions.f:{count + n}"} for n in range(count)]
+            others = [{**call, "id": None} for call in calls]
+            started = time.process_time()
+            for each, answers in ((calls + calls, results + results), (taken + others, [])):
+                turns = [{"role": "assistant", "tool_calls": each}, *answers]
+                tokenizer.apply_chat_template(turns, tokenize=False)
+            return time.process_time() - started
+
+        seconds(10)
+        assert seconds(800) < 8 * 3 * seconds(100)
 
     def test_assistant_mask(self, tokenizer: Any) -> None:
         """Text, calls and the end of each turn; not its header, nor anything of the others."""

@@ -66,6 +66,38 @@ def test_padded_equals_unpadded(model, where):
         assert_close(out[1], model(other).logits[0], FLOAT32, "neighbour")
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("where", ["left", "right", "everywhere"])
+def test_what_padding_holds_reaches_nobody(model, where, backend):
+    """In values and gradients, with a cache and without: 0 * NaN of a masked token is NaN."""
+    real = torch.zeros(2, LENGTH, dtype=torch.bool)
+    real[0, PADDINGS[where]], real[1] = True, True
+    mask, found = real.long(), []
+    embeds = model.model.embed_tokens(token_ids(2, LENGTH)).detach()
+    model.set_attn_implementation(backend)
+    try:
+        for rubbish in (0.0, torch.nan, torch.inf):
+            inputs = embeds.masked_fill(~real[..., None], rubbish).requires_grad_()
+            logits = model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
+            grads = torch.autograd.grad(
+                logits[real].square().sum(), [inputs, *model.parameters()], allow_unused=True
+            )
+            cache, parts = None, []
+            with torch.no_grad():
+                for begin, end in ((0, 20), (20, LENGTH - 1), (LENGTH - 1, LENGTH)):
+                    part = {"inputs_embeds": inputs[:, begin:end], "attention_mask": mask[:, :end]}
+                    out = model(**part, cache=cache, use_cache=True)
+                    cache = out.cache
+                    parts.append(out.logits)
+            found.append([logits.detach(), torch.cat(parts, dim=1), *grads])
+    finally:
+        model.set_attn_implementation("sdpa")
+    for got in zip(*found, strict=True):
+        if got[0] is not None:  # the embedding's
+            assert got[0].isfinite().all() and torch.equal(got[0], got[1])
+            assert torch.equal(got[0], got[2])
+
+
 @pytest.mark.parametrize("where", PADDINGS)
 def test_padded_then_continued_equals_unpadded(model, where):
     columns = PADDINGS[where]
