@@ -124,7 +124,7 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, router_notes: RouterNotes | None = None, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, T, D] to [B, T, D], and with `router_notes` the router's losses [2]."""
+        """[B, T, D] to [B, T, D], and with `router_notes` the router's losses [B * T, 2]."""
         hidden_states = (
             hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         )
@@ -371,7 +371,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
             cache=cache,
-            router_losses=None if notes is None else notes.close(losses),
+            **({} if notes is None else notes.close(losses)),
         )
 
     def _cache_for(
@@ -582,12 +582,15 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
                 )
+            ignored = loss_kwargs.get("ignore_index", -100)
             shifted = loss_kwargs.get("shift_labels")
+            if shifted is None:
+                shifted = F.pad(labels[:, 1:], (0, 1), value=ignored)
             loss = add_router_losses(
                 self,
                 loss,
-                outputs.router_losses,
-                labels[:, 1:] if shifted is None else shifted,
+                outputs.router_losses_by_place,
+                shifted != ignored,
                 loss_kwargs.get("num_items_in_batch"),
             )
             if self.model.context_group is not None:
@@ -718,7 +721,8 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         if real is not None:
             columns = columns * (real[:, -logits.shape[1] :] != 0).to(logits.device)
         rows = torch.arange(logits.shape[0], device=logits.device)
-        pooled = logits[rows, columns.amax(dim=1)]
+        read = columns.amax(dim=1)
+        pooled = logits[rows, read]
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -730,7 +734,9 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
             )
             if num_items is not None and self.config.problem_type != "single_label_classification":
                 loss = loss * labels.numel() / num_items  # a mean, whatever Trainer counted
-            loss = add_router_losses(self, loss, outputs.router_losses, labels, num_items)
+            counts = torch.zeros_like(columns, dtype=torch.int64)
+            counts[rows, read] = (labels != -100).view(len(rows), -1).sum(1).to(logits.device)
+            loss = add_router_losses(self, loss, outputs.router_losses_by_place, counts, num_items)
         return KimiLinearSequenceClassifierOutput(
             loss=loss,
             logits=pooled,
@@ -794,7 +800,8 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items)
-            loss = add_router_losses(self, loss, outputs.router_losses, labels, num_items)
+            losses, counts = outputs.router_losses_by_place, labels != -100
+            loss = add_router_losses(self, loss, losses, counts, num_items)
         return TokenClassifierOutput(
             loss=loss,
             logits=logits,
