@@ -30,7 +30,7 @@ from .context_parallel import (
     total_over,
 )
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
-from .expert_quantization import is_packed, packing_experts
+from .expert_quantization import is_packed, packing_experts, saved_bytes, unpack_experts
 from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
     KimiLinearDeltaAttention,
@@ -201,13 +201,25 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         if is_packed(self) and not has_own_adapters(self):
             raise ValueError(
                 "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
-                "for them; save its adapters, and merge them into the model without quantisation"
+                "for them; save its adapters, and merge them into the model without quantisation, "
+                "or save the wide model that dequantize() makes"
             )
         self.config.auto_map = dict(AUTO_MAP)
         if not is_quantized(self):
             save_by_registered_names(self)
         with _named_as_written(type(self)):
             return super().save_pretrained(*args, **kwargs)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of parameters and buffers; of quantised experts, of their packed form."""
+        return super().get_memory_footprint(return_buffers) - saved_bytes(self)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Make wide what bitsandbytes has quantised, experts too, in place; see Transformers'
+        method. The model saves under the official names again."""
+        model = super().dequantize(dtype=dtype)
+        unpack_experts(self, dtype)
+        return model
 
     def joined_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """What every torch can put together."""
