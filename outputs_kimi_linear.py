@@ -126,7 +126,7 @@ class KimiLinearCausalLMOutput(OutputWithCache):
 
     Attributes:
         loss: Scalar, with `labels`.
-        logits: [B, kept, vocab_size], a tensor or `DeferredLogits`.
+        logits: [B, kept, vocab_size]; in training `DeferredLogits`, see `loss_backend`.
         cache, hidden_states, attentions, router_logits: The backbone's.
         aux_loss: Balance loss without its coefficient, where it was computed.
     """

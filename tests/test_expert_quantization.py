@@ -285,9 +285,8 @@ def test_a_dequantised_model_is_plain_and_saves(
     if dtype is not None:
         model = model.to(dtype)
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        with safe_open(folder / "model.safetensors", "pt") as released:
-            assert set(file.keys()) == set(released.keys())
+    files = [safe_open(each / "model.safetensors", "pt") for each in (tmp_path, folder)]
+    assert set(files[0].keys()) == set(files[1].keys())
     again = KimiLinearForCausalLM.from_pretrained(tmp_path, dtype=dtype or torch.float32).eval()
     with torch.no_grad():
         found = again(IDS).logits
