@@ -350,13 +350,13 @@ class _DeferredLinear(torch.autograd.Function):
 def _product_later(x: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> _Once:
     """The product, unless the weights have changed when it is asked for."""
     x, weight_VD = x.detach(), weight_VD.detach()  # these share the version counters
-    versions, sample = (x._version, weight_VD._version), _sample(weight_VD)
+    versions, sample = (x._version, weight_VD._version), _fingerprint(weight_VD)
 
     def make() -> Tensor:
         has_changed = versions != (x._version, weight_VD._version)
         is_gone = weight_VD.untyped_storage().size() == 0  # FSDP has divided it again
         # some optimizers write past the version counter
-        if has_changed or is_gone or not torch.equal(_sample(weight_VD), sample):
+        if has_changed or is_gone or not torch.equal(_fingerprint(weight_VD), sample):
             raise RuntimeError(
                 "outputs.logits cannot be made any more: lm_head's weight has changed since the "
                 "forward pass; read them before optimizer.step(), or set "
@@ -368,7 +368,7 @@ def _product_later(x: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> _Once:
     return _Once(make)
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _fingerprint(weight: Tensor) -> Tensor:
     """A copy of some numbers from all over the weight."""
     return weight.flatten()[:: max(1, weight.numel() // SAMPLE_ELEMENTS)].clone()
 
