@@ -8,7 +8,7 @@ I expert width, E experts, k experts of one token.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,6 +78,7 @@ from .weight_conversion import (
     other_spellings,
     register_conversion,
     stored_tensors,
+    write_weights,
 )
 
 logger = logging.get_logger(__name__)
@@ -225,12 +226,34 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         """What every torch can put together."""
         return {name: joined(x) for name, x in state_dict.items()}
 
-    def load_weights(self, loading: Loading) -> Any:
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, strict: bool = False
+    ) -> set[str]:
+        """Copy tensors under the released names, as vLLM's models take them, into the model's own:
+        in place, so that optimizers, recorded decode steps and data pointers stay valid.
+
+        Args:
+            weights: Names and tensors of any floating dtype and device, in any order; of an expert
+                each matrix by itself (or a layer's fused ones under the model's own names). What
+                is not among them stays as it is.
+            strict: Whether a tensor of the model that is not among them is an error.
+
+        Returns:
+            The names that came.
+
+        Raises:
+            ValueError: For a name that the model has not, another shape, weights that are
+                quantised, offloaded or divided among processes, and with `strict` for names that
+                did not come. What came before is written by then.
+        """
+        return write_weights(self, weights, strict=strict)
+
+    def read_checkpoint(self, loading: Loading) -> Any:
         """Check the files first, since Transformers would fill what is missing with random numbers;
         then let it read them through `stored_tensors`, which needs no more memory than the model.
         """
         if loading.is_adapter:
-            return super().load_weights(loading)
+            return super().read_checkpoint(loading)
         state_dict, files = loading.state_dict, loading.files
         if state_dict is None and loading.is_plain and files and files[0].endswith(".safetensors"):
             if not loading.ignores_shapes:

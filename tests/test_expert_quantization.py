@@ -320,6 +320,8 @@ def test_what_would_lose_adapters_is_refused(folder: Path, safe: bool, tmp_path:
     model = load(folder, 4)
     with pytest.raises(ValueError, match="quantised experts cannot be saved"):
         model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights are quantised, which is not allowed in load_w"):
+        model.load_weights([])
     with torch.no_grad(), pytest.raises(ValueError, match="cannot be written to"):
         next(iter(experts_of(model).values())).mul_(2)
     with pytest.raises(ValueError, match="cannot be written to: load the model without"):
