@@ -8,7 +8,7 @@ I expert width, E experts, k experts of one token.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from .context_parallel import (
     total_over,
 )
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
-from .expert_quantization import is_packed, packing_experts
+from .expert_quantization import is_packed, packing_experts, saved_bytes, unpack_experts
 from .generation_kimi_linear import KimiLinearGenerationMixin
 from .layers_kimi_linear import (
     KimiLinearDeltaAttention,
@@ -84,6 +84,7 @@ from .weight_conversion import (
     other_spellings,
     register_conversion,
     stored_tensors,
+    write_weights,
 )
 
 logger = logging.get_logger(__name__)
@@ -130,7 +131,7 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, router_notes: RouterNotes | None = None, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, T, D] to [B, T, D], and with `router_notes` the router's losses [2]."""
+        """[B, T, D] to [B, T, D], and with `router_notes` the router's losses [B * T, 2]."""
         hidden_states = (
             hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         )
@@ -207,7 +208,8 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         if is_packed(self) and not has_own_adapters(self):
             raise ValueError(
                 "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
-                "for them; save its adapters, and merge them into the model without quantisation"
+                "for them; save its adapters, and merge them into the model without quantisation, "
+                "or save the wide model that dequantize() makes"
             )
         self.config.auto_map = dict(AUTO_MAP)
         if not is_quantized(self):
@@ -215,16 +217,49 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         with _named_as_written(type(self)):
             return super().save_pretrained(*args, **kwargs)
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of parameters and buffers; of quantised experts, of their packed form."""
+        return super().get_memory_footprint(return_buffers) - saved_bytes(self)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Make wide what bitsandbytes has quantised, experts too, in place; see Transformers'
+        method. The model saves under the official names again."""
+        model = super().dequantize(dtype=dtype)
+        unpack_experts(self, dtype)
+        return model
+
     def joined_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """What every torch can put together."""
         return {name: joined(x) for name, x in state_dict.items()}
 
-    def load_weights(self, loading: Loading) -> Any:
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, strict: bool = False
+    ) -> set[str]:
+        """Copy tensors under the released names, as vLLM's models take them, into the model's own:
+        in place, so that optimizers, recorded decode steps and data pointers stay valid.
+
+        Args:
+            weights: Names and tensors of any floating dtype and device, in any order; of an expert
+                each matrix by itself (or a layer's fused ones under the model's own names). What
+                is not among them stays as it is.
+            strict: Whether a tensor of the model that is not among them is an error.
+
+        Returns:
+            The names that came.
+
+        Raises:
+            ValueError: For a name that the model has not, another shape, weights that are
+                quantised, offloaded or divided among processes, and with `strict` for names that
+                did not come. What came before is written by then.
+        """
+        return write_weights(self, weights, strict=strict)
+
+    def read_checkpoint(self, loading: Loading) -> Any:
         """Check the files first, since Transformers would fill what is missing with random numbers;
         then let it read them through `stored_tensors`, which needs no more memory than the model.
         """
         if loading.is_adapter:
-            return super().load_weights(loading)
+            return super().read_checkpoint(loading)
         state_dict, files = loading.state_dict, loading.files
         check_inside(self.name_or_path, files)
         if state_dict is None and loading.is_plain and files and files[0].endswith(".safetensors"):
@@ -383,7 +418,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
             cache=cache,
-            router_losses=None if notes is None else notes.close(losses),
+            **({} if notes is None else notes.close(losses)),
         )
 
     def _cache_for(
@@ -599,12 +634,15 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
                 )
+            ignored = loss_kwargs.get("ignore_index", -100)
             shifted = loss_kwargs.get("shift_labels")
+            if shifted is None:
+                shifted = F.pad(labels[:, 1:], (0, 1), value=ignored)
             loss = add_router_losses(
                 self,
                 loss,
-                outputs.router_losses,
-                labels[:, 1:] if shifted is None else shifted,
+                outputs.router_losses_by_place,
+                shifted != ignored,
                 loss_kwargs.get("num_items_in_batch"),
             )
             if self.model.context_group is not None:
@@ -744,7 +782,8 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         if real is not None:
             columns = columns * (real[:, -logits.shape[1] :] != 0).to(logits.device)
         rows = torch.arange(logits.shape[0], device=logits.device)
-        pooled = logits[rows, columns.amax(dim=1)]
+        read = columns.amax(dim=1)
+        pooled = logits[rows, read]
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -756,7 +795,9 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
             )
             if num_items is not None and self.config.problem_type != "single_label_classification":
                 loss = loss * labels.numel() / num_items  # a mean, whatever Trainer counted
-            loss = add_router_losses(self, loss, outputs.router_losses, labels, num_items)
+            counts = torch.zeros_like(columns, dtype=torch.int64)
+            counts[rows, read] = (labels != -100).view(len(rows), -1).sum(1).to(logits.device)
+            loss = add_router_losses(self, loss, outputs.router_losses_by_place, counts, num_items)
         return KimiLinearSequenceClassifierOutput(
             loss=loss,
             logits=pooled,
@@ -820,7 +861,8 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items)
-            loss = add_router_losses(self, loss, outputs.router_losses, labels, num_items)
+            losses, counts = outputs.router_losses_by_place, labels != -100
+            loss = add_router_losses(self, loss, losses, counts, num_items)
         return TokenClassifierOutput(
             loss=loss,
             logits=logits,

@@ -162,6 +162,11 @@ def is_quantized(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def is_divided(model: Any) -> bool:
+    """Whether `from_pretrained` divided the weights among processes."""
+    return getattr(model, "_device_mesh", None) is not None
+
+
 def mark_initialized(parameter: Tensor) -> None:
     """Keep `from_pretrained` from filling a parameter with random numbers."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -263,7 +268,7 @@ class PreTrainedModelHooks(PreTrainedModel):
                 **kwargs,
             )
 
-        return model.load_weights(
+        return model.read_checkpoint(
             Loading(
                 state_dict=state_dict,
                 files=[str(file) for file in checkpoint_files or []],
@@ -278,7 +283,7 @@ class PreTrainedModelHooks(PreTrainedModel):
             )
         )
 
-    def load_weights(self, loading: Loading) -> Any:
+    def read_checkpoint(self, loading: Loading) -> Any:
         """Read a checkpoint; the model's class may do it in its own way."""
         return loading.read(loading.state_dict, [])
 
@@ -657,6 +662,7 @@ __all__ = [
     "has_own_adapters",
     "holds_tokens",
     "init",
+    "is_divided",
     "is_offloading",
     "is_quantized",
     "late_sample",

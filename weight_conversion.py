@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .upstream import (
@@ -29,6 +29,8 @@ from .upstream import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    is_divided,
+    is_quantized,
     register_checkpoint_conversion_mapping,
 )
 
@@ -160,13 +162,12 @@ def check_checkpoint(
         optional += tuple(name for name in expected if not name.startswith(f"{prefix}."))
     missing = [name for name in expected if name not in seen and not name.startswith(optional)]
     if missing and not may_lack:
-        shown = ", ".join(missing[:5])
-        if len(missing) > 5:
-            shown += f" and {len(missing) - 5} more"
         where = (
             files[0] if len(files) == 1 else f"{len(files)} shards in {os.path.dirname(files[0])}"
         )
-        raise CheckpointError(f"{where}: {len(missing)} tensors of the model are missing: {shown}")
+        raise CheckpointError(
+            f"{where}: {len(missing)} tensors of the model are missing: {_some(missing)}"
+        )
 
 
 def check_inside(folder: str, files: Iterable[str]) -> None:
@@ -379,6 +380,82 @@ def _fused_experts(
                 yield f"{prefix}.{fused}", parts, (len(experts), rows * len(kinds), columns)
 
 
+@torch.no_grad()
+def write_weights(
+    model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], *, strict: bool
+) -> set[str]:
+    """Copy tensors by checkpoint name into the model's own, see `load_weights` of the models."""
+    if is_quantized(model) or is_divided(model):
+        what = "quantised" if is_quantized(model) else "divided among processes"
+        raise ValueError(f"the model's weights are {what}, which is not allowed in load_weights")
+    state = model.state_dict(keep_vars=True)
+    one_name: dict[int, str] = {}  # of tied weights
+    for name, tensor in state.items():
+        one_name.setdefault(id(tensor), name)
+    loaded: set[str] = set()
+    written: dict[str, str] = {}  # by which name
+    for name, value in weights:
+        own, official, place = _place(name, state, model.base_model_prefix)
+        _check_value(name, value, place)
+        key = one_name[id(state[own])] if official == own else official
+        if key not in written:
+            place.copy_(value)
+        elif not torch.equal(place, value.to(place)):
+            raise ValueError(f"{name} differs from {written[key]}, the same weight of the model")
+        written[key] = name
+        if own == official:  # a fused tensor has all of its experts
+            written |= dict.fromkeys((part for part, _ in _unfused(own, tuple(place.shape))), name)
+        loaded.add(name)
+    missing = [name for name in official_shapes(model) if name not in written] if strict else []
+    if missing:
+        raise ValueError(f"weights: {_some(missing)} did not come, which strict=True demands")
+    return loaded
+
+
+def _place(name: str, state: dict[str, Any], base_prefix: str) -> tuple[str, str, Any]:
+    """The model's name for a checkpoint's tensor, the checkpoint's own, and where it goes."""
+    own = _own_name(name, state, base_prefix)
+    if own:
+        return own, own, _checked(own, state[own])
+    match = EXPERT_WEIGHT.fullmatch(name)
+    for fused, kinds in FUSED.items() if match else ():
+        assert match
+        own = _own_name(f"{match[1]}.{fused}", state, base_prefix) if match[3] in kinds else None
+        if own:
+            experts, expert = _checked(own, state[own]), int(match[2])
+            if expert >= len(experts):
+                raise ValueError(f"{name} has no place: num_experts={len(experts)} in the model")
+            part = experts[expert].chunk(len(kinds))[kinds.index(match[3])]
+            return own, f"{own.removesuffix(fused)}{expert}.{match[3]}.weight", part
+    raise ValueError(f"{name} is no tensor of the model, whose checkpoints have {_some(state)}")
+
+
+def _checked(own: str, tensor: Any) -> Any:
+    """A tensor of the model, if all of it is here."""
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_meta or hasattr(tensor, "ds_id"):
+        kind = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__}"
+        raise ValueError(f"{own} is {kind}: load_weights takes whole weights that are in place")
+    return tensor
+
+
+def _check_value(name: str, value: Any, place: Tensor) -> None:
+    """ValueError unless `value` can be copied to `place`."""
+    if type(value) not in (nn.Parameter, Tensor) or value.is_meta:
+        raise ValueError(f"{name}={type(value).__name__} is not allowed: it must be a whole tensor")
+    if value.dtype not in DTYPES.values():
+        allowed = tuple(DTYPES.values())
+        raise ValueError(f"{name} has dtype {value.dtype}: it must be one of {allowed}")
+    if value.shape != place.shape:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, the model needs {list(place.shape)}"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
@@ -389,4 +466,5 @@ __all__ = [
     "read_header",
     "register_conversion",
     "stored_tensors",
+    "write_weights",
 ]
