@@ -344,7 +344,7 @@ class KDALayerCache(_LayerCache):
             log = self.log
             shape = (x.shape[0], max(end, 2 * self.rollback_tokens), x.shape[2])
             if log is None or log.shape != shape or log.dtype != x.dtype or not _may_write(log):
-                log = x.new_empty(shape)
+                log = x.new_zeros(shape)
                 if old is not None:
                     log[:, :start] = old
             log[:, start:end] = x.detach()
@@ -526,7 +526,7 @@ class LatentLayerCache(_LayerCache):
         needed = max(needed, self.reserve_tokens - self.num_full)
         capacity = -(-needed // BLOCK_TOKENS) * BLOCK_TOKENS
         pinned = self.offload_latents and torch.cuda.is_available()
-        grown = torch.empty(
+        grown = torch.zeros(
             latent.shape[0],
             capacity,
             latent.shape[2],

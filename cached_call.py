@@ -5,6 +5,7 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call.
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch.nn import Identity, Module
 from transformers.cache_utils import Cache
@@ -14,10 +15,10 @@ from .sequence_layout import SequenceLayout
 
 
 def unless_all_real(attention_mask: Tensor | None) -> Tensor | None:
-    """The mask, or None where it says nothing."""
-    if attention_mask is None or bool((attention_mask != 0).all()):
-        return None
-    return attention_mask
+    """The mask, or None where it says nothing. A compiler cannot look, and takes it as it is."""
+    if attention_mask is None or torch.compiler.is_compiling():
+        return attention_mask
+    return None if bool((attention_mask != 0).all()) else attention_mask
 
 
 def check_columns(attention_mask: Tensor | None, past: int, num_tokens: int) -> None:
@@ -47,7 +48,8 @@ def note_padding(
         )
     if mask is None:
         return
-    if not had_padding and bool((mask[:, :past] == 0).any()):
+    is_looking = not torch.compiler.is_compiling()
+    if is_looking and not had_padding and bool((mask[:, :past] == 0).any()):
         raise ValueError(
             "attention_mask has zeros among the cached tokens, which is not allowed: they were "
             "read as real tokens, and KDA states cannot leave them out any more (generate() takes "

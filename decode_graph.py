@@ -53,6 +53,8 @@ def is_decode_step(
     of ours that holds some, and nothing asked for but logits."""
     if input_ids is None or inputs_embeds is not None or cache is None:
         return False
+    if torch.compiler.is_compiling():
+        return False
     if input_ids.shape[1] != 1 or any(x is not None and x is not False for x in others.values()):
         return False
     layers = getattr(cache, "layers", None)
@@ -75,7 +77,7 @@ def can_decode(model: nn.Module, input_ids: Tensor, cache: Cache) -> bool:
     backend: Any = model.decode_backend
     if backend not in BACKENDS:
         raise ValueError(f"decode_backend={backend!r} is not allowed: it must be one of {BACKENDS}")
-    if backend == "eager" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if backend == "eager" or torch.is_grad_enabled():
         return False
     decoder = _decoders.get(model)
     if decoder is None:

@@ -27,7 +27,7 @@ from .configuration_kimi_linear import KimiLinearConfig
 from .conv_kernel import convolve_three
 from .gated_norm import gated_rms_norm
 from .joint_training import gated_mlp, project_kda, trains_jointly
-from .kda import CHUNK_SIZE, kda_attention
+from .kda import CHUNK_SIZE, is_exporting, kda_attention
 from .latent_attention import (
     FUSED_QUERY_TOKENS,
     first_tokens,
@@ -88,15 +88,18 @@ class KimiLinearShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, 1, width))
 
     def forward(
-        self, x: Tensor, state: Tensor | None, output_state: bool, cu_seqlens: Tensor | None
+        self, x: Tensor, state: Tensor | None, output_state: bool, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor | None]:
-        return short_convolution(
+        out, after = short_convolution(
             x,
             self.weight,
             initial_state=state,
-            output_final_state=output_state,
-            cu_seqlens=cu_seqlens,
+            output_final_state=output_state and layout.order is None,
+            cu_seqlens=layout.cu_seqlens,
         )
+        if output_state and layout.order is not None:
+            after = layout.last_inputs(x, state, self.weight.shape[2] - 1)
+        return out, after
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"
@@ -147,7 +150,7 @@ class KimiLinearDeltaAttention(nn.Module):
         own = past.writable_state(hidden_states.shape[0])
         *_, last = runs = kda_plan.runs
         outputs = []
-        if len(runs) == 2 and all(r.start < r.stop and r.layout.cu_seqlens is None for r in runs):
+        if len(runs) == 2 and all(r.start < r.stop and r.layout.is_plain for r in runs):
             out, states, anchor = self._read(x, last.layout, states, own, last.start)
             past.keep_anchor(anchor)
             outputs.append(out)
@@ -175,8 +178,8 @@ class KimiLinearDeltaAttention(nn.Module):
         recorded."""
         B, T = x.shape[:2]
         size = max(CHUNK_SIZE, PIECE_TOKENS // B // CHUNK_SIZE * CHUNK_SIZE)
-        is_plain = layout.cu_seqlens is None and layout.context is None
-        if size >= T or not is_plain or torch.is_grad_enabled():
+        is_whole = is_exporting() or torch.is_grad_enabled()
+        if is_whole or not layout.is_plain or size >= T:
             return self._run(x, layout, states, state_out, cut)
         out, states = torch.empty_like(x), states or (None, None)
         at_cut: States = (None, None)
@@ -249,7 +252,8 @@ class KimiLinearDeltaAttention(nn.Module):
                 state = self._entering_inputs(x, layout)
             qkv, conv_states = self._project(x, layout, state, output_state, cut)
             decay, beta = self.f_a_proj(x), self.b_proj(x)
-        return (*qkv, self._heads(self.f_b_proj(decay)), beta), gate, conv_states, is_joint
+        gates = layout.silenced(self._heads(self.f_b_proj(decay)), beta)
+        return (*qkv, *gates), gate, conv_states, is_joint
 
     def _attend(
         self, inputs: tuple[Tensor, ...], cut: int, **kwargs: Any
@@ -278,7 +282,7 @@ class KimiLinearDeltaAttention(nn.Module):
         outputs, tails, tails_at_cut = [], [], []
         for i, (y, conv) in enumerate(zip(inputs, convolutions, strict=True)):
             initial = None if states is None else states[:, i]
-            out, tail = conv(y, initial, output_state, layout.cu_seqlens)
+            out, tail = conv(y, initial, output_state, layout)
             outputs.append(self._heads(out))
             tails.append(tail)
             if cut:
@@ -647,7 +651,8 @@ class KimiLinearMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        if tokens.shape[0] <= MLP_PIECE_TOKENS or torch.is_grad_enabled():
+        is_whole = is_exporting() or torch.is_grad_enabled()
+        if is_whole or tokens.shape[0] <= MLP_PIECE_TOKENS:
             return self._run(x)
         out = torch.empty_like(tokens)
         for start in range(0, tokens.shape[0], MLP_PIECE_TOKENS):

@@ -32,6 +32,7 @@ from .context_parallel import (
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
 from .expert_quantization import is_packed, packing_experts, saved_bytes, unpack_experts
 from .generation_kimi_linear import KimiLinearGenerationMixin
+from .kda import is_exporting
 from .layers_kimi_linear import (
     KimiLinearDeltaAttention,
     KimiLinearLatentAttention,
@@ -378,7 +379,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             cu_seq_lens=cu_seq_lens_q,
             device=hidden_states.device,
         )
-        if mask is not None and layout.token_index is not None:  # 0 * NaN is NaN, in every product
+        if mask is not None and not layout.is_plain:  # 0 * NaN is NaN, in every product
             padding = mask[:, -num_tokens:, None].to(hidden_states.device) == 0
             hidden_states = hidden_states.masked_fill(padding, 0)
         if self.context_group is not None:
@@ -464,6 +465,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         "sdpa" would need memory that grows with the square of the context."""
         if past:
             return True
+        if is_exporting():
+            return False
         is_long = num_tokens > BACKEND_TOKENS and not layout.is_packed
         is_sdpa = attention_backend(self.config) == "sdpa"
         return is_long and is_sdpa and not torch.is_grad_enabled()
@@ -478,7 +481,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         """The mask that the attention backend of the MLA layers wants; None if it needs none."""
         if "full_attention" not in self.config.layer_types or layout.context is not None:
             return None
-        if is_flash_attention(self.config) and cache is None:
+        if is_flash_attention(self.config) and cache is None and layout.order is None:
             return None  # the layout's boundaries say it all
         if attends_by_sequence(self.config, layout):
             return None
@@ -698,13 +701,17 @@ def _shift_labels(
     """Labels [B, T] and the loss' arguments: `shift_labels` too where rows are packed or padded; in
     context parallelism, both of the process' own tokens."""
     layout = sequence_layout(*labels.shape, **boundaries, device=labels.device)
-    if layout.cu_seqlens is not None:
+    if not layout.is_plain:
         kwargs = {"shift_labels": _next_labels(labels, layout), **kwargs}
     return (labels, kwargs) if group is None else own_labels(labels, kwargs, group)
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
     """[B, T]: at each real token the label of the next one of its sequence, -100 where none is."""
+    if layout.order is not None:
+        following = F.pad(layout.pack(labels)[:, 1:], (0, 1), value=-100)
+        following = following.masked_fill(layout.is_behind(labels).roll(-1, 1), -100)
+        return torch.full_like(labels, -100).scatter(1, layout.order, following)
     places = torch.arange(labels.numel(), device=labels.device)
     places = places if layout.token_index is None else layout.token_index
     following = F.pad(labels.flatten()[places], (0, 1), value=-100)[1:]

@@ -228,8 +228,13 @@ def token_sequences(
     dtype = torch.promote_types(like.dtype, torch.float32)
     if layout.cu_seqlens is None:
         rows = torch.arange(batch_size, device=device)
-        weights = torch.full((places,), 1 / num_tokens, dtype=dtype, device=device)
-        return rows.repeat_interleave(num_tokens), weights, torch.full_like(rows, num_tokens)
+        real = layout.unpack(
+            torch.ones(batch_size, num_tokens, dtype=dtype, device=device), batch_size
+        )
+        lengths = real.sum(dim=1)
+        sequence = torch.where(real > 0, rows[:, None], batch_size)
+        weights = real / lengths.clamp(min=1)[:, None]
+        return sequence.flatten(), weights.flatten(), lengths.long()
     lengths = layout.cu_seqlens.to(device).diff().long()
     index = layout.token_index
     index = torch.arange(places, device=device) if index is None else index.to(device)
