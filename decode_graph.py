@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .decode_kernels import TritonError, triton
 from .decode_step import TABLE_COLUMNS, DecodeStep
+from .experts_training import SILU_MODULES
 from .kda import power_of_two
 
 logger = logging.get_logger(__name__)
@@ -38,7 +39,7 @@ CONSTANTS = ("num_experts_per_token", "routed_scaling_factor", "moe_renormalize"
 RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 DEVICE_TYPES = ("cuda",)
 MIN_CAPABILITY = (8, 0)
-PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
+PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList, *SILU_MODULES)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -309,8 +310,7 @@ def _weight_obstacle(model: nn.Module) -> str:
     for name, module in model.named_modules():
         kind = type(module)
         if kind not in PLAIN_MODULES and not kind.__name__.startswith("KimiLinear"):
-            if not name.endswith("act_fn"):
-                return f"{name} is a {kind.__name__}"
+            return f"{name} is a {kind.__name__}"
         if isinstance(module, nn.Linear) and module.bias is not None:
             return f"{name} has a bias"
         if name and "forward" in vars(module):

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from .cache_kimi_linear import KDALayerCache, LatentLayerCache, States
 from .configuration_kimi_linear import KimiLinearConfig
 from .conv_kernel import convolve_three
+from .experts_training import is_plain_silu
 from .gated_norm import gated_rms_norm
 from .joint_training import gated_mlp, project_kda, trains_jointly
 from .kda import CHUNK_SIZE, is_exporting, kda_attention
@@ -647,7 +648,6 @@ class KimiLinearMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.is_silu = config.hidden_act in ("silu", "swish")
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
@@ -662,10 +662,10 @@ class KimiLinearMLP(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         linears = self.gate_proj, self.up_proj, self.down_proj
-        if self.is_silu and trains_jointly(x, linears):
+        if trains_jointly(x, linears) and is_plain_silu(self.act_fn):
             return gated_mlp(x, *linears)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.is_silu and has_kernels(gate, up):
+        if has_kernels(gate, up) and is_plain_silu(self.act_fn):
             inner = silu_mul(gate.flatten(0, -2), up.flatten(0, -2)).view_as(up)
         else:
             inner = self.act_fn(gate) * up

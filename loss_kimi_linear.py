@@ -362,7 +362,8 @@ def _product_later(x: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> _Once:
                 "forward pass; read them before optimizer.step(), or set "
                 "model.loss_backend = 'logits'"
             )
-        with no_autocast(x.device):
+        # made in inference mode, they could not be read outside of it
+        with torch.inference_mode(False), torch.no_grad(), no_autocast(x.device):
             return F.linear(x.to(dtype), weight_VD.to(dtype))
 
     return _Once(make)

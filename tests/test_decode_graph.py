@@ -402,6 +402,9 @@ def test_weights_that_the_kernels_do_not_take(monkeypatch):
     linear.bias = None
     model.model.layers[1].self_attn.o_proj = torch.nn.Sequential(linear)
     assert "o_proj is a Sequential" in decode_graph._weight_obstacle(model)
+    model = decode_model("cpu")
+    model.model.layers[1].block_sparse_moe.experts.act_fn = torch.nn.GELU()
+    assert "experts.act_fn is a GELU" in decode_graph._weight_obstacle(model)
 
 
 @torch.no_grad()

@@ -304,6 +304,10 @@ def test_deferred_logits_have_a_gradient_where_it_is_recorded():
     out = model(ids, labels=ids)
     with torch.no_grad():
         assert not (out.logits * 1).requires_grad
+    model.zero_grad()
+    out = model(ids, labels=ids)
+    with torch.inference_mode():
+        assert out.logits.argmax(-1).shape == ids.shape
     (out.loss + out.logits.square().mean()).backward()
     model.loss_backend = "logits"
     grad, model.lm_head.weight.grad = model.lm_head.weight.grad, None
