@@ -9,6 +9,8 @@ files into the folder that resuming looks for, one after another. The functions 
 of one's own.
 """
 
+import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +33,9 @@ BadStep = Literal["stop", "skip"]
 # Trainer neither resumes from folders of such a name, nor counts them among its checkpoints, nor
 # pushes them.
 UNFINISHED = "_unfinished"
+REPLACED = f"{UNFINISHED}-replaced"
+# Linux' arguments of renameat2.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 # Names in a message.
 MAX_NAMES = 8
 
@@ -116,8 +121,9 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
         An empty folder beside it.
     """
     final = Path(final)
+    recover(final.parent)
     draft = final.parent / f"{UNFINISHED}-{final.name}"
-    shutil.rmtree(draft, ignore_errors=True)
+    _remove(draft)
     draft.mkdir()
     try:
         yield draft
@@ -144,21 +150,71 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(draft: Path, final: Path) -> None:
-    """Give a folder its final name, in place of an older one of that name."""
-    replaced = None
-    if final.exists():  # a system has no call that swaps folders: the older one steps aside
-        replaced = final.parent / f"{UNFINISHED}-replaced-{final.name}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    draft.rename(final)
+    """Give a folder its final name, in place of an older one of that name, in one step where the
+    system can; elsewhere `recover` puts the older one back after a kill between two."""
+    older = None
+    if not os.path.lexists(final):
+        draft.rename(final)
+    elif exchange(draft, final):
+        older = draft
+    else:
+        older = _aside(final)
+        _remove(older)
+        final.rename(older)
+        try:
+            draft.rename(final)
+        except BaseException:
+            older.rename(final)
+            raise
     if os.name == "posix":
         descriptor = os.open(final.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    if older is not None:
+        _remove(older)
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Let two files or folders swap their names in one step; False where the system, or the file
+    system, has no call for that.
+
+    Raises:
+        OSError: The call failed.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # only Linux has it
+        return False
+    names = os.fsencode(one), os.fsencode(two)
+    if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
+        return False
+    raise OSError(code, os.strerror(code), str(two))
+
+
+def recover(folder: Path) -> None:
+    """Give folders their names back that a kill has kept from being replaced."""
+    for older in folder.glob(f"{REPLACED}-*"):
+        final = folder / older.name.removeprefix(f"{REPLACED}-")
+        if not os.path.lexists(final):
+            older.rename(final)
+
+
+def _aside(final: Path) -> Path:
+    """Where an older folder is while the new one takes its name."""
+    return final.with_name(f"{REPLACED}-{final.name}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or the link to one, if it is there."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- Trainer -------------------------------------------------------------------------------------
@@ -200,6 +256,8 @@ class SafeTrainingMixin(CheckpointHooks):
         super().__init__(*args, **kwargs)
         if bad_step == "skip" and self.is_deepspeed_enabled:
             raise ValueError("bad_step='skip' is not allowed with DeepSpeed: it must be 'stop'")
+        if self.args.should_save:
+            recover(Path(self.args.output_dir))  # before a checkpoint to go on from is looked for
         self.bad_step, self.max_skipped = bad_step, max_skipped
         self.skipped_steps: list[int] = []
         self._skipped_in_a_row = 0
@@ -322,8 +380,9 @@ class SafeTrainingMixin(CheckpointHooks):
     def _clear_drafts(self, folder: Path) -> None:
         """What a run that was killed has left, which may be why the disk is full."""
         if self.args.should_save:
+            recover(folder)
             for path in folder.glob(f"{UNFINISHED}-*"):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
         self.accelerator.wait_for_everyone()
 
     def output_folder(self, folder: str) -> str:

@@ -5,7 +5,8 @@ copy of this package's modelling code, and the snapshot's `config.json` with thi
 `auto_map`. Modelling code of another implementation is left out; code that the tokenizer names
 stays. The weights are checked by their headers first, every tensor of them. SNAPSHOT itself, for
 instance a folder of the Hugging Face cache, is not changed, and must stay where it is: the links
-lead there. Small files that saving would write in place are copies, so that no later
+lead there. OUTPUT takes its name when all of it is there: after a kill, the same command begins
+anew. Small files that saving would write in place are copies, so that no later
 `save_pretrained` into OUTPUT reaches the snapshot.
 
 Examples:
@@ -25,6 +26,7 @@ from typing import Any
 import kimi_linear
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from kimi_linear.safe_training import atomic_folder
 from push_to_hub import check_weight_values, check_weights
 
 CONFIG = "config.json"
@@ -71,13 +73,14 @@ def main(
     for path in kept:
         if not path.exists():
             raise ValueError(f"{path} is a link to {os.readlink(path)}, which is missing")
-    target.mkdir(parents=True, exist_ok=True)
-    for path in kept:
-        _place(path, target / path.name, copy=copy)
-    for path in code:
-        shutil.copyfile(path, target / path.name)
     text = json.dumps({**fields, "auto_map": AUTO_MAP}, indent=2, ensure_ascii=False)
-    (target / CONFIG).write_text(text + "\n", encoding="utf-8")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as draft:
+        for path in kept:
+            _place(path, draft / path.name, copy=copy)
+        for path in code:
+            shutil.copyfile(path, draft / path.name)
+        (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
     print(f"{target}: {len(kept)} files of {source}, {len(code)} files of code")
     return target
 

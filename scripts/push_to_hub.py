@@ -20,7 +20,8 @@ import collections
 import fnmatch
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import kimi_linear
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
@@ -67,6 +68,22 @@ BELONGS = (
 )
 # Weights of an earlier push that this one does not have would be loaded instead, or lie around.
 STALE = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX)
+
+
+# Characters of a server's answer in a message.
+MAX_ERROR = 400
+# What to do about a refusal, by its status.
+HINTS = {
+    401: "the token is not valid: `hf auth login`, or HF_TOKEN",
+    403: "the token may not write there",
+    404: "there is no such repository, or the token may not see it",
+    409: "something else is changing the repository: try again",
+    412: "something else has changed the repository: try again",
+}
+
+
+class PushError(RuntimeError):
+    """The server refused a push, or could not be reached; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +397,7 @@ def main(
 
     Raises:
         ValueError: The folder is not complete, or an argument is wrong.
+        PushError: The server refused, or could not be reached.
     """
     validate_repo_id(repo_id)
     measured = read_metrics(metrics) if metrics is not None else []
@@ -394,24 +412,38 @@ def main(
     if token is None and get_token() is None:
         raise ValueError("token is None; allowed: a write token, from `hf auth login` or HF_TOKEN")
     api = HfApi(endpoint=endpoint, token=token)
-    url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if revision is not None:
-        api.create_branch(url.repo_id, branch=revision, exist_ok=True)
-    _put_card(api, checkpoint, url.repo_id, revision, statements, overwrite_card)
-    names = files_to_push(checkpoint, include)
-    size = sum((checkpoint.folder / name).stat().st_size for name in names)
-    print(f"pushing {len(names)} files, {size / 1e6:,.1f} MB", flush=True)
-    api.upload_folder(
-        repo_id=url.repo_id,
-        folder_path=checkpoint.folder,
-        revision=revision,
-        commit_message=message,
-        allow_patterns=[glob.escape(name) for name in names],
-        delete_patterns=list(STALE),
-    )
+    with _one_line_errors(repo_id):
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        _put_card(api, checkpoint, url.repo_id, revision, statements, overwrite_card)
+        names = files_to_push(checkpoint, include)
+        size = sum((checkpoint.folder / name).stat().st_size for name in names)
+        print(f"pushing {len(names)} files, {size / 1e6:,.1f} MB", flush=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=checkpoint.folder,
+            revision=revision,
+            commit_message=message,
+            allow_patterns=[glob.escape(name) for name in names],
+            delete_patterns=list(STALE),
+        )
     address = str(url) if revision is None else f"{url}/tree/{revision}"
     print(address)
     return address
+
+
+@contextmanager
+def _one_line_errors(repo_id: str) -> Iterator[None]:
+    """PushError for what requests end with: refusals, broken connections, uploads that failed."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError) as error:  # uploads raise RuntimeError from the cause
+        cause = error if isinstance(error, HTTPError) else error.__cause__ or error
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        hint = f"{HINTS[status]}. " if status in HINTS else ""
+        text = " ".join(f"{type(cause).__name__}: {cause}".split())[:MAX_ERROR]
+        raise PushError(f"{repo_id} was not pushed: {hint}{text}") from error
 
 
 def _print_plan(
@@ -493,5 +525,5 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         main(**vars(parse_args()))
-    except (ValueError, HfHubHTTPError) as error:
+    except (ValueError, PushError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -412,6 +412,42 @@ def test_more_is_pushed_on_request(script: ModuleType, server: HubServer, folder
         push(script, server, folder, include=["*.gif"])
 
 
+REFUSALS = {
+    "unknown token": ("POST /api/repos/create", 401, "the token is not valid: .*401"),
+    "no right": ("POST /api/models/.*/commit", 403, "the token may not write there.*403"),
+    "busy": ("POST /api/models/.*/commit", 409, "try again.*409"),
+    "moved on": ("POST /api/models/.*/commit", 412, "try again.*412"),
+    "upload": ("PUT /lfs/upload", 403, "the token may not write there.*403"),
+    "cut off": ("POST /api/models/.*/commit", 0, "(Protocol|Read)Error"),
+    "cut off in an upload": ("PUT /lfs/upload", 0, "(Protocol|Read)Error"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_failed_push_is_one_line(
+    script: ModuleType,
+    server: HubServer,
+    folder: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bug: tracebacks, and messages of many lines."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's retries
+    request, status, message = REFUSALS[name]
+    server.refusals[request] = status
+    with pytest.raises(script.PushError, match=f"^{REPO} was not pushed: .*{message}") as error:
+        push(script, server, folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    server.refusals.clear()
+    push(script, server, folder)
+    assert "config.json" in stored(server)
+
+
+def test_a_server_that_is_not_there_is_one_line(script: ModuleType, folder: Path) -> None:
+    with pytest.raises(script.PushError, match=f"^{REPO} was not pushed: ConnectError: "):
+        script.main(path=folder, repo_id=REPO, endpoint="http://127.0.0.1:9", token="hf_me")
+
+
 def test_a_card_is_kept_here_and_there_unless_told_otherwise(
     script: ModuleType, server: HubServer, folder: Path
 ) -> None:
