@@ -4,6 +4,7 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,18 @@ from transformers.cache_utils import Cache
 
 from .rollback import KDAPlan, plan_call
 from .sequence_layout import SequenceLayout
+
+
+def check_source(source: Any, name: str) -> None:
+    """ValueError unless the input, of that name, is a tensor of rows of tokens."""
+    if not isinstance(source, Tensor):
+        raise ValueError(f"{name}={type(source).__name__} is not allowed: it must be a tensor")
+    axes = ["batch", "tokens", "hidden_size"][: 3 if name == "inputs_embeds" else 2]
+    if source.ndim != len(axes) or source.shape[0] == 0 or source.shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(source.shape)}, which is not allowed: it must be "
+            f"[{', '.join(axes)}] with at least 1 row and 1 token"
+        )
 
 
 def unless_all_real(attention_mask: Tensor | None) -> Tensor | None:
@@ -90,4 +103,11 @@ def count_elsewhere(modules: Iterable[Module], cache: Cache | None) -> None:
         layer.num_tokens = max(each.num_tokens for each in cache.layers)
 
 
-__all__ = ["check_columns", "count_elsewhere", "note_padding", "plan_kda", "unless_all_real"]
+__all__ = [
+    "check_columns",
+    "check_source",
+    "count_elsewhere",
+    "note_padding",
+    "plan_kda",
+    "unless_all_real",
+]

@@ -52,11 +52,13 @@ def is_decode_step(
 ) -> bool:
     """Whether a call's arguments are those of a decode step: one token id per row, behind a cache
     of ours that holds some, and nothing asked for but logits."""
-    if input_ids is None or inputs_embeds is not None or cache is None:
+    if not isinstance(input_ids, Tensor) or inputs_embeds is not None or cache is None:
         return False
     if torch.compiler.is_compiling():
         return False
-    if input_ids.shape[1] != 1 or any(x is not None and x is not False for x in others.values()):
+    if not input_ids.numel() or input_ids.shape[1:] != (1,):
+        return False
+    if any(x is not None and x is not False for x in others.values()):
         return False
     layers = getattr(cache, "layers", None)
     if not layers or not hasattr(layers[0], "step_table") or layers[0].num_tokens == 0:

@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
+from .cached_call import check_source
 from .outputs_kimi_linear import one_cache
 from .sequence_layout import last_real_columns
 from .sessions import Session, load_session, read_session, save_session
@@ -22,6 +23,14 @@ DECODE_ARGUMENTS = {"position_ids", "logits_to_keep", "use_cache"}
 
 class KimiLinearGenerationMixin(GenerationHooks):
     """`GenerationMixin` with the hybrid cache."""
+
+    def check_prompt(self, prompts: dict[str, Any]) -> None:
+        """Refuse prompts that are no rows of tokens; ids beside embeddings may be none."""
+        if prompts.get("inputs_embeds") is not None:
+            prompts = {"inputs_embeds": prompts["inputs_embeds"]}
+        for name, prompt in prompts.items():
+            if prompt is not None:
+                check_source(prompt, name)
 
     def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Refuse what this model cannot generate with."""

@@ -306,9 +306,9 @@ def _plan_batch(B: int, T: int, max_tokens: int, device: torch.device) -> list[_
     exported program, whose sizes are symbols, all in one."""
     if is_exporting():
         count = -(-T // CHUNK_SIZE)
-        valid = torch.arange(count * CHUNK_SIZE, device=device) < T
+        real = torch.arange(count * CHUNK_SIZE, device=device) < T
         tokens = slice(0, T)
-        return [_Segment(slice(0, B), tokens, valid[None], CHUNK_SIZE, count, True, True)]
+        return [_Segment(slice(0, B), tokens, real[None], CHUNK_SIZE, count, True, True)]
     segments = []
     whole = T - T % CHUNK_SIZE
     row_step = max(1, max_tokens // min(T, CHUNK_SIZE))

@@ -20,7 +20,14 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.utils import logging
 
 from .cache_kimi_linear import prepare_cache
-from .cached_call import check_columns, count_elsewhere, note_padding, plan_kda, unless_all_real
+from .cached_call import (
+    check_columns,
+    check_source,
+    count_elsewhere,
+    note_padding,
+    plan_kda,
+    unless_all_real,
+)
 from .configuration_kimi_linear import KimiLinearConfig
 from .context_parallel import (
     check_context_call,
@@ -356,12 +363,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         source: Any = input_ids if inputs_embeds is None else inputs_embeds
-        _check_source(source, "input_ids" if inputs_embeds is None else "inputs_embeds")
+        check_source(source, "input_ids" if inputs_embeds is None else "inputs_embeds")
         batch_size, num_tokens = source.shape[:2]
-        if num_tokens == 0:
-            raise ValueError(
-                "the input has 0 tokens, which is not allowed: it must have at least 1"
-            )
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
         mask = unless_all_real(attention_mask)
@@ -503,16 +506,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
-
-
-def _check_source(source: Tensor, name: str) -> None:
-    """ValueError unless the input has the dimensions of rows of tokens."""
-    axes = ["batch", "tokens", "hidden_size"][: 2 if name == "input_ids" else 3]
-    if source.ndim != len(axes):
-        raise ValueError(
-            f"{name} has shape {tuple(source.shape)}, which is not allowed: it must be "
-            f"[{', '.join(axes)}]"
-        )
 
 
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin):

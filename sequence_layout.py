@@ -9,6 +9,7 @@ N sequences.
 """
 
 import functools
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,7 +169,8 @@ def sequence_layout(
         The layout; an empty one if there is neither padding nor packing.
 
     Raises:
-        ValueError: If an argument has a wrong shape or `cu_seq_lens` does not run from 0 to B * T.
+        ValueError: If an argument is no tensor, has a wrong shape, or `cu_seq_lens` does not run
+            from 0 to B * T.
         RuntimeError: From an exported program, whose rows must be one sequence each, if they are
             packed.
     """
@@ -251,12 +253,14 @@ def _real_tokens(
     return real if torch.compiler.is_compiling() or not bool(real.all()) else None
 
 
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}={type(x).__name__} is not allowed: it must be a tensor")
+
+
 def check_attention_mask(attention_mask: Tensor, batch_size: int, num_tokens: int) -> None:
     """Raise ValueError unless it is a tensor [B, at least T]."""
-    if not isinstance(attention_mask, Tensor):
-        raise ValueError(
-            f"attention_mask={type(attention_mask).__name__} is not allowed: it must be a tensor"
-        )
+    _check_tensor("attention_mask", attention_mask)
     if (
         attention_mask.ndim != 2
         or attention_mask.shape[0] != batch_size
@@ -299,6 +303,7 @@ def last_real_columns(real: Tensor) -> Tensor:
 def _expand(
     name: str, ids: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
 ) -> Tensor:
+    _check_tensor(name, ids)
     if ids.ndim != 2 or ids.shape[0] not in (1, batch_size) or ids.shape[1] != num_tokens:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}, which is not allowed: it must be "
@@ -311,11 +316,16 @@ def _sequence_numbers(
     cu_seq_lens: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
 ) -> Tensor:
     """[B, T] int64: the sequence that each place belongs to."""
+    _check_tensor("cu_seq_lens_q", cu_seq_lens)
+    if cu_seq_lens.is_floating_point():
+        raise ValueError(
+            f"cu_seq_lens_q is {cu_seq_lens.dtype}, which is not allowed: it must be of integers"
+        )
     places = batch_size * num_tokens
     ends = cu_seq_lens.flatten().long().to(device)
     if ends.numel() < 2 or ends[0] != 0 or ends[-1] != places or (ends.diff() < 0).any():
         raise ValueError(
-            f"cu_seq_lens_q={cu_seq_lens.tolist()} is not allowed: it must rise from 0 to "
+            f"cu_seq_lens_q={reprlib.repr(ends.tolist())} is not allowed: it must rise from 0 to "
             f"batch * tokens = {places}"
         )
     place = torch.arange(places, device=device)

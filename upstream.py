@@ -420,6 +420,10 @@ def _watching(watch: LoopWatch) -> Iterator[None]:
 LOOP_ARGUMENTS = ("tokenizer", "assistant_tokenizer")
 
 
+# The arguments of `generate()` that can hold the prompt.
+PROMPTS = ("inputs", "input_ids", "inputs_embeds")
+
+
 class GenerationHooks(GenerationMixin):
     """`generate()` under both names of the cache, watched, with methods of our own for what it
     does inside."""
@@ -431,6 +435,8 @@ class GenerationHooks(GenerationMixin):
         cache = one_cache(cache, past_key_values)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        given = {"inputs": args[0] if args else None, **kwargs}
+        self.check_prompt({name: given.get(name) for name in PROMPTS})
         watch = LoopWatch(self, callable(kwargs.get("custom_generate")))
         try:
             with _watching(watch):
@@ -487,6 +493,10 @@ class GenerationHooks(GenerationMixin):
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         late = None if kwargs.get("synced_gpus") else late_sample()
         return super()._sample(*args, **kwargs) if late is None else late(self, *args, **kwargs)
+
+    def check_prompt(self, prompts: dict[str, Any]) -> None:
+        """Raise ValueError for what the model cannot go on with, by the argument's name."""
+        raise NotImplementedError
 
     def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Refuse what cannot be done; the model's class knows."""

@@ -414,6 +414,37 @@ class TestEncodeChat:
         with pytest.raises(ValueError, match=rf"{[*argument][0]}=\w+ is not supported"):
             encode_chat(tokenizer, GOLDEN, **argument)
 
+    @pytest.mark.parametrize("tools", [5, "f", {"name": "f"}])
+    def test_refuses_tools_that_are_no_list(self, tokenizer: Any, tools: Any) -> None:
+        kind = type(tools).__name__
+        with pytest.raises(ValueError, match=f"^tools is of type {kind}; allowed: a list"):
+            encode_chat(tokenizer, [{"role": "user", "content": "x"}], tools=tools)
+        with pytest.raises(
+            ValueError, match=r"^tools\[1\] is of type int; allowed: a dict or a fu"
+        ):
+            encode_chat(tokenizer, [{"role": "user", "content": "x"}], tools=[{"name": "f"}, 5])
+
+    def test_refuses_what_is_nested_too_deeply(self, tokenizer: Any) -> None:
+        """Python's own limit is a RecursionError, here or in jinja."""
+
+        def nested(levels: int) -> Any:
+            value: Any = "x"
+            for number in range(levels):
+                value = [value] if number % 2 else {"a": value}
+            return value
+
+        def conversation(arguments: Any) -> Any:
+            call = {"name": "f", "arguments": {"a": arguments}}
+            return [{"role": "assistant", "tool_calls": [call]}]
+
+        encode_chat(tokenizer, conversation(nested(100)), tools=[nested(101)])
+        with pytest.raises(
+            ValueError, match=r"^messages\[0\].* is nested too deeply; allowed: 128"
+        ):
+            encode_chat(tokenizer, conversation(nested(900)))
+        with pytest.raises(ValueError, match=r"^tools\[0\].* is nested too deeply; allowed: 128 l"):
+            encode_chat(tokenizer, [{"role": "user", "content": "x"}], tools=[nested(901)])
+
     def test_another_template(self, tokenizer: Any) -> None:
         template = "<|im_user|>{{ messages[0].content }}[EOS]"
         ids = encode_chat(tokenizer, GOLDEN, chat_template=template)["input_ids"]
