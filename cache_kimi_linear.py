@@ -566,7 +566,8 @@ class KimiLinearCache(Cache):
         for name, value in numbers.items():
             if value < 0:
                 raise ValueError(f"{name}={value} is not allowed: it must be at least 0")
-        super().__init__(layers=_layers_for(config, rollback_tokens, reserve_tokens, offload))
+        layers = _layers_for(config, rollback_tokens, reserve_tokens, offload)
+        Cache.__init__(self, layers=layers)  # subclasses are another cache of Transformers too
 
     num_reorders = 0  # since it was made, so that a beam search that does not is found out
     is_torn = False  # between the first write of a call and its end
@@ -618,8 +619,8 @@ class KimiLinearCache(Cache):
 
 
 class KimiLinearDynamicCache(KimiLinearCache, DynamicCache):
-    """What a `DynamicCache` becomes when a Kimi Linear model writes to it: with layers of ours, and
-    methods that act on all of them or on none."""
+    """A `KimiLinearCache` that is known as a `DynamicCache`: `generate()` makes it, and a
+    `DynamicCache` becomes it when a Kimi Linear model writes to it."""
 
 
 def cache_memory(cache: Cache) -> dict[str, int]:
@@ -739,6 +740,7 @@ def _overwrite(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 __all__ = [
     "KDALayerCache",
     "KimiLinearCache",
+    "KimiLinearDynamicCache",
     "LatentLayerCache",
     "cache_memory",
     "check_kinds",

@@ -398,7 +398,8 @@ class KimiLinearLatentAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`attention_mask` is the backend's; `real_tokens` [B, S] is False at padding; `by_blocks`
-        says that the latents are attended to by our own code instead of the backend."""
+        says that the latents are attended to by our own code instead of the backend, in a compiled
+        step by an `attention_mask` [B, T, S]."""
         check_arguments(self, kwargs, LAYER_ARGUMENTS)
         batch_size = hidden_states.shape[0]
         use_flash = is_flash_attention(self.config)
@@ -418,7 +419,7 @@ class KimiLinearLatentAttention(nn.Module):
             out = self._attend_by_sequence(self._query(x), keys, ends)
             return self.o_proj(out.flatten(-2)), None
         if by_blocks:
-            return self._attend_in_tiles(x, segments, real_tokens)
+            return self._attend_in_tiles(x, segments, real_tokens, attention_mask)
         if alone:
             out, weights = self._attend_by_sequence(self._query(x), latent, layout.ends), None
         else:
@@ -429,36 +430,45 @@ class KimiLinearLatentAttention(nn.Module):
         return (layout.unpack(out, batch_size) if packed else out), weights
 
     def _attend_in_tiles(
-        self, x: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+        self,
+        x: Tensor,
+        segments: list[Tensor],
+        real_tokens: Tensor | None,
+        seen: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Output [B, T, D] and weights; a long call's queries are made a tile of tokens at a time,
         for memory's sake."""
         T = x.shape[1]
         size = max(1024, FUSED_QUERY_TOKENS // x.shape[0])
-        if size >= T or torch.is_grad_enabled():
-            out, weights = self._attend(self._query(x), segments, real_tokens)
+        if seen is not None or size >= T or torch.is_grad_enabled():
+            out, weights = self._attend(self._query(x), segments, real_tokens, seen)
             return self.o_proj(out.flatten(-2)), weights
         past, result = sum(segment.shape[1] for segment in segments) - T, torch.empty_like(x)
         for start in range(0, T, size):
             stop = min(start + size, T)
-            seen, real = first_tokens(segments, past + stop), real_tokens
+            before, real = first_tokens(segments, past + stop), real_tokens
             real = None if real is None else real[:, : past + stop]
-            out, weights = self._attend(self._query(x[:, start:stop]), seen, real)
+            out, weights = self._attend(self._query(x[:, start:stop]), before, real)
             result[:, start:stop] = self.o_proj(out.flatten(-2))
         return result, None
 
     def _attend(
-        self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+        self,
+        query: Tensor,
+        segments: list[Tensor],
+        real_tokens: Tensor | None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager"."""
+        """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager".
+        With `seen` [B, T, S] that, instead of the order of tokens, says what each one sees."""
         if not _is_linear_map(self.kv_b_proj):
-            return self._attend_expanded(query, segments, real_tokens)
+            return self._attend_expanded(query, segments, real_tokens, seen)
         weight, bias = self._kv_b_weight(query)
         sizes = [self.key_dim, self.value_dim]
         key, value = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
         dropout = self.config.attention_dropout if self.training else 0.0
         weights = None
-        if dropout or attention_backend(self.config) == "eager":
+        if seen is not None or dropout or attention_backend(self.config) == "eager":
             out, weights = latent_attention_weights(
                 query,
                 segments,
@@ -466,6 +476,7 @@ class KimiLinearLatentAttention(nn.Module):
                 value,
                 scaling=self.scaling,
                 real_BS=real_tokens,
+                seen_BTS=seen,
                 dropout=dropout,
             )
         else:
@@ -526,14 +537,21 @@ class KimiLinearLatentAttention(nn.Module):
         return torch.cat(outputs, dim=2).transpose(1, 2)[..., : self.value_dim]
 
     def _attend_expanded(
-        self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+        self,
+        query: Tensor,
+        segments: list[Tensor],
+        real_tokens: Tensor | None,
+        seen: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `_attend`, by calling `kv_b_proj` with all latents: what its hooks do, or a module in
         its place, acts on cached tokens as it does in a call without a past."""
         rows = query.shape[0]
         key, value = self._expand(torch.cat([x.expand(rows, -1, -1) for x in segments], dim=1))
         T, S = query.shape[1], key.shape[2]
-        seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+        if seen is None:
+            seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+        else:
+            seen = seen[:, None]
         if real_tokens is not None:  # padding sees itself: nothing at all would be NaN
             seen = seen & (real_tokens[:, None, None] | seen.triu(S - T))
         mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)

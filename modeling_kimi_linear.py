@@ -64,6 +64,7 @@ from .sequence_layout import (
     last_real_columns,
     sequence_layout,
 )
+from .static_cache import compiled_inputs, is_compiled_step, without_room
 from .tensor_parallel import joined, register_styles
 from .upstream import (
     BACKBONE_ARGUMENTS,
@@ -163,6 +164,7 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     # Transformers refuses assisted decoding to stateful models; our cache rolls its states back
     _is_stateful = False
     _can_record_outputs = {
@@ -354,9 +356,10 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             ValueError: If inputs contradict each other; the message names the argument.
         """
         check_arguments(self, kwargs, BACKBONE_ARGUMENTS)
-        if cu_seq_lens_q is None and not LENGTH_ARGUMENTS.keys().isdisjoint(kwargs):
+        lengths = [name for name in LENGTH_ARGUMENTS if name in kwargs]
+        if lengths and cu_seq_lens_q is None:
             raise ValueError(
-                f"{', '.join(LENGTH_ARGUMENTS.keys() & kwargs.keys())} without cu_seq_lens_q is "
+                f"{', '.join(lengths)} without cu_seq_lens_q is "
                 "not allowed: cu_seq_lens_q says where packed sequences begin"
             )
         cache = one_cache(cache, past_key_values)
@@ -367,6 +370,12 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         batch_size, num_tokens = source.shape[:2]
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
+        if is_compiled_step(cache):
+            assert cache is not None
+            x = self.embed_tokens(source) if inputs_embeds is None else source
+            x, inputs = compiled_inputs(cache, attention_mask, x)
+            return self._run_layers(x, inputs, kwargs)
+        attention_mask = without_room(cache, attention_mask, num_tokens)
         mask = unless_all_real(attention_mask)
         if self.context_group is not None:
             shape, has_cache = (batch_size, num_tokens), cache is not None or use_cache
@@ -387,7 +396,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             hidden_states = hidden_states.masked_fill(padding, 0)
         if self.context_group is not None:
             layout = shard_layout(layout, num_tokens, self.context_group)
-        kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         cache = self._cache_for(layout, cache, use_cache, batch_size)
         past = 0 if cache is None else cache.layers[0].num_tokens
         check_columns(attention_mask, past, num_tokens)
@@ -402,13 +410,22 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             "by_blocks": by_blocks,
             "kda_plan": plan_kda(hidden_states, mask, cache, layout),
         }
+        if cache is not None:
+            note_padding(cache, attention_mask, mask, past)
+        return self._run_layers(hidden_states, inputs, kwargs)
+
+    def _run_layers(
+        self, hidden_states: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]
+    ) -> KimiLinearModelOutput:
+        """All layers on the embeddings [B, T, D], given what the call's plan says."""
+        cache = inputs["cache"]
+        kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
-        notes = take_notes(self, layout, hidden_states, wants_logits)
+        notes = take_notes(self, inputs["layout"], hidden_states, wants_logits)
         losses = []
         # `assistant_early_exit` lowers the number while the model makes its own draft
         layers = list(self.layers)[: self.config.num_hidden_layers]
         if cache is not None:
-            note_padding(cache, attention_mask, mask, past)
             cache.is_torn = True  # until all layers have counted the call's tokens
         for layer in layers:
             if notes is None or not getattr(layer, "is_moe", False):

@@ -189,7 +189,7 @@ def sequence_layout(
     if real is None and (num_tokens == 1 or not sources):
         return SequenceLayout()
     if torch.compiler.is_compiling() and (num_tokens == 1 or not sources):
-        return _traced_layout(real)
+        return traced_layout(real)
     # column of the real token before each token of this call, -1 if there is none
     previous = _previous_real(real, batch_size, num_tokens, device)
     starts = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
@@ -200,14 +200,14 @@ def sequence_layout(
         starts &= real  # padding begins nothing
     if is_exporting():
         torch._assert_async(~starts.any(), "packed rows are not allowed in an exported program")
-        return _traced_layout(real)
+        return traced_layout(real)
     is_packed = bool(starts.any())
     if not is_packed and real is None:
         return SequenceLayout()
     return _layout(starts, real, is_packed)
 
 
-def _traced_layout(real: Tensor | None) -> SequenceLayout:
+def traced_layout(real: Tensor | None) -> SequenceLayout:
     """The layout of rows of one sequence each, worked out without looking at values."""
     if real is None:
         return SequenceLayout()
@@ -332,4 +332,10 @@ def _sequence_numbers(
     return torch.searchsorted(ends, place, right=True).reshape(batch_size, num_tokens)
 
 
-__all__ = ["SequenceLayout", "check_attention_mask", "last_real_columns", "sequence_layout"]
+__all__ = [
+    "SequenceLayout",
+    "check_attention_mask",
+    "last_real_columns",
+    "sequence_layout",
+    "traced_layout",
+]

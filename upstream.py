@@ -467,6 +467,7 @@ class GenerationHooks(GenerationMixin):
                 longest,
                 is_returned=generation_config.return_dict_in_generate,
                 is_draft=generation_config.is_assistant,
+                is_compiled=generation_config.compile_config is not None,
             )
             return
         super()._prepare_cache_for_generation(
@@ -503,7 +504,13 @@ class GenerationHooks(GenerationMixin):
         raise NotImplementedError
 
     def new_cache(
-        self, kind: str | None, max_tokens: int, *, is_returned: bool, is_draft: bool
+        self,
+        kind: str | None,
+        max_tokens: int,
+        *,
+        is_returned: bool,
+        is_draft: bool,
+        is_compiled: bool,
     ) -> Cache:
         """A cache for a call of `generate()` that was given none; the model's class makes it.
 
@@ -512,6 +519,7 @@ class GenerationHooks(GenerationMixin):
             max_tokens: The most that it will hold.
             is_returned: Whether the caller gets it.
             is_draft: Whether the model drafts for another one, which takes tokens back.
+            is_compiled: Whether `compile_config` is given.
         """
         raise NotImplementedError
 

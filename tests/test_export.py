@@ -1,5 +1,5 @@
-"""`torch.export` and compilers with padding: what is computed does not hang on where padding is, and
-the values are those of an eager call."""
+"""`torch.export` and compilers with padding: what is computed does not hang on where padding is,
+and the values are those of an eager call."""
 
 import pytest
 import torch
