@@ -64,7 +64,7 @@ from .sequence_layout import (
     last_real_columns,
     sequence_layout,
 )
-from .static_cache import compiled_inputs, is_compiled_step, without_room
+from .static_cache import is_static_call, static_inputs, without_room
 from .tensor_parallel import joined, register_styles
 from .upstream import (
     BACKBONE_ARGUMENTS,
@@ -370,10 +370,10 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         batch_size, num_tokens = source.shape[:2]
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
-        if is_compiled_step(cache):
+        if is_static_call(cache):
             assert cache is not None
             x = self.embed_tokens(source) if inputs_embeds is None else source
-            x, inputs = compiled_inputs(cache, attention_mask, x)
+            x, inputs = static_inputs(cache, attention_mask, x)
             return self._run_layers(x, inputs, kwargs)
         attention_mask = without_room(cache, attention_mask, num_tokens)
         mask = unless_all_real(attention_mask)

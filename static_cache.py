@@ -24,12 +24,19 @@ from .cache_kimi_linear import (
 )
 from .rollback import KDAPlan, KDARun
 from .sequence_layout import SequenceLayout, traced_layout
+from .upstream import attention_backend
 
 
 class _CountsInTensor:
-    """Mixin: `num_tokens` is the number in a tensor, so that no graph depends on it."""
+    """Mixin: `num_tokens` is the number in a tensor, so that no graph depends on it.
+
+    Attributes:
+        length: [1] int64.
+        is_dense: Whether calls without a compiler too see all of the room.
+    """
 
     is_compileable = True
+    is_dense = False
     length: Tensor
 
     @property
@@ -39,6 +46,11 @@ class _CountsInTensor:
     @num_tokens.setter
     def num_tokens(self, value: int) -> None:
         self.length = torch.full((1,), value, device=getattr(self, "place", None))
+
+
+def _room(max_tokens: int) -> int:
+    """Tokens that a buffer for so many has room for."""
+    return -(-max_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 class CompiledKDALayer(_CountsInTensor, KDALayerCache):
@@ -68,12 +80,20 @@ class CompiledKDALayer(_CountsInTensor, KDALayerCache):
 class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
     """Latents of one MLA layer in a buffer that does not grow."""
 
+    def get_max_length(self) -> int:
+        return _room(self.reserve_tokens)
+
+    get_max_cache_shape = get_max_length  # its older name
+
     def update(self, latent: Tensor) -> list[Tensor]:  # type: ignore[override]
         """Append [B, T, R] and return all segments; to a compiler, all of the buffer [B, S, R]."""
         self.place = latent.device
-        if not torch.compiler.is_compiling():
+        if not (self.is_dense or torch.compiler.is_compiling()):
             return super().update(latent)
-        assert self.tail is not None
+        if self.tail is None:
+            B, _, R = latent.shape
+            self.tail, self.num_tokens = latent.new_zeros(B, self.get_max_length(), R), 0
+            self._num_rows, self.is_initialized = B, True
         columns = self.length + torch.arange(latent.shape[1], device=latent.device)
         self.tail.index_copy_(1, columns, latent.to(self.tail.dtype))
         self.length.add_(latent.shape[1])
@@ -105,7 +125,9 @@ class KimiLinearStaticCache(KimiLinearCache, StaticCache):
             reserve_tokens=max_tokens,
             offload=offload,
         )
-        self.room = -(-max_tokens // BLOCK_TOKENS) * BLOCK_TOKENS  # S
+        self.room = _room(max_tokens)  # S
+        # attention weights are all returned by "eager" attention: let them have one shape
+        self.is_dense = is_compileable and attention_backend(config) == "eager"
         if is_compileable:
             self.layers: list[Any] = [
                 CompiledKDALayer(0)
@@ -113,22 +135,25 @@ class KimiLinearStaticCache(KimiLinearCache, StaticCache):
                 else CompiledLatentLayer(max_tokens)
                 for kind in config.layer_types
             ]
+            for layer in self.layers:
+                layer.is_dense = self.is_dense
 
     def with_room(self, attention_mask: Tensor) -> Tensor:
         """A mask of the tokens up to now [B, n] in the shape that all steps have: [B, S]."""
         return F.pad(attention_mask, (0, self.room - attention_mask.shape[1]))
 
     @property
-    def is_step_compiled(self) -> bool:
-        """Whether a compiler is at work that can take this call: states and latents are there."""
-        if not (self.is_compileable and torch.compiler.is_compiling()):
-            return False
-        return all(layer.is_initialized for layer in self.layers)
+    def is_static_call(self) -> bool:
+        """Whether a call is planned by `static_inputs`: a compiler is at work that can take it,
+        since states and latents are there, or all calls are."""
+        if torch.compiler.is_compiling() and self.is_compileable:
+            return all(layer.is_initialized for layer in self.layers)
+        return self.is_dense
 
 
-def is_compiled_step(cache: Any) -> bool:
-    """Whether a call behind this cache is a step that `compiled_inputs` plans."""
-    return isinstance(cache, KimiLinearStaticCache) and cache.is_step_compiled
+def is_static_call(cache: Any) -> bool:
+    """Whether a call behind this cache is planned by `static_inputs`."""
+    return isinstance(cache, KimiLinearStaticCache) and cache.is_static_call
 
 
 def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
@@ -138,14 +163,14 @@ def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> 
     return attention_mask[:, : cache.get_seq_length() + num_tokens]
 
 
-def compiled_inputs(
+def static_inputs(
     cache: KimiLinearStaticCache, attention_mask: Tensor | None, hidden_states: Tensor
 ) -> tuple[Tensor, dict[str, Any]]:
     """The call's hidden states [B, T, D], zeros at padding, and what all layers are given.
 
     Args:
         cache: The cache, with tokens.
-        attention_mask: [B, S], non-zero at real tokens up to the last of this call.
+        attention_mask: [B, S or fewer], non-zero at real tokens up to the last of this call.
         hidden_states: [B, T, D], the embeddings.
     """
     B, T = hidden_states.shape[:2]
@@ -154,8 +179,11 @@ def compiled_inputs(
     seen = (torch.arange(cache.room, device=device) <= columns[:, None]).expand(B, -1, -1)
     layout = SequenceLayout()
     if attention_mask is not None:
+        for layer in cache.layers:
+            layer.has_padding = True
         real = attention_mask.to(device) != 0
         own = real.index_select(1, columns)
+        real = F.pad(real, (0, cache.room - real.shape[1]))
         seen, layout = seen & real[:, None], traced_layout(own)
         hidden_states = hidden_states.masked_fill(~own[..., None], 0)
     return hidden_states, {
@@ -168,4 +196,4 @@ def compiled_inputs(
     }
 
 
-__all__ = ["KimiLinearStaticCache", "compiled_inputs", "is_compiled_step", "without_room"]
+__all__ = ["KimiLinearStaticCache", "is_static_call", "static_inputs", "without_room"]

@@ -10,7 +10,6 @@ from kimi_linear.decode_graph import _depth_obstacle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tolerance import assert_close
 from transformers import (
-    CompileConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -482,13 +481,6 @@ def test_a_speculative_loop_of_ones_own(model, batch_size):
             text = torch.cat([text, step[:, : 1 + accepted]], dim=1)
             logits = out[:, accepted]
     assert text.tolist() == expected.tolist()
-
-
-def test_static_cache_with_compilation_gives_the_same_ids(hybrid):
-    ids = token_ids(2, 6)
-    plain = hybrid.generate(ids, **COMMON)
-    options = {"cache_implementation": "static", "compile_config": CompileConfig()}
-    assert torch.equal(hybrid.generate(ids, **options, **COMMON), plain)
 
 
 # ---------------------------------------------------------------------------------------- refusals
