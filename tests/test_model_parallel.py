@@ -51,11 +51,19 @@ MODELS: dict[int, dict[str, Any]] = {  # by the number of processes
 IS_OLD = not hasattr(DistributedConfig, "ep_size")
 
 
-def load(folder: str, name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+def load(
+    folder: str,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> Any:
     """The saved model in float32, or in `dtype`; the other arguments are of a DistributedConfig."""
     config = DistributedConfig(**kwargs) if kwargs else None
     model = KimiLinearForCausalLM.from_pretrained(
-        f"{folder}/{name}", distributed_config=config, attn_implementation="sdpa", dtype=dtype
+        f"{folder}/{name}",
+        distributed_config=config,
+        attn_implementation="sdpa",
+        dtype=dtype,
     )
     return model if kwargs else here(model)
 
@@ -166,6 +174,28 @@ def with_sharded_data(rank: int, world: int, folder: str) -> None:
     model.save_pretrained(f"{folder}/data_{world}")
 
 
+def with_sharded_data_in_bfloat16(rank: int, world: int, folder: str) -> None:
+    """The decay parameters are float32, which FSDP gathers by themselves; see above."""
+    name, tp = f"of_{world}", world // 2
+    plain = load(folder, name, torch.bfloat16)
+    model = load(folder, name, torch.bfloat16, tp_size=tp, fsdp_size=2, ep_size=world)
+    inputs, row = packed_rows(), rank // tp
+    plain.train()(**inputs).loss.backward()
+    model.train()(**{key: x[row : row + 1] for key, x in inputs.items()}).loss.backward()
+    for end in ("", "A_log", "dt_bias"):
+        grads = [
+            torch.cat(
+                [
+                    whole(parameter.grad).flatten().float().cpu()
+                    for key, parameter in each.named_parameters()
+                    if key.endswith(end)
+                ]
+            )
+            for each in (model, plain)
+        ]
+        assert (grads[0] - grads[1]).norm() <= 0.1 * grads[1].norm(), end
+
+
 def pipeline_of_text(rank: int, world: int, folder: str) -> None:
     same_text(load(folder, f"of_{world}", pp_size=world), load(folder, f"of_{world}"))
 
@@ -245,7 +275,7 @@ def test_two_and_four_processes_equal_one(tmp_path: Path, device_type: str):
             continue
         tiny_model(**fields).save_pretrained(tmp_path / f"of_{world}")
         functions = [sizes_must_divide, tensor_parallel, tensor_parallel_in_bfloat16]
-        functions += [] if IS_OLD else [with_sharded_data]
+        functions += [] if IS_OLD else [with_sharded_data, with_sharded_data_in_bfloat16]
         if world == 2:
             functions += [expert_parallel, pipeline_of_text, pipeline_of_training]
         run(world, functions, tmp_path, device_type)
