@@ -313,8 +313,14 @@ class PreTrainedModelHooks(PreTrainedModel):
     ) -> Any:
         sizes = {
             name: getattr(distributed_config, name, None) or 1
-            for name in ("fsdp_size", "dp_replicate_size")
+            for name in ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size")
         }
+        divides = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+        if divides and getattr(model, "is_quantized", False):
+            raise ValueError(
+                f"{', '.join(divides)} is not allowed with quantization_config: quantised weights "
+                "cannot be divided, it must be 1; pp_size divides layers"
+            )
         has_groups = sizes["fsdp_size"] * sizes["dp_replicate_size"] > 1
         with model.prepared_for_fsdp() if has_groups else nullcontext():
             return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
