@@ -9,7 +9,7 @@ I expert width, E experts, k experts of one token.
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from .context_parallel import (
     shard_layout,
     total_over,
 )
+from .decay_sharding import decays_apart
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
 from .expert_quantization import is_packed, packing_experts, saved_bytes, unpack_experts
 from .generation_kimi_linear import KimiLinearGenerationMixin
@@ -237,6 +238,11 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         model = super().dequantize(dtype=dtype)
         unpack_experts(self, dtype)
         return model
+
+    def prepared_for_fsdp(self) -> AbstractContextManager[None]:
+        """See `decay_sharding.py`."""
+        kda = [each for each in self.modules() if isinstance(each, KimiLinearDeltaAttention)]
+        return decays_apart(self, kda)
 
     def joined_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """What every torch can put together."""

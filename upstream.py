@@ -15,7 +15,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -310,6 +310,29 @@ class PreTrainedModelHooks(PreTrainedModel):
                 if style == "ep_dispatch_experts":
                     self._ep_plan[name] = "moe_tp_experts"
                     self._ep_plan[name.removesuffix("experts") + "gate"] = "ep_router"
+
+    # The only place before a model is divided. HSDP (5.23) makes FSDP's groups with one shard too.
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        sizes = {
+            name: getattr(distributed_config, name, None) or 1
+            for name in ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size")
+        }
+        divides = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+        if divides and getattr(model, "is_quantized", False):
+            raise ValueError(
+                f"{', '.join(divides)} is not allowed with quantization_config: quantised weights "
+                "cannot be divided, it must be 1; pp_size divides layers"
+            )
+        has_groups = sizes["fsdp_size"] * sizes["dp_replicate_size"] > 1
+        with model.prepared_for_fsdp() if has_groups else nullcontext():
+            return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    def prepared_for_fsdp(self) -> AbstractContextManager[None]:
+        """Within, FSDP makes its groups, of parameters of one dtype; the model's class may help."""
+        return nullcontext()
 
     # `save_pretrained` gathers here what several processes have together. Tied weights come out as
     # two tensors, which safetensors would write twice.

@@ -19,6 +19,7 @@ import transformers
 from _training import make_optimizer
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.parameter_groups import parameter_groups
 from packaging.version import Version
 from processes import DEVICE_TYPES, assert_same, assert_same_gradients, device, fits, here, run
 from test_scripts import SIZES
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers.distributed import DistributedConfig
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
@@ -91,6 +93,73 @@ def muon_refuses_shards(rank: int, world: int, folder: str) -> None:
     with pytest.raises(ValueError, match="optimizer='muon' .* sharded .* must be 'adamw'"):
         make_optimizer("muon", model, 1e-3, 0.0).step()
     make_optimizer("adamw", model, 1e-3, 0.0).step()
+
+
+def saved_in_bfloat16(folder: str, source: str = "bfloat16", **sizes: int) -> Any:
+    """The model saved there, divided by Transformers if sizes of a DistributedConfig are given."""
+    config = DistributedConfig(**sizes) if sizes else None
+    path = f"{folder}/{source}"
+    model = KimiLinearForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, distributed_config=config
+    )
+    return here(model).train()
+
+
+def same_training_in_bfloat16(rank: int, world: int, folder: str) -> None:
+    """FSDP by Transformers of a model whose decay parameters stay in float32: two passes, the
+    second with checkpointing, a step of the optimizer, text and files. Each process reads rows of
+    its own, the plain model too, so that both round in the same places."""
+    model, plain = saved_in_bfloat16(folder, fsdp_size=world), saved_in_bfloat16(folder)
+    share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    mine = {name: x[share] for name, x in batch().items()}
+    for checkpointing in (False, True):
+        if checkpointing:
+            for each in (model, plain):
+                each.gradient_checkpointing_enable({"use_reentrant": False})
+        losses = [backward(each, mine, TOKENS) for each in (model, plain)]
+        assert_same(*losses, "loss")
+    for parameter in plain.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world
+    assert_same_gradients(model, plain)
+    for each in (model, plain):
+        torch.optim.AdamW(parameter_groups(each, 0.1), lr=1e-2).step()
+        each.to(torch.bfloat16)
+    for (name, ours), (other, theirs) in zip(
+        model.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        is_wide = name.endswith(("A_log", "dt_bias"))
+        assert name == other
+        assert ours.dtype == theirs.dtype == (torch.float32 if is_wide else torch.bfloat16)
+        assert_same(ours, theirs, name)
+    assert_same(*(backward(each, mine, TOKENS) for each in (model, plain)), "loss after a step")
+    ids = here(token_ids(2, 9))
+    texts = [
+        each.eval().generate(ids, max_new_tokens=4, do_sample=False) for each in (model, plain)
+    ]
+    assert torch.equal(*texts)
+    model.save_pretrained(f"{folder}/of_shards")
+    if rank == 0:
+        plain.save_pretrained(f"{folder}/of_plain")
+    dist.barrier()
+
+
+def shards_of_bfloat16(rank: int, world: int, folder: str) -> None:
+    """Torch's own checkpoints have the released names too, and any model of them reads them."""
+    model = saved_in_bfloat16(folder, fsdp_size=world)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        expected = saved_in_bfloat16(folder).state_dict()
+        assert whole.keys() == expected.keys()
+        assert all(torch.equal(x, expected[name].cpu()) for name, x in whole.items())
+    other = saved_in_bfloat16(folder, "of_shards", fsdp_size=world)
+    dcp.save({"model": get_model_state_dict(other)}, checkpoint_id=f"{folder}/shards_in_bfloat16")
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=f"{folder}/shards_in_bfloat16")
+    set_model_state_dict(model, state["model"])
+    inputs = {name: x[:1] for name, x in batch().items()}
+    plain = saved_in_bfloat16(folder, "of_plain")
+    assert_same(*(backward(each, inputs, TOKENS) for each in (model, plain)), "loss")
 
 
 def save_shards(rank: int, world: int, folder: str) -> None:
@@ -181,7 +250,12 @@ def test_two_and_four_processes_equal_one(tmp_path: Path, device_type: str):
     functions = [same_gradients, muon_refuses_shards, save_shards, load_as_accelerate_does]
     if TRAINER_RESUMES and device_type == "cpu":
         functions.append(resumed_training)
+    tiny_model().bfloat16().save_pretrained(tmp_path / "bfloat16")
+    functions += [same_training_in_bfloat16, shards_of_bfloat16]
     run(2, functions, tmp_path, device_type)
+    for file in ("model.safetensors", "config.json"):
+        expected = (tmp_path / "of_plain" / file).read_bytes()
+        assert (tmp_path / "of_shards" / file).read_bytes() == expected
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "whole")]
     assert files[0] == files[1]  # saved from shards: the released names, byte for byte
     readers = 4 if fits(4, device_type) else 2

@@ -24,6 +24,9 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.functional import cross_entropy
 from transformers.distributed import DistributedConfig
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 pytestmark = [
     pytest.mark.transformers,
@@ -51,11 +54,21 @@ MODELS: dict[int, dict[str, Any]] = {  # by the number of processes
 IS_OLD = not hasattr(DistributedConfig, "ep_size")
 
 
-def load(folder: str, name: str, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+def load(
+    folder: str,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    quantization: Any = None,
+    **kwargs: Any,
+) -> Any:
     """The saved model in float32, or in `dtype`; the other arguments are of a DistributedConfig."""
     config = DistributedConfig(**kwargs) if kwargs else None
     model = KimiLinearForCausalLM.from_pretrained(
-        f"{folder}/{name}", distributed_config=config, attn_implementation="sdpa", dtype=dtype
+        f"{folder}/{name}",
+        distributed_config=config,
+        attn_implementation="sdpa",
+        dtype=dtype,
+        quantization_config=quantization,
     )
     return model if kwargs else here(model)
 
@@ -166,6 +179,28 @@ def with_sharded_data(rank: int, world: int, folder: str) -> None:
     model.save_pretrained(f"{folder}/data_{world}")
 
 
+def with_sharded_data_in_bfloat16(rank: int, world: int, folder: str) -> None:
+    """The decay parameters are float32, which FSDP gathers by themselves; see above."""
+    name, tp = f"of_{world}", world // 2
+    plain = load(folder, name, torch.bfloat16)
+    model = load(folder, name, torch.bfloat16, tp_size=tp, fsdp_size=2, ep_size=world)
+    inputs, row = packed_rows(), rank // tp
+    plain.train()(**inputs).loss.backward()
+    model.train()(**{key: x[row : row + 1] for key, x in inputs.items()}).loss.backward()
+    for end in ("", "A_log", "dt_bias"):
+        grads = [
+            torch.cat(
+                [
+                    whole(parameter.grad).flatten().float().cpu()
+                    for key, parameter in each.named_parameters()
+                    if key.endswith(end)
+                ]
+            )
+            for each in (model, plain)
+        ]
+        assert (grads[0] - grads[1]).norm() <= 0.1 * grads[1].norm(), end
+
+
 def pipeline_of_text(rank: int, world: int, folder: str) -> None:
     same_text(load(folder, f"of_{world}", pp_size=world), load(folder, f"of_{world}"))
 
@@ -228,6 +263,35 @@ def sizes_must_divide(rank: int, world: int, folder: str) -> None:
             load(folder, name, tp_size=world)
 
 
+@register_quantization_config("unchanged")
+class Unchanged(QuantizationConfigMixin):
+    """Of a quantiser that leaves every weight as it is."""
+
+    def __init__(self) -> None:
+        self.quant_method = "unchanged"
+
+
+@register_quantizer("unchanged")
+class UnchangedQuantizer(HfQuantizer):
+    is_serializable = is_trainable = requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None: ...
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None: ...
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return False
+
+
+def quantised_weights_are_not_divided(rank: int, world: int, folder: str) -> None:
+    """Each process would quantise its part with scales of its own, and saving would fail."""
+    for name in ("tp_size", "fsdp_size"):
+        with pytest.raises(ValueError, match=f"^{name}={world} is not allowed with quantization"):
+            load(folder, f"of_{world}", quantization=Unchanged(), **{name: world})
+    model = load(folder, f"of_{world}", quantization=Unchanged(), pp_size=world)
+    same_text(model, load(folder, f"of_{world}", quantization=Unchanged()))
+
+
 REFUSED = {
     "three_heads": r"num_attention_heads=3 .* over \d processes: it must be a multiple of \d",
     "three_kda_heads": r"linear_attn_config\['num_heads'\]=3 .* it must be a multiple of",
@@ -245,9 +309,10 @@ def test_two_and_four_processes_equal_one(tmp_path: Path, device_type: str):
             continue
         tiny_model(**fields).save_pretrained(tmp_path / f"of_{world}")
         functions = [sizes_must_divide, tensor_parallel, tensor_parallel_in_bfloat16]
-        functions += [] if IS_OLD else [with_sharded_data]
+        functions += [] if IS_OLD else [with_sharded_data, with_sharded_data_in_bfloat16]
         if world == 2:
             functions += [expert_parallel, pipeline_of_text, pipeline_of_training]
+            functions += [quantised_weights_are_not_divided]
         run(world, functions, tmp_path, device_type)
         for file in ("model.safetensors", "config.json", "modeling_kimi_linear.py"):
             expected = (tmp_path / f"of_{world}" / file).read_bytes()
