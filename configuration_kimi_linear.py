@@ -131,7 +131,10 @@ class KimiLinearConfig(PreTrainedConfig):
         use_grouped_topk, num_expert_group, topk_group: The experts stand in `num_expert_group`
             groups, of which the best `topk_group` take part in the choice.
         rms_norm_eps: Epsilon of the layer norms and of KDA's output norm.
-        model_max_length: Longest context the model is meant for, in tokens.
+        model_max_length: Longest context the model is meant for, in tokens. It may read more: there
+            are no positions to run out of.
+        max_prompt_tokens: Longest prompt that `generate()` takes, cached tokens included; None: any
+            length.
         rope_theta, rope_scaling: Carried for other engines; there are no rotary positions.
             `rope_scaling` must be None.
         num_nextn_predict_layers: Must be 0.
@@ -181,6 +184,7 @@ class KimiLinearConfig(PreTrainedConfig):
     bos_token_id: int | None = 163584
     eos_token_id: int | list[int] | None = 163586
     model_max_length: int = 1048576
+    max_prompt_tokens: int | None = None
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     attention_dropout: float = 0.0
@@ -463,7 +467,7 @@ class KimiLinearConfig(PreTrainedConfig):
             self._check_size(field)
         for field in ("qk_rope_head_dim", "first_k_dense_replace"):
             self._check_size(field, 0)
-        for field in ("q_lora_rank", "head_dim"):
+        for field in ("q_lora_rank", "head_dim", "max_prompt_tokens"):
             self._check_size(field, is_optional=True)
         self._check_size("num_shared_experts", 0, is_optional=True)
         for field in ("rms_norm_eps", "routed_scaling_factor", "initializer_range", "rope_theta"):

@@ -25,13 +25,20 @@ DECODE_ARGUMENTS = {"position_ids", "logits_to_keep", "use_cache"}
 class KimiLinearGenerationMixin(GenerationHooks):
     """`GenerationMixin` with the hybrid cache."""
 
-    def check_prompt(self, prompts: dict[str, Any]) -> None:
-        """Refuse prompts that are no rows of tokens; ids beside embeddings may be none."""
+    def check_prompt(self, prompts: dict[str, Any], *, is_draft: bool) -> None:
+        """Refuse prompts that are no rows of tokens, and those above the limit before any of it is
+        read. Ids beside embeddings may be none, and a draft's hold what was generated so far."""
+        limit = None if is_draft else self.config.max_prompt_tokens
         if prompts.get("inputs_embeds") is not None:
             prompts = {"inputs_embeds": prompts["inputs_embeds"]}
         for name, prompt in prompts.items():
             if prompt is not None:
                 check_source(prompt, name)
+                if limit is not None and prompt.shape[1] > limit:
+                    raise ValueError(
+                        f"{name} has {prompt.shape[1]} tokens, which is not allowed: it must have "
+                        f"at most max_prompt_tokens={limit} of the model's configuration"
+                    )
 
     def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Refuse what this model cannot generate with."""

@@ -145,6 +145,7 @@ REFUSED = {
     "topk_method": dict(topk_method="greedy"),
     "gate_lower_bound": dict(linear_attn_config={"gate_lower_bound": -5.0}),
     "use_full_rank_gate": dict(linear_attn_config={"use_full_rank_gate": True}),
+    "max_prompt_tokens": dict(max_prompt_tokens=0),
     "rope_scaling": dict(rope_scaling={"type": "yarn"}),
     "num_nextn_predict_layers": dict(num_nextn_predict_layers=1),
     "full_attn_layers": dict(
