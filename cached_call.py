@@ -16,7 +16,13 @@ from .sequence_layout import SequenceLayout
 
 
 def check_source(source: Any, name: str) -> None:
-    """ValueError unless the input, of that name, is a tensor of rows of tokens."""
+    """ValueError unless the input, of that name, is a tensor of rows of tokens.
+
+    Raises:
+        RuntimeError: Under `torch.jit.trace`, whose program would go on with this call's sizes.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace is not supported: torch.export.export takes this model")
     if not isinstance(source, Tensor):
         raise ValueError(f"{name}={type(source).__name__} is not allowed: it must be a tensor")
     axes = ["batch", "tokens", "hidden_size"][: 3 if name == "inputs_embeds" else 2]

@@ -117,3 +117,8 @@ def test_a_compiled_call_with_padding_trains():
     assert_close(compiled_loss, loss, torch.float32)
     for name, grad in expected.items():
         assert_close(found[name], grad, torch.float32)
+
+
+def test_jit_tracing_is_refused_by_name(model):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace is not supported: torch\.export"):
+        torch.jit.trace(model, IDS, check_trace=False)

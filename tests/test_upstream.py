@@ -35,7 +35,7 @@ CHANGED = (
 DOCUMENTED = {
     "transformers": None,
     "transformers.activations": {"ACT2FN"},
-    "transformers.cache_utils": {"Cache", "CacheLayerMixin", "DynamicCache"},
+    "transformers.cache_utils": {"Cache", "CacheLayerMixin", "DynamicCache", "StaticCache"},
     "transformers.configuration_utils": {"PreTrainedConfig"},
     "transformers.modeling_outputs": {"ModelOutput", "TokenClassifierOutput"},
     "transformers.utils": {"get_json_schema", "logging"},
