@@ -67,6 +67,7 @@ from .sequence_layout import (
 )
 from .static_cache import is_static_call, static_inputs, without_room
 from .tensor_parallel import joined, register_styles
+from .tree_mask import tree_texts
 from .upstream import (
     BACKBONE_ARGUMENTS,
     CAUSAL_LM_ARGUMENTS,
@@ -341,7 +342,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         Args:
             input_ids: [B, T] int64; either this or `inputs_embeds`.
             attention_mask: [B, S], non-zero at real tokens, cached ones included. Padding may stand
-                anywhere.
+                anywhere. Or [B or 1, 1, T, T], what each token sees, if that is a tree: texts that
+                share beginnings, see `tree_mask.py`.
             position_ids: [B or 1, T]. There are no positional encodings; only restarts matter,
                 which begin a new sequence within a row (packing).
             cache: A `KimiLinearCache`, or an empty `DynamicCache`.
@@ -374,6 +376,9 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         source: Any = input_ids if inputs_embeds is None else inputs_embeds
         check_source(source, "input_ids" if inputs_embeds is None else "inputs_embeds")
         batch_size, num_tokens = source.shape[:2]
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+            has_cache = cache is not None or bool(use_cache)
+            return self._read_trees(source, attention_mask, has_cache, kwargs)
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
         if is_static_call(cache):
@@ -419,6 +424,26 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         if cache is not None:
             note_padding(cache, attention_mask, mask, past)
         return self._run_layers(hidden_states, inputs, kwargs)
+
+    def _read_trees(
+        self, source: Tensor, attention_mask: Tensor, has_cache: bool, kwargs: dict[str, Any]
+    ) -> KimiLinearModelOutput:
+        """A call with a mask of four dimensions, see `tree_mask.py`."""
+        wanted = {name: kwargs.get(name, getattr(self.config, name)) for name in OUTPUT_ARGUMENTS}
+        obstacles = [name for name, is_wanted in wanted.items() if is_wanted]
+        obstacles += ["a cache"] * has_cache
+        obstacles += ["context parallelism"] * (self.context_group is not None)
+        if obstacles:
+            raise ValueError(
+                f"attention_mask has four dimensions, which is not allowed with {obstacles[0]}"
+            )
+        texts = tree_texts(attention_mask, *source.shape[:2])
+        x = source if source.is_floating_point() else self.embed_tokens(source)
+        out = self(inputs_embeds=texts.pack(x), use_cache=False, cu_seq_lens_q=texts.ends)
+        return KimiLinearModelOutput(
+            last_hidden_state=texts.unpack(out.last_hidden_state, source.shape[0]),
+            router_losses=out.router_losses,
+        )
 
     def _run_layers(
         self, hidden_states: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]
@@ -640,7 +665,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         if is_fused:
             logits = DeferredLogits.of(self.lm_head, x)
         else:
-            mask = attention_mask if labels is None and x.shape[1] > 1 else None
+            has_columns = attention_mask is not None and attention_mask.ndim == 2
+            mask = attention_mask if has_columns and labels is None and x.shape[1] > 1 else None
             logits = self.lm_head(_kept_states(x, kept, unless_all_real(mask)))
         if labels is not None:
             if logits.shape[:2] != labels.shape:
@@ -799,7 +825,9 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         )
         logits = self.score(outputs.last_hidden_state)
         real = attention_mask
-        if real is None and input_ids is not None and self.config.pad_token_id is not None:
+        if real is not None:
+            check_attention_mask(real, *logits.shape[:2])
+        elif input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
         columns = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
         if real is not None:

@@ -269,7 +269,7 @@ def check_attention_mask(attention_mask: Tensor, batch_size: int, num_tokens: in
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, which is not allowed: it "
             f"must be [batch, tokens] = [{batch_size}, at least {num_tokens}] with zeros at "
-            "padding (KDA layers cannot use a 4D mask)"
+            "padding (one of four dimensions is for calls without labels and cache)"
         )
 
 
