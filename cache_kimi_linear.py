@@ -36,12 +36,14 @@ class _LayerCache(CacheLayerMixin):
     """What both kinds share: they count tokens and select rows of their tensors.
 
     Attributes:
+        kind: Its entry of `config.layer_types`.
         num_tokens: S, padding included.
         has_padding: Whether some of them may be padding.
     """
 
     is_sliding = False
     supports_early_init = False
+    kind = ""
     _tensors: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -131,6 +133,7 @@ class KDALayerCache(_LayerCache):
         is_stale: Whether tokens were taken back that the states still hold.
     """
 
+    kind = "linear_attention"
     _tensors = (
         "recurrent_state",
         "conv_state",
@@ -341,7 +344,7 @@ class KDALayerCache(_LayerCache):
             log = self.log
             shape = (x.shape[0], max(end, 2 * self.rollback_tokens), x.shape[2])
             if log is None or log.shape != shape or log.dtype != x.dtype or not _may_write(log):
-                log = x.new_empty(shape)
+                log = x.new_zeros(shape)
                 if old is not None:
                     log[:, :start] = old
             log[:, start:end] = x.detach()
@@ -366,6 +369,7 @@ class LatentLayerCache(_LayerCache):
     """
 
     is_croppable = True
+    kind = "full_attention"
     _tensors = ("tail",)
 
     def __init__(self, reserve_tokens: int = 0, offload: bool = False) -> None:
@@ -522,7 +526,7 @@ class LatentLayerCache(_LayerCache):
         needed = max(needed, self.reserve_tokens - self.num_full)
         capacity = -(-needed // BLOCK_TOKENS) * BLOCK_TOKENS
         pinned = self.offload_latents and torch.cuda.is_available()
-        grown = torch.empty(
+        grown = torch.zeros(
             latent.shape[0],
             capacity,
             latent.shape[2],
@@ -562,7 +566,8 @@ class KimiLinearCache(Cache):
         for name, value in numbers.items():
             if value < 0:
                 raise ValueError(f"{name}={value} is not allowed: it must be at least 0")
-        super().__init__(layers=_layers_for(config, rollback_tokens, reserve_tokens, offload))
+        layers = _layers_for(config, rollback_tokens, reserve_tokens, offload)
+        Cache.__init__(self, layers=layers)  # subclasses are another cache of Transformers too
 
     num_reorders = 0  # since it was made, so that a beam search that does not is found out
     is_torn = False  # between the first write of a call and its end
@@ -614,8 +619,8 @@ class KimiLinearCache(Cache):
 
 
 class KimiLinearDynamicCache(KimiLinearCache, DynamicCache):
-    """What a `DynamicCache` becomes when a Kimi Linear model writes to it: with layers of ours, and
-    methods that act on all of them or on none."""
+    """A `KimiLinearCache` that is known as a `DynamicCache`: `generate()` makes it, and a
+    `DynamicCache` becomes it when a Kimi Linear model writes to it."""
 
 
 def cache_memory(cache: Cache) -> dict[str, int]:
@@ -641,22 +646,36 @@ def check_whole(cache: Cache) -> None:
         )
 
 
+def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
+    """ValueError unless a cache of ours has a layer of the right kind for each of the model's."""
+    kinds, needed = [layer.kind for layer in cache.layers], config.layer_types
+    if kinds == needed:
+        return
+    if len(kinds) != len(needed):
+        raise ValueError(
+            f"cache has {len(kinds)} layers, which is not allowed: it must have "
+            f"num_hidden_layers={len(needed)}"
+        )
+    i = next(i for i, kind in enumerate(needed) if kind != kinds[i])
+    raise ValueError(
+        f"cache.layers[{i}] is one of {kinds[i]}, which is not allowed: it must be one of "
+        f"{needed[i]}, as the model's layer is"
+    )
+
+
 def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
     """A cache with layers of ours: a new one for None, the given one if it is ours or still empty.
 
     Raises:
         ValueError: If another cache already holds tokens, or is of a kind that our layers cannot
-            stand in for, or if its layers do not hold equally many tokens.
+            stand in for, or if its layers are not the model's kinds or do not hold equally many
+            tokens.
     """
     if cache is None:
         return KimiLinearCache(config)
     layers = getattr(cache, "layers", [])
     if layers and all(hasattr(layer, "memory_bytes") for layer in layers):
-        if len(layers) != config.num_hidden_layers:
-            raise ValueError(
-                f"cache has {len(layers)} layers, which is not allowed: it must have "
-                f"num_hidden_layers={config.num_hidden_layers}"
-            )
+        check_kinds(cache, config)
         check_whole(cache)
         counts = {layer.num_tokens for layer in layers}
         if len(counts) > 1:
@@ -721,8 +740,10 @@ def _overwrite(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 __all__ = [
     "KDALayerCache",
     "KimiLinearCache",
+    "KimiLinearDynamicCache",
     "LatentLayerCache",
     "cache_memory",
+    "check_kinds",
     "check_whole",
     "prepare_cache",
 ]

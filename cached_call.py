@@ -4,7 +4,9 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Identity, Module
 from transformers.cache_utils import Cache
@@ -13,11 +15,29 @@ from .rollback import KDAPlan, plan_call
 from .sequence_layout import SequenceLayout
 
 
+def check_source(source: Any, name: str) -> None:
+    """ValueError unless the input, of that name, is a tensor of rows of tokens.
+
+    Raises:
+        RuntimeError: Under `torch.jit.trace`, whose program would go on with this call's sizes.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace is not supported: torch.export.export takes this model")
+    if not isinstance(source, Tensor):
+        raise ValueError(f"{name}={type(source).__name__} is not allowed: it must be a tensor")
+    axes = ["batch", "tokens", "hidden_size"][: 3 if name == "inputs_embeds" else 2]
+    if source.ndim != len(axes) or source.shape[0] == 0 or source.shape[1] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(source.shape)}, which is not allowed: it must be "
+            f"[{', '.join(axes)}] with at least 1 row and 1 token"
+        )
+
+
 def unless_all_real(attention_mask: Tensor | None) -> Tensor | None:
-    """The mask, or None where it says nothing."""
-    if attention_mask is None or bool((attention_mask != 0).all()):
-        return None
-    return attention_mask
+    """The mask, or None where it says nothing. A compiler cannot look, and takes it as it is."""
+    if attention_mask is None or torch.compiler.is_compiling():
+        return attention_mask
+    return None if bool((attention_mask != 0).all()) else attention_mask
 
 
 def check_columns(attention_mask: Tensor | None, past: int, num_tokens: int) -> None:
@@ -47,7 +67,8 @@ def note_padding(
         )
     if mask is None:
         return
-    if not had_padding and bool((mask[:, :past] == 0).any()):
+    is_looking = not torch.compiler.is_compiling()
+    if is_looking and not had_padding and bool((mask[:, :past] == 0).any()):
         raise ValueError(
             "attention_mask has zeros among the cached tokens, which is not allowed: they were "
             "read as real tokens, and KDA states cannot leave them out any more (generate() takes "
@@ -88,4 +109,11 @@ def count_elsewhere(modules: Iterable[Module], cache: Cache | None) -> None:
         layer.num_tokens = max(each.num_tokens for each in cache.layers)
 
 
-__all__ = ["check_columns", "count_elsewhere", "note_padding", "plan_kda", "unless_all_real"]
+__all__ = [
+    "check_columns",
+    "check_source",
+    "count_elsewhere",
+    "note_padding",
+    "plan_kda",
+    "unless_all_real",
+]

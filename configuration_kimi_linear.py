@@ -7,9 +7,10 @@ from 1, as in the released file; everything in Python (`layer_types`, `layer_idx
 
 import copy
 import difflib
-import math
+import reprlib
 from typing import Any
 
+import torch
 import transformers
 
 # Loading the configuration is the first thing that any loading does. Older releases have other
@@ -39,6 +40,14 @@ LINEAR_ATTN_KEYS = (
 LINEAR_ATTN_SIZES = {"head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4}
 # FLA's KDA kernels hold one head's keys in one block of at most 256 channels; a tile is 16 wide.
 MIN_KDA_HEAD_DIM, MAX_KDA_HEAD_DIM = 16, 256
+
+# Beyond any model; a file with more is broken, and would take all memory before that shows.
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS, MAX_EXPERTS, MAX_LABELS = 10_000, 100_000, 10_000_000
+# Characters of a value in a message.
+MAX_SHOWN = 240
+# Float32's largest: what is beyond becomes infinite in the computation.
+MAX_NUMBER = 3.4028234663852886e38
 
 # Fields of related architectures that would change the computation. They are refused, not ignored.
 UNSUPPORTED_FIELDS = {
@@ -122,7 +131,10 @@ class KimiLinearConfig(PreTrainedConfig):
         use_grouped_topk, num_expert_group, topk_group: The experts stand in `num_expert_group`
             groups, of which the best `topk_group` take part in the choice.
         rms_norm_eps: Epsilon of the layer norms and of KDA's output norm.
-        model_max_length: Longest context the model is meant for, in tokens.
+        model_max_length: Longest context the model is meant for, in tokens. It may read more: there
+            are no positions to run out of.
+        max_prompt_tokens: Longest prompt that `generate()` takes, cached tokens included; None: any
+            length.
         rope_theta, rope_scaling: Carried for other engines; there are no rotary positions.
             `rope_scaling` must be None.
         num_nextn_predict_layers: Must be 0.
@@ -172,6 +184,7 @@ class KimiLinearConfig(PreTrainedConfig):
     bos_token_id: int | None = 163584
     eos_token_id: int | list[int] | None = 163586
     model_max_length: int = 1048576
+    max_prompt_tokens: int | None = None
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     attention_dropout: float = 0.0
@@ -205,16 +218,16 @@ class KimiLinearConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_extra_fields(kwargs)
-        count = self.num_hidden_layers
-        _require(
-            _is_int(count) and count >= 1, "num_hidden_layers", count, "an integer of at least 1"
-        )
+        self._check_size("num_hidden_layers")
+        self._check_metadata(kwargs)
         mlp_layer_types = kwargs.pop("mlp_layer_types", None)
         qk_head_dim = kwargs.pop("qk_head_dim", None)  # as Transformers' own class saves it
         if kwargs.get("auto_map"):
             # the files of another implementation are not saved along with this one's
             kwargs["auto_map"] = {
-                k: v for k, v in kwargs["auto_map"].items() if "_kimi_linear." in v
+                auto_class: name
+                for auto_class, name in kwargs["auto_map"].items()
+                if isinstance(name, str) and "_kimi_linear." in name
             }
         # before the base class, which reads layer_types
         self.linear_attn_config = self._full_linear_attn_config(kwargs)
@@ -276,8 +289,8 @@ class KimiLinearConfig(PreTrainedConfig):
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """Check again, for fields changed after construction; `save_pretrained` calls this."""
+        self.check()  # what follows computes with sizes
         super().validate(*args, **kwargs)
-        self.check()
 
     def fit_layer_lists(self) -> None:
         """Forget the kinds of layers that there are no more: `num_hidden_layers` was lowered on a
@@ -306,7 +319,7 @@ class KimiLinearConfig(PreTrainedConfig):
         for field, owner in UNSUPPORTED_FIELDS.items():
             if kwargs.get(field) not in (None, False):
                 raise ValueError(
-                    f"{field}={kwargs[field]!r} is not supported ({owner}): leave it out"
+                    f"{field}={_shown(kwargs[field])} is not supported ({owner}): leave it out"
                 )
         _require(
             kwargs.get("topk_method", "noaux_tc") == "noaux_tc",
@@ -327,14 +340,40 @@ class KimiLinearConfig(PreTrainedConfig):
                 given, default = getattr(self, field), getattr(type(self), field)
                 if given != default and given != value:
                     raise ValueError(
-                        f"{key}={value!r} contradicts {field}={given!r}: give one of the two"
+                        f"{key}={_shown(value)} contradicts {field}={_shown(given)}: give one "
+                        "of the two"
                     )
             elif not hasattr(type(self), key) and key not in NATIVE_SIZES:
                 close = difflib.get_close_matches(
                     key, known | set(self.attribute_map), n=1, cutoff=0.85
                 )
                 if close:
-                    raise ValueError(f"unknown field {key}={value!r}: did you mean {close[0]!r}?")
+                    raise ValueError(
+                        f"unknown field {key}={_shown(value)}: did you mean {close[0]!r}?"
+                    )
+
+    def _check_metadata(self, kwargs: dict[str, Any]) -> None:
+        """Check the types of what the base class, and this one, read before the other fields."""
+        auto_map = kwargs.get("auto_map")
+        entries: list[Any] = list(auto_map.values()) if isinstance(auto_map, dict) else []
+        names = [n for entry in entries for n in (entry if _is_list(entry) else [entry])]
+        _require(
+            auto_map is None
+            or (isinstance(auto_map, dict) and all(isinstance(n, str | None) for n in names)),
+            "auto_map",
+            auto_map,
+            "a dict of 'module.Class' by auto class",
+        )
+        dtype = kwargs.get("torch_dtype") if self.dtype is None else self.dtype
+        known = not isinstance(dtype, str) or isinstance(getattr(torch, dtype, None), torch.dtype)
+        _require(known, "dtype", dtype, "the name of a torch.dtype")
+        count = kwargs.get("num_labels")
+        _require(
+            count is None or (_is_int(count) and 0 <= count <= MAX_LABELS),
+            "num_labels",
+            count,
+            f"an integer from 0 to {MAX_LABELS}",
+        )
 
     def _full_linear_attn_config(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The official dict with sizes and both layer lists, keys sorted as in the released file.
@@ -356,32 +395,34 @@ class KimiLinearConfig(PreTrainedConfig):
         for key in ("kda_layers", "full_attn_layers"):
             value = given.get(key, [])
             field = f"linear_attn_config[{key!r}]"
-            _require(isinstance(value, list), field, value, "a list of layer numbers from 1")
+            is_list = isinstance(value, list) and all(map(_is_int, value))
+            _require(is_list, field, value, "a list of layer numbers from 1")
         other = {NATIVE_SIZES[key]: kwargs.pop(key) for key in NATIVE_SIZES if key in kwargs}
         other |= self._layer_lists(kwargs.pop("layer_types", None))
         for key, value in other.items():
             if given.setdefault(key, value) != value:
                 raise ValueError(
-                    f"linear_attn_config[{key!r}]={given[key]!r} contradicts the other "
-                    f"spelling's {value!r}"
+                    f"linear_attn_config[{key!r}]={_shown(given[key])} contradicts the other "
+                    f"spelling's {_shown(value)}"
                 )
         numbers = range(1, self.num_hidden_layers + 1)
         if "kda_layers" not in given:
             default = [n for n in numbers if n % 4 == 0 or n == self.num_hidden_layers]
             full = given.setdefault("full_attn_layers", default)
-            given["kda_layers"] = [n for n in numbers if n not in full]
+            given["kda_layers"] = sorted(set(numbers) - set(full))
         elif "full_attn_layers" not in given:
-            given["full_attn_layers"] = [n for n in numbers if n not in given["kda_layers"]]
+            given["full_attn_layers"] = sorted(set(numbers) - set(given["kda_layers"]))
         return dict(sorted({**LINEAR_ATTN_SIZES, **given}.items()))
 
-    def _layer_lists(self, layer_types: list[str] | None) -> dict[str, list[int]]:
+    def _layer_lists(self, layer_types: Any) -> dict[str, list[int]]:
         """The two lists, counted from 1, that a 0-counted list of layer types stands for."""
         if layer_types is None:
             return {}
         lists = {"linear_attention": "kda_layers", "full_attention": "full_attn_layers"}
         _require(
-            len(layer_types) == self.num_hidden_layers
-            and all(kind in lists for kind in layer_types),
+            _is_list(layer_types)
+            and len(layer_types) == self.num_hidden_layers
+            and all(isinstance(kind, str) and kind in lists for kind in layer_types),
             "layer_types",
             layer_types,
             f"one of {tuple(lists)} for each of num_hidden_layers={self.num_hidden_layers} layers",
@@ -391,8 +432,10 @@ class KimiLinearConfig(PreTrainedConfig):
             for kind, key in lists.items()
         }
 
-    def _read_mlp_layer_types(self, mlp_layer_types: list[str]) -> None:
+    def _read_mlp_layer_types(self, mlp_layer_types: Any) -> None:
         """Accept Transformers' per-layer list where the official two fields can express it."""
+        allowed = "a list of 'dense' and 'sparse'"
+        _require(_is_list(mlp_layer_types), "mlp_layer_types", mlp_layer_types, allowed)
         leading = next(
             (i for i, kind in enumerate(mlp_layer_types) if kind != "dense"), len(mlp_layer_types)
         )
@@ -404,37 +447,35 @@ class KimiLinearConfig(PreTrainedConfig):
             list(mlp_layer_types) == expected,
             "mlp_layer_types",
             mlp_layer_types,
-            f"{expected} (first_k_dense_replace={leading}, moe_layer_freq={self.moe_layer_freq})",
+            f"{_shown(expected)} (first_k_dense_replace={leading}, "
+            f"moe_layer_freq={self.moe_layer_freq})",
+        )
+
+    def _check_size(self, field: str, least: int = 1, *, is_optional: bool = False) -> None:
+        """Check that a field is an integer of at least `least`, and not beyond any model."""
+        most = {"num_hidden_layers": MAX_LAYERS, "num_experts": MAX_EXPERTS}.get(field, MAX_SIZE)
+        value = getattr(self, field)
+        _require(
+            (value is None and is_optional) or (_is_int(value) and least <= value <= most),
+            field,
+            value,
+            f"{'None or ' if is_optional else ''}an integer of at least {least}, at most {most}",
         )
 
     def _check_sizes(self) -> None:
         for field in POSITIVE_FIELDS:
-            value = getattr(self, field)
-            _require(_is_int(value) and value >= 1, field, value, "an integer of at least 1")
+            self._check_size(field)
         for field in ("qk_rope_head_dim", "first_k_dense_replace"):
+            self._check_size(field, 0)
+        for field in ("q_lora_rank", "head_dim", "max_prompt_tokens"):
+            self._check_size(field, is_optional=True)
+        self._check_size("num_shared_experts", 0, is_optional=True)
+        for field in ("rms_norm_eps", "routed_scaling_factor", "initializer_range", "rope_theta"):
             value = getattr(self, field)
-            _require(_is_int(value) and value >= 0, field, value, "an integer of at least 0")
-        for field in ("q_lora_rank", "head_dim"):
-            value = getattr(self, field)
-            _require(
-                value is None or (_is_int(value) and value >= 1),
-                field,
-                value,
-                "None or an integer of at least 1",
-            )
-        shared = self.num_shared_experts
-        _require(
-            shared is None or (_is_int(shared) and shared >= 0),
-            "num_shared_experts",
-            shared,
-            "None or an integer of at least 0",
-        )
-        for field in ("rms_norm_eps", "routed_scaling_factor", "initializer_range"):
-            value = getattr(self, field)
-            _require(_is_number(value) and value > 0, field, value, "a number above 0")
+            _require(_is_number(value) and value > 0, field, value, "a finite number above 0")
         for field in ROUTER_TRAINING:
             value = getattr(self, field)
-            is_allowed = _is_number(value) and 0 <= value < math.inf
+            is_allowed = _is_number(value) and value >= 0
             _require(is_allowed, field, value, "a finite number of at least 0")
         dropout = self.attention_dropout
         _require(
@@ -494,10 +535,10 @@ class KimiLinearConfig(PreTrainedConfig):
         linear = self.linear_attn_config
         for key in ("num_heads", "short_conv_kernel_size"):
             _require(
-                _is_int(linear[key]) and linear[key] >= 1,
+                _is_int(linear[key]) and 1 <= linear[key] <= MAX_SIZE,
                 f"linear_attn_config[{key!r}]",
                 linear[key],
-                ">= 1",
+                f"an integer from 1 to {MAX_SIZE}",
             )
         _require(
             2 <= linear["short_conv_kernel_size"] <= 4,
@@ -573,7 +614,7 @@ class KimiLinearConfig(PreTrainedConfig):
             not missing,
             "linear_attn_config",
             linear,
-            f"every layer in one of the two lists; missing: {missing}",
+            f"every layer in one of the two lists; missing: {_shown(missing)}",
         )
 
 
@@ -581,13 +622,28 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is one that float32 has."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) <= MAX_NUMBER
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: in one line, and not longer than one."""
+    short = reprlib.Repr()
+    short.maxlist = short.maxtuple = short.maxset = short.maxdict = 32
+    short.maxstring = short.maxother = MAX_SHOWN
+    text = short.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{field}={value!r} is not allowed: it must be {allowed}")
+        raise ValueError(f"{field}={_shown(value)} is not allowed: it must be {allowed}")
 
 
 __all__ = ["KimiLinearConfig"]

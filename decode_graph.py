@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .decode_kernels import TritonError, triton
 from .decode_step import TABLE_COLUMNS, DecodeStep
+from .experts_training import SILU_MODULES
 from .kda import power_of_two
 
 logger = logging.get_logger(__name__)
@@ -38,7 +39,7 @@ CONSTANTS = ("num_experts_per_token", "routed_scaling_factor", "moe_renormalize"
 RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 DEVICE_TYPES = ("cuda",)
 MIN_CAPABILITY = (8, 0)
-PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
+PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList, *SILU_MODULES)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -51,9 +52,13 @@ def is_decode_step(
 ) -> bool:
     """Whether a call's arguments are those of a decode step: one token id per row, behind a cache
     of ours that holds some, and nothing asked for but logits."""
-    if input_ids is None or inputs_embeds is not None or cache is None:
+    if not isinstance(input_ids, Tensor) or inputs_embeds is not None or cache is None:
         return False
-    if input_ids.shape[1] != 1 or any(x is not None and x is not False for x in others.values()):
+    if torch.compiler.is_compiling():
+        return False
+    if not input_ids.numel() or input_ids.shape[1:] != (1,):
+        return False
+    if any(x is not None and x is not False for x in others.values()):
         return False
     layers = getattr(cache, "layers", None)
     if not layers or not hasattr(layers[0], "step_table") or layers[0].num_tokens == 0:
@@ -75,7 +80,7 @@ def can_decode(model: nn.Module, input_ids: Tensor, cache: Cache) -> bool:
     backend: Any = model.decode_backend
     if backend not in BACKENDS:
         raise ValueError(f"decode_backend={backend!r} is not allowed: it must be one of {BACKENDS}")
-    if backend == "eager" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if backend == "eager" or torch.is_grad_enabled():
         return False
     decoder = _decoders.get(model)
     if decoder is None:
@@ -307,8 +312,7 @@ def _weight_obstacle(model: nn.Module) -> str:
     for name, module in model.named_modules():
         kind = type(module)
         if kind not in PLAIN_MODULES and not kind.__name__.startswith("KimiLinear"):
-            if not name.endswith("act_fn"):
-                return f"{name} is a {kind.__name__}"
+            return f"{name} is a {kind.__name__}"
         if isinstance(module, nn.Linear) and module.bias is not None:
             return f"{name} has a bias"
         if name and "forward" in vars(module):

@@ -87,6 +87,10 @@ class PackedExperts(Tensor):
         unpack = functional.dequantize_4bit if self.bits == 4 else functional.dequantize_blockwise
         return unpack(self.packed, self.state).reshape(self.shape).to(self.dtype)
 
+    def held_bytes(self) -> int:
+        """Bytes of the packed form, its scales and tables included."""
+        return self.packed.nbytes + sum(each.nbytes for each in _state_tensors(self.state))
+
     def _like(self, device: torch.device, dtype: torch.dtype) -> "PackedExperts":
         state = self.state if device == self.device else _moved(self.state, device)
         return PackedExperts(self.packed.to(device), state, self.bits, self.shape, dtype)
@@ -116,6 +120,14 @@ class PackedExperts(Tensor):
         return f"PackedExperts(shape={tuple(self.shape)}, dtype={self.dtype}, bits={self.bits})"
 
 
+def _state_tensors(state: Any) -> Iterator[Tensor]:
+    for value in vars(state).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, type(state)):
+            yield from _state_tensors(value)
+
+
 def _moved(state: Any, device: torch.device) -> Any:
     """A copy of bitsandbytes' state on another device."""
     made = object.__new__(type(state))
@@ -138,6 +150,25 @@ def plain_experts(weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def is_packed(model: nn.Module) -> bool:
     """Whether some of the model's experts are quantised."""
     return any(isinstance(parameter, PackedExperts) for parameter in model.parameters())
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """How many bytes fewer the model's experts take than their numbers and dtypes say."""
+    packed = [each for each in model.parameters() if isinstance(each, PackedExperts)]
+    return sum(each.numel() * each.element_size() - each.held_bytes() for each in packed)
+
+
+def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put plain trainable parameters in the place of quantised experts, one at a time.
+
+    Args:
+        model: Any module.
+        dtype: Of the parameters; None: what computations see now.
+    """
+    for module in model.modules():
+        for name, weights in list(module.named_parameters(recurse=False)):
+            if isinstance(weights, PackedExperts):
+                setattr(module, name, nn.Parameter(plain_experts(weights, dtype)))
 
 
 @contextmanager
@@ -215,4 +246,12 @@ def _packer(config: Any) -> Callable[[Tensor], nn.Parameter]:
     return pack
 
 
-__all__ = ["EXPERT_TENSORS", "PackedExperts", "is_packed", "packing_experts", "plain_experts"]
+__all__ = [
+    "EXPERT_TENSORS",
+    "PackedExperts",
+    "is_packed",
+    "packing_experts",
+    "plain_experts",
+    "saved_bytes",
+    "unpack_experts",
+]

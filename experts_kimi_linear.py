@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .experts_training import train_experts, trains_lean
+from .experts_training import is_plain_silu, train_experts, trains_lean
 from .grouped_kernels import TensorDescriptor, TritonError, down, gate_up
 from .pair_sort import sort_pairs
 from .prefill_kernels import has_kernels, weighted_sum
@@ -64,7 +64,7 @@ def is_lean(experts: Any, x: Tensor) -> bool:
         and all(matrix.dtype == x.dtype for matrix in matrices)
         and x.dtype in DTYPES
         and x.shape[1] % 8 == matrices[1].shape[2] % 8 == 0
-        and experts.config.hidden_act in ("silu", "swish")
+        and is_plain_silu(experts.act_fn)
         and torch.cuda.get_device_capability(x.device)[0] >= 9
     )
 

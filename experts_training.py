@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 
 from .expert_quantization import PackedExperts, plain_experts
 from .kda import is_traced, no_autocast
@@ -29,11 +30,21 @@ from .training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
 
 # Where it is used.
 DEVICES = ("cpu", "cuda")
+SILU_MODULES = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def grouped_mm() -> Callable[..., Tensor] | None:
     """torch's products by group, under whichever name this torch has them."""
     return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def is_plain_silu(module: nn.Module) -> bool:
+    """Whether calling an activation gives its input's SiLU and does nothing else: it is no other
+    module and has no hooks."""
+    own = vars(module)
+    is_hooked = "forward" in own or any(own[hooks] for hooks in HOOKS)
+    return type(module) in SILU_MODULES and not is_hooked
 
 
 def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
@@ -47,7 +58,7 @@ def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
     if not any(each.requires_grad for each in (x, weights, *matrices)):
         return False
     return (
-        experts.config.hidden_act in ("silu", "swish")
+        is_plain_silu(experts.act_fn)
         and matrices[0].shape[0] == experts.config.num_experts  # no expert parallelism
         and all(type(each) in (nn.Parameter, Tensor, PackedExperts) for each in matrices)
         and all(each.device == x.device and each.dtype == matrices[0].dtype for each in matrices)
@@ -154,4 +165,11 @@ def _outer_products(left_PM: Tensor, right_PN: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-__all__ = ["product_dtype", "train_experts", "trains_lean"]
+__all__ = [
+    "HOOKS",
+    "SILU_MODULES",
+    "is_plain_silu",
+    "product_dtype",
+    "train_experts",
+    "trains_lean",
+]

@@ -7,10 +7,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache
+from .cache_kimi_linear import ROLLBACK_TOKENS, KimiLinearCache, KimiLinearDynamicCache
+from .cached_call import check_source
 from .outputs_kimi_linear import one_cache
 from .sequence_layout import last_real_columns
 from .sessions import Session, load_session, read_session, save_session
+from .static_cache import KimiLinearStaticCache
 from .upstream import CACHE_NAME, LOOP_ARGUMENTS, GenerationHooks
 
 logger = logging.get_logger(__name__)
@@ -23,12 +25,29 @@ DECODE_ARGUMENTS = {"position_ids", "logits_to_keep", "use_cache"}
 class KimiLinearGenerationMixin(GenerationHooks):
     """`GenerationMixin` with the hybrid cache."""
 
+    def check_prompt(self, prompts: dict[str, Any], *, is_draft: bool) -> None:
+        """Refuse prompts that are no rows of tokens, and those above the limit before any of it is
+        read. Ids beside embeddings may be none, and a draft's hold what was generated so far."""
+        limit = None if is_draft else self.config.max_prompt_tokens
+        if prompts.get("inputs_embeds") is not None:
+            prompts = {"inputs_embeds": prompts["inputs_embeds"]}
+        for name, prompt in prompts.items():
+            if prompt is not None:
+                check_source(prompt, name)
+                if limit is not None and prompt.shape[1] > limit:
+                    raise ValueError(
+                        f"{name} has {prompt.shape[1]} tokens, which is not allowed: it must have "
+                        f"at most max_prompt_tokens={limit} of the model's configuration"
+                    )
+
     def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Refuse what this model cannot generate with."""
-        if generation_config.compile_config is not None:
+        kind = generation_config.cache_implementation
+        is_compiled = generation_config.compile_config is not None
+        if is_compiled and not self._compiles_steps(kind):
             logger.warning_once(
-                "compile_config has no effect: on a GPU decoding replays one CUDA graph already, "
-                "whatever the cache (decode_backend)"
+                "compile_config has no effect: it needs cache_implementation='static', and on a "
+                "GPU decode_backend='eager', since decoding replays one CUDA graph there"
             )
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
         past = 0 if cache is None else cache.get_seq_length()
@@ -38,13 +57,12 @@ class KimiLinearGenerationMixin(GenerationHooks):
             if positions is not None:  # they go on from the last column: let it be a real token's
                 columns = last_real_columns(mask != 0)
                 model_kwargs["position_ids"] = positions.expand_as(columns).gather(1, columns)
-            if generation_config.prefill_chunk_size is not None:
-                # the last piece need not hold each row's last token
-                logger.warning_once("prefill_chunk_size has no effect on right-padded prompts")
-                generation_config.prefill_chunk_size = None
+            # the last piece need not hold each row's last token
+            self._read_at_once(generation_config, "on right-padded prompts")
+        if is_compiled and self._compiles_steps(kind):  # of pieces, it would compile the first too
+            self._read_at_once(generation_config, "with compile_config")
         if self.training and self.model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False
-        kind = generation_config.cache_implementation
         if kind == "quantized":
             raise ValueError(
                 "cache_implementation='quantized' is not supported: Transformers' quantised caches "
@@ -56,17 +74,41 @@ class KimiLinearGenerationMixin(GenerationHooks):
                 f"{CACHE_IMPLEMENTATIONS}"
             )
 
+    def _compiles_steps(self, kind: str | None) -> bool:
+        """Whether `generate(compile_config=...)` compiles steps behind this kind of cache."""
+        has_graph = self.device.type == "cuda" and self.decode_backend != "eager"
+        return kind == "static" and not has_graph
+
+    def _read_at_once(self, generation_config: Any, where: str) -> None:
+        if generation_config.prefill_chunk_size is not None:
+            logger.warning_once(f"prefill_chunk_size has no effect {where}")
+            generation_config.prefill_chunk_size = None
+
     def new_cache(
-        self, kind: str | None, max_tokens: int, *, is_returned: bool, is_draft: bool
+        self,
+        kind: str | None,
+        max_tokens: int,
+        *,
+        is_returned: bool,
+        is_draft: bool,
+        is_compiled: bool,
     ) -> KimiLinearCache:
         """A cache that can be cropped if someone will be able to: it is returned, or a draft's."""
         kind = kind or ""
-        cache = KimiLinearCache(
-            self.config,
-            rollback_tokens=ROLLBACK_TOKENS if is_returned else 0,
-            reserve_tokens=max_tokens if "static" in kind else 0,
-            offload="offloaded" in kind,
-        )
+        rollback_tokens, offload = ROLLBACK_TOKENS if is_returned else 0, "offloaded" in kind
+        cache: KimiLinearCache
+        if "static" in kind:
+            cache = KimiLinearStaticCache(
+                self.config,
+                max_tokens,
+                rollback_tokens=rollback_tokens,
+                offload=offload,
+                is_compileable=is_compiled and not is_draft and self._compiles_steps(kind),
+            )
+        else:
+            cache = KimiLinearDynamicCache(
+                self.config, rollback_tokens=rollback_tokens, offload=offload
+            )
         if is_draft:
             cache.activate_past_recording()
         return cache
@@ -105,12 +147,13 @@ class KimiLinearGenerationMixin(GenerationHooks):
                 "attention_mask of all columns"
             )
         inputs: dict[str, Any] | None = None
-        layers = getattr(cache, "layers", None)
+        mask, layers = attention_mask, getattr(cache, "layers", None)
+        is_static = isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
         if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
             past = layers[0].num_tokens
             # the last token of a text is real: the prompt's is checked, others were generated
             if past and input_ids.shape[1] == past + 1:
-                attention_mask = None
+                attention_mask = mask = None
                 if DECODE_ARGUMENTS.issuperset(name for name, x in kwargs.items() if x is not None):
                     inputs = {"input_ids": input_ids[:, -1:].contiguous(), "cache": cache}
         if inputs is None:
@@ -123,6 +166,9 @@ class KimiLinearGenerationMixin(GenerationHooks):
                 is_first_iteration=is_first_iteration,
                 **kwargs,
             )
+        if is_static:  # Transformers makes masks of four dimensions for a compiler
+            is_step = mask is not None and not is_first_iteration
+            inputs["attention_mask"] = cache.with_room(mask) if is_step else mask
         return self.watch_step(inputs, input_ids.shape[1])
 
     def save_session(

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .conv_training_kernels import WIDTH, convolve_columns, convolve_columns_backward, triton
-from .experts_training import product_dtype
+from .experts_training import HOOKS, product_dtype
 from .kda import is_traced, no_autocast
 from .sequence_layout import SequenceLayout
 from .training_kernels import gated_silu, weighted_silu_backward
 
 DEVICES = ("cuda",)  # where it is used
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def trains_jointly(x: Tensor, linears: Sequence[nn.Linear], *others: Tensor) -> bool:

@@ -147,6 +147,10 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+# Whether a call is made for `torch.export`, whose sizes may be symbols; older torch does not tell.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 def is_traced() -> bool:
     """Whether tensors may be stand-ins, which our own kernels and functions do not take: while a
     compiler or a transform of `torch.func` is at work."""
@@ -298,7 +302,13 @@ def power_of_two(size: int) -> int:
 
 
 def _plan_batch(B: int, T: int, max_tokens: int, device: torch.device) -> list[_Segment]:
-    """Segments of B sequences of T tokens: whole chunks first, then one padded remainder."""
+    """Segments of B sequences of T tokens: whole chunks first, then one padded remainder. For an
+    exported program, whose sizes are symbols, all in one."""
+    if is_exporting():
+        count = -(-T // CHUNK_SIZE)
+        real = torch.arange(count * CHUNK_SIZE, device=device) < T
+        tokens = slice(0, T)
+        return [_Segment(slice(0, B), tokens, real[None], CHUNK_SIZE, count, True, True)]
     segments = []
     whole = T - T % CHUNK_SIZE
     row_step = max(1, max_tokens // min(T, CHUNK_SIZE))
@@ -359,7 +369,9 @@ def _pick(x: Tensor, segment: _Segment) -> Tensor:
     if isinstance(segment.tokens, slice):
         x = x[segment.rows, segment.tokens]
         missing = segment.chunk_size * segment.num_chunks - x.shape[1]
-        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
+        if isinstance(missing, int) and missing == 0:
+            return x
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
     x = x[0].index_select(0, segment.tokens.flatten()).unflatten(0, segment.tokens.shape)
     if segment.valid is not None:
         x = x.masked_fill(~segment.valid.view(segment.valid.shape + (1,) * (x.dim() - 2)), 0)

@@ -108,11 +108,14 @@ def latent_attention_weights(
     *,
     scaling: float,
     real_BS: Tensor | None = None,
+    seen_BTS: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The absorbed form in one piece: [B, T, H, V], and the weights [B, H, T, S] of the heads.
 
-    Args are those of `latent_attention`; `dropout` is the probability of a weight to be dropped.
+    Args are those of `latent_attention`; `seen_BTS` (bool), where it is given, says in place of
+    their order which latents each token attends to; `dropout` is the probability of a weight to be
+    dropped.
     """
     B, T, H, _ = query_BTHK.shape
     rank = key_HNL.shape[2]
@@ -122,7 +125,10 @@ def latent_attention_weights(
     query = _absorbed_query(query_BTHK, key_HNL).transpose(1, 2)  # [B, H, T, R]
     scores = query @ latent.to(query.dtype).unsqueeze(1).transpose(2, 3) * scaling
     S = latent.shape[1]
-    hidden = _hidden(range(0, S), range(S - T, S), real_BS, latent.device)
+    if seen_BTS is not None:
+        hidden: Tensor | None = ~seen_BTS[:, :, None]
+    else:
+        hidden = _hidden(range(0, S), range(S - T, S), real_BS, latent.device)
     if hidden is not None:
         scores = scores.masked_fill(hidden.transpose(1, 2), torch.finfo(scores.dtype).min)
     wide = torch.promote_types(scores.dtype, torch.float32)

@@ -25,9 +25,10 @@ from transformers.cache_utils import Cache
 from .cache_kimi_linear import KDALayerCache, LatentLayerCache, States
 from .configuration_kimi_linear import KimiLinearConfig
 from .conv_kernel import convolve_three
+from .experts_training import is_plain_silu
 from .gated_norm import gated_rms_norm
 from .joint_training import gated_mlp, project_kda, trains_jointly
-from .kda import CHUNK_SIZE, kda_attention
+from .kda import CHUNK_SIZE, is_exporting, kda_attention
 from .latent_attention import (
     FUSED_QUERY_TOKENS,
     first_tokens,
@@ -88,15 +89,18 @@ class KimiLinearShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, 1, width))
 
     def forward(
-        self, x: Tensor, state: Tensor | None, output_state: bool, cu_seqlens: Tensor | None
+        self, x: Tensor, state: Tensor | None, output_state: bool, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor | None]:
-        return short_convolution(
+        out, after = short_convolution(
             x,
             self.weight,
             initial_state=state,
-            output_final_state=output_state,
-            cu_seqlens=cu_seqlens,
+            output_final_state=output_state and layout.order is None,
+            cu_seqlens=layout.cu_seqlens,
         )
+        if output_state and layout.order is not None:
+            after = layout.last_inputs(x, state, self.weight.shape[2] - 1)
+        return out, after
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"
@@ -147,7 +151,7 @@ class KimiLinearDeltaAttention(nn.Module):
         own = past.writable_state(hidden_states.shape[0])
         *_, last = runs = kda_plan.runs
         outputs = []
-        if len(runs) == 2 and all(r.start < r.stop and r.layout.cu_seqlens is None for r in runs):
+        if len(runs) == 2 and all(r.start < r.stop and r.layout.is_plain for r in runs):
             out, states, anchor = self._read(x, last.layout, states, own, last.start)
             past.keep_anchor(anchor)
             outputs.append(out)
@@ -175,8 +179,8 @@ class KimiLinearDeltaAttention(nn.Module):
         recorded."""
         B, T = x.shape[:2]
         size = max(CHUNK_SIZE, PIECE_TOKENS // B // CHUNK_SIZE * CHUNK_SIZE)
-        is_plain = layout.cu_seqlens is None and layout.context is None
-        if size >= T or not is_plain or torch.is_grad_enabled():
+        is_whole = is_exporting() or torch.is_grad_enabled()
+        if is_whole or not layout.is_plain or size >= T:
             return self._run(x, layout, states, state_out, cut)
         out, states = torch.empty_like(x), states or (None, None)
         at_cut: States = (None, None)
@@ -249,7 +253,8 @@ class KimiLinearDeltaAttention(nn.Module):
                 state = self._entering_inputs(x, layout)
             qkv, conv_states = self._project(x, layout, state, output_state, cut)
             decay, beta = self.f_a_proj(x), self.b_proj(x)
-        return (*qkv, self._heads(self.f_b_proj(decay)), beta), gate, conv_states, is_joint
+        gates = layout.silenced(self._heads(self.f_b_proj(decay)), beta)
+        return (*qkv, *gates), gate, conv_states, is_joint
 
     def _attend(
         self, inputs: tuple[Tensor, ...], cut: int, **kwargs: Any
@@ -278,7 +283,7 @@ class KimiLinearDeltaAttention(nn.Module):
         outputs, tails, tails_at_cut = [], [], []
         for i, (y, conv) in enumerate(zip(inputs, convolutions, strict=True)):
             initial = None if states is None else states[:, i]
-            out, tail = conv(y, initial, output_state, layout.cu_seqlens)
+            out, tail = conv(y, initial, output_state, layout)
             outputs.append(self._heads(out))
             tails.append(tail)
             if cut:
@@ -393,7 +398,8 @@ class KimiLinearLatentAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`attention_mask` is the backend's; `real_tokens` [B, S] is False at padding; `by_blocks`
-        says that the latents are attended to by our own code instead of the backend."""
+        says that the latents are attended to by our own code instead of the backend, in a compiled
+        step by an `attention_mask` [B, T, S]."""
         check_arguments(self, kwargs, LAYER_ARGUMENTS)
         batch_size = hidden_states.shape[0]
         use_flash = is_flash_attention(self.config)
@@ -413,7 +419,7 @@ class KimiLinearLatentAttention(nn.Module):
             out = self._attend_by_sequence(self._query(x), keys, ends)
             return self.o_proj(out.flatten(-2)), None
         if by_blocks:
-            return self._attend_in_tiles(x, segments, real_tokens)
+            return self._attend_in_tiles(x, segments, real_tokens, attention_mask)
         if alone:
             out, weights = self._attend_by_sequence(self._query(x), latent, layout.ends), None
         else:
@@ -424,36 +430,45 @@ class KimiLinearLatentAttention(nn.Module):
         return (layout.unpack(out, batch_size) if packed else out), weights
 
     def _attend_in_tiles(
-        self, x: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+        self,
+        x: Tensor,
+        segments: list[Tensor],
+        real_tokens: Tensor | None,
+        seen: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Output [B, T, D] and weights; a long call's queries are made a tile of tokens at a time,
         for memory's sake."""
         T = x.shape[1]
         size = max(1024, FUSED_QUERY_TOKENS // x.shape[0])
-        if size >= T or torch.is_grad_enabled():
-            out, weights = self._attend(self._query(x), segments, real_tokens)
+        if seen is not None or size >= T or torch.is_grad_enabled():
+            out, weights = self._attend(self._query(x), segments, real_tokens, seen)
             return self.o_proj(out.flatten(-2)), weights
         past, result = sum(segment.shape[1] for segment in segments) - T, torch.empty_like(x)
         for start in range(0, T, size):
             stop = min(start + size, T)
-            seen, real = first_tokens(segments, past + stop), real_tokens
+            before, real = first_tokens(segments, past + stop), real_tokens
             real = None if real is None else real[:, : past + stop]
-            out, weights = self._attend(self._query(x[:, start:stop]), seen, real)
+            out, weights = self._attend(self._query(x[:, start:stop]), before, real)
             result[:, start:stop] = self.o_proj(out.flatten(-2))
         return result, None
 
     def _attend(
-        self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+        self,
+        query: Tensor,
+        segments: list[Tensor],
+        real_tokens: Tensor | None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager"."""
+        """Attention to cached latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager".
+        With `seen` [B, T, S] that, instead of the order of tokens, says what each one sees."""
         if not _is_linear_map(self.kv_b_proj):
-            return self._attend_expanded(query, segments, real_tokens)
+            return self._attend_expanded(query, segments, real_tokens, seen)
         weight, bias = self._kv_b_weight(query)
         sizes = [self.key_dim, self.value_dim]
         key, value = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
         dropout = self.config.attention_dropout if self.training else 0.0
         weights = None
-        if dropout or attention_backend(self.config) == "eager":
+        if seen is not None or dropout or attention_backend(self.config) == "eager":
             out, weights = latent_attention_weights(
                 query,
                 segments,
@@ -461,6 +476,7 @@ class KimiLinearLatentAttention(nn.Module):
                 value,
                 scaling=self.scaling,
                 real_BS=real_tokens,
+                seen_BTS=seen,
                 dropout=dropout,
             )
         else:
@@ -521,14 +537,21 @@ class KimiLinearLatentAttention(nn.Module):
         return torch.cat(outputs, dim=2).transpose(1, 2)[..., : self.value_dim]
 
     def _attend_expanded(
-        self, query: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+        self,
+        query: Tensor,
+        segments: list[Tensor],
+        real_tokens: Tensor | None,
+        seen: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `_attend`, by calling `kv_b_proj` with all latents: what its hooks do, or a module in
         its place, acts on cached tokens as it does in a call without a past."""
         rows = query.shape[0]
         key, value = self._expand(torch.cat([x.expand(rows, -1, -1) for x in segments], dim=1))
         T, S = query.shape[1], key.shape[2]
-        seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+        if seen is None:
+            seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+        else:
+            seen = seen[:, None]
         if real_tokens is not None:  # padding sees itself: nothing at all would be NaN
             seen = seen & (real_tokens[:, None, None] | seen.triu(S - T))
         mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)
@@ -643,11 +666,11 @@ class KimiLinearMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.is_silu = config.hidden_act in ("silu", "swish")
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        if tokens.shape[0] <= MLP_PIECE_TOKENS or torch.is_grad_enabled():
+        is_whole = is_exporting() or torch.is_grad_enabled()
+        if is_whole or tokens.shape[0] <= MLP_PIECE_TOKENS:
             return self._run(x)
         out = torch.empty_like(tokens)
         for start in range(0, tokens.shape[0], MLP_PIECE_TOKENS):
@@ -657,10 +680,10 @@ class KimiLinearMLP(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         linears = self.gate_proj, self.up_proj, self.down_proj
-        if self.is_silu and trains_jointly(x, linears):
+        if trains_jointly(x, linears) and is_plain_silu(self.act_fn):
             return gated_mlp(x, *linears)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.is_silu and has_kernels(gate, up):
+        if has_kernels(gate, up) and is_plain_silu(self.act_fn):
             inner = silu_mul(gate.flatten(0, -2), up.flatten(0, -2)).view_as(up)
         else:
             inner = self.act_fn(gate) * up

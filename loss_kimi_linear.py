@@ -12,7 +12,6 @@ Shapes: N tokens, D hidden size, V vocabulary, C tokens of a chunk.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,6 +34,9 @@ MIN_CHUNK_TOKENS = 64
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 # Where "auto" takes it.
 AUTO_DEVICES = ("cpu", "cuda")
+# Of the head, by which a change is noticed.
+SAMPLE_ELEMENTS = 4096
+aten = torch.ops.aten
 
 
 def linear_cross_entropy(
@@ -238,94 +240,139 @@ def _is_plain(head: Any) -> bool:
     )
 
 
-class DeferredLogits:
-    """Logits that are made when first used, by the head's weights of that moment.
+class DeferredLogits(Tensor):
+    """Logits that are made when their numbers are first used, with their gradient.
 
-    It takes part in torch's functions, has a tensor's methods, operators and indices; `shape`,
-    `dtype`, `device`, `to` and `float` alone make nothing. `tensor()` gives what it stands for.
+    To autograd and to whoever asks for shape, dtype or device they are a tensor like any other.
+    They are those of their forward pass: to make them after the head's weights have changed is an
+    error.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], Tensor],
-        shape: torch.Size,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._make = make
-        self._made: Any = None
-        self.shape, self.dtype, self.device = shape, dtype, device
+    values: "_Once"
+
+    @staticmethod
+    def __new__(
+        cls, values: "_Once", shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> "DeferredLogits":
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=device
+        )
+        made.values = values
+        return made
 
     @classmethod
     def of(cls, head: Any, hidden_states: Tensor) -> "DeferredLogits":
-        """`head(hidden_states)`, under the autocast of now."""
-        shape = torch.Size((*hidden_states.shape[:-1], head.weight.shape[0]))
-        autocast = _current_autocast(hidden_states.device)
+        """`head(hidden_states)` of a plain head, under the autocast of now."""
+        return _DeferredLinear.apply(hidden_states, head.weight, product_dtype(hidden_states))
 
-        def make() -> Tensor:
-            with autocast():
-                return head(hidden_states)
-
-        return cls(make, shape, product_dtype(hidden_states), hidden_states.device)
+    @property
+    def is_made(self) -> bool:
+        return self.values.made is not None
 
     def tensor(self) -> Tensor:
-        """The logits, with a gradient if it is recorded now; made once."""
-        made = self._made
-        if made is None or (torch.is_grad_enabled() and not made.requires_grad):
-            self._made = made = self._make()
-        return made
-
-    def to(self, *args: Any, **kwargs: Any) -> "DeferredLogits":
-        """As of a tensor, deferred too."""
-        like = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
-        return DeferredLogits(
-            lambda: self.tensor().to(*args, **kwargs), self.shape, like.dtype, like.device
-        )
-
-    def float(self) -> "DeferredLogits":
-        return self.to(torch.float32)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # copying and pickling ask for such names of half-made objects
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
+        """The logits as a plain tensor."""
+        return torch.ops.aten.alias(self)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = tree_map_only(cls, cls.tensor, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs, first = kwargs or {}, args[0] if args else None
+        if isinstance(first, cls) and not first.is_made:
+            if func is aten._to_copy.default:  # accelerate, of a model's outputs
+                dtype, device = kwargs.get("dtype"), kwargs.get("device")
+                later = _Once(lambda: func(first.values(), **kwargs))
+                return cls(later, first.shape, dtype or first.dtype, device or first.device)
+            if func is aten.view.default and tuple(args[1]) == first.shape:  # DDP, of outputs
+                return cls(first.values, first.shape, first.dtype, first.device)
+        args, kwargs = tree_map_only(cls, lambda each: each.values(), (args, kwargs))
+        out = func(*args, **kwargs)
+        return first if isinstance(first, cls) and out is args[0] else out  # of in-place operations
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Files and copies have the logits themselves, without their graph."""
-        return self.tensor().detach().__reduce_ex__(protocol)
+        """Files have the logits themselves, without their graph."""
+        return self.detach().__reduce_ex__(protocol)
 
-    def __repr__(self) -> str:
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.detach().clone()
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def _current_autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
-
-
-def _as_tensor(name: str) -> Callable[..., Any]:
-    def method(self: DeferredLogits, *args: Any) -> Any:
-        return getattr(self.tensor(), name)(*args)
+def _of_tensor(name: str) -> Callable[..., Any]:
+    def method(self: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.tensor(), name)(*args, **kwargs)
 
     return method
 
 
-for _name in (
-    *("getitem", "setitem", "len", "iter", "contains", "array", "bool", "neg", "pos", "abs"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "add", "radd", "sub", "rsub", "mul", "rmul", "matmul"),
-    *("truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow"),
-):
-    setattr(DeferredLogits, f"__{_name}__", _as_tensor(f"__{_name}__"))
+for _name in ("data_ptr", "numpy", "tolist", "untyped_storage", "__dlpack__"):
+    setattr(DeferredLogits, _name, _of_tensor(_name))  # these read memory past the dispatcher
+
+
+class _Once:
+    """What `make` gives, made once."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make: Any = make
+        self.made: Any = None
+
+    def __call__(self) -> Tensor:
+        if self.made is None:
+            self.made, self._make = self._make(), None
+        return self.made
+
+
+class _DeferredLinear(torch.autograd.Function):
+    """`F.linear` in the given dtype, whose output is made later."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight_VD)
+        ctx.dtype = dtype
+        shape = torch.Size((*x.shape[:-1], weight_VD.shape[0]))
+        return DeferredLogits(_product_later(x, weight_VD, dtype), shape, dtype, x.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight_VD), dtype = ctx.saved_tensors, ctx.dtype
+        dx = dweight_VD = None
+        with no_autocast(grad.device):
+            if ctx.needs_input_grad[0]:
+                dx = (grad.to(dtype) @ weight_VD.to(dtype)).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                dweight_VD = grad.to(dtype).flatten(0, -2).t() @ x.to(dtype).flatten(0, -2)
+                dweight_VD = dweight_VD.to(weight_VD.dtype)
+        return dx, dweight_VD, None
+
+
+def _product_later(x: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> _Once:
+    """The product, unless the weights have changed when it is asked for."""
+    x, weight_VD = x.detach(), weight_VD.detach()  # these share the version counters
+    versions, sample = (x._version, weight_VD._version), _fingerprint(weight_VD)
+
+    def make() -> Tensor:
+        has_changed = versions != (x._version, weight_VD._version)
+        is_gone = weight_VD.untyped_storage().size() == 0  # FSDP has divided it again
+        # some optimizers write past the version counter
+        if has_changed or is_gone or not torch.equal(_fingerprint(weight_VD), sample):
+            raise RuntimeError(
+                "outputs.logits cannot be made any more: lm_head's weight has changed since the "
+                "forward pass; read them before optimizer.step(), or set "
+                "model.loss_backend = 'logits'"
+            )
+        # made in inference mode, they could not be read outside of it
+        with torch.inference_mode(False), torch.no_grad(), no_autocast(x.device):
+            return F.linear(x.to(dtype), weight_VD.to(dtype))
+
+    return _Once(make)
+
+
+def _fingerprint(weight: Tensor) -> Tensor:
+    """A copy of some numbers from all over the weight."""
+    return weight.flatten()[:: max(1, weight.numel() // SAMPLE_ELEMENTS)].clone()
+
 
 __all__ = [
     "DeferredLogits",

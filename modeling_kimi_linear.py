@@ -8,7 +8,7 @@ I expert width, E experts, k experts of one token.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,7 +20,14 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.utils import logging
 
 from .cache_kimi_linear import prepare_cache
-from .cached_call import check_columns, count_elsewhere, note_padding, plan_kda, unless_all_real
+from .cached_call import (
+    check_columns,
+    check_source,
+    count_elsewhere,
+    note_padding,
+    plan_kda,
+    unless_all_real,
+)
 from .configuration_kimi_linear import KimiLinearConfig
 from .context_parallel import (
     check_context_call,
@@ -31,8 +38,9 @@ from .context_parallel import (
 )
 from .decay_sharding import decays_apart
 from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
-from .expert_quantization import is_packed, packing_experts
+from .expert_quantization import is_packed, packing_experts, saved_bytes, unpack_experts
 from .generation_kimi_linear import KimiLinearGenerationMixin
+from .kda import is_exporting
 from .layers_kimi_linear import (
     KimiLinearDeltaAttention,
     KimiLinearLatentAttention,
@@ -57,6 +65,7 @@ from .sequence_layout import (
     last_real_columns,
     sequence_layout,
 )
+from .static_cache import is_static_call, static_inputs, without_room
 from .tensor_parallel import joined, register_styles
 from .upstream import (
     BACKBONE_ARGUMENTS,
@@ -81,9 +90,11 @@ from .upstream import (
 )
 from .weight_conversion import (
     check_checkpoint,
+    check_inside,
     other_spellings,
     register_conversion,
     stored_tensors,
+    write_weights,
 )
 
 logger = logging.get_logger(__name__)
@@ -130,7 +141,7 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, router_notes: RouterNotes | None = None, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, T, D] to [B, T, D], and with `router_notes` the router's losses [2]."""
+        """[B, T, D] to [B, T, D], and with `router_notes` the router's losses [B * T, 2]."""
         hidden_states = (
             hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         )
@@ -154,6 +165,7 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     # Transformers refuses assisted decoding to stateful models; our cache rolls its states back
     _is_stateful = False
     _can_record_outputs = {
@@ -207,13 +219,25 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         if is_packed(self) and not has_own_adapters(self):
             raise ValueError(
                 "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
-                "for them; save its adapters, and merge them into the model without quantisation"
+                "for them; save its adapters, and merge them into the model without quantisation, "
+                "or save the wide model that dequantize() makes"
             )
         self.config.auto_map = dict(AUTO_MAP)
         if not is_quantized(self):
             save_by_registered_names(self)
         with _named_as_written(type(self)):
             return super().save_pretrained(*args, **kwargs)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of parameters and buffers; of quantised experts, of their packed form."""
+        return super().get_memory_footprint(return_buffers) - saved_bytes(self)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Make wide what bitsandbytes has quantised, experts too, in place; see Transformers'
+        method. The model saves under the official names again."""
+        model = super().dequantize(dtype=dtype)
+        unpack_experts(self, dtype)
+        return model
 
     def prepared_for_fsdp(self) -> AbstractContextManager[None]:
         """See `decay_sharding.py`."""
@@ -224,13 +248,36 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         """What every torch can put together."""
         return {name: joined(x) for name, x in state_dict.items()}
 
-    def load_weights(self, loading: Loading) -> Any:
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, strict: bool = False
+    ) -> set[str]:
+        """Copy tensors under the released names, as vLLM's models take them, into the model's own:
+        in place, so that optimizers, recorded decode steps and data pointers stay valid.
+
+        Args:
+            weights: Names and tensors of any floating dtype and device, in any order; of an expert
+                each matrix by itself (or a layer's fused ones under the model's own names). What
+                is not among them stays as it is.
+            strict: Whether a tensor of the model that is not among them is an error.
+
+        Returns:
+            The names that came.
+
+        Raises:
+            ValueError: For a name that the model has not, another shape, weights that are
+                quantised, offloaded or divided among processes, and with `strict` for names that
+                did not come. What came before is written by then.
+        """
+        return write_weights(self, weights, strict=strict)
+
+    def read_checkpoint(self, loading: Loading) -> Any:
         """Check the files first, since Transformers would fill what is missing with random numbers;
         then let it read them through `stored_tensors`, which needs no more memory than the model.
         """
         if loading.is_adapter:
-            return super().load_weights(loading)
+            return super().read_checkpoint(loading)
         state_dict, files = loading.state_dict, loading.files
+        check_inside(self.name_or_path, files)
         if state_dict is None and loading.is_plain and files and files[0].endswith(".safetensors"):
             if not loading.ignores_shapes:
                 check_checkpoint(
@@ -315,23 +362,26 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             ValueError: If inputs contradict each other; the message names the argument.
         """
         check_arguments(self, kwargs, BACKBONE_ARGUMENTS)
-        if cu_seq_lens_q is None and not LENGTH_ARGUMENTS.keys().isdisjoint(kwargs):
+        lengths = [name for name in LENGTH_ARGUMENTS if name in kwargs]
+        if lengths and cu_seq_lens_q is None:
             raise ValueError(
-                f"{', '.join(LENGTH_ARGUMENTS.keys() & kwargs.keys())} without cu_seq_lens_q is "
+                f"{', '.join(lengths)} without cu_seq_lens_q is "
                 "not allowed: cu_seq_lens_q says where packed sequences begin"
             )
         cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         source: Any = input_ids if inputs_embeds is None else inputs_embeds
-        _check_source(source, "input_ids" if inputs_embeds is None else "inputs_embeds")
+        check_source(source, "input_ids" if inputs_embeds is None else "inputs_embeds")
         batch_size, num_tokens = source.shape[:2]
-        if num_tokens == 0:
-            raise ValueError(
-                "the input has 0 tokens, which is not allowed: it must have at least 1"
-            )
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
+        if is_static_call(cache):
+            assert cache is not None
+            x = self.embed_tokens(source) if inputs_embeds is None else source
+            x, inputs = static_inputs(cache, attention_mask, x)
+            return self._run_layers(x, inputs, kwargs)
+        attention_mask = without_room(cache, attention_mask, num_tokens)
         mask = unless_all_real(attention_mask)
         if self.context_group is not None:
             shape, has_cache = (batch_size, num_tokens), cache is not None or use_cache
@@ -347,9 +397,11 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             cu_seq_lens=cu_seq_lens_q,
             device=hidden_states.device,
         )
+        if mask is not None and not layout.is_plain:  # 0 * NaN is NaN, in every product
+            padding = mask[:, -num_tokens:, None].to(hidden_states.device) == 0
+            hidden_states = hidden_states.masked_fill(padding, 0)
         if self.context_group is not None:
             layout = shard_layout(layout, num_tokens, self.context_group)
-        kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         cache = self._cache_for(layout, cache, use_cache, batch_size)
         past = 0 if cache is None else cache.layers[0].num_tokens
         check_columns(attention_mask, past, num_tokens)
@@ -364,13 +416,22 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             "by_blocks": by_blocks,
             "kda_plan": plan_kda(hidden_states, mask, cache, layout),
         }
+        if cache is not None:
+            note_padding(cache, attention_mask, mask, past)
+        return self._run_layers(hidden_states, inputs, kwargs)
+
+    def _run_layers(
+        self, hidden_states: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]
+    ) -> KimiLinearModelOutput:
+        """All layers on the embeddings [B, T, D], given what the call's plan says."""
+        cache = inputs["cache"]
+        kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
-        notes = take_notes(self, layout, hidden_states, wants_logits)
+        notes = take_notes(self, inputs["layout"], hidden_states, wants_logits)
         losses = []
         # `assistant_early_exit` lowers the number while the model makes its own draft
         layers = list(self.layers)[: self.config.num_hidden_layers]
         if cache is not None:
-            note_padding(cache, attention_mask, mask, past)
             cache.is_torn = True  # until all layers have counted the call's tokens
         for layer in layers:
             if notes is None or not getattr(layer, "is_moe", False):
@@ -384,7 +445,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         return KimiLinearModelOutput(
             last_hidden_state=self.norm(hidden_states),
             cache=cache,
-            router_losses=None if notes is None else notes.close(losses),
+            **({} if notes is None else notes.close(losses)),
         )
 
     def _cache_for(
@@ -430,6 +491,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         "sdpa" would need memory that grows with the square of the context."""
         if past:
             return True
+        if is_exporting():
+            return False
         is_long = num_tokens > BACKEND_TOKENS and not layout.is_packed
         is_sdpa = attention_backend(self.config) == "sdpa"
         return is_long and is_sdpa and not torch.is_grad_enabled()
@@ -444,7 +507,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         """The mask that the attention backend of the MLA layers wants; None if it needs none."""
         if "full_attention" not in self.config.layer_types or layout.context is not None:
             return None
-        if is_flash_attention(self.config) and cache is None:
+        if is_flash_attention(self.config) and cache is None and layout.order is None:
             return None  # the layout's boundaries say it all
         if attends_by_sequence(self.config, layout):
             return None
@@ -466,16 +529,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
-
-
-def _check_source(source: Tensor, name: str) -> None:
-    """ValueError unless the input has the dimensions of rows of tokens."""
-    axes = ["batch", "tokens", "hidden_size"][: 2 if name == "input_ids" else 3]
-    if source.ndim != len(axes):
-        raise ValueError(
-            f"{name} has shape {tuple(source.shape)}, which is not allowed: it must be "
-            f"[{', '.join(axes)}]"
-        )
 
 
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin):
@@ -600,12 +653,15 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
                 )
+            ignored = loss_kwargs.get("ignore_index", -100)
             shifted = loss_kwargs.get("shift_labels")
+            if shifted is None:
+                shifted = F.pad(labels[:, 1:], (0, 1), value=ignored)
             loss = add_router_losses(
                 self,
                 loss,
-                outputs.router_losses,
-                labels[:, 1:] if shifted is None else shifted,
+                outputs.router_losses_by_place,
+                shifted != ignored,
                 loss_kwargs.get("num_items_in_batch"),
             )
             if self.model.context_group is not None:
@@ -622,6 +678,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
 
     def _decode(self, input_ids: Any, attention_mask: Tensor | None, cache: Cache) -> Any:
         """Logits by the recorded decode step, or None if the call has to run layer by layer."""
+        prepare_cache(cache, self.config)
         if not can_decode(self, input_ids, cache):
             return None
         past = cache.layers[0].num_tokens
@@ -629,7 +686,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         check_columns(attention_mask, past, 1)
         if mask is not None and not bool((mask[:, -1] != 0).all()):
             return None
-        prepare_cache(cache, self.config)
         note_padding(cache, attention_mask, mask, past)
         cache.is_torn = True
         logits = decode_logits(self, input_ids, mask, cache)
@@ -661,13 +717,17 @@ def _shift_labels(
     """Labels [B, T] and the loss' arguments: `shift_labels` too where rows are packed or padded; in
     context parallelism, both of the process' own tokens."""
     layout = sequence_layout(*labels.shape, **boundaries, device=labels.device)
-    if layout.cu_seqlens is not None:
+    if not layout.is_plain:
         kwargs = {"shift_labels": _next_labels(labels, layout), **kwargs}
     return (labels, kwargs) if group is None else own_labels(labels, kwargs, group)
 
 
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
     """[B, T]: at each real token the label of the next one of its sequence, -100 where none is."""
+    if layout.order is not None:
+        following = F.pad(layout.pack(labels)[:, 1:], (0, 1), value=-100)
+        following = following.masked_fill(layout.is_behind(labels).roll(-1, 1), -100)
+        return torch.full_like(labels, -100).scatter(1, layout.order, following)
     places = torch.arange(labels.numel(), device=labels.device)
     places = places if layout.token_index is None else layout.token_index
     following = F.pad(labels.flatten()[places], (0, 1), value=-100)[1:]
@@ -745,7 +805,8 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         if real is not None:
             columns = columns * (real[:, -logits.shape[1] :] != 0).to(logits.device)
         rows = torch.arange(logits.shape[0], device=logits.device)
-        pooled = logits[rows, columns.amax(dim=1)]
+        read = columns.amax(dim=1)
+        pooled = logits[rows, read]
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -757,7 +818,9 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
             )
             if num_items is not None and self.config.problem_type != "single_label_classification":
                 loss = loss * labels.numel() / num_items  # a mean, whatever Trainer counted
-            loss = add_router_losses(self, loss, outputs.router_losses, labels, num_items)
+            counts = torch.zeros_like(columns, dtype=torch.int64)
+            counts[rows, read] = (labels != -100).view(len(rows), -1).sum(1).to(logits.device)
+            loss = add_router_losses(self, loss, outputs.router_losses_by_place, counts, num_items)
         return KimiLinearSequenceClassifierOutput(
             loss=loss,
             logits=pooled,
@@ -821,7 +884,8 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items)
-            loss = add_router_losses(self, loss, outputs.router_losses, labels, num_items)
+            losses, counts = outputs.router_losses_by_place, labels != -100
+            loss = add_router_losses(self, loss, losses, counts, num_items)
         return TokenClassifierOutput(
             loss=loss,
             logits=logits,

@@ -217,7 +217,7 @@ class KimiLinearMoE(nn.Module):
     def forward(
         self, x: Tensor, notes: RouterNotes | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, T, D] to [B, T, D], and with `notes` the router's losses [2]."""
+        """[B, T, D] to [B, T, D], and with `notes` the router's losses [B * T, 2]."""
         tokens = x.flatten(0, -2)
         # by keyword: hooks of parallel plans put other positional arguments in place of these
         logits, weights, experts = self.gate(tokens, notes=notes)

@@ -31,7 +31,7 @@ UNUSED_MODULE = "original_module"
 # ---- losses --------------------------------------------------------------------------------------
 
 
-def balance_loss(
+def place_losses(
     logits_NE: Tensor,
     num_chosen: int,
     *,
@@ -41,7 +41,8 @@ def balance_loss(
     is_sigmoid: bool,
     group: Any = None,
 ) -> Tensor:
-    """Sequence-wise balance loss of one layer, the mean over the sequences (equations 17 to 20).
+    """Balance loss (equations 17 to 20) and z-loss of one layer, each place's part of them: a
+    sequence's are the sums over its places.
 
     Like there, the experts that count are the k with the best scores, without the correction bias
     and without groups.
@@ -49,72 +50,76 @@ def balance_loss(
     Args:
         logits_NE: The router's, float32 or float64.
         num_chosen: k.
-        sequence_N: int64, the number of each place's sequence.
-        weight_N: 1 / (tokens of its sequence * sequences), 0 at padding.
+        sequence_N: int64, the number of each place's sequence, S at padding.
+        weight_N: 1 / tokens of its sequence, 0 at padding.
         num_sequences: S; empty ones may be among them.
         is_sigmoid: Whether scores are sigmoids; else they are a softmax.
-        group: Processes that the sequences' tokens are divided among; the loss is a part of theirs.
+        group: Processes that the sequences' tokens are divided among.
 
     Returns:
-        A scalar: 1 where loads are even, E / k where all tokens choose the same experts surely.
+        [N, 2]. A sequence's balance loss is 1 where loads are even, E / k where all its tokens
+        choose the same experts surely; its z-loss is its tokens' mean of (log sum exp)^2.
     """
     scores_NE = logits_NE.sigmoid() if is_sigmoid else logits_NE.softmax(dim=-1)
     chosen_Nk = scores_NE.topk(num_chosen, dim=-1, sorted=False).indices
-    counts_SE = _count_by_sequence(chosen_Nk, sequence_N, weight_N > 0, num_sequences, logits_NE)
+    counts_SE = _count_by_sequence(chosen_Nk, sequence_N, num_sequences, logits_NE)
     if group is not None:
         dist.all_reduce(counts_SE, group=group)
     frequency_SE = logits_NE.shape[1] * counts_SE / counts_SE.sum(dim=1, keepdim=True).clamp(min=1)
     if is_sigmoid:  # a softmax' scores have the sum 1 already
         scores_NE = scores_NE / (scores_NE.sum(dim=-1, keepdim=True) + 1e-20)
     balance_N = (frequency_SE[sequence_N] * scores_NE).sum(dim=-1)
-    return (weight_N.to(balance_N.dtype) * balance_N).sum()
+    z_N = logits_NE.logsumexp(dim=-1).square()
+    return weight_N.to(z_N.dtype)[:, None] * torch.stack([balance_N, z_N], dim=1)
 
 
 def _count_by_sequence(
-    chosen_Nk: Tensor, sequence_N: Tensor, is_real_N: Tensor, num_sequences: int, like_NE: Tensor
+    chosen_Nk: Tensor, sequence_N: Tensor, num_sequences: int, like_NE: Tensor
 ) -> Tensor:
-    """[S, E]: how often a sequence's real tokens choose each expert; whole numbers, so that their
-    sum does not depend on its order."""
+    """[S + 1, E]: how often a sequence's tokens, and last of all padding, choose each expert; whole
+    numbers, so that their sum does not depend on its order."""
     num_experts = like_NE.shape[1]
-    counts = like_NE.new_zeros(num_sequences * num_experts, dtype=torch.int64)
-    places_Nk = sequence_N[:, None] * num_experts + chosen_Nk
-    is_real_Nk = is_real_N.to(torch.int64)[:, None].expand_as(chosen_Nk)
-    counts.scatter_add_(0, places_Nk.flatten(), is_real_Nk.flatten())
-    return counts.view(num_sequences, num_experts).to(like_NE.dtype)
-
-
-def z_loss(logits_NE: Tensor, is_real_N: Tensor) -> Tensor:
-    """Mean over the real tokens of the square of log sum exp of a layer's logits."""
-    is_real = is_real_N.to(logits_NE.dtype)
-    return (logits_NE.logsumexp(dim=-1).square() * is_real).sum() / is_real.sum().clamp(min=1)
+    counts = like_NE.new_zeros((num_sequences + 1) * num_experts, dtype=torch.int64)
+    places = (sequence_N[:, None] * num_experts + chosen_Nk).flatten()
+    counts.scatter_add_(0, places, torch.ones_like(places))
+    return counts.view(num_sequences + 1, num_experts).to(like_NE.dtype)
 
 
 def add_router_losses(
     model: Any,
     loss: Tensor,
-    router_losses: Tensor | None,
-    labels: Tensor | None = None,
+    by_place: tuple[Tensor, Tensor, Tensor] | None,
+    counts: Tensor,
     num_items: Tensor | int | None = None,
 ) -> Tensor:
     """`loss` and, in training, the router's losses times their coefficients in the configuration.
 
+    They are the mean over the sequences, each with the weight of its labels. So the parts of a
+    step's calls add up to those of one large call, as the parts of the labels' own loss do.
+
     Args:
-        model: In eval mode nothing is added.
+        model: A model with a head; in eval mode nothing is added.
         loss: A scalar.
-        router_losses: [2], of the same call, or None.
-        labels: As the loss counts them, -100 where there is none.
-        num_items: What the loss of each of a step's calls is divided by, else None. The call's part
-            of the router's losses is that of its labels then, so that the calls add up to a mean.
+        by_place: The backbone's `router_losses_by_place`.
+        counts: [B, T], how many labels of the loss each place has.
+        num_items: What the loss of each of a step's calls is divided by, else None.
     """
-    config = model.config
+    config, group = model.config, getattr(model.model, "context_group", None)
     coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
-    if router_losses is None or not model.training or not any(coefficients):
+    if by_place is None or not model.training or not any(coefficients):
         return loss
-    added = (router_losses * router_losses.new_tensor(coefficients)).sum().to(loss.device)
-    if num_items is not None and labels is not None:
-        added = added * (labels != -100).sum().to(loss.device)
-        added = added / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
-    return loss + added.to(loss.dtype)
+    losses_N2, sequence_N, lengths_S = by_place
+    counts_N = counts.flatten().to(sequence_N.device, torch.int64)
+    labels_S = counts_N.new_zeros(lengths_S.numel() + 1).index_add(0, sequence_N, counts_N)
+    if group is not None:
+        dist.all_reduce(labels_S, group=group)
+    if num_items is None:
+        num_items = labels_S[:-1].sum().clamp(min=1)  # padding's are the last
+    elif isinstance(num_items, Tensor):
+        num_items = num_items.to(losses_N2.device)
+    losses_N = (losses_N2 * losses_N2.new_tensor(coefficients)).sum(dim=1)
+    added = (losses_N * labels_S[sequence_N]).sum() / num_items
+    return loss + added.to(loss.device, loss.dtype)
 
 
 # ---- what a forward pass notes -------------------------------------------------------------------
@@ -145,14 +150,12 @@ class RouterNotes:
         self.config, self.wants_losses, self._loads = config, wants_losses, loads
         self._context = layout.context
         if layout.context is None:
-            self.sequence_N, self.weight_N = token_sequences(layout, *shape, like)
+            self.sequence_N, self.weight_N, self.lengths_S = token_sequences(layout, *shape, like)
         else:  # sequences and weights are the whole row's
             layout, own = layout.context.whole, layout.context.own
             places = shape[1] * dist.get_world_size(self._context.group)
-            whole = token_sequences(layout, 1, places, like)
-            self.sequence_N, self.weight_N = (x[own] for x in whole)
-        ends = layout.cu_seqlens
-        self.num_sequences = shape[0] if ends is None else ends.numel() - 1
+            sequence, weight, self.lengths_S = token_sequences(layout, 1, places, like)
+            self.sequence_N, self.weight_N = sequence[own], weight[own]
         self._counts: list[Tensor] | None = [] if loads is not None else None
 
     def count(self, experts_Nk: Tensor) -> None:
@@ -165,31 +168,37 @@ class RouterNotes:
         self._counts.append(counts.scatter_add_(0, experts_Nk.flatten(), is_real_Nk.flatten()))
 
     def losses(self, logits_NE: Tensor) -> Tensor:
-        """[2]: balance loss and z-loss of a layer; zeros if they are not wanted."""
+        """[N, 2]: each place's balance loss and z-loss of a layer; zeros if they are not wanted."""
         if not self.wants_losses:
-            return logits_NE.new_zeros(2)
+            return logits_NE.new_zeros(logits_NE.shape[0], 2)
         weight_N, sequence_N = (x.to(logits_NE.device) for x in (self.weight_N, self.sequence_N))
-        balance = balance_loss(
+        return place_losses(
             logits_NE,
             self.config.num_experts_per_token,
             sequence_N=sequence_N,
             weight_N=weight_N,
-            num_sequences=self.num_sequences,
+            num_sequences=self.lengths_S.numel(),
             is_sigmoid=self.config.moe_router_activation_func == "sigmoid",
             group=None if self._context is None else self._context.group,
         )
-        size = 1 if self._context is None else dist.get_world_size(self._context.group)
-        return torch.stack([balance, z_loss(logits_NE, weight_N > 0) / size])
 
-    def close(self, losses: list[Tensor]) -> Tensor | None:
-        """Hand over what was counted; the sum of the layers' losses, if they are wanted."""
+    def close(self, losses: list[Tensor]) -> dict[str, Any]:
+        """Hand over what was counted; the outputs with the sum of the layers' losses, if they are
+        wanted."""
         if self._loads is not None and self._counts is not None:
             self._loads.add(self._counts)
         self._counts = None
         if not self.wants_losses or not losses:
-            return None
-        total = torch.stack([each.to(losses[0].device) for each in losses]).sum(dim=0)
-        return total if self._context is None else total_over(total, self._context.group)
+            return {}
+        total_N2 = torch.stack([each.to(losses[0].device) for each in losses]).sum(dim=0)
+        sequence_N, lengths_S = (x.to(total_N2.device) for x in (self.sequence_N, self.lengths_S))
+        mean = total_N2.sum(dim=0) / (lengths_S > 0).sum().clamp(min=1)
+        return {
+            "router_losses": mean
+            if self._context is None
+            else total_over(mean, self._context.group),
+            "router_losses_by_place": (total_N2, sequence_N, lengths_S),
+        }
 
 
 def take_notes(
@@ -212,24 +221,28 @@ def take_notes(
 
 def token_sequences(
     layout: SequenceLayout, batch_size: int, num_tokens: int, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of each place the number of its sequence [N], int64, and its weight in a mean over the
-    sequences [N], of float32 or wider; both are 0 at padding."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each place the number of its sequence [N], int64, S at padding, and its weight in a mean
+    over that sequence [N], of float32 or wider, 0 at padding; of each sequence its tokens [S]."""
     places, device = batch_size * num_tokens, like.device
     dtype = torch.promote_types(like.dtype, torch.float32)
     if layout.cu_seqlens is None:
         rows = torch.arange(batch_size, device=device)
-        weights = torch.full((places,), 1 / places, dtype=dtype, device=device)
-        return rows.repeat_interleave(num_tokens), weights
+        real = layout.unpack(
+            torch.ones(batch_size, num_tokens, dtype=dtype, device=device), batch_size
+        )
+        lengths = real.sum(dim=1)
+        sequence = torch.where(real > 0, rows[:, None], batch_size)
+        weights = real / lengths.clamp(min=1)[:, None]
+        return sequence.flatten(), weights.flatten(), lengths.long()
     lengths = layout.cu_seqlens.to(device).diff().long()
     index = layout.token_index
     index = torch.arange(places, device=device) if index is None else index.to(device)
     numbers = torch.arange(lengths.numel(), device=device)
     numbers = numbers.repeat_interleave(lengths, output_size=index.numel())
-    real_weights = 1 / (lengths[numbers] * (lengths > 0).sum()).to(dtype)
-    sequence = torch.zeros(places, dtype=torch.int64, device=device).index_copy(0, index, numbers)
-    weights = torch.zeros(places, dtype=dtype, device=device).index_copy(0, index, real_weights)
-    return sequence, weights
+    sequence = torch.full((places,), lengths.numel(), device=device).index_copy(0, index, numbers)
+    weights = torch.zeros(places, dtype=dtype, device=device)
+    return sequence, weights.index_copy(0, index, 1 / lengths[numbers].to(dtype)), lengths
 
 
 # ---- loads and the correction bias ---------------------------------------------------------------
@@ -378,9 +391,8 @@ __all__ = [
     "ExpertLoads",
     "RouterNotes",
     "add_router_losses",
-    "balance_loss",
     "check_rate",
     "load_statistics",
+    "place_losses",
     "take_notes",
-    "z_loss",
 ]

@@ -105,8 +105,10 @@ class KimiLinearModelOutput(OutputWithCache):
         hidden_states: On request, [B, T, D] each: the embeddings and what each layer returns.
         attentions: On request, of the MLA layers, [B, H, T, S]; "eager" attention only.
         router_logits: On request, of the MoE layers, [N, E] each.
-        router_losses: [2], balance loss and z-loss, each the sum over the layers, without its
-            coefficient. None where nothing asked for them.
+        router_losses: [2], balance loss and z-loss, each the sum over the layers and the mean over
+            the sequences, without its coefficient. None where nothing asked for them.
+        router_losses_by_place: [N, 2], each place's part of its sequence's losses; [N], the number
+            of its sequence, S at padding; [S], the sequences' lengths.
     """
 
     last_hidden_state: Tensor | None = None
@@ -115,6 +117,7 @@ class KimiLinearModelOutput(OutputWithCache):
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     router_losses: Tensor | None = None
+    router_losses_by_place: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -123,7 +126,7 @@ class KimiLinearCausalLMOutput(OutputWithCache):
 
     Attributes:
         loss: Scalar, with `labels`.
-        logits: [B, kept, vocab_size], a tensor or `DeferredLogits`.
+        logits: [B, kept, vocab_size]; in training `DeferredLogits`, see `loss_backend`.
         cache, hidden_states, attentions, router_logits: The backbone's.
         aux_loss: Balance loss without its coefficient, where it was computed.
     """

@@ -9,6 +9,8 @@ files into the folder that resuming looks for, one after another. The functions 
 of one's own.
 """
 
+import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,8 +30,12 @@ from .upstream import CheckpointHooks, rotate_checkpoints
 logger = logging.get_logger(__name__)
 
 BadStep = Literal["stop", "skip"]
-# Trainer neither resumes from folders of such a name nor counts them among its checkpoints.
-UNFINISHED = "unfinished"
+# Trainer neither resumes from folders of such a name, nor counts them among its checkpoints, nor
+# pushes them.
+UNFINISHED = "_unfinished"
+REPLACED = f"{UNFINISHED}-replaced"
+# Linux' arguments of renameat2.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 # Names in a message.
 MAX_NAMES = 8
 
@@ -106,7 +112,7 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write to, which takes its name when everything in it is on the disk.
 
     Whatever goes wrong before, `final` is what it was: absent, or the whole older folder. An error
-    removes what was written; after a kill it stays as "unfinished-...", for the next call to clear.
+    removes what was written; after a kill it stays as "_unfinished-...", for the next to clear.
 
     Args:
         final: Its folder must exist; older contents are replaced.
@@ -115,8 +121,9 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
         An empty folder beside it.
     """
     final = Path(final)
+    recover(final.parent)
     draft = final.parent / f"{UNFINISHED}-{final.name}"
-    shutil.rmtree(draft, ignore_errors=True)
+    _remove(draft)
     draft.mkdir()
     try:
         yield draft
@@ -143,21 +150,71 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(draft: Path, final: Path) -> None:
-    """Give a folder its final name, in place of an older one of that name."""
-    replaced = None
-    if final.exists():  # a system has no call that swaps folders: the older one steps aside
-        replaced = final.parent / f"{UNFINISHED}-replaced-{final.name}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    draft.rename(final)
+    """Give a folder its final name, in place of an older one of that name, in one step where the
+    system can; elsewhere `recover` puts the older one back after a kill between two."""
+    older = None
+    if not os.path.lexists(final):
+        draft.rename(final)
+    elif exchange(draft, final):
+        older = draft
+    else:
+        older = _aside(final)
+        _remove(older)
+        final.rename(older)
+        try:
+            draft.rename(final)
+        except BaseException:
+            older.rename(final)
+            raise
     if os.name == "posix":
         descriptor = os.open(final.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    if older is not None:
+        _remove(older)
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Let two files or folders swap their names in one step; False where the system, or the file
+    system, has no call for that.
+
+    Raises:
+        OSError: The call failed.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # only Linux has it
+        return False
+    names = os.fsencode(one), os.fsencode(two)
+    if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
+        return False
+    raise OSError(code, os.strerror(code), str(two))
+
+
+def recover(folder: Path) -> None:
+    """Give folders their names back that a kill has kept from being replaced."""
+    for older in folder.glob(f"{REPLACED}-*"):
+        final = folder / older.name.removeprefix(f"{REPLACED}-")
+        if not os.path.lexists(final):
+            older.rename(final)
+
+
+def _aside(final: Path) -> Path:
+    """Where an older folder is while the new one takes its name."""
+    return final.with_name(f"{REPLACED}-{final.name}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or the link to one, if it is there."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- Trainer -------------------------------------------------------------------------------------
@@ -199,6 +256,8 @@ class SafeTrainingMixin(CheckpointHooks):
         super().__init__(*args, **kwargs)
         if bad_step == "skip" and self.is_deepspeed_enabled:
             raise ValueError("bad_step='skip' is not allowed with DeepSpeed: it must be 'stop'")
+        if self.args.should_save:
+            recover(Path(self.args.output_dir))  # before a checkpoint to go on from is looked for
         self.bad_step, self.max_skipped = bad_step, max_skipped
         self.skipped_steps: list[int] = []
         self._skipped_in_a_row = 0
@@ -240,10 +299,22 @@ class SafeTrainingMixin(CheckpointHooks):
                 loads.reset()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the number of steps that were skipped, if there were any."""
+        """As Trainer's, with the number of steps that were skipped, if there were any; `train_loss`
+        is the mean of the whole run, of which Trainer knows the steps since it was resumed."""
         if self.skipped_steps and "loss" in logs:
             logs["skipped_steps"] = len(self.skipped_steps)
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _mean_loss(self) -> float:
+        """Over all steps: those that were logged before `train()` began, and those since."""
+        total, logged = self.loss_since_begin(), 0
+        for values in self.state.log_history:
+            if "loss" in values and values["step"] <= self.first_step:
+                total += values["loss"] * (values["step"] - logged)
+                logged = values["step"]
+        return total / max(1, logged + self.state.global_step - self.first_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's, but weights that are not finite are an error; a checkpoint's are looked at
@@ -309,8 +380,9 @@ class SafeTrainingMixin(CheckpointHooks):
     def _clear_drafts(self, folder: Path) -> None:
         """What a run that was killed has left, which may be why the disk is full."""
         if self.args.should_save:
+            recover(folder)
             for path in folder.glob(f"{UNFINISHED}-*"):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
         self.accelerator.wait_for_everyone()
 
     def output_folder(self, folder: str) -> str:

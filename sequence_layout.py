@@ -9,12 +9,18 @@ N sequences.
 """
 
 import functools
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .kda import is_exporting
+
+# A raw gate whose softplus and whose sigmoid are 0 in every dtype.
+SILENT = -1e4
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ class SequenceLayout:
         sequence_ids: [B, T] int64, number of each token's sequence within its row; None unless rows
             are packed.
         num_places: B * T.
+        order: [B, T] int64, each row's columns, real ones first; in place of `token_index` and
+            `cu_seqlens` where a compiler traces the call, whose shapes cannot depend on values.
+        counts: [B] int64, real tokens of each row, with `order`.
         context: The `ContextShard` that this call's tokens are, if other processes have the rest.
     """
 
@@ -40,7 +49,14 @@ class SequenceLayout:
     row_last: Tensor | None = None
     sequence_ids: Tensor | None = None
     num_places: int = 0
+    order: Tensor | None = None
+    counts: Tensor | None = None
     context: Any = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each row is one sequence, all real and all here."""
+        return self.cu_seqlens is None and self.order is None and self.context is None
 
     @property
     def is_packed(self) -> bool:
@@ -71,7 +87,10 @@ class SequenceLayout:
         return replace(self, **moved)
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] to [1, R, ...]: real tokens end to end. Plain rows stay as they are."""
+        """[B, T, ...] to [1, R, ...]: real tokens end to end, or with `order` [B, T, ...]: each
+        row's real tokens first. Plain rows stay as they are."""
+        if self.order is not None:
+            return x.gather(1, _like(self.order, x))
         if self.cu_seqlens is None:
             return x
         flat = x.flatten(0, 1)
@@ -79,12 +98,36 @@ class SequenceLayout:
 
     def unpack(self, x: Tensor, batch_size: int) -> Tensor:
         """[1, R, ...] to [B, T, ...], zeros at padding; the inverse of `pack`."""
+        if self.order is not None:
+            real = x.masked_fill(_like(self.is_behind(x), x), 0)
+            return torch.zeros_like(x).scatter(1, _like(self.order, x), real)
         if self.cu_seqlens is None:
             return x
         if self.token_index is None:
             return x.reshape(batch_size, -1, *x.shape[2:])
         flat = x.new_zeros(self.num_places, *x.shape[2:]).index_copy(0, self.token_index, x[0])
         return flat.reshape(batch_size, -1, *x.shape[2:])
+
+    def is_behind(self, packed: Tensor) -> Tensor:
+        """[B, T] bool, of what `pack` returned with `order`: the padding behind the real tokens."""
+        assert self.counts is not None
+        return torch.arange(packed.shape[1], device=packed.device) >= self.counts[:, None]
+
+    def silenced(self, *raw: Tensor) -> tuple[Tensor, ...]:
+        """Raw gates [B, T, ...] of KDA, as `pack` orders them, without effect at padding: no decay,
+        and a beta of 0."""
+        if self.order is None:
+            return raw
+        return tuple(x.masked_fill(_like(self.is_behind(x), x), SILENT) for x in raw)
+
+    def last_inputs(self, x: Tensor, before: Tensor | None, count: int) -> Tensor:
+        """[B, D, count]: with `order`, the last real ones of `before` [B, D, count] (None: zeros)
+        and x [B, T, D]."""
+        assert self.counts is not None
+        x = x.transpose(1, 2)
+        before = x.new_zeros(*x.shape[:2], count) if before is None else before.to(x.dtype)
+        places = self.counts[:, None, None] + torch.arange(count, device=x.device)
+        return torch.cat([before, x], dim=2).gather(2, places.expand(-1, x.shape[1], -1))
 
     def initial_states(self, row_states: Tensor | None) -> Tensor | None:
         """[B, ...] cached states to [N, ...] for each row's first sequence; zeros elsewhere."""
@@ -126,7 +169,10 @@ def sequence_layout(
         The layout; an empty one if there is neither padding nor packing.
 
     Raises:
-        ValueError: If an argument has a wrong shape or `cu_seq_lens` does not run from 0 to B * T.
+        ValueError: If an argument is no tensor, has a wrong shape, or `cu_seq_lens` does not run
+            from 0 to B * T.
+        RuntimeError: From an exported program, whose rows must be one sequence each, if they are
+            packed.
     """
     real = _real_tokens(attention_mask, batch_size, num_tokens, device)
     if cu_seq_lens is not None:
@@ -142,6 +188,8 @@ def sequence_layout(
     ]
     if real is None and (num_tokens == 1 or not sources):
         return SequenceLayout()
+    if torch.compiler.is_compiling() and (num_tokens == 1 or not sources):
+        return traced_layout(real)
     # column of the real token before each token of this call, -1 if there is none
     previous = _previous_real(real, batch_size, num_tokens, device)
     starts = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
@@ -150,10 +198,26 @@ def sequence_layout(
     starts &= previous >= 0  # a row's first sequence is open anyway
     if real is not None:
         starts &= real  # padding begins nothing
+    if is_exporting():
+        torch._assert_async(~starts.any(), "packed rows are not allowed in an exported program")
+        return traced_layout(real)
     is_packed = bool(starts.any())
     if not is_packed and real is None:
         return SequenceLayout()
     return _layout(starts, real, is_packed)
+
+
+def traced_layout(real: Tensor | None) -> SequenceLayout:
+    """The layout of rows of one sequence each, worked out without looking at values."""
+    if real is None:
+        return SequenceLayout()
+    order = (~real).to(torch.int8).sort(dim=1, stable=True).indices
+    return SequenceLayout(num_places=real.numel(), order=order, counts=real.sum(dim=1))
+
+
+def _like(index: Tensor, x: Tensor) -> Tensor:
+    """[B, T] as [B, T, ...] in the shape of x."""
+    return index.view(*index.shape, *[1] * (x.ndim - 2)).expand_as(x)
 
 
 def _layout(starts: Tensor, real: Tensor | None, is_packed: bool) -> SequenceLayout:
@@ -186,15 +250,17 @@ def _real_tokens(
         return None
     check_attention_mask(attention_mask, batch_size, num_tokens)
     real = attention_mask[:, -num_tokens:].to(device) != 0
-    return None if bool(real.all()) else real
+    return real if torch.compiler.is_compiling() or not bool(real.all()) else None
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}={type(x).__name__} is not allowed: it must be a tensor")
 
 
 def check_attention_mask(attention_mask: Tensor, batch_size: int, num_tokens: int) -> None:
     """Raise ValueError unless it is a tensor [B, at least T]."""
-    if not isinstance(attention_mask, Tensor):
-        raise ValueError(
-            f"attention_mask={type(attention_mask).__name__} is not allowed: it must be a tensor"
-        )
+    _check_tensor("attention_mask", attention_mask)
     if (
         attention_mask.ndim != 2
         or attention_mask.shape[0] != batch_size
@@ -237,6 +303,7 @@ def last_real_columns(real: Tensor) -> Tensor:
 def _expand(
     name: str, ids: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
 ) -> Tensor:
+    _check_tensor(name, ids)
     if ids.ndim != 2 or ids.shape[0] not in (1, batch_size) or ids.shape[1] != num_tokens:
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)}, which is not allowed: it must be "
@@ -249,15 +316,26 @@ def _sequence_numbers(
     cu_seq_lens: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
 ) -> Tensor:
     """[B, T] int64: the sequence that each place belongs to."""
+    _check_tensor("cu_seq_lens_q", cu_seq_lens)
+    if cu_seq_lens.is_floating_point():
+        raise ValueError(
+            f"cu_seq_lens_q is {cu_seq_lens.dtype}, which is not allowed: it must be of integers"
+        )
     places = batch_size * num_tokens
     ends = cu_seq_lens.flatten().long().to(device)
     if ends.numel() < 2 or ends[0] != 0 or ends[-1] != places or (ends.diff() < 0).any():
         raise ValueError(
-            f"cu_seq_lens_q={cu_seq_lens.tolist()} is not allowed: it must rise from 0 to "
+            f"cu_seq_lens_q={reprlib.repr(ends.tolist())} is not allowed: it must rise from 0 to "
             f"batch * tokens = {places}"
         )
     place = torch.arange(places, device=device)
     return torch.searchsorted(ends, place, right=True).reshape(batch_size, num_tokens)
 
 
-__all__ = ["SequenceLayout", "check_attention_mask", "last_real_columns", "sequence_layout"]
+__all__ = [
+    "SequenceLayout",
+    "check_attention_mask",
+    "last_real_columns",
+    "sequence_layout",
+    "traced_layout",
+]

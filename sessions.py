@@ -21,8 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
-from .cache_kimi_linear import KDALayerCache, KimiLinearCache, LatentLayerCache, check_whole
+from .cache_kimi_linear import (
+    KDALayerCache,
+    KimiLinearCache,
+    LatentLayerCache,
+    check_kinds,
+    check_whole,
+)
+
+logger = logging.get_logger(__name__)
 
 FORMAT = "kimi-linear-session-2"
 FORMATS = (FORMAT, "kimi-linear-session-1")  # the first had no checksum
@@ -68,12 +77,13 @@ def save_session(
         input_ids: [B, at least S], what the cache has read; its first S columns are stored.
 
     Raises:
-        ValueError: If the cache is empty or not one of ours, an error ended its last call, or the
-            ids are too few.
+        ValueError: If the cache is empty, not one of ours or one of another model, an error ended
+            its last call, or the ids are too few.
     """
     layers = getattr(cache, "layers", [])
     if not layers or not all(hasattr(layer, "memory_bytes") for layer in layers):
         raise ValueError(f"cache={type(cache).__name__} is not allowed: it must be one of ours")
+    check_kinds(cache, model.config)
     check_whole(cache)
     num_tokens = layers[0].num_tokens
     if num_tokens == 0:
@@ -144,7 +154,8 @@ def load_session(path: str | os.PathLike[str], model: Any) -> Session:
 def read_session(
     path: str | os.PathLike[str], model: Any, input_ids: Tensor, chunk_tokens: int = 2048
 ) -> KimiLinearCache:
-    """A cache that has read all of `input_ids` but the last token; the file holds it afterwards.
+    """A cache that has read all of `input_ids` but the last token; the file holds it afterwards,
+    or a warning says why it does not.
 
     What the file's text and `input_ids` have in common at the beginning comes from the file, as far
     as its cache can go back; the rest is read now.
@@ -174,7 +185,13 @@ def read_session(
         with torch.no_grad():
             for part in text[:, kept:].split(chunk_tokens, dim=1):
                 model(part, cache=cache, logits_to_keep=1)
-        save_session(path, cache, model, text)
+        try:
+            save_session(path, cache, model, text)
+        except (OSError, SafetensorError) as error:  # a full disk must not cost what was read
+            logger.warning(
+                f"path={os.fspath(path)!r} was not written, so the text will be read again next "
+                f"time: {error}"
+            )
     return cache
 
 

@@ -162,6 +162,11 @@ def is_quantized(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def is_divided(model: Any) -> bool:
+    """Whether `from_pretrained` divided the weights among processes."""
+    return getattr(model, "_device_mesh", None) is not None
+
+
 def mark_initialized(parameter: Tensor) -> None:
     """Keep `from_pretrained` from filling a parameter with random numbers."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -263,7 +268,7 @@ class PreTrainedModelHooks(PreTrainedModel):
                 **kwargs,
             )
 
-        return model.load_weights(
+        return model.read_checkpoint(
             Loading(
                 state_dict=state_dict,
                 files=[str(file) for file in checkpoint_files or []],
@@ -278,7 +283,7 @@ class PreTrainedModelHooks(PreTrainedModel):
             )
         )
 
-    def load_weights(self, loading: Loading) -> Any:
+    def read_checkpoint(self, loading: Loading) -> Any:
         """Read a checkpoint; the model's class may do it in its own way."""
         return loading.read(loading.state_dict, [])
 
@@ -438,6 +443,10 @@ def _watching(watch: LoopWatch) -> Iterator[None]:
 LOOP_ARGUMENTS = ("tokenizer", "assistant_tokenizer")
 
 
+# The arguments of `generate()` that can hold the prompt.
+PROMPTS = ("inputs", "input_ids", "inputs_embeds")
+
+
 class GenerationHooks(GenerationMixin):
     """`generate()` under both names of the cache, watched, with methods of our own for what it
     does inside."""
@@ -449,6 +458,10 @@ class GenerationHooks(GenerationMixin):
         cache = one_cache(cache, past_key_values)
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        given = {"inputs": args[0] if args else None, **kwargs}
+        # 5.17: assisted decoding marks the settings of its drafts
+        is_draft = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
+        self.check_prompt({name: given.get(name) for name in PROMPTS}, is_draft=is_draft)
         watch = LoopWatch(self, callable(kwargs.get("custom_generate")))
         try:
             with _watching(watch):
@@ -479,6 +492,7 @@ class GenerationHooks(GenerationMixin):
                 longest,
                 is_returned=generation_config.return_dict_in_generate,
                 is_draft=generation_config.is_assistant,
+                is_compiled=generation_config.compile_config is not None,
             )
             return
         super()._prepare_cache_for_generation(
@@ -506,12 +520,22 @@ class GenerationHooks(GenerationMixin):
         late = None if kwargs.get("synced_gpus") else late_sample()
         return super()._sample(*args, **kwargs) if late is None else late(self, *args, **kwargs)
 
+    def check_prompt(self, prompts: dict[str, Any], *, is_draft: bool) -> None:
+        """Raise ValueError for what the model cannot go on with, by the argument's name."""
+        raise NotImplementedError
+
     def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Refuse what cannot be done; the model's class knows."""
         raise NotImplementedError
 
     def new_cache(
-        self, kind: str | None, max_tokens: int, *, is_returned: bool, is_draft: bool
+        self,
+        kind: str | None,
+        max_tokens: int,
+        *,
+        is_returned: bool,
+        is_draft: bool,
+        is_compiled: bool,
     ) -> Cache:
         """A cache for a call of `generate()` that was given none; the model's class makes it.
 
@@ -520,6 +544,7 @@ class GenerationHooks(GenerationMixin):
             max_tokens: The most that it will hold.
             is_returned: Whether the caller gets it.
             is_draft: Whether the model drafts for another one, which takes tokens back.
+            is_compiled: Whether `compile_config` is given.
         """
         raise NotImplementedError
 
@@ -586,7 +611,29 @@ def put_callback_first(trainer: Any, callback: Any) -> None:
 
 
 class CheckpointHooks:
-    """How Trainer writes a checkpoint, for a class that stands before Trainer (5.17)."""
+    """How Trainer writes a checkpoint and goes on from one, for a class that stands before Trainer
+    (5.17)."""
+
+    first_step = 0  # the steps that were done when `train()` began
+
+    # A run whose checkpoint is of its last step has nothing left to train; Trainer would train one
+    # more step. What follows, such as sampling in an evaluation, goes on with the same numbers.
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepared = super()._prepare_for_training(  # type: ignore[misc]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        self.first_step = self.state.global_step  # type: ignore[attr-defined]
+        if resume_from_checkpoint is not None and self.first_step >= max_steps:
+            self._load_rng_state(resume_from_checkpoint)  # type: ignore[attr-defined]
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # type: ignore[attr-defined]
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = super()._get_output_dir(trial)  # type: ignore[misc]
@@ -599,6 +646,10 @@ class CheckpointHooks:
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.may_push():
             self.push_written_checkpoint(checkpoint_folder)
+
+    def loss_since_begin(self) -> float:
+        """The sum of the losses of all steps since `train()` began, when it is about to end."""
+        return self._total_loss_scalar  # type: ignore[attr-defined]
 
     def push_written_checkpoint(self, folder: str) -> None:
         """Push a checkpoint's folder, as Trainer does behind each save."""
@@ -654,6 +705,7 @@ __all__ = [
     "has_own_adapters",
     "holds_tokens",
     "init",
+    "is_divided",
     "is_offloading",
     "is_quantized",
     "late_sample",

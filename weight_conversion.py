@@ -13,13 +13,15 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .upstream import (
@@ -27,6 +29,8 @@ from .upstream import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    is_divided,
+    is_quantized,
     register_checkpoint_conversion_mapping,
 )
 
@@ -126,8 +130,8 @@ def check_checkpoint(
         may_lack: Whether tensors may be missing; those that are there are still checked.
 
     Raises:
-        CheckpointError: If a tensor is missing or has another shape; the message names file and
-            tensor.
+        CheckpointError: If a tensor is missing, has another shape, or is no floating-point one; the
+            message names file and tensor.
         ValueError: If a file is missing or truncated.
     """
     expected = official_shapes(model)
@@ -136,12 +140,17 @@ def check_checkpoint(
     seen: set[str] = set()
     names: list[str] = []
     for path in files:
-        for name, shape in read_header(path).items():
+        for name, block in _read_blocks(path).items():
+            shape = block.shape
             names.append(name)
             own = _own_name(name, expected, prefix) or _own_name(name, fused, prefix)
             if own is None:
                 _check_expert(path, name, fused, prefix)
                 continue
+            if not block.dtype.startswith(("F", "BF")):
+                raise CheckpointError(
+                    f"{path}: tensor {name} is in {block.dtype}, the model needs floating point"
+                )
             needed = expected.get(own) or fused[own]
             if shape != needed:
                 raise CheckpointError(
@@ -153,13 +162,43 @@ def check_checkpoint(
         optional += tuple(name for name in expected if not name.startswith(f"{prefix}."))
     missing = [name for name in expected if name not in seen and not name.startswith(optional)]
     if missing and not may_lack:
-        shown = ", ".join(missing[:5])
-        if len(missing) > 5:
-            shown += f" and {len(missing) - 5} more"
         where = (
             files[0] if len(files) == 1 else f"{len(files)} shards in {os.path.dirname(files[0])}"
         )
-        raise CheckpointError(f"{where}: {len(missing)} tensors of the model are missing: {shown}")
+        raise CheckpointError(
+            f"{where}: {len(missing)} tensors of the model are missing: {_some(missing)}"
+        )
+
+
+def check_inside(folder: str, files: Iterable[str]) -> None:
+    """Check that the files that an index names are in the folder; links may lead out of it.
+    Nothing where there is no such folder, as for a repository.
+
+    Raises:
+        ValueError: One is not.
+    """
+    root = os.path.abspath(folder)
+    for file in files if os.path.isdir(folder) else ():
+        if not Path(os.path.abspath(file)).is_relative_to(root):
+            raise ValueError(f"{folder}: the index names {file}, which is outside of this folder")
+
+
+def check_finite(files: Iterable[str]) -> None:
+    """Check that no tensor holds NaN or Inf, by reading them all.
+
+    Args:
+        files: Paths of safetensors files.
+
+    Raises:
+        ValueError: One does; the message names file and tensor.
+    """
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                wide = tensor.float() if tensor.is_floating_point() else tensor
+                if not wide.isfinite().all():
+                    raise ValueError(f"{path}: tensor {name} holds NaN or Inf")
 
 
 def _check_expert(path: str, name: str, fused: dict[str, Any], base_prefix: str) -> None:
@@ -186,8 +225,8 @@ def read_header(path: str) -> dict[str, tuple[int, ...]]:
     data.
 
     Raises:
-        ValueError: If the file is missing, is no safetensors file, or ends too early (naming the
-            first tensor cut).
+        ValueError: If the file is missing, is no safetensors file to safetensors' own reader, or
+            ends too early (naming the first tensor cut).
     """
     return {name: block.shape for name, block in _read_blocks(path).items()}
 
@@ -225,7 +264,11 @@ def _read_blocks(path: str) -> dict[str, StoredBlock]:
         end = block.start + block.size
         if end > size:
             raise ValueError(f"{path}: truncated at {size} bytes, tensor {name} ends at byte {end}")
-    return blocks
+    try:
+        with safe_open(path, "pt"):
+            return blocks  # without gaps and overlaps, and of whole numbers
+    except SafetensorError as error:
+        raise ValueError(f"{path}: the safetensors header cannot be read ({error})") from error
 
 
 def _stored_block(path: str, offset: int, entry: dict[str, Any]) -> StoredBlock:
@@ -337,12 +380,91 @@ def _fused_experts(
                 yield f"{prefix}.{fused}", parts, (len(experts), rows * len(kinds), columns)
 
 
+@torch.no_grad()
+def write_weights(
+    model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], *, strict: bool
+) -> set[str]:
+    """Copy tensors by checkpoint name into the model's own, see `load_weights` of the models."""
+    if is_quantized(model) or is_divided(model):
+        what = "quantised" if is_quantized(model) else "divided among processes"
+        raise ValueError(f"the model's weights are {what}, which is not allowed in load_weights")
+    state = model.state_dict(keep_vars=True)
+    one_name: dict[int, str] = {}  # of tied weights
+    for name, tensor in state.items():
+        one_name.setdefault(id(tensor), name)
+    loaded: set[str] = set()
+    written: dict[str, str] = {}  # by which name
+    for name, value in weights:
+        own, official, place = _place(name, state, model.base_model_prefix)
+        _check_value(name, value, place)
+        key = one_name[id(state[own])] if official == own else official
+        if key not in written:
+            place.copy_(value)
+        elif not torch.equal(place, value.to(place)):
+            raise ValueError(f"{name} differs from {written[key]}, the same weight of the model")
+        written[key] = name
+        if own == official:  # a fused tensor has all of its experts
+            written |= dict.fromkeys((part for part, _ in _unfused(own, tuple(place.shape))), name)
+        loaded.add(name)
+    missing = [name for name in official_shapes(model) if name not in written] if strict else []
+    if missing:
+        raise ValueError(f"weights: {_some(missing)} did not come, which strict=True demands")
+    return loaded
+
+
+def _place(name: str, state: dict[str, Any], base_prefix: str) -> tuple[str, str, Any]:
+    """The model's name for a checkpoint's tensor, the checkpoint's own, and where it goes."""
+    own = _own_name(name, state, base_prefix)
+    if own:
+        return own, own, _checked(own, state[own])
+    match = EXPERT_WEIGHT.fullmatch(name)
+    for fused, kinds in FUSED.items() if match else ():
+        assert match
+        own = _own_name(f"{match[1]}.{fused}", state, base_prefix) if match[3] in kinds else None
+        if own:
+            experts, expert = _checked(own, state[own]), int(match[2])
+            if expert >= len(experts):
+                raise ValueError(f"{name} has no place: num_experts={len(experts)} in the model")
+            part = experts[expert].chunk(len(kinds))[kinds.index(match[3])]
+            return own, f"{own.removesuffix(fused)}{expert}.{match[3]}.weight", part
+    raise ValueError(f"{name} is no tensor of the model, whose checkpoints have {_some(state)}")
+
+
+def _checked(own: str, tensor: Any) -> Any:
+    """A tensor of the model, if all of it is here."""
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_meta or hasattr(tensor, "ds_id"):
+        kind = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__}"
+        raise ValueError(f"{own} is {kind}: load_weights takes whole weights that are in place")
+    return tensor
+
+
+def _check_value(name: str, value: Any, place: Tensor) -> None:
+    """ValueError unless `value` can be copied to `place`."""
+    if type(value) not in (nn.Parameter, Tensor) or value.is_meta:
+        raise ValueError(f"{name}={type(value).__name__} is not allowed: it must be a whole tensor")
+    if value.dtype not in DTYPES.values():
+        allowed = tuple(DTYPES.values())
+        raise ValueError(f"{name} has dtype {value.dtype}: it must be one of {allowed}")
+    if value.shape != place.shape:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, the model needs {list(place.shape)}"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
+    "check_finite",
+    "check_inside",
     "official_shapes",
     "other_spellings",
     "read_header",
     "register_conversion",
     "stored_tensors",
+    "write_weights",
 ]

@@ -5,7 +5,8 @@ copy of this package's modelling code, and the snapshot's `config.json` with thi
 `auto_map`. Modelling code of another implementation is left out; code that the tokenizer names
 stays. The weights are checked by their headers first, every tensor of them. SNAPSHOT itself, for
 instance a folder of the Hugging Face cache, is not changed, and must stay where it is: the links
-lead there. Small files that saving would write in place are copies, so that no later
+lead there. OUTPUT takes its name when all of it is there: after a kill, the same command begins
+anew. Small files that saving would write in place are copies, so that no later
 `save_pretrained` into OUTPUT reaches the snapshot.
 
 Examples:
@@ -25,7 +26,8 @@ from typing import Any
 import kimi_linear
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
-from push_to_hub import check_weights
+from kimi_linear.safe_training import atomic_folder
+from push_to_hub import check_weight_values, check_weights
 
 CONFIG = "config.json"
 ENTRY_FILES = ("configuration_kimi_linear.py", "modeling_kimi_linear.py")
@@ -39,7 +41,11 @@ ARCHITECTURES = sorted(
 
 
 def main(
-    *, snapshot: str | os.PathLike[str], output: str | os.PathLike[str], copy: bool = False
+    *,
+    snapshot: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    copy: bool = False,
+    check_values: bool = False,
 ) -> Path:
     """Make `output` a folder of links to `snapshot` that loads with this package's code.
 
@@ -47,6 +53,7 @@ def main(
         snapshot: Folder with `config.json` and safetensors weights in the released layout.
         output: Folder to make; it may exist if it is empty.
         copy: Copy all files that are no weights instead of linking them.
+        check_values: Read all weights and refuse NaN and Inf.
 
     Returns:
         The absolute path of `output`.
@@ -58,19 +65,22 @@ def main(
     source, target = Path(snapshot).expanduser().absolute(), Path(output).expanduser().absolute()
     fields = read_config(source)
     check_snapshot(source, fields)
+    if check_values:
+        check_weight_values(source)
     check_output(source, target)
     code = code_files()
     kept = [path for path in sorted(source.iterdir()) if _is_kept(path, source, code)]
     for path in kept:
         if not path.exists():
             raise ValueError(f"{path} is a link to {os.readlink(path)}, which is missing")
-    target.mkdir(parents=True, exist_ok=True)
-    for path in kept:
-        _place(path, target / path.name, copy=copy)
-    for path in code:
-        shutil.copyfile(path, target / path.name)
     text = json.dumps({**fields, "auto_map": AUTO_MAP}, indent=2, ensure_ascii=False)
-    (target / CONFIG).write_text(text + "\n", encoding="utf-8")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as draft:
+        for path in kept:
+            _place(path, draft / path.name, copy=copy)
+        for path in code:
+            shutil.copyfile(path, draft / path.name)
+        (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
     print(f"{target}: {len(kept)} files of {source}, {len(code)} files of code")
     return target
 
@@ -201,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder to make: a new or an empty one")
     parser.add_argument(
         "--copy", action="store_true", help="copy all files that are no weights, don't link them"
+    )
+    parser.add_argument(
+        "--check-values", action="store_true", help="read all weights, refuse NaN and Inf"
     )
     return parser
 

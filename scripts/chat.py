@@ -1,8 +1,9 @@
 """Chat with a saved model in the terminal: answers stream, the conversation goes on.
 
 Ctrl-C stops an answer and keeps the chat; Ctrl-D, or /quit, ends it. What you type is encoded as
-text, whatever it spells: it can't end your turn or begin another. With `--tools` the model may call
-a calculator, which runs here and knows arithmetic only.
+text, whatever it spells: it can't end your turn or begin another. Control characters in an answer
+are shown, as `\\x1b`, and not sent to the terminal. With `--tools` the model may call a calculator,
+which runs here and knows arithmetic only.
 
     python scripts/chat.py kimi-linear-48b --dtype bfloat16
     python scripts/chat.py runs/tuned --system 'Answer in one sentence.' --tools --greedy
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from _calculator import calculator
 from _chat import Chat, Turn, read_messages
-from _generation import Sampling, add_arguments, load, tolerate_any_text
+from _generation import Sampling, add_arguments, load, shown, tolerate_any_text
 from transformers.utils import logging
 
 with contextlib.suppress(ImportError):  # not on every platform
@@ -181,7 +182,7 @@ def _say(chat: Chat, text: str, quiet: bool) -> None:
     turn: Turn | None = None
     before = len(chat.messages)
     try:
-        for turn in chat.ask(text, write=lambda piece: print(piece, end="", flush=True)):
+        for turn in chat.ask(text, write=_show):
             print()
             _report(turn, quiet)
         if turn is not None and turn.results:
@@ -213,10 +214,15 @@ def _report(turn: Turn, quiet: bool) -> None:
     )
 
 
+def _show(piece: str) -> None:
+    """A piece of the model's text."""
+    print(shown(piece), end="", flush=True)
+
+
 def _note(text: str, quiet: bool) -> None:
-    """A line that is not the model's."""
+    """A line that is not the model's, though it may quote it."""
     if not quiet:
-        print(f"[{text}]", file=sys.stderr, flush=True)
+        print(f"[{shown(text)}]", file=sys.stderr, flush=True)
 
 
 def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -239,4 +245,4 @@ if __name__ == "__main__":
     try:
         main(**_arguments())
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {shown(str(error))}") from error

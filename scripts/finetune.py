@@ -101,10 +101,8 @@ def main(recipe: str, **values: Any) -> dict[str, float]:
     trainer = trainers.make_trainer(settings, model, tokenizer, *prepared, _rewards(settings))
     trainer.add_callback(trainers.MetricsFile(output, f"{recipe} of {settings.model}"))
     trainer.add_callback(trainers.tensorboard(output, checkpoint))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    # Trainer's own mean is of the steps since the last interruption
-    losses = [values["loss"] for values in trainer.state.log_history if "loss" in values]
-    measured = {"train_loss": sum(losses) / max(1, len(losses))}
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    measured = {"train_loss": trained.metrics["train_loss"]}
     if held_out is not None:
         measured |= _numbers(trainer.evaluate())
     _save(settings, trainer, tokenizer, output)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _generation import Sampling, add_arguments, load, tolerate_any_text
+from _generation import Sampling, add_arguments, load, shown, tolerate_any_text
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
@@ -96,7 +96,7 @@ def main(
             cache=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=_Printer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **sampling.options(),
         )[0, ids.shape[1] :]
     if not quiet:
@@ -104,6 +104,13 @@ def main(
         print(f"[{len(out)} tokens, {len(out) / seconds:.1f} per second]", file=sys.stderr)
     text = tokenizer.decode(out, skip_special_tokens=True)
     return text if chat else prompt + text
+
+
+class _Printer(TextStreamer):
+    """Prints the text as it comes: as it is into a file, and as what cannot command a terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(shown(text) if sys.stdout.isatty() else text, stream_end)
 
 
 def _check(max_new_tokens: int, prompt: str, chat: bool, system: str | None) -> None:

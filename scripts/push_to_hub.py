@@ -1,7 +1,8 @@
 """Push a Kimi Linear checkpoint folder to the Hub, with a model card.
 
-The folder is checked first: config, code, every tensor of every shard, tokenizer. A README.md that
-is there already, in the folder or in the repository, is kept unless --overwrite-card is given. The
+The folder is checked first: config, code, every tensor of every shard, tokenizer. These files are
+pushed, with README.md, a licence and results; the rest is named and stays. A README.md that is
+there already, in the folder or in the repository, is kept unless --overwrite-card is given. The
 token is the one of `hf auth login` or of HF_TOKEN; another server than the public Hub is chosen
 with HF_ENDPOINT.
 
@@ -15,9 +16,12 @@ Examples:
 
 import argparse
 import ast
+import collections
 import fnmatch
+import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,44 +29,72 @@ from typing import Any
 import kimi_linear
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
-from kimi_linear.weight_conversion import check_checkpoint, read_header
+from kimi_linear.weight_conversion import (
+    check_checkpoint,
+    check_finite,
+    check_inside,
+    read_header,
+)
 from model_card import TASKS, Statements, model_card, read_metrics
+from tqdm import tqdm
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
-# Training state, caches, secrets: nothing that a user of the model needs.
-LEFT_OUT = (
-    "checkpoint-*/*",
-    "runs/*",
-    "optimizer*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*",
-    "training_args.bin",
-    "*__pycache__/*",
-    "*.pyc",
-    ".env*",
-    "*/.env*",
-    ".git/*",
-    ".cache/*",
+# What a model folder consists of beside its weights and code. Whatever else lies there, such as
+# training state, sessions, drafts of a killed run, logs and secrets, stays where it is.
+BELONGS = (
+    CARD,
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tiktoken.model",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "eval_results.json",
+    "curves.png",
 )
 # Weights of an earlier push that this one does not have would be loaded instead, or lie around.
 STALE = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX)
 
 
+# Characters of a server's answer in a message.
+MAX_ERROR = 400
+# What to do about a refusal, by its status.
+HINTS = {
+    401: "the token is not valid: `hf auth login`, or HF_TOKEN",
+    403: "the token may not write there",
+    404: "there is no such repository, or the token may not see it",
+    409: "something else is changing the repository: try again",
+    412: "something else has changed the repository: try again",
+}
+
+
+class PushError(RuntimeError):
+    """The server refused a push, or could not be reached; the message is one line."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was found complete: its config, and shape by name of its tensors."""
+    """A folder that was found complete: its config, shape by name of its tensors, and the names of
+    its files of weights and code."""
 
     folder: Path
     config: KimiLinearConfig
     shapes: dict[str, tuple[int, ...]]
+    files: frozenset[str]
 
 
 def check_folder(path: str | os.PathLike[str]) -> Checkpoint:
@@ -87,11 +119,11 @@ def check_folder(path: str | os.PathLike[str]) -> Checkpoint:
             f"{KimiLinearConfig.model_type!r}"
         )
     architecture = _check_architecture(folder, fields)
-    check_code(folder, fields.get("auto_map") or {}, architecture)
+    code = check_code(folder, fields.get("auto_map") or {}, architecture)
     config = KimiLinearConfig.from_pretrained(folder)
     shapes = check_weights(folder, config, architecture)
-    check_tokenizer(folder, config)
-    return Checkpoint(folder, config, shapes)
+    code |= check_tokenizer(folder, config)
+    return Checkpoint(folder, config, shapes, frozenset({*code, *_weight_files(folder)}))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -111,13 +143,16 @@ def _check_architecture(folder: Path, fields: dict[str, Any]) -> str:
     return names[0]
 
 
-def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> None:
+def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> set[str]:
     """Check that `auto_map` names this package's classes and that their files are all there.
 
     Args:
         folder: The checkpoint.
         auto_map: The config's `auto_map`.
         architecture: The model's class.
+
+    Returns:
+        The names of these files.
 
     Raises:
         ValueError: An entry or a file that an entry needs, directly or by import, is missing.
@@ -130,11 +165,16 @@ def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> Non
                 f"{config_file}: auto_map[{auto_class!r}] is {found!r}; allowed: {wanted!r}, which "
                 "save_pretrained writes"
             )
+    return _code_files(folder, auto_map.values(), f"auto_map of {config_file}")
+
+
+def _code_files(folder: Path, references: Iterable[str], needed_by: str) -> set[str]:
+    """The names of the files that "module.Class" references need, directly or by import."""
     classes: dict[str, set[str]] = {}
-    for wanted in auto_map.values():
-        module, _, name = wanted.rpartition(".")
+    for reference in references:
+        module, _, name = reference.rpartition(".")
         classes.setdefault(module, set()).add(name)
-    pending = [(module, f"auto_map of {config_file}") for module in classes]
+    pending = [(module, needed_by) for module in classes]
     seen: set[str] = set()
     while pending:
         module, needed_by = pending.pop()
@@ -149,6 +189,7 @@ def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> Non
         for name in classes.get(module, set()) - defined:
             raise ValueError(f"{file} defines no class {name}; {needed_by} needs it")
         pending += [(sibling, str(file)) for sibling in _siblings(tree)]
+    return {f"{module}.py" for module in seen}
 
 
 def _parse(file: Path) -> ast.Module:
@@ -183,15 +224,11 @@ def check_weights(
     Raises:
         ValueError: A file or tensor is missing, is not listed, is truncated or has another shape.
     """
-    has_index = (folder / INDEX).is_file()
-    if has_index == (folder / WEIGHTS).is_file():
-        state = "both are there" if has_index else "both are missing"
-        raise ValueError(f"{folder}: of {WEIGHTS} and {INDEX} one is needed, and {state}")
-    places = _read_json(folder / INDEX).get("weight_map", {}) if has_index else {}
-    names = sorted(set(places.values())) if has_index else [WEIGHTS]
+    places = _weight_map(folder)
+    names = [WEIGHTS] if places is None else sorted(set(places.values()))
     extra = {file.name for file in folder.glob("model*.safetensors")} - set(names)
     if extra:
-        listed = f"the shards that {INDEX} lists" if has_index else WEIGHTS
+        listed = WEIGHTS if places is None else f"the shards that {INDEX} lists"
         raise ValueError(f"{folder}: {', '.join(sorted(extra))} is left over; allowed: {listed}")
     found: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -199,12 +236,36 @@ def check_weights(
         header = read_header(str(folder / name))
         shapes |= header
         found |= dict.fromkeys(header, name)
-    if has_index:
+    if places is not None:
         _check_index(folder / INDEX, places, found)
     with torch.device("meta"):
         model = getattr(kimi_linear, architecture)(config)
     check_checkpoint([str(folder / name) for name in names], model)
     return shapes
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """File by tensor, from the index; None where one file has all."""
+    has_index = (folder / INDEX).is_file()
+    if has_index == (folder / WEIGHTS).is_file():
+        state = "both are there" if has_index else "both are missing"
+        raise ValueError(f"{folder}: of {WEIGHTS} and {INDEX} one is needed, and {state}")
+    if not has_index:
+        return None
+    places = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise ValueError(f"{folder / INDEX}: weight_map must be an object with a file by tensor")
+    absolute = sorted(name for name in set(places.values()) if os.path.isabs(name))
+    if absolute:
+        raise ValueError(f"{folder / INDEX} names {absolute[0]}; allowed: names in this folder")
+    check_inside(str(folder), [str(folder / name) for name in places.values()])
+    return places
+
+
+def _weight_files(folder: Path) -> set[str]:
+    """The names of the files that the weights consist of, the index among them."""
+    places = _weight_map(folder)
+    return {WEIGHTS} if places is None else {INDEX, *places.values()}
 
 
 def _check_index(index: Path, places: dict[str, str], found: dict[str, str]) -> None:
@@ -217,26 +278,40 @@ def _check_index(index: Path, places: dict[str, str], found: dict[str, str]) -> 
             )
 
 
-def check_tokenizer(folder: Path, config: KimiLinearConfig) -> None:
+def check_weight_values(folder: Path) -> None:
+    """Read all weights of a folder.
+
+    Raises:
+        ValueError: A tensor holds NaN or Inf.
+    """
+    files = sorted(str(folder / name) for name in _weight_files(folder) - {INDEX})
+    check_finite(tqdm(files, "reading weights", unit="file"))
+
+
+def check_tokenizer(folder: Path, config: KimiLinearConfig) -> set[str]:
     """Check that there is a tokenizer that fits the vocabulary.
 
     Args:
         folder: The checkpoint.
         config: Its config.
 
+    Returns:
+        The names of the files of code that it needs.
+
     Raises:
         ValueError: A file is missing, or an id is not below the config's `vocab_size`.
     """
     settings = _read_json(folder / "tokenizer_config.json")
-    for entry in (settings.get("auto_map") or {}).values():
-        for reference in [entry] if isinstance(entry, str) else filter(None, entry):
-            file = folder / f"{reference.rpartition('.')[0]}.py"
-            if not file.is_file():
-                raise ValueError(f"{file} is missing; auto_map of tokenizer_config.json needs it")
+    references = [
+        reference
+        for entry in (settings.get("auto_map") or {}).values()
+        for reference in ([entry] if isinstance(entry, str) else filter(None, entry))
+    ]
+    code = _code_files(folder, references, "auto_map of tokenizer_config.json")
     vocabulary = folder / "tokenizer.json"
     if not vocabulary.is_file():
-        if (folder / "tiktoken.model").is_file() and settings.get("auto_map"):
-            return
+        if (folder / "tiktoken.model").is_file() and code:
+            return code
         raise ValueError(f"{vocabulary} is missing")
     content = _read_json(vocabulary)
     tokens = content.get("model", {}).get("vocab", {})
@@ -247,14 +322,35 @@ def check_tokenizer(folder: Path, config: KimiLinearConfig) -> None:
             f"{vocabulary}: token id {max(ids)} is too large; allowed: below vocab_size "
             f"{config.vocab_size} of config.json"
         )
+    return code
 
 
-def files_to_push(folder: Path) -> list[str]:
-    """The folder's files, as paths in the repository, without training state and secrets."""
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(
-        name for name in found if not any(fnmatch.fnmatch(name, pattern) for pattern in LEFT_OUT)
+def files_to_push(checkpoint: Checkpoint, include: Sequence[str] = ()) -> list[str]:
+    """The files that are pushed, as paths in the repository: what a model folder consists of, and
+    what matches `include`. Prints what else is there.
+
+    Raises:
+        ValueError: A pattern of `include` matches nothing.
+    """
+    folder = checkpoint.folder
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    for pattern in include:
+        if not fnmatch.filter(found, pattern):
+            raise ValueError(f"include: {pattern!r} is no file of {folder}; allowed: patterns")
+    wanted = (*BELONGS, *include)
+    names = [
+        name
+        for name in found
+        if name in checkpoint.files or any(fnmatch.fnmatch(name, each) for each in wanted)
+    ]
+    rest = collections.Counter(
+        top + "/" * bool(inner)
+        for top, _, inner in (name.partition("/") for name in found if name not in set(names))
     )
+    if rest:
+        listed = ", ".join(f"{n} ({c} files)" if n[-1] == "/" else n for n, c in rest.items())
+        print(f"not pushed, no part of a model: {listed} (--include takes files in)", flush=True)
+    return names
 
 
 def main(
@@ -270,6 +366,8 @@ def main(
     languages: Sequence[str] = (),
     base_model: str | None = None,
     overwrite_card: bool = False,
+    include: Sequence[str] = (),
+    check_values: bool = False,
     dry_run: bool = False,
     endpoint: str | None = None,
     token: str | None = None,
@@ -288,6 +386,8 @@ def main(
         languages: Language codes.
         base_model: Hub id of the model that this one was trained from.
         overwrite_card: Replace a README.md that is there already.
+        include: Patterns of files to push that are no part of a model.
+        check_values: Read all weights and refuse NaN and Inf.
         dry_run: Only check, and print what would be pushed; write nothing, ask no server.
         endpoint: Server; None for HF_ENDPOINT or the public Hub.
         token: Access token; None for the one of the login or of HF_TOKEN.
@@ -297,43 +397,64 @@ def main(
 
     Raises:
         ValueError: The folder is not complete, or an argument is wrong.
+        PushError: The server refused, or could not be reached.
     """
     validate_repo_id(repo_id)
     measured = read_metrics(metrics) if metrics is not None else []
     statements = Statements(measured, datasets, license, languages, base_model)
     checkpoint = check_folder(path)
+    if check_values:
+        check_weight_values(checkpoint.folder)
     print(f"{checkpoint.folder}: {len(checkpoint.shapes)} tensors, complete", flush=True)
     if dry_run:
-        _print_plan(checkpoint, repo_id, statements, overwrite_card)
+        _print_plan(checkpoint, repo_id, statements, overwrite_card, include)
         return None
     if token is None and get_token() is None:
         raise ValueError("token is None; allowed: a write token, from `hf auth login` or HF_TOKEN")
     api = HfApi(endpoint=endpoint, token=token)
-    url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if revision is not None:
-        api.create_branch(url.repo_id, branch=revision, exist_ok=True)
-    _put_card(api, checkpoint, url.repo_id, revision, statements, overwrite_card)
-    names = files_to_push(checkpoint.folder)
-    size = sum((checkpoint.folder / name).stat().st_size for name in names)
-    print(f"pushing {len(names)} files, {size / 1e6:,.1f} MB", flush=True)
-    api.upload_folder(
-        repo_id=url.repo_id,
-        folder_path=checkpoint.folder,
-        revision=revision,
-        commit_message=message,
-        ignore_patterns=list(LEFT_OUT),
-        delete_patterns=list(STALE),
-    )
+    with _one_line_errors(repo_id):
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        _put_card(api, checkpoint, url.repo_id, revision, statements, overwrite_card)
+        names = files_to_push(checkpoint, include)
+        size = sum((checkpoint.folder / name).stat().st_size for name in names)
+        print(f"pushing {len(names)} files, {size / 1e6:,.1f} MB", flush=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=checkpoint.folder,
+            revision=revision,
+            commit_message=message,
+            allow_patterns=[glob.escape(name) for name in names],
+            delete_patterns=list(STALE),
+        )
     address = str(url) if revision is None else f"{url}/tree/{revision}"
     print(address)
     return address
 
 
+@contextmanager
+def _one_line_errors(repo_id: str) -> Iterator[None]:
+    """PushError for what requests end with: refusals, broken connections, uploads that failed."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError) as error:  # uploads raise RuntimeError from the cause
+        cause = error if isinstance(error, HTTPError) else error.__cause__ or error
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        hint = f"{HINTS[status]}. " if status in HINTS else ""
+        text = " ".join(f"{type(cause).__name__}: {cause}".split())[:MAX_ERROR]
+        raise PushError(f"{repo_id} was not pushed: {hint}{text}") from error
+
+
 def _print_plan(
-    checkpoint: Checkpoint, repo_id: str, statements: Statements, overwrite_card: bool
+    checkpoint: Checkpoint,
+    repo_id: str,
+    statements: Statements,
+    overwrite_card: bool,
+    include: Sequence[str],
 ) -> None:
     """Say what a push would do."""
-    names = files_to_push(checkpoint.folder)
+    names = files_to_push(checkpoint, include)
     kept = CARD in names and not overwrite_card
     print(f"to {repo_id}:")
     for name in names:
@@ -391,6 +512,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--base-model", help="Hub id of the model this one was trained from")
     parser.add_argument("--overwrite-card", action="store_true", help="replace README.md")
+    parser.add_argument(
+        "--include", action="append", default=[], help="files to push too, such as 'figures/*.png'"
+    )
+    parser.add_argument(
+        "--check-values", action="store_true", help="read all weights, refuse NaN and Inf"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and print only")
     return parser.parse_args(arguments)
 
@@ -398,5 +525,5 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         main(**vars(parse_args()))
-    except (ValueError, HfHubHTTPError) as error:
+    except (ValueError, PushError) as error:
         raise SystemExit(f"error: {error}") from error

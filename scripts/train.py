@@ -209,7 +209,8 @@ def main(
     )
     if log_experts or model.config.router_bias_update_rate:
         balance_experts(trainer)
-    measured = {"train_loss": trainer.train(resume_from_checkpoint=checkpoint).training_loss}
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    measured = {"train_loss": trained.metrics["train_loss"]}
     if held_out is not None:
         measured |= _evaluate(trainer, tokens, held_out[text_column])
     trainer.save_model()

@@ -42,6 +42,8 @@ class HubServer:
 
     Attributes:
         requests: Method, path and status of every request answered.
+        refusals: Status by a regular expression for "METHOD /path"; such requests are refused, and
+            left without an answer if the status is 0.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class HubServer:
         self.store = HubStore(root)
         self.users, self.part_bytes, self.page_size = users, part_bytes, page_size
         self.requests: list[tuple[str, str, int]] = []
+        self.refusals: dict[str, int] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self._secret = secrets.token_bytes(32)
         handler = type("Handler", (HubHandler,), {"hub": self})
@@ -125,6 +128,11 @@ class HubHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _dispatch
 
     def _call_route(self, path: str) -> None:
+        for pattern, status in self.hub.refusals.items():
+            if re.search(pattern, f"{self.command} {path}"):
+                if not status:
+                    raise ConnectionError
+                raise HubError(status, "Refused\non request")
         wanted = "GET" if self.command == "HEAD" else self.command
         for method, pattern, function in ROUTES:
             match = pattern.fullmatch(path)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import add_code
@@ -217,6 +218,10 @@ BROKEN = {
         lambda folder: drop_tensor(folder, EXPERT, torch.zeros(40, 23)),
         rf"tensor {EXPERT} has shape \[40, 23\], the model needs \[40, 24\]",
     ),
+    "whole_numbers": (
+        lambda folder: drop_tensor(folder, EXPERT, torch.zeros(40, 24, dtype=torch.int64)),
+        f"tensor {EXPERT} is in I64, the model needs floating point",
+    ),
     "no_weights": (
         lambda folder: (folder / "model.safetensors.index.json").unlink(),
         "model.safetensors and model.safetensors.index.json",
@@ -251,6 +256,26 @@ BROKEN = {
         "LICENSE is a link to .*blobs/77, which is missing",
     ),
 }
+
+
+def test_a_killed_command_begins_anew(snapshot, tmp_path, monkeypatch):
+    """Bug: what it had written made its own output "not empty"."""
+
+    def killed(path, target, *, copy):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(add_code, "_place", killed)
+    output = tmp_path / "made" / "ours"
+    process = os.fork()
+    if not process:
+        add_code.main(snapshot=snapshot, output=output)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    assert [path.name for path in output.parent.iterdir()] == ["_unfinished-ours"]
+    monkeypatch.undo()
+    add_code.main(snapshot=snapshot, output=output)
+    assert [path.name for path in output.parent.iterdir()] == ["ours"]
+    KimiLinearForCausalLM.from_pretrained(output)
 
 
 @pytest.mark.parametrize("case", BROKEN)

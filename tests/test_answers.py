@@ -176,6 +176,41 @@ class TestBroken:
         assert time.process_time() - started < 5
         assert answer.content == "" and answer.tool_calls == []
 
+    def test_long_arguments_take_linear_time(self, tokenizer: Any) -> None:
+        """They were put together anew for each id: 26 s for 320,000."""
+        begin, middle = tokenizer.convert_tokens_to_ids(
+            ["<|tool_call_begin|>", "<|tool_call_argument_begin|>"]
+        )
+        (name,) = encode_plain(tokenizer, ["f"])
+        (word,) = encode_plain(tokenizer, ["class"])
+        for head in ([begin], [begin, *name, middle]):
+
+            def seconds(count: int, head: list[int] = head) -> float:
+                started = time.process_time()
+                parse_answer(tokenizer, head + word * count)
+                return time.process_time() - started
+
+            assert seconds(160_000) < 8 * 3 * max(seconds(20_000), 0.01)
+
+    @pytest.mark.parametrize("bad", [-1, 2**32, 10**100, 1.5, "1", None, [1]])
+    def test_ids_that_no_tokenizer_has(self, tokenizer: Any, bad: Any) -> None:
+        for name, call in (
+            (r"ids\[1\]", lambda: parse_answer(tokenizer, [5, bad])),
+            (r"prefix\[0\]", lambda: parse_answer(tokenizer, [5], prefix=[bad])),
+            ("token_id", lambda: AnswerReader(tokenizer).put(bad)),
+        ):
+            with pytest.raises(ValueError, match=rf"^{name} is .*; allowed: integers from 0 to"):
+                call()
+        assert parse_answer(tokenizer, [2**32 - 1]).content == ""
+
+    def test_rows_are_no_ids(self, tokenizer: Any) -> None:
+        torch = pytest.importorskip("torch")
+        with pytest.raises(ValueError, match=r"^ids\[0\] is tensor"):
+            parse_answer(tokenizer, torch.ones(1, 3, dtype=torch.long))
+        begin = tokenizer.convert_tokens_to_ids("<|tool_call_begin|>")
+        reader = AnswerReader(tokenizer)
+        assert reader.put(torch.tensor(begin)) == "" and reader.answer().problems
+
     def test_unclosed_call_before_another(self, tokenizer: Any) -> None:
         unclosed = written(ADD).removesuffix("<|tool_call_end|>")
         answer = parse(tokenizer, f"{BEGIN}{unclosed}{END}{BEGIN}{written(DOT)}{END}<|im_end|>")

@@ -397,6 +397,35 @@ def test_a_cache_that_an_error_left_half_written_is_refused(hybrid):
         read(hybrid, cache, token_ids(1, 1))
 
 
+@pytest.mark.parametrize("num_cached", [0, 6])
+def test_a_cache_of_other_layers_is_refused(model, num_cached, tmp_path):
+    """KDA layers read one of MLA layers only as if it held nothing."""
+    ids = token_ids(2, 9)
+    for pattern in PATTERNS:
+        other = tiny_model(pattern)
+        kinds = zip(other.config.layer_types, model.config.layer_types, strict=True)
+        first = next((i for i, (kind, needed) in enumerate(kinds) if kind != needed), None)
+        if first is None:
+            continue
+        cache = KimiLinearCache(other.config)
+        if num_cached:
+            read(other, cache, ids[:, :num_cached])
+        for call in (
+            lambda cache=cache: read(model, cache, ids[:, num_cached:]),
+            lambda cache=cache: read(model, cache, ids[:, num_cached : num_cached + 1]),
+            lambda cache=cache: model.generate(ids, cache=cache, max_new_tokens=2),
+            lambda cache=cache: model.save_session(tmp_path / "s", cache),
+        ):
+            with pytest.raises(ValueError, match=rf"cache\.layers\[{first}\] is one of "):
+                call()
+        assert cache.get_seq_length() == num_cached
+    short = KimiLinearCache(tiny_config("all_kda", num_hidden_layers=3))
+    with pytest.raises(ValueError, match="cache has 3 layers, .* num_hidden_layers=4"):
+        model.save_session(tmp_path / "s", short)
+    with pytest.raises(ValueError, match="cache has 3 layers, .* num_hidden_layers=4"):
+        model.generate(ids, cache=short, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("pattern", ["hybrid", "mla_first"])
 @torch.no_grad()
 def test_dynamic_cache_is_cropped_in_all_layers_or_in_none(pattern):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,26 @@ class TestTemplate:
             assert f"## Return of functions.f:{number}\nresult {at}<|im_end|>" in text
             assert f"<|tool_call_begin|>functions.f:{number}<|tool_call_arg" in text
 
+    @pytest.mark.parametrize("form", ["functions.f:{}", "call_{}"])
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_many_calls_take_linear_time(self, tokenizer: Any, form: str, order: int) -> None:
+        """800 calls took 4 s: each looked at all before it."""
+
+        def seconds(count: int) -> float:
+            ids = [form.format(number) for number in range(count)]
+            calls = [{"id": id_, "name": "f", "arguments": "{}"} for id_ in ids]
+            results = [{"role": "tool", "tool_call_id": id_, "content": ""} for id_ in ids][::order]
+            taken = [{**calls[n], "id": f"functions.f:{count + n}"} for n in range(count)]
+            others = [{**call, "id": None} for call in calls]
+            started = time.process_time()
+            for each, answers in ((calls + calls, results + results), (taken + others, [])):
+                turns = [{"role": "assistant", "tool_calls": each}, *answers]
+                tokenizer.apply_chat_template(turns, tokenize=False)
+            return time.process_time() - started
+
+        seconds(10)
+        assert seconds(800) < 8 * 3 * seconds(100)
+
     def test_assistant_mask(self, tokenizer: Any) -> None:
         """Text, calls and the end of each turn; not its header, nor anything of the others."""
         encoded = tokenizer.apply_chat_template(
@@ -392,6 +413,37 @@ class TestEncodeChat:
     def test_refuses_arguments_by_name(self, tokenizer: Any, argument: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=rf"{[*argument][0]}=\w+ is not supported"):
             encode_chat(tokenizer, GOLDEN, **argument)
+
+    @pytest.mark.parametrize("tools", [5, "f", {"name": "f"}])
+    def test_refuses_tools_that_are_no_list(self, tokenizer: Any, tools: Any) -> None:
+        kind = type(tools).__name__
+        with pytest.raises(ValueError, match=f"^tools is of type {kind}; allowed: a list"):
+            encode_chat(tokenizer, [{"role": "user", "content": "x"}], tools=tools)
+        with pytest.raises(
+            ValueError, match=r"^tools\[1\] is of type int; allowed: a dict or a fu"
+        ):
+            encode_chat(tokenizer, [{"role": "user", "content": "x"}], tools=[{"name": "f"}, 5])
+
+    def test_refuses_what_is_nested_too_deeply(self, tokenizer: Any) -> None:
+        """Python's own limit is a RecursionError, here or in jinja."""
+
+        def nested(levels: int) -> Any:
+            value: Any = "x"
+            for number in range(levels):
+                value = [value] if number % 2 else {"a": value}
+            return value
+
+        def conversation(arguments: Any) -> Any:
+            call = {"name": "f", "arguments": {"a": arguments}}
+            return [{"role": "assistant", "tool_calls": [call]}]
+
+        encode_chat(tokenizer, conversation(nested(100)), tools=[nested(101)])
+        with pytest.raises(
+            ValueError, match=r"^messages\[0\].* is nested too deeply; allowed: 128"
+        ):
+            encode_chat(tokenizer, conversation(nested(900)))
+        with pytest.raises(ValueError, match=r"^tools\[0\].* is nested too deeply; allowed: 128 l"):
+            encode_chat(tokenizer, [{"role": "user", "content": "x"}], tools=[nested(901)])
 
     def test_another_template(self, tokenizer: Any) -> None:
         template = "<|im_user|>{{ messages[0].content }}[EOS]"

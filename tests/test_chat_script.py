@@ -7,16 +7,19 @@ import select
 import signal
 import subprocess
 import time
+import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import _generation
 import chat as chat_script
 import commands
+import generate as generate_script
 import pytest
 from _calculator import calculator
-from _chat import Chat
-from kimi_linear.tokenizer import ToolCall
+from _chat import Chat, Turn
+from kimi_linear.tokenizer import Answer, ToolCall
 from memorised_chat import CALCULATION, COUNTING, GREETING, WITH_SYSTEM_PROMPT
 
 pytestmark = pytest.mark.transformers
@@ -335,6 +338,66 @@ def _expect(terminal: int, text: str) -> None:
         assert time.monotonic() < deadline, received.decode(errors="replace")
         if select.select([terminal], [], [], 1)[0]:
             received += os.read(terminal, 1)
+
+
+class TestTerminal:
+    """What a model writes is shown: it sets no clipboard, no colour and no direction."""
+
+    RAW = "a\x1b]52;c;eA==\x07b\x9b31mc\u202ed\u2066e\r\x7f\n\té 👩\u200d🔬"
+    SHOWN = r"a\x1b]52;c;eA==\x07b\x9b31mc\u202ed\u2066e\r\x7f" + "\n\té 👩\u200d🔬"
+
+    def test_text(self) -> None:
+        assert _generation.shown(self.RAW) == self.SHOWN
+        assert "".join(map(_generation.shown, self.RAW)) == self.SHOWN
+        controls = [chr(point) for point in range(0x110000) if _is_control(chr(point))]
+        assert len(controls) == 65 - 2 + 12
+        assert _generation.shown("".join(controls)).isprintable()
+
+    def test_answers_calls_and_notes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        call = ToolCall("f:0", self.RAW, {}, self.RAW)
+        answer = Answer(self.RAW, [call], problems=[self.RAW])
+
+        def ask(text: str, write: Any) -> Any:
+            for piece in self.RAW:
+                write(piece)
+            yield Turn(answer, 1, 0, 1, 1.0, 1.0, False, results=[(call, self.RAW)])
+            raise ValueError(self.RAW)
+
+        chat: Any = SimpleNamespace(messages=[], ask=ask)
+        chat_script._say(chat, "x", quiet=False)
+        out, err = capsys.readouterr()
+        assert out == self.SHOWN + "\n"
+        assert err.startswith(f"[{self.SHOWN}({self.SHOWN}) = {self.SHOWN}]\n")
+        assert f"broken: {self.SHOWN}]" in err
+        assert err.endswith(f"[{self.SHOWN}: this message is forgotten]\n")
+
+    def test_files_and_commands(self, chat_model: Path, tmp_path: Path) -> None:
+        name = f"{tmp_path}/\x1b[31m\u202e"
+        Path(name).write_text("no JSON")
+        command = [SCRIPT, str(chat_model), "--device", "cpu", "--quiet"]
+        done = commands.run(command, f"/load {name}\n/fly\x1b\n")
+        assert r"/\x1b[31m\u202e is not JSON" in done.stderr and r"/fly\x1b is no" in done.stderr
+        refused = commands.run([*command, "--load", name])
+        assert r"/\x1b[31m\u202e is not JSON" in refused.stderr
+        assert not any(_is_control(c) for c in done.stdout + done.stderr + refused.stderr)
+
+    def test_generated_text(
+        self, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
+        printer = generate_script._Printer(loaded[0])
+        printer.on_finalized_text(self.RAW)
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        printer.on_finalized_text(self.RAW)
+        assert capsys.readouterr().out == self.RAW + self.SHOWN
+
+
+def _is_control(char: str) -> bool:
+    """By Unicode's own properties: category Cc, and what bears Bidi_Control."""
+    if unicodedata.category(char) == "Cc":
+        return char not in "\n\t"
+    directions = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    marks = ("LEFT-TO-RIGHT MARK", "RIGHT-TO-LEFT MARK", "ARABIC LETTER MARK")
+    return unicodedata.bidirectional(char) in directions or unicodedata.name(char, "") in marks
 
 
 class TestCalculator:

@@ -614,6 +614,69 @@ def test_corrupt_header(copied, damage):
         KimiLinearForCausalLM.from_pretrained(copied)
 
 
+def write_header(path, change):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def first_offsets(header, change):
+    first = min(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    header[first]["data_offsets"] = change(*header[first]["data_offsets"])
+
+
+OFFSETS = {
+    "negative": lambda start, end: [start - end, 0],
+    "overlapping": lambda start, end: [start + 4, end + 4],
+    "float": lambda start, end: [float(start), float(end)],
+    "one": lambda start, end: [start],
+    "text": lambda start, end: [str(start), str(end)],
+}
+
+
+@pytest.mark.parametrize("kind", OFFSETS)
+def test_offsets_that_safetensors_does_not_write(copied, kind):
+    """Bug: tensors were read from the header, from each other's bytes, or cut short."""
+    path = shards(copied)[0]
+    write_header(path, lambda header: first_offsets(header, OFFSETS[kind]))
+    with pytest.raises(ValueError, match=f"{path.name}: the safetensors header cannot be read"):
+        KimiLinearForCausalLM.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_weights_that_are_no_floating_point_numbers(copied, dtype):
+    edit(copied, PLAIN, lambda tensor: tensor.to(dtype))
+    with pytest.raises(ValueError, match=rf"tensor {PLAIN} is in (I32|BOOL), the model needs"):
+        KimiLinearForCausalLM.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_an_index_stays_in_its_folder(copied, tmp_path, is_absolute, monkeypatch):
+    """Bug: a downloaded index chose which files of the machine became weights."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    index = copied / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for path in shards(copied):
+        path.rename(outside / path.name)
+    for name, file in content["weight_map"].items():
+        content["weight_map"][name] = str(outside / file) if is_absolute else f"../outside/{file}"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="the index names .*outside.* is outside of this folder"):
+        KimiLinearForCausalLM.from_pretrained(copied)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the index names .*outside.* is outside of this folder"):
+        KimiLinearForCausalLM.from_pretrained(copied.name)
+    for path in outside.iterdir():  # as in a cache
+        (copied / path.name).symlink_to(path)
+    content["weight_map"] = {n: Path(f).name for n, f in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    KimiLinearForCausalLM.from_pretrained(copied.name)
+
+
 def test_header_whose_sizes_contradict_each_other(copied):
     path = copied / index_of(copied)[PLAIN]
     data = path.read_bytes()

@@ -3,6 +3,7 @@
 import inspect
 import json
 import sys
+import time
 
 import pytest
 from builders import tiny_config
@@ -144,6 +145,7 @@ REFUSED = {
     "topk_method": dict(topk_method="greedy"),
     "gate_lower_bound": dict(linear_attn_config={"gate_lower_bound": -5.0}),
     "use_full_rank_gate": dict(linear_attn_config={"use_full_rank_gate": True}),
+    "max_prompt_tokens": dict(max_prompt_tokens=0),
     "rope_scaling": dict(rope_scaling={"type": "yarn"}),
     "num_nextn_predict_layers": dict(num_nextn_predict_layers=1),
     "full_attn_layers": dict(
@@ -181,6 +183,67 @@ REFUSED = {
 def test_wrong_values_are_refused_by_name(named):
     with pytest.raises(ValueError, match=named):
         KimiLinearConfig(**REFUSED[named])
+
+
+LONG = "y" * 10**5
+MALFORMED = {
+    "num_hidden_layers=100000": dict(num_hidden_layers=10**8),
+    "num_experts=100000": dict(num_experts=10**9),
+    "vocab_size=100000": dict(vocab_size=10**12),
+    "num_labels=100000": dict(num_labels=10**9),
+    r"linear_attn_config\['num_heads'\]=100": dict(linear_attn_config={"num_heads": 10**12}),
+    "rms_norm_eps=inf": dict(rms_norm_eps=float("inf")),
+    "rms_norm_eps=nan": dict(rms_norm_eps=float("nan")),
+    "rms_norm_eps=1000000": dict(rms_norm_eps=10**400),
+    "routed_scaling_factor=inf": dict(routed_scaling_factor=float("inf")),
+    r"routed_scaling_factor=1e\+300": dict(routed_scaling_factor=1e300),
+    "initializer_range=inf": dict(initializer_range=float("inf")),
+    "router_z_loss_coef=inf": dict(router_z_loss_coef=float("inf")),
+    "rope_theta='x'": dict(rope_theta="x"),
+    r"auto_map=\[1\]": dict(auto_map=[1]),
+    "auto_map='x'": dict(auto_map="x"),
+    r"auto_map=\{'AutoConfig': 3\}": dict(auto_map={"AutoConfig": 3}),
+    r"auto_map=\{'AutoTokenizer': \[\[\]\]\}": dict(auto_map={"AutoTokenizer": [[]]}),
+    "layer_types=3": dict(layer_types=3),
+    r"layer_types=\[\[1\], \[1\]\]": dict(num_hidden_layers=2, layer_types=[[1], [1]]),
+    "mlp_layer_types=3": dict(mlp_layer_types=3),
+    r"linear_attn_config\['full_attn_layers'\]=\[\[1\]\]": dict(
+        linear_attn_config={"full_attn_layers": [[1]]}
+    ),
+    r"linear_attn_config\['kda_layers'\]=\[None\]": dict(linear_attn_config={"kda_layers": [None]}),
+    "dtype='evil'": dict(dtype="evil"),
+    "dtype='save'": dict(torch_dtype="save"),
+    "hidden_size='yyy": dict(hidden_size=LONG),
+    "mla_use_nope='yyy": dict(mla_use_nope=LONG),
+    "attention_bias='yyy": dict(attention_bias=LONG),
+    "hiden_size='yyy": dict(hiden_size=LONG),
+    "n_group='yyy": dict(n_group=LONG, num_expert_group=2),
+    r"rope_scaling=\{'a'": dict(rope_scaling={"a": [LONG] * 9, "b": dict.fromkeys("abcdef", LONG)}),
+    r"layer_types=\['yyy": dict(layer_types=[LONG] * 9),
+    "missing: ": dict(
+        num_hidden_layers=9999, linear_attn_config={"full_attn_layers": [1], "kda_layers": [2]}
+    ),
+}
+
+
+@pytest.mark.parametrize("named", MALFORMED)
+def test_a_malformed_file_is_refused_at_once_in_a_line(named, tmp_path):
+    """Bug: hours, all memory, megabytes of message, NaN logits or AttributeError."""
+    fields = {"model_type": "kimi_linear", **MALFORMED[named]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=named) as error:
+        KimiLinearConfig.from_pretrained(tmp_path)
+    assert time.monotonic() - began < 5
+    message = str(error.value)
+    assert len(message) < 800 and "\n" not in message
+
+
+def test_a_size_broken_after_construction_is_refused_at_once(tmp_path):
+    config = tiny_config()
+    config.num_hidden_layers = 10**9
+    with pytest.raises(ValueError, match="num_hidden_layers=1000000000"):
+        config.save_pretrained(tmp_path)
 
 
 def test_unknown_preset_lists_the_known_ones():

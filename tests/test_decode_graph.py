@@ -272,15 +272,16 @@ def test_generate_takes_padded_prompts(device):
 def test_new_weights_are_seen(device):
     """In place at once; elsewhere when the next text begins."""
     model = decode_model(device)
-    ids = token_ids(1, 5)
+    ids, name = token_ids(1, 5), "model.layers.1.self_attn.o_proj.weight"
     for change in (
         lambda weight: weight.data.mul_(-2),
+        lambda weight: model.load_weights([(name, weight.cpu() * -2)]),
         lambda weight: setattr(weight, "data", weight.data * -2),
     ):
         cache = KimiLinearCache(model.config)
         call(model, "eager", ids, cache)
         both(model, cache, ids, steps=1)
-        change(model.model.layers[1].self_attn.o_proj.weight)
+        change(model.get_parameter(name))
         cache = KimiLinearCache(model.config)
         call(model, "eager", ids, cache)
         both(model, cache, ids, steps=1)
@@ -401,6 +402,9 @@ def test_weights_that_the_kernels_do_not_take(monkeypatch):
     linear.bias = None
     model.model.layers[1].self_attn.o_proj = torch.nn.Sequential(linear)
     assert "o_proj is a Sequential" in decode_graph._weight_obstacle(model)
+    model = decode_model("cpu")
+    model.model.layers[1].block_sparse_moe.experts.act_fn = torch.nn.GELU()
+    assert "experts.act_fn is a GELU" in decode_graph._weight_obstacle(model)
 
 
 @torch.no_grad()

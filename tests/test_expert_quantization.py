@@ -252,6 +252,49 @@ def test_experts_that_are_to_be_left_alone_are(folder: Path) -> None:
     assert all(type(p) is nn.Parameter for p in experts_of(model).values())
 
 
+# ---- what it takes, and back to wide weights ----------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_memory_footprint_is_that_of_the_packed_form(folder: Path, bits: int) -> None:
+    model = load(folder, bits)
+    experts = experts_of(model)
+    others = [p for n, p in model.named_parameters() if n not in experts]
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    taken = model.get_memory_footprint() - buffers
+    assert model.get_memory_footprint(return_buffers=False) == taken
+    taken -= sum(p.numel() * p.element_size() for p in others)
+    numbers, tables = sum(p.numel() for p in experts.values()), 6 * 4 * (256 + 16 + 1)
+    assert bits * numbers < 8 * taken < BITS[bits] * numbers + 8 * tables
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_dequantised_model_is_plain_and_saves(
+    folder: Path, tmp_path: Path, bits: int, dtype: torch.dtype | None
+) -> None:
+    model = load(folder, bits)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    packed = {name: weights.unpacked() for name, weights in experts_of(model).items()}
+    assert model.dequantize(dtype=dtype) is model
+    assert not is_packed(model) and all(type(p) is nn.Parameter for p in model.parameters())
+    for name, weights in experts_of(model).items():
+        assert weights.dtype == (dtype or torch.float32) and weights.requires_grad
+        assert torch.equal(weights, packed[name].to(weights.dtype))
+    if dtype is not None:
+        model = model.to(dtype)
+    model.save_pretrained(tmp_path)
+    files = [safe_open(each / "model.safetensors", "pt") for each in (tmp_path, folder)]
+    assert set(files[0].keys()) == set(files[1].keys())
+    again = KimiLinearForCausalLM.from_pretrained(tmp_path, dtype=dtype or torch.float32).eval()
+    with torch.no_grad():
+        found = again(IDS).logits
+        assert torch.equal(found, model(IDS).logits)
+    if dtype is None and bits == 4:  # in 8 bits, bitsandbytes quantises the inputs too
+        assert_close(found, expected, torch.float32)
+
+
 # ---- moves and refusals -------------------------------------------------------------------------
 
 
@@ -277,6 +320,8 @@ def test_what_would_lose_adapters_is_refused(folder: Path, safe: bool, tmp_path:
     model = load(folder, 4)
     with pytest.raises(ValueError, match="quantised experts cannot be saved"):
         model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights are quantised, which is not allowed in load_w"):
+        model.load_weights([])
     with torch.no_grad(), pytest.raises(ValueError, match="cannot be written to"):
         next(iter(experts_of(model).values())).mul_(2)
     with pytest.raises(ValueError, match="cannot be written to: load the model without"):

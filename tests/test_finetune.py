@@ -299,11 +299,38 @@ def test_a_run_that_goes_on_logs_the_same_bits(
     )
     finetune.main("sft", output=str(folder), resume=True, **settings)
     assert logged(folder) == logged(tuned)
-    assert (
-        json.loads((folder / "eval_results.json").read_text())["train_loss"]
-        == (json.loads((tuned / "eval_results.json").read_text())["train_loss"])
-    )
+    assert results(folder) == pytest.approx(results(tuned))
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_a_finished_run_is_evaluated_and_saved_only(
+    start: Path, data: Path, tmp_path: Path, recipe: str
+) -> None:
+    """Bug: each repetition trained one more step and dropped an older checkpoint."""
+    folder = tmp_path / "run"
+    if recipe == "sft":
+        settings = options(start, data / "chat.jsonl", eval_percent=10)
+    else:
+        settings = grpo_options(start, data, tmp_path, eval_percent=10)
+    settings |= {"steps": 3, "save_every": 1, "keep_checkpoints": 2, "resume": True}
+    finetune.main(recipe, output=str(folder), **settings)
+    measured, curve = results(folder), logged(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    for name in ("eval_results.json", "model.safetensors"):  # killed in the evaluation
+        (folder / name).unlink()
+    finetune.main(recipe, output=str(folder), **settings)
+    assert results(folder) == pytest.approx(measured) and logged(folder) == curve
+    assert (folder / "model.safetensors").read_bytes() == weights
+    found = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert found == ["checkpoint-2", "checkpoint-3"]
+
+
+def results(folder: Path) -> dict[str, float]:
+    """What was measured, but for what depends on the clock."""
+    measured = json.loads((folder / "eval_results.json").read_text())
+    clock = ("_runtime", "_per_second")
+    return {name: value for name, value in measured.items() if not name.endswith(clock)}
 
 
 @pytest.mark.parametrize("place", ["_save_rng_state", "publish"])

@@ -77,6 +77,45 @@ def test_another_module_in_its_place_acts_on_cached_tokens():
         assert_close(in_pieces(model), model(IDS, use_cache=False).logits, torch.float32)
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return nn.functional.silu(x) * 2
+
+
+CHANGES = {
+    "forward hook": lambda act: act.register_forward_hook(lambda m, inputs, out: out * 2),
+    "forward pre-hook": lambda act: act.register_forward_pre_hook(lambda m, inputs: inputs[0] + 1),
+    "backward hook": lambda act: act.register_full_backward_hook(
+        lambda m, grads, _: [grads[0] * 2]
+    ),
+    "another forward": lambda act: setattr(act, "forward", Doubled().forward),
+    "another module": None,
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_hooks_on_activations_and_others_in_their_place_act_in_training(kind):
+    """Grouped products of training computed the experts' activation themselves."""
+    found = {}
+    for experts in ("grouped_mm", "eager"):
+        model = tiny_model().train()
+        model.set_experts_implementation(experts)
+        plain = model(IDS, labels=IDS).loss
+        plain_grad = torch.autograd.grad(plain, model.model.embed_tokens.weight)[0]
+        for module in [each for each in model.modules() if hasattr(each, "act_fn")]:
+            if kind == "another module":
+                module.act_fn = Doubled()
+            else:
+                CHANGES[kind](module.act_fn)
+        loss = model(IDS, labels=IDS).loss
+        grad = torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+        assert (loss - plain).abs() > 1e-6 or kind == "backward hook"
+        assert (grad - plain_grad).abs().max() > 1e-6
+        found[experts] = loss, grad
+    for actual, expected in zip(*found.values(), strict=True):
+        assert_close(actual, expected, torch.float32)
+
+
 def offload(model, kind, folder):
     if kind == "cpu_offload":
         return cpu_offload(model, execution_device=torch.device("cpu"))

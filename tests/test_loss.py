@@ -243,7 +243,7 @@ def test_deferred_logits_are_the_logits():
     expected = run(model, "logits", ids)[0].logits
     logits = run(model, "auto", ids)[0].logits
     assert logits.shape == expected.shape and logits.dtype == expected.dtype
-    assert logits.device == expected.device and logits._made is None
+    assert logits.device == expected.device and not logits.is_made
     for actual, wanted in (
         (logits.tensor(), expected),
         (logits[..., :-1, :], expected[..., :-1, :]),
@@ -288,7 +288,7 @@ def test_deferred_logits_are_not_made_by_accelerate():
     model, ids = tiny_model().to(torch.bfloat16).train(), token_ids(2, 9)
     out = convert_outputs_to_fp32(model.forward)(ids, labels=ids)
     assert type(out.logits) is DeferredLogits and out.logits.dtype == torch.float32
-    assert out.logits._made is None
+    assert not out.logits.is_made
     assert out.logits[0].dtype == torch.float32
 
 
@@ -303,10 +303,115 @@ def test_deferred_logits_have_a_gradient_where_it_is_recorded():
     model, ids = tiny_model().train(), token_ids(2, 9)
     out = model(ids, labels=ids)
     with torch.no_grad():
-        assert not out.logits.tensor().requires_grad
+        assert not (out.logits * 1).requires_grad
+    model.zero_grad()
+    out = model(ids, labels=ids)
+    with torch.inference_mode():
+        assert out.logits.argmax(-1).shape == ids.shape
     (out.loss + out.logits.square().mean()).backward()
     model.loss_backend = "logits"
     grad, model.lm_head.weight.grad = model.lm_head.weight.grad, None
     out = model(ids, labels=ids)
     (out.loss + out.logits.square().mean()).backward()
     assert_close(grad, model.lm_head.weight.grad, torch.float32)
+
+
+class Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        return inputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
+
+
+def test_deferred_logits_survive_what_ddp_does_to_outputs():
+    """It hands them through a function that returns its inputs: nothing is made, nor lost."""
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    (logits,) = Identity.apply(model(ids, labels=ids).logits)
+    assert type(logits) is DeferredLogits and not logits.is_made
+    model.loss_backend = "logits"
+    expected = model(ids, labels=ids).logits
+    weights = list(model.parameters())
+    grads, expected_grads = (
+        torch.autograd.grad(x.sin().mean(), weights) for x in (logits, expected)
+    )
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, torch.float32)
+
+
+def test_deferred_logits_are_a_tensor_to_accelerate_trainer_and_numpy():
+    from accelerate.utils import gather, pad_across_processes, recursively_apply
+    from transformers.trainer_pt_utils import nested_concat, nested_detach, nested_numpify
+
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    expected = run(model, "logits", ids)[0].logits.detach()
+
+    def fresh():
+        logits = run(model, "auto", ids)[0].logits
+        assert isinstance(logits, torch.Tensor) and not logits.is_made and logits.requires_grad
+        return logits
+
+    for found in (
+        pad_across_processes(fresh(), dim=1),
+        pad_across_processes({"logits": [fresh()]}, dim=1)["logits"][0],
+        gather(fresh()),
+        recursively_apply(lambda each: each * 1, {"logits": fresh()})["logits"],
+        nested_detach(fresh()),
+        nested_concat(fresh(), fresh())[:2],
+        torch.as_tensor(nested_numpify(nested_detach(fresh()))),
+        torch.from_numpy(fresh().detach().cpu().numpy()),
+        torch.tensor(fresh().tolist()),
+        torch.from_dlpack(fresh().detach()),
+        torch.stack([fresh().data[0], fresh()[1]]),
+    ):
+        assert_close(found.detach() * 1, expected, torch.float32)
+    assert fresh().size(-1) == V and fresh().ndim == 3 and fresh().numel() == expected.numel()
+    with pytest.raises(RuntimeError, match="requires grad"):
+        fresh().numpy()
+    loss = torch.compile(lambda x: x.logsumexp(-1).mean(), backend="eager")
+    assert_close(loss(fresh()), expected.logsumexp(-1).mean(), torch.float32)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "one by one": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_deferred_logits_are_never_those_of_other_weights(kind):
+    model, ids = tiny_model().train(), token_ids(2, 9)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    read, unread = (model(ids, labels=ids) for _ in range(2))
+    before = read.logits.detach().clone()
+    read.loss.backward()
+    optimizer.step()
+    assert torch.equal(read.logits, before)  # made in time
+    message = "cannot be made any more: lm_head's weight has changed since the forward pass"
+    for use in (
+        lambda logits: F.cross_entropy(logits[0], ids[0]),
+        lambda logits: logits.float() + 1,
+        lambda logits: logits.tolist(),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            use(unread.logits)
+    if kind != "fused":  # torch's own check, which torch's own fused optimizers pass by
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            read.logits.sum().backward()
+
+
+def test_deferred_logits_notice_a_change_past_the_version_counter():
+    """As bitsandbytes' and DeepSpeed's optimizers make it; FSDP takes the whole weight away."""
+    for change in (
+        lambda weight: weight.data.mul_(1.001),
+        lambda weight: weight.untyped_storage().resize_(0),
+    ):
+        model, ids = tiny_model().train(), token_ids(2, 9)
+        out = model(ids, labels=ids)
+        change(model.lm_head.weight)
+        with pytest.raises(RuntimeError, match="lm_head's weight has changed"):
+            out.logits.argmax(-1)

@@ -66,6 +66,38 @@ def test_padded_equals_unpadded(model, where):
         assert_close(out[1], model(other).logits[0], FLOAT32, "neighbour")
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("where", ["left", "right", "everywhere"])
+def test_what_padding_holds_reaches_nobody(model, where, backend):
+    """In values and gradients, with a cache and without: 0 * NaN of a masked token is NaN."""
+    real = torch.zeros(2, LENGTH, dtype=torch.bool)
+    real[0, PADDINGS[where]], real[1] = True, True
+    mask, found = real.long(), []
+    embeds = model.model.embed_tokens(token_ids(2, LENGTH)).detach()
+    model.set_attn_implementation(backend)
+    try:
+        for rubbish in (0.0, torch.nan, torch.inf):
+            inputs = embeds.masked_fill(~real[..., None], rubbish).requires_grad_()
+            logits = model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
+            grads = torch.autograd.grad(
+                logits[real].square().sum(), [inputs, *model.parameters()], allow_unused=True
+            )
+            cache, parts = None, []
+            with torch.no_grad():
+                for begin, end in ((0, 20), (20, LENGTH - 1), (LENGTH - 1, LENGTH)):
+                    part = {"inputs_embeds": inputs[:, begin:end], "attention_mask": mask[:, :end]}
+                    out = model(**part, cache=cache, use_cache=True)
+                    cache = out.cache
+                    parts.append(out.logits)
+            found.append([logits.detach(), torch.cat(parts, dim=1), *grads])
+    finally:
+        model.set_attn_implementation("sdpa")
+    for got in zip(*found, strict=True):
+        if got[0] is not None:  # the embedding's
+            assert got[0].isfinite().all() and torch.equal(got[0], got[1])
+            assert torch.equal(got[0], got[2])
+
+
 @pytest.mark.parametrize("where", PADDINGS)
 def test_padded_then_continued_equals_unpadded(model, where):
     columns = PADDINGS[where]
@@ -398,6 +430,39 @@ def test_gradient_checkpointing_is_exact(reentrant):
         torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("method", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"input_ids": token_ids(0, 4)}, r"input_ids has shape \(0, 4\)"),
+        ({"input_ids": token_ids(0, 1)}, r"input_ids has shape \(0, 1\)"),
+        ({"input_ids": token_ids(2, 0)}, r"input_ids has shape \(2, 0\)"),
+        ({"input_ids": token_ids(4)}, r"input_ids has shape \(4,\)"),
+        ({"input_ids": [[1, 2]]}, "input_ids=list"),
+        ({"inputs_embeds": torch.ones(0, 4, 40)}, r"inputs_embeds has shape \(0, 4, 40\)"),
+        ({"inputs_embeds": torch.ones(2, 0, 40)}, r"inputs_embeds has shape \(2, 0, 40\)"),
+    ],
+)
+def test_inputs_of_nothing_are_refused_by_name(hybrid, method, arguments, error):
+    cache = KimiLinearCache(hybrid.config)
+    with torch.no_grad():
+        hybrid(token_ids(2, 3), cache=cache)
+    for kwargs in ({}, {"cache": cache}):
+        with pytest.raises(ValueError, match=error):
+            getattr(hybrid, method)(**arguments, **kwargs)
+    if method == "generate" and "input_ids" in arguments:
+        with pytest.raises(ValueError, match=error.replace("input_ids", "inputs")):
+            hybrid.generate(arguments["input_ids"])
+
+
+def test_embeddings_may_come_with_no_ids(hybrid):
+    embeds = hybrid.get_input_embeddings()(token_ids(1, 5)).detach()
+    settings = {"max_new_tokens": 2, "do_sample": False}
+    expected = hybrid.generate(inputs_embeds=embeds, **settings)
+    got = hybrid.generate(input_ids=token_ids(1, 0), inputs_embeds=embeds, **settings)
+    assert got.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_expert_implementations_agree_in_value_and_gradient(implementation):
     ids, results = token_ids(2, 20), []
@@ -634,7 +699,7 @@ def test_what_cannot_work_is_refused_by_name(hybrid):
     ids = token_ids(2, 6)
     with pytest.raises(ValueError, match="attention_mask=dict"):
         hybrid(ids, attention_mask={"full_attention": None})
-    with pytest.raises(ValueError, match="0 tokens"):
+    with pytest.raises(ValueError, match=r"shape \(2, 0\)"):
         hybrid(ids[:, :0])
     with pytest.raises(ValueError, match="logits_to_keep=2"):
         hybrid(ids, labels=ids, logits_to_keep=2)

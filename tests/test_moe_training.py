@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from builders import tiny_config, tiny_model, token_ids
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import (
+    KimiLinearForCausalLM,
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
@@ -121,21 +122,24 @@ def test_gradients_through_the_scores(function, renormalize):
 
 
 def plain_losses(logits_of_layers, sequences, config):
-    """Equations 17 to 20 for each list of places, written out; z-loss over all of them."""
+    """Equations 17 to 20 for each list of places, and the mean of its tokens' z-losses, written
+    out: [S] each."""
     E, k = config.num_experts, config.num_experts_per_token
-    balance = z = 0.0
+    balance = z = torch.zeros(len(sequences), dtype=torch.float64)
     for logits in logits_of_layers:
         is_sigmoid = config.moe_router_activation_func == "sigmoid"
         s = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
+        found = []
         for places in sequences:
             T = len(places)
             chosen = torch.zeros(T, E).to(s.dtype)
             chosen[torch.arange(T)[:, None], s[places].topk(k).indices] = 1
             f = E / (k * T) * chosen.sum(0)
             P = (s[places] / s[places].sum(1, True)).mean(0)
-            balance = balance + (f * P).sum() / len(sequences)
-        real = [place for places in sequences for place in places]
-        z = z + logits[real].exp().sum(1).log().square().mean()
+            found.append((f * P).sum())
+        balance = balance + torch.stack(found)
+        z_of_places = logits.exp().sum(1).log().square()
+        z = z + torch.stack([z_of_places[places].mean() for places in sequences])
     return balance, z
 
 
@@ -166,7 +170,7 @@ def test_losses_and_their_gradients(case, function):
     model = tiny_model(moe_router_activation_func=function, **BOTH).double().train()
     out = model(ids, labels=ids, output_router_logits=True, **inputs)
     balance, z = plain_losses(out.router_logits, sequences, model.config)
-    assert_close(out.aux_loss, balance, torch.float64)
+    assert_close(out.aux_loss, balance.mean(), torch.float64)
     out.loss.backward()
     actual = gradients(model)
 
@@ -174,7 +178,9 @@ def test_losses_and_their_gradients(case, function):
     model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.0
     plain = model(ids, labels=ids, output_router_logits=True, **inputs)
     balance, z = plain_losses(plain.router_logits, sequences, model.config)
-    expected = plain.loss + 0.3 * balance + 0.2 * z
+    labels = torch.tensor([len(places) - 1 for places in sequences]).double()  # all but the first
+    weights = labels / labels.sum()
+    expected = plain.loss + (weights * (0.3 * balance + 0.2 * z)).sum()
     assert_close(out.loss, expected, torch.float64)
     expected.backward()
     for name, grad in gradients(model).items():
@@ -245,8 +251,91 @@ def test_classifiers_add_them_too(kind):
     model = kind(tiny_config(classifier_dropout=0.0, num_labels=2)).train()
     plain = model(ids, attention_mask=mask, labels=labels).loss
     model.config.router_aux_loss_coef = 0.3
-    added = 0.3 * model.model(ids, attention_mask=mask).router_losses[0]
+    parts, sequence, _ = model.model(ids, attention_mask=mask).router_losses_by_place
+    balance = torch.stack([parts[sequence == i, 0].sum() for i in range(3)])
+    weights = torch.full((3,), 1 / 3) if "Sequence" in kind.__name__ else mask.sum(1) / mask.sum()
+    if "Token" in kind.__name__:
+        labels = labels.masked_fill(mask == 0, -100)
+        plain = kind.forward(model.eval(), ids, attention_mask=mask, labels=labels).loss
+        model.train()
+    added = 0.3 * (weights * balance).sum()
     assert_close(model(ids, attention_mask=mask, labels=labels).loss, plain + added, torch.float32)
+
+
+class UnequalRows(torch.utils.data.Dataset):
+    """Rows of 3 to 24 tokens; some begin with tokens without a label, two have no label at all."""
+
+    def __init__(self, kind):
+        self.rows = []
+        for i, length in enumerate((24, 3, 17, 9, 20, 5, 12, 7)):
+            ids = token_ids(1, length, seed=i)[0]
+            labels = ids.clone() if kind is KimiLinearForCausalLM else ids % 2
+            labels[: (0, 1, 11, 9)[i % 4]] = -100
+            label = torch.tensor(i % 2) if kind is KimiLinearForSequenceClassification else labels
+            self.rows.append({"input_ids": ids, "labels": label})
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+    @staticmethod
+    def collate(rows):
+        def padded_to_longest(name, value):
+            return nn.utils.rnn.pad_sequence([row[name] for row in rows], True, value)
+
+        ids = [row["input_ids"] for row in rows]
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in ids], True)
+        is_scalar = rows[0]["labels"].ndim == 0
+        return {
+            "input_ids": padded_to_longest("input_ids", 0),
+            "attention_mask": mask,
+            "labels": torch.stack([row["labels"] for row in rows])
+            if is_scalar
+            else padded_to_longest("labels", -100),
+        }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        KimiLinearForCausalLM,
+        KimiLinearForSequenceClassification,
+        KimiLinearForTokenClassification,
+    ],
+)
+def test_accumulated_rows_of_unequal_length_train_as_one_large_batch(kind, tmp_path):
+    def train(batch, accumulated):
+        torch.manual_seed(0)
+        model = kind(tiny_config(classifier_dropout=0.0, num_labels=2, **BOTH)).double()
+        model.requires_grad_(False)
+        for router in routers(model):  # of these, the losses' gradients are no small part
+            router.requires_grad_(True)
+        before = torch.cat([each.weight.detach().flatten() for each in routers(model)])
+        run = trainer(
+            tmp_path,
+            model,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            logging_steps=1,
+        )
+        run.train_dataset, run.data_collator = UnequalRows(kind), UnequalRows.collate
+        run.train()
+        after = torch.cat([each.weight.detach().flatten() for each in routers(model)])
+        return after - before, run.state.log_history[0]["loss"]
+
+    whole, loss = train(8, 1)
+    for batch, accumulated in ((2, 4), (1, 8)):
+        parts, sum_of_losses = train(batch, accumulated)
+        assert whole.abs().max() > 1e-3
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)
+        assert sum_of_losses == pytest.approx(loss, rel=1e-3)
 
 
 def test_configuration_of_router_training(tmp_path):
@@ -411,10 +500,9 @@ class Reporter(TrainerCallback):
 def trainer(tmp_path, model, **arguments):
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(16, 24)]
     defaults = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    defaults |= {"per_device_train_batch_size": 2, "logging_steps": 2}
     arguments = TrainingArguments(
         tmp_path,
-        per_device_train_batch_size=2,
-        logging_steps=2,
         report_to=[],
         use_cpu=True,
         **{**defaults, **arguments},

@@ -251,6 +251,16 @@ def test_transformers_loads_a_folder_of_adapters(tmp_path: Path) -> None:
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_prefix_tuning_is_refused_by_its_name(training: bool) -> None:
+    """It fills a cache with keys and values of its own."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_model(), config).train(training)
+    ids = token_ids(2, 7)
+    with pytest.raises(ValueError, match="prefix tuning"):
+        model(input_ids=ids, labels=ids if training else None)
+
+
 def test_prompt_tuning_generates_the_text_of_a_loop_without_a_cache() -> None:
     """PEFT puts its virtual tokens into the first step's inputs, where `generate()` sees none."""
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

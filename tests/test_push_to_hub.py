@@ -125,6 +125,13 @@ def forget_tensor_and_entry(folder: Path) -> None:
     )
 
 
+def point_shards_at(name: Any) -> Callable[[Path], object]:
+    def change(index: dict[str, Any]) -> None:
+        index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+
+    return lambda folder: edit_json(folder / INDEX, change)
+
+
 EXPERT = r"model\.layers\.1\.block_sparse_moe\.experts\.0\.w1\.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
@@ -170,6 +177,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "nowhere": (forget_tensor_and_entry, rf"missing: {EXPERT}"),
     "wrong shape": (edit_shard(transpose), rf"{EXPERT} has shape \[40, 24\].*\[24, 40\]"),
+    "outside": (point_shards_at("../outside/x.safetensors"), r"names .*\.\./outside/x.*outside of"),
+    "absolute": (point_shards_at("/x.safetensors"), r"names /x\.safetensors; allowed: names in"),
+    "no names": (point_shards_at(3), r"weight_map must be an object with a file by tensor"),
+    "whole numbers": (
+        edit_shard(lambda content, name: content.update({name: content[name].int()})),
+        rf"{EXPERT} is in I32, the model needs floating point",
+    ),
+    "truths": (
+        edit_shard(lambda content, name: content.update({name: content[name] > 0})),
+        rf"{EXPERT} is in BOOL, the model needs floating point",
+    ),
     "no tokenizer config": (
         lambda f: (f / "tokenizer_config.json").unlink(),
         r"tokenizer_config\.json is missing",
@@ -197,6 +215,16 @@ def test_a_damaged_folder_is_refused_by_name(script: ModuleType, folder: Path, n
     damage(folder)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         script.check_folder(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_are_looked_at_on_request(script: ModuleType, folder: Path, value: float) -> None:
+    options = {"path": folder, "repo_id": REPO, "dry_run": True}
+    script.main(**options, check_values=True)
+    edit_shard(lambda content, name: content[name][1].fill_(value))(folder)
+    script.main(**options)
+    with pytest.raises(ValueError, match=rf"tensor {EXPERT} holds NaN or Inf"):
+        script.main(**options, check_values=True)
 
 
 def test_a_whole_folder_passes(script: ModuleType, folder: Path) -> None:
@@ -331,34 +359,93 @@ def push(script: ModuleType, server: HubServer, folder: Path, **options: Any) ->
     )
 
 
-def test_what_is_pushed_is_the_folder_without_training_state(
+def test_what_is_pushed_is_the_model(
     script: ModuleType, server: HubServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Bug: what training, killed runs and other tools leave in a folder was pushed with it."""
+    wanted = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    wanted |= {"README.md", "LICENSE", "eval_results.json", "additional_chat_templates/rag.jinja"}
     unwanted = (
-        "optimizer.pt",
-        "rng_state.pth",
-        "training_args.bin",
-        ".env",
+        "_unfinished-4/checkpoint-4/optimizer.pt",
+        "unfinished-replaced-x/model.safetensors",
         "deep/.env.local",
         "checkpoint-2/model.safetensors",
-        "runs/events.out",
+        "wandb/run-1/config.yaml",
         "__pycache__/kda.cpython-311.pyc",
+        ".git/config",
+        "keys/LICENSE",
+        "optimizer.pt",
+        "optimizer_0/__0_0.distcp",
+        "training_args.bin",
+        "model.safetensors.part",
+        "chat.safetensors",
+        "metrics.jsonl.part",
+        "id_rsa",
+        "key.pem",
+        "notes.py",
+        ".env",
+        ".netrc",
     )
-    for name in unwanted:
+    for name in ("LICENSE", "eval_results.json", "additional_chat_templates/rag.jinja", *unwanted):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     url = push(script, server, folder, private=True, license="mit", message="My model")
-    assert url == f"{server.endpoint}/{REPO}" == capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert url == f"{server.endpoint}/{REPO}" == printed.splitlines()[-1]
     repo = server.store.repos["model", REPO]
     assert repo.private and repo.commit_at("main").title == "My model"
     files = stored(server)
     del files[".gitattributes"]
-    assert "README.md" in files
-    assert files == {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.relative_to(folder).as_posix() not in unwanted
-    }
+    assert files == {name: (folder / name).read_bytes() for name in wanted}
+    named = re.search("not pushed, no part of a model: (.*) [(]--include", printed)[1].split(", ")
+    tops = {name.partition("/")[0] + "/ (1 files)" * ("/" in name) for name in unwanted}
+    assert set(named) == tops
+
+
+def test_more_is_pushed_on_request(script: ModuleType, server: HubServer, folder: Path) -> None:
+    (folder / "figures").mkdir()
+    (folder / "figures" / "[1].png").write_bytes(b"x")
+    (folder / "figures" / "1.svg").write_bytes(b"x")
+    push(script, server, folder, include=["figures/*.png"])
+    assert {name for name in stored(server) if "/" in name} == {"figures/[1].png"}
+    with pytest.raises(ValueError, match=r"include: '\*.gif' is no file of"):
+        push(script, server, folder, include=["*.gif"])
+
+
+REFUSALS = {
+    "unknown token": ("POST /api/repos/create", 401, "the token is not valid: .*401"),
+    "no right": ("POST /api/models/.*/commit", 403, "the token may not write there.*403"),
+    "busy": ("POST /api/models/.*/commit", 409, "try again.*409"),
+    "moved on": ("POST /api/models/.*/commit", 412, "try again.*412"),
+    "upload": ("PUT /lfs/upload", 403, "the token may not write there.*403"),
+    "cut off": ("POST /api/models/.*/commit", 0, "(Protocol|Read)Error"),
+    "cut off in an upload": ("PUT /lfs/upload", 0, "(Protocol|Read)Error"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_failed_push_is_one_line(
+    script: ModuleType,
+    server: HubServer,
+    folder: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bug: tracebacks, and messages of many lines."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's retries
+    request, status, message = REFUSALS[name]
+    server.refusals[request] = status
+    with pytest.raises(script.PushError, match=f"^{REPO} was not pushed: .*{message}") as error:
+        push(script, server, folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    server.refusals.clear()
+    push(script, server, folder)
+    assert "config.json" in stored(server)
+
+
+def test_a_server_that_is_not_there_is_one_line(script: ModuleType, folder: Path) -> None:
+    with pytest.raises(script.PushError, match=f"^{REPO} was not pushed: ConnectError: "):
+        script.main(path=folder, repo_id=REPO, endpoint="http://127.0.0.1:9", token="hf_me")
 
 
 def test_a_card_is_kept_here_and_there_unless_told_otherwise(
@@ -425,7 +512,7 @@ def test_wrong_arguments_are_refused_before_any_request(
 def test_flags_are_arguments_of_main(script: ModuleType) -> None:
     flags = "x --repo-id me/m --private --revision r --message m --metrics j --license mit"
     more = "--dataset a/b --dataset c --language en --base-model me/b --overwrite-card --dry-run"
-    given = vars(script.parse_args(f"{flags} {more}".split()))
+    given = vars(script.parse_args(f"{flags} {more} --include x --check-values".split()))
     assert given["datasets"] == ["a/b", "c"] and given["dry_run"] and given["private"]
     assert set(given) == set(inspect.signature(script.main).parameters) - {"endpoint", "token"}
     plain = vars(script.parse_args(["x", "--repo-id", "me/m"]))

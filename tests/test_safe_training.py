@@ -278,11 +278,30 @@ def test_killed_while_saving(tmp_path, moment, straight):
     run = commands.run([worker.__file__, tmp_path, moment, torch.get_num_threads()])
     assert run.returncode == -9, run.stderr
     assert get_last_checkpoint(tmp_path).endswith("checkpoint-2")
-    assert checkpoints(tmp_path) == ["checkpoint-2", "unfinished-4"]
+    assert checkpoints(tmp_path) == ["_unfinished-4", "checkpoint-2"]
     resumed = make_trainer(tmp_path, SafeTrainer)
     resumed.train(resume_from_checkpoint=True)
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
     assert states_equal(resumed.model.state_dict(), straight)
+
+
+@pytest.mark.parametrize("steps", [4, 6], ids=["within an epoch", "at its end"])
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_run_goes_on_for_the_steps_that_are_left(tmp_path, steps, left):
+    """Bug: Trainer trained a fifth of four steps, wrote it, and called the loss of none 0."""
+    options = {"max_steps": steps, "save_total_limit": 3, "logging_steps": 1}
+    trainer = make_trainer(tmp_path, SafeTrainer, **options)
+    whole, numbers = trainer.train(), torch.rand(3)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = make_trainer(tmp_path, SafeTrainer, **options)
+    checkpoint = tmp_path / f"checkpoint-{steps - left}"
+    rest = again.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(torch.rand(3), numbers)  # what an evaluation may sample
+    assert again.state.global_step == steps
+    assert states_equal(again.model.state_dict(), trainer.model.state_dict())
+    assert rest.metrics["train_loss"] == pytest.approx(whole.training_loss)
+    if not left:
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_the_best_checkpoint_is_named_and_kept(tmp_path):
@@ -313,6 +332,86 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     trainer._save_checkpoint(trainer.model, None)
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
     assert not (tmp_path / "checkpoint-6" / "old").exists()
+
+
+class Killed(BaseException):
+    """Stands for a kill at a certain place."""
+
+
+def replace(final, text):
+    with atomic_folder(final) as draft:
+        (draft / "x").write_text(text)
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
+    """Bug: a kill between two renames left no folder of that name."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    if not safe_training.exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this system can't exchange two folders")
+    final = tmp_path / "saved"
+    replace(final, "old")
+
+    def seen(path):
+        assert (final / "x").read_text() == "new", f"{path} is removed before {final} is new"
+        raise Killed
+
+    monkeypatch.setattr(Path, "rename", lambda *paths: pytest.fail(f"two steps: {paths}"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(safe_training.os, "fsync", lambda _: None)
+        patch.setattr(safe_training, "_remove", lambda p: seen(p) if p.exists() else None)
+        replace(final, "new")
+    replace(final, "newer")
+    assert checkpoints(tmp_path) == ["a", "b", "saved"]
+    assert (final / "x").read_text() == "newer"
+
+
+def test_a_folder_is_replaced_where_nothing_can_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(safe_training, "exchange", lambda *paths: False)
+    final, rename, calls = tmp_path / "saved", Path.rename, []
+    replace(final, "old")
+
+    def second_fails(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise Killed
+        return rename(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", second_fails)
+        replace(final, "new")
+    assert checkpoints(tmp_path) == ["saved"] and (final / "x").read_text() == "old"
+    replace(final, "new")
+    assert checkpoints(tmp_path) == ["saved"] and (final / "x").read_text() == "new"
+
+
+@pytest.mark.parametrize("start", ["atomic folder", "trainer", "checkpoint"])
+def test_a_folder_that_a_kill_left_aside_is_put_back(tmp_path, start):
+    """Bug: the next clean-up removed the old folder and the new one."""
+    trainer = make_trainer(tmp_path, SafeTrainer)
+    for name, text in (("replaced-checkpoint-2", "old"), ("checkpoint-2", "new")):
+        (tmp_path / f"_unfinished-{name}").mkdir()
+        (tmp_path / f"_unfinished-{name}" / "x").write_text(text)
+    if start == "atomic folder":
+        with pytest.raises(Killed), atomic_folder(tmp_path / "checkpoint-2"):
+            raise Killed
+    elif start == "trainer":
+        make_trainer(tmp_path, SafeTrainer)
+    else:
+        trainer._clear_drafts(tmp_path)
+    assert (tmp_path / "checkpoint-2" / "x").read_text() == "old"
+    assert not (tmp_path / "_unfinished-replaced-checkpoint-2").exists()
+
+
+def test_a_link_to_a_folder_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x").write_text("old")
+    final = tmp_path / "saved"
+    final.symlink_to("elsewhere")
+    replace(final, "new")
+    assert (final / "x").read_text() == "new" and not final.is_symlink()
+    assert (tmp_path / "elsewhere" / "x").read_text() == "old"
+    assert checkpoints(tmp_path) == ["elsewhere", "saved"]
 
 
 def test_atomic_folder(tmp_path):

@@ -117,6 +117,11 @@ def test_states_go_to_the_first_and_come_from_the_last_sequence_of_each_row():
         ({"cu_seq_lens": torch.tensor([0, 5])}, "cu_seq_lens_q"),
         ({"cu_seq_lens": torch.tensor([0, 7, 3, 10])}, "cu_seq_lens_q"),
         ({"cu_seq_lens": torch.tensor([1, 10])}, "cu_seq_lens_q"),
+        ({"cu_seq_lens": [0, 5, 10]}, "cu_seq_lens_q=list"),
+        ({"cu_seq_lens": torch.tensor([0.0, 5.5, 10.0])}, "cu_seq_lens_q is torch.float32"),
+        ({"cu_seq_lens": torch.arange(10**5)}, r"cu_seq_lens_q=\[0, 1, 2, 3, 4, 5, \.\.\.\] is"),
+        ({"seq_idx": [[0] * 5]}, "seq_idx=list"),
+        ({"position_ids": [[0] * 5]}, "position_ids=list"),
     ],
 )
 def test_wrong_shapes_are_refused_by_name(kwargs, named):

@@ -1,6 +1,7 @@
 """Caches in files: another process goes on as if it had read the text itself."""
 
 import json
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import commands
@@ -187,6 +188,26 @@ def test_read_session_reads_a_long_text_once(tmp_path, monkeypatch):
     save_session(path, cache, model)
     with pytest.raises(ValueError, match="holds no input_ids"):
         model.read_session(path, ids)
+
+
+@pytest.mark.parametrize("how", ["full", "no folder"])
+def test_what_was_read_is_not_lost_where_it_cannot_be_written(tmp_path, monkeypatch, how):
+    """Bug: a disk that was full after an hour's reading cost the hour."""
+    model, ids = tiny_model(), token_ids(1, 30)
+    path = tmp_path / ("absent" if how == "no folder" else ".") / "book.session"
+    warned = []
+    monkeypatch.setattr(sessions.logger, "warning", warned.append)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if how == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        cache = model.read_session(path, ids)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert cache.get_seq_length() == 29 and not list(tmp_path.iterdir())
+    assert len(warned) == 1 and str(path) in warned[0]
+    got = model.generate(ids, cache=cache, **COMMON).tolist()
+    assert got == model.generate(ids, **COMMON).tolist()
 
 
 def rewritten(path, change):

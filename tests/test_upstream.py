@@ -35,7 +35,7 @@ CHANGED = (
 DOCUMENTED = {
     "transformers": None,
     "transformers.activations": {"ACT2FN"},
-    "transformers.cache_utils": {"Cache", "CacheLayerMixin", "DynamicCache"},
+    "transformers.cache_utils": {"Cache", "CacheLayerMixin", "DynamicCache", "StaticCache"},
     "transformers.configuration_utils": {"PreTrainedConfig"},
     "transformers.modeling_outputs": {"ModelOutput", "TokenClassifierOutput"},
     "transformers.utils": {"get_json_schema", "logging"},
@@ -154,6 +154,14 @@ FUNCTIONS = {
     ],
     "trainer:Trainer._save_checkpoint": ["self", "model", "trial"],
     "trainer:Trainer._get_output_dir": ["self", "trial"],
+    "trainer:Trainer._prepare_for_training": [
+        "self",
+        "max_steps",
+        "train_dataloader",
+        "resume_from_checkpoint",
+    ],
+    "trainer:Trainer._run_epoch": ["self"],
+    "trainer:Trainer._load_rng_state": ["self", "checkpoint"],
     "trainer:Trainer._push_from_checkpoint": ["self", "checkpoint_folder"],
     "trainer:Trainer.save_model": ["self", "output_dir", "_internal_call"],
     "trainer_utils:rotate_checkpoints": [
@@ -206,6 +214,11 @@ def test_dataclass(where, fields):
     missing = fields - {field.name for field in dataclasses.fields(kind)}
     assert not missing, f"transformers.{where} has no {missing}: {CHANGED}"
     assert hasattr(kind, "is_quantized"), f"transformers.{where}.is_quantized is gone: {CHANGED}"
+
+
+def test_trainer_sums_its_losses():
+    names = Trainer._finalize_training.__code__.co_names
+    assert "_total_loss_scalar" in names, f"Trainer has {names} at its end: {CHANGED}"
 
 
 def test_generation_configuration():

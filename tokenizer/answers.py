@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .special_tokens import ASSISTANT_TOKEN, CHAT_EOS_TOKEN, EOS_TOKENS, MIDDLE_TOKEN, PAD_TOKEN
-from .streaming import StreamDecoder
+from .streaming import StreamDecoder, check_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,9 +145,9 @@ class AnswerReader:
         self._calls: list[ToolCall] = []
         self._problems: list[str] = []
         self._is_section = self._is_finished = False
-        # of the call at hand: None, or the text so far of its header, then of its arguments
-        self._header: str | None = None
-        self._arguments: str | None = None
+        # of the call at hand: None, or the pieces so far of its header, then of its arguments
+        self._header: list[str] | None = None
+        self._arguments: list[str] | None = None
         self._loose: list[str] = []
 
     def put(self, token_id: int) -> str:
@@ -156,9 +156,13 @@ class AnswerReader:
         Returns:
             The text that it completes, as far as it is for the reader; "" for what belongs to tool
             calls.
+
+        Raises:
+            ValueError: `token_id` is none, see `StreamDecoder.put`.
         """
         if self._is_finished:
             return ""
+        token_id = check_id(token_id)
         if token_id in self._ends:
             self._is_finished = True
             return self._take(self._decoder.end())
@@ -190,27 +194,23 @@ class AnswerReader:
 
     def _take(self, text: str) -> str:
         """Put text where it belongs; what of it is shown."""
-        if self._arguments is not None:
-            self._arguments += text
-        elif self._header is not None:
-            self._header += text
-        elif self._is_section:
-            self._loose.append(text)
-        else:
+        if not self._is_section and self._header is None:
             self._content.append(text)
             return text
+        pieces = self._loose if self._header is None else self._header
+        (pieces if self._arguments is None else self._arguments).append(text)
         return ""
 
     def _switch(self, name: str) -> None:
         """Go on behind a token of the format."""
         if name == _ARGUMENTS_BEGIN and self._header is not None and self._arguments is None:
-            self._arguments = ""
+            self._arguments = []
         elif name == _ARGUMENTS_BEGIN or (name == _CALL_END and self._header is None):
             self._problems.append(f"not a tool call: {name!r}")
         else:
             # a call may be closed by the next one, and by the end of the section
             self._close_call()
-            self._header = "" if name == _CALL_BEGIN else None
+            self._header = [] if name == _CALL_BEGIN else None
             if name in (_SECTION_BEGIN, _SECTION_END):
                 self._is_section = name == _SECTION_BEGIN
 
@@ -226,7 +226,8 @@ class AnswerReader:
 
     def _read_call(self, problem: str | None) -> ToolCall | str:
         """The call at hand, or in words why it is none."""
-        header, text = self._header or "", self._arguments
+        header = "".join(self._header or [])
+        text = None if self._arguments is None else "".join(self._arguments)
         match = re.fullmatch(_HEADER, header.strip())
         if match is None or text is None:
             pieces = [_CALL_BEGIN, header] + ([] if text is None else [_ARGUMENTS_BEGIN, text])
@@ -258,10 +259,13 @@ def parse_answer(
         The answer. Broken input gives what was readable, and `problems`.
 
     Raises:
-        ValueError: The tokenizer lacks a token of the chat format.
+        ValueError: The tokenizer lacks a token of the chat format, or an id is none that a
+            tokenizer can have.
     """
     reader = AnswerReader(tokenizer)
-    for token in [*_begun(tokenizer, [int(i) for i in prefix]), *(int(i) for i in ids)]:
+    begun = _begun(tokenizer, [check_id(token, f"prefix[{i}]") for i, token in enumerate(prefix)])
+    given = [check_id(token, f"ids[{i}]") for i, token in enumerate(ids)]
+    for token in begun + given:
         reader.put(token)
     reader.end()
     return reader.answer()

@@ -68,8 +68,9 @@ def encode_chat(
 
     Raises:
         ValueError: There is no message, something in the conversation is no text (named by its
-            path) or can't be tokenized (see `check_text`), an argument of `apply_chat_template` is
-            not supported, or the tokenizer is not a fast one.
+            path), is nested too deeply or can't be tokenized (see `check_text`), `tools` is no list
+            of them, an argument of `apply_chat_template` is not supported, or the tokenizer is not
+            a fast one.
         jinja2.TemplateError: The template refuses the conversation; it names the message.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -193,8 +194,14 @@ def _texts(inputs: Mapping[str, Any]) -> list[str]:
 def _schemas(
     tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None,
 ) -> list[Mapping[str, Any]] | None:
-    if not tools:
+    if tools is None:
         return None
+    if not isinstance(tools, list | tuple):
+        raise ValueError(f"tools is of type {type(tools).__name__}; allowed: a list of tools")
+    for index, tool in enumerate(tools):
+        if not callable(tool) and not isinstance(tool, Mapping):
+            kind = type(tool).__name__
+            raise ValueError(f"tools[{index}] is of type {kind}; allowed: a dict or a function")
     from transformers.utils import get_json_schema
 
-    return [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+    return [get_json_schema(tool) if callable(tool) else tool for tool in tools] or None

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What the 256 special tokens begin with. Tokens that a user added and that begin with anything else
 # are words: a template writes none of them.
 TOKEN_BEGINNINGS: Final[str] = "<["
+# Lists and mappings in each other: far from Python's limit, which reading and writing JSON share.
+MAX_LEVELS: Final[int] = 128
 # The last two planes of private use: Unicode gives these characters no meaning.
 _CANDIDATES = (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
@@ -55,33 +57,37 @@ def mark_beginnings(text: str, mark: str) -> str:
     return text
 
 
-def map_strings(value: Any, function: Callable[[str, str], str], where: str) -> Any:
+def map_strings(
+    value: Any, function: Callable[[str, str], str], where: str, *, levels: int = MAX_LEVELS
+) -> Any:
     """Copy JSON-like data with every string in it replaced, keys of objects included.
 
     Args:
         value: None, a boolean, a number, a string, or lists and mappings of them.
         function: Gets each string and the path that leads to it.
         where: The path of `value`, for instance "messages".
+        levels: How many lists and mappings may lie in each other.
 
     Returns:
         The copy, of dicts and lists.
 
     Raises:
-        ValueError: Anything else is in it; the message names its path.
+        ValueError: Anything else is in it, or too many levels; the message names its path.
     """
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
         return function(value, where)
+    if isinstance(value, Mapping | list | tuple) and levels == 0:
+        raise ValueError(f"{where[:60]}... is nested too deeply; allowed: {MAX_LEVELS} levels")
+    inner = functools.partial(map_strings, function=function, levels=levels - 1)
     if isinstance(value, Mapping):
         return {
-            map_strings(key, function, f"{where} (key)"): map_strings(
-                item, function, f"{where}.{key}"
-            )
+            inner(key, where=f"{where} (key)"): inner(item, where=f"{where}.{key}")
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [map_strings(item, function, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [inner(item, where=f"{where}[{i}]") for i, item in enumerate(value)]
     raise ValueError(
         f"{where} is of type {type(value).__name__}; allowed: dict, list, str, number, bool, None"
     )

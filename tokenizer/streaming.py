@@ -5,7 +5,9 @@ This decoder keeps the bytes of at most one unfinished character, and nothing el
 """
 
 import codecs
-from typing import TYPE_CHECKING
+import operator
+import reprlib
+from typing import TYPE_CHECKING, Final
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
@@ -14,6 +16,28 @@ from .byte_level import chars_to_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+MAX_ID: Final[int] = 2**32 - 1  # of `tokenizers`
+
+
+def check_id(token_id: object, where: str = "token_id") -> int:
+    """A token id as an int.
+
+    Args:
+        token_id: an integer of any kind, a tensor's element among them.
+        where: what the error calls it.
+
+    Raises:
+        ValueError: it is none that a tokenizer can have.
+    """
+    try:
+        number = operator.index(token_id)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # torch raises any of them
+        number = -1
+    if not 0 <= number <= MAX_ID:
+        shown = reprlib.repr(token_id)
+        raise ValueError(f"{where} is {shown}; allowed: integers from 0 to {MAX_ID}")
+    return number
 
 
 class StreamDecoder:
@@ -58,15 +82,16 @@ class StreamDecoder:
         """Take one id.
 
         Args:
-            token_id: the id; one that the tokenizer does not have adds nothing, as in `decode`.
+            token_id: the id, below 2^32; one that the tokenizer does not have adds nothing, as in
+                `decode`.
 
         Returns:
             The characters that it completes; often one token's text, sometimes none.
 
         Raises:
-            ValueError: `token_id` is negative.
+            ValueError: `token_id` is none.
         """
-        token_id = int(token_id)
+        token_id = check_id(token_id)
         piece = self._bytes_of.get(token_id)
         if piece is None:
             piece = self._bytes_of[token_id] = self._look_up(token_id)
@@ -84,8 +109,6 @@ class StreamDecoder:
 
     def _look_up(self, token_id: int) -> bytes:
         """The bytes of an id, found once."""
-        if token_id < 0:
-            raise ValueError(f"token_id is {token_id}; allowed: integers from 0")
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""

@@ -1,0 +1,105 @@
+"""Decode steps that `torch.compile` takes as one graph, behind a static cache."""
+
+import pytest
+import torch
+from builders import TWO_LAYERS, tiny_model, token_ids
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, StaticCache
+from transformers.cache_utils import DynamicCache
+
+pytestmark = pytest.mark.core
+
+COMMON = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=96)
+IDS = token_ids(3, 6)
+MASKS = {
+    "none": None,
+    "left": [[1] * 6, [0, 0, 1, 1, 1, 1], [0] * 5 + [1]],
+    "right": [[1] * 6, [1] * 4 + [0] * 2, [1] + [0] * 5],
+    "interior": [[1] * 6, [1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 1]],
+}
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def model(request):
+    own = tiny_model(**TWO_LAYERS)
+    own.set_attn_implementation(request.param)
+    return own
+
+
+@pytest.fixture
+def graphs():
+    """How many have been compiled since the test began."""
+    torch.compiler.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+def static():
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_compiled_text_is_the_plain_one(model, graphs, mask):
+    """One graph for all steps, whatever their number and wherever padding stands."""
+    settings = dict(COMMON)
+    if MASKS[mask] is not None:
+        settings["attention_mask"] = torch.tensor(MASKS[mask])
+    expected = model.generate(IDS, **settings)
+    out = model.generate(IDS, **settings, **static(), return_dict_in_generate=True)
+    assert out.sequences.tolist() == expected.tolist()
+    assert graphs() == 1
+    assert isinstance(out.cache, StaticCache) and out.cache.get_seq_length() == 13
+    settings["max_new_tokens"] = 4
+    model.generate(IDS, **settings, **static())
+    assert graphs() == 1
+
+
+def test_beams_behind_a_cache_that_could_be_compiled(model):
+    """Transformers compiles greedy search and sampling only."""
+    settings = {**COMMON, "num_beams": 2, "attention_mask": torch.tensor(MASKS["right"])}
+    expected = model.generate(IDS, **settings)
+    assert model.generate(IDS, **settings, **static()).tolist() == expected.tolist()
+
+
+def test_weights_of_attention_have_one_shape(graphs):
+    own = tiny_model(**TWO_LAYERS)
+    own.set_attn_implementation("eager")
+    settings = {**COMMON, "return_dict_in_generate": True, "output_attentions": True}
+    plain = own.generate(IDS, **settings)
+    out = own.generate(IDS, **settings, **static())
+    for step, (found, expected) in enumerate(zip(out.attentions, plain.attentions, strict=True)):
+        width = 6 + step
+        assert found[0].shape == (3, 3, 6 if step == 0 else 1, 256)
+        torch.testing.assert_close(found[0][..., :width], expected[0])
+        assert not found[0][..., width:].any()
+
+
+def test_a_static_cache_without_compilation(model):
+    """Nothing is compiled, and the mask's further columns do not matter, where no device asks."""
+    mask = torch.tensor(MASKS["right"])
+    expected = model.generate(IDS, **COMMON, attention_mask=mask)
+    for fields in ({}, {"compile_config": CompileConfig()}):
+        out = model.generate(
+            IDS,
+            **COMMON,
+            attention_mask=mask,
+            cache_implementation="static",
+            return_dict_in_generate=True,
+            **fields,
+        )
+        assert out.sequences.tolist() == expected.tolist()
+        assert isinstance(out.cache, StaticCache)
+        assert not isinstance(out.cache, DynamicCache)
+
+
+def test_pieces_of_a_prompt_are_read_at_once(model, graphs):
+    expected = model.generate(IDS, **COMMON)
+    out = model.generate(IDS, **COMMON, **static(), prefill_chunk_size=2)
+    assert out.tolist() == expected.tolist() and graphs() == 1
+
+
+def test_the_default_cache_is_a_dynamic_one(model):
+    out = model.generate(IDS, **COMMON, return_dict_in_generate=True)
+    assert isinstance(out.cache, DynamicCache) and not out.cache.is_compileable
