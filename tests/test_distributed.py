@@ -152,7 +152,7 @@ def shards_of_bfloat16(rank: int, world: int, folder: str) -> None:
     if rank == 0:
         expected = saved_in_bfloat16(folder).state_dict()
         assert whole.keys() == expected.keys()
-        assert all(torch.equal(x, expected[name].cpu()) for name, x in whole.items())
+        assert all(torch.equal(x.cpu(), expected[name].cpu()) for name, x in whole.items())
     other = saved_in_bfloat16(folder, "of_shards", fsdp_size=world)
     dcp.save({"model": get_model_state_dict(other)}, checkpoint_id=f"{folder}/shards_in_bfloat16")
     state = {"model": get_model_state_dict(model)}
