@@ -31,9 +31,12 @@ class Decay(nn.Module):
         self.__dict__["layer"] = layer  # not a child
         self._parameters.update({name: layer._parameters.pop(name) for name in NAMES})
 
-    def forward(self) -> dict[str, Tensor]:
-        """Copies of both parameters: FSDP frees what it has gathered behind this call."""
-        return {name: getattr(self, name).clone() for name in NAMES}
+    def forward(self, *names: str) -> dict[str, Tensor]:
+        """Copies of these parameters: FSDP frees what it has gathered behind this call.
+
+        There must be an argument: on a GPU, FSDP of torch 2.11 takes it that there is one.
+        """
+        return {name: getattr(self, name).clone() for name in names}
 
     def give_back(self) -> None:
         """Put the parameters into the layer, whose forward gathers them from now on."""
@@ -59,7 +62,7 @@ def _gathering(decay: Decay, forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def gathering_forward(*args: Any, **kwargs: Any) -> Any:
-        copies: dict[str, Any] = decay()
+        copies: dict[str, Any] = decay(*NAMES)
         own = {name: parameters[name] for name in NAMES}
         parameters.update(copies)
         try:
