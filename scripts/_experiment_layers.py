@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.kda import kda_attention, no_autocast, resolve_backend
 from kimi_linear.layers_kimi_linear import KimiLinearDeltaAttention, KimiLinearShortConv
+from kimi_linear.sequence_layout import SequenceLayout
 from torch import Tensor, nn
 
 MIXERS = ("kda", "gdn", "mamba2", "mla")
@@ -44,7 +45,7 @@ class GatedDeltaNet(KimiLinearDeltaAttention):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         q, k, v = (
-            self._heads(conv(proj(x), None, False, None)[0])
+            self._heads(conv(proj(x), None, False, SequenceLayout())[0])
             for proj, conv in zip(projections, convolutions, strict=True)
         )
         out = gated_delta_rule(
@@ -105,7 +106,7 @@ class Mamba2(nn.Module):
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         inner = self.num_heads * self.head_dim
         gate, mixed, dt = self.in_proj(hidden_states).split([inner, 3 * inner, self.num_heads], -1)
-        mixed = self.conv1d(mixed, None, False, None)[0]
+        mixed = self.conv1d(mixed, None, False, SequenceLayout())[0]
         x, k, q = mixed.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         step = F.softplus(dt.float() + self.dt_bias)
         g = -self.A_log.exp() * step

@@ -66,10 +66,14 @@ class RotaryLatentAttention(KimiLinearLatentAttention):
         return torch.cat([latent, rotated(shared, dim=1)], dim=-1)
 
     def _attend_in_tiles(
-        self, x: Tensor, segments: list[Tensor], real_tokens: Tensor | None
+        self,
+        x: Tensor,
+        segments: list[Tensor],
+        real_tokens: Tensor | None,
+        seen: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Of all queries at once: a tile's would be rotated as if it were the first."""
-        out, weights = self._attend(self._query(x), segments, real_tokens)
+        out, weights = self._attend(self._query(x), segments, real_tokens, seen)
         return self.o_proj(out.flatten(-2)), weights
 
 

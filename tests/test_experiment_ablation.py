@@ -17,6 +17,7 @@ from _experiment_variants import (
     rotated,
 )
 from kimi_linear import KimiLinearForCausalLM, layers_kimi_linear
+from kimi_linear.sequence_layout import SequenceLayout
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
@@ -97,7 +98,7 @@ def test_without_convolution_a_kda_layer_sees_single_tokens() -> None:
     model = build_variant("no-conv", 64, 0, num_layers=4, num_heads=2, head_dim=16)
     conv = model.model.layers[0].self_attn.q_conv1d
     x = torch.randn(2, 7, 32)
-    out, _ = conv(x, None, False, None)
+    out, _ = conv(x, None, False, SequenceLayout())
     assert_close(out, torch.nn.functional.silu(x), torch.float32)
     assert not conv.weight.requires_grad
 
