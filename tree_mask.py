@@ -2,8 +2,8 @@
 
 A KDA layer reads one text after another and cannot leave out what a mask hides. A mask by which
 each token sees itself and all that one earlier token sees is a tree: its leaves are texts that
-share beginnings. Such a call is read as packed texts, one for each leaf, and each token's output is taken
-from one of its texts. Shared beginnings are read once for each leaf.
+share beginnings. Such a call is read as packed texts, one for each leaf, and each token's output
+is taken from one of its texts. Shared beginnings are read once for each leaf.
 
 Shapes: B batch, T tokens, N tokens of all texts.
 """
