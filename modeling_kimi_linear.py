@@ -377,8 +377,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         check_source(source, "input_ids" if inputs_embeds is None else "inputs_embeds")
         batch_size, num_tokens = source.shape[:2]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-            has_cache = cache is not None or bool(use_cache)
-            return self._read_trees(source, attention_mask, has_cache, kwargs)
+            return self._read_trees(source, attention_mask, cache is not None or use_cache, kwargs)
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
         if is_static_call(cache):
@@ -426,12 +425,12 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         return self._run_layers(hidden_states, inputs, kwargs)
 
     def _read_trees(
-        self, source: Tensor, attention_mask: Tensor, has_cache: bool, kwargs: dict[str, Any]
+        self, source: Tensor, attention_mask: Tensor, has_cache: bool | None, kwargs: dict[str, Any]
     ) -> KimiLinearModelOutput:
         """A call with a mask of four dimensions, see `tree_mask.py`."""
         wanted = {name: kwargs.get(name, getattr(self.config, name)) for name in OUTPUT_ARGUMENTS}
         obstacles = [name for name, is_wanted in wanted.items() if is_wanted]
-        obstacles += ["a cache"] * has_cache
+        obstacles += ["a cache"] * bool(has_cache)
         obstacles += ["context parallelism"] * (self.context_group is not None)
         if obstacles:
             raise ValueError(
