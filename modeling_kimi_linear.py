@@ -383,8 +383,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         if is_static_call(cache):
             assert cache is not None
             x = self.embed_tokens(source) if inputs_embeds is None else source
-            x, inputs = static_inputs(cache, attention_mask, x)
-            return self._run_layers(x, inputs, kwargs)
+            return self._run_layers(static_inputs(cache, attention_mask, x), kwargs)
         attention_mask = without_room(cache, attention_mask, num_tokens)
         mask = unless_all_real(attention_mask)
         if self.context_group is not None:
@@ -411,6 +410,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         check_columns(attention_mask, past, num_tokens)
         by_blocks = self._attends_by_blocks(layout, past, num_tokens)
         inputs = {
+            "hidden_states": hidden_states,
             "layout": layout,
             "cache": cache,
             "attention_mask": None
@@ -422,7 +422,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         }
         if cache is not None:
             note_padding(cache, attention_mask, mask, past)
-        return self._run_layers(hidden_states, inputs, kwargs)
+        del hidden_states  # the layers need its memory
+        return self._run_layers(inputs, kwargs)
 
     def _read_trees(
         self, source: Tensor, attention_mask: Tensor, has_cache: bool | None, kwargs: dict[str, Any]
@@ -444,11 +445,9 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             router_losses=out.router_losses,
         )
 
-    def _run_layers(
-        self, hidden_states: Tensor, inputs: dict[str, Any], kwargs: dict[str, Any]
-    ) -> KimiLinearModelOutput:
-        """All layers on the embeddings [B, T, D], given what the call's plan says."""
-        cache = inputs["cache"]
+    def _run_layers(self, inputs: dict[str, Any], kwargs: dict[str, Any]) -> KimiLinearModelOutput:
+        """All layers, on the embeddings [B, T, D] and what else the call's plan says."""
+        hidden_states, cache = inputs.pop("hidden_states"), inputs["cache"]
         kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
         notes = take_notes(self, inputs["layout"], hidden_states, wants_logits)

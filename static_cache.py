@@ -139,7 +139,16 @@ class KimiLinearStaticCache(KimiLinearCache, StaticCache):
                 layer.is_dense = self.is_dense
 
     def with_room(self, attention_mask: Tensor) -> Tensor:
-        """A mask of the tokens up to now [B, n] in the shape that all steps have: [B, S]."""
+        """A mask of the tokens up to now [B, n] in the shape that all steps have: [B, S].
+
+        Raises:
+            ValueError: If there are more tokens than there is room for.
+        """
+        if attention_mask.shape[1] > self.room:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: the "
+                f"static cache has room for {self.room} tokens"
+            )
         return F.pad(attention_mask, (0, self.room - attention_mask.shape[1]))
 
     @property
@@ -165,7 +174,7 @@ def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> 
 
 def static_inputs(
     cache: KimiLinearStaticCache, attention_mask: Tensor | None, hidden_states: Tensor
-) -> tuple[Tensor, dict[str, Any]]:
+) -> dict[str, Any]:
     """The call's hidden states [B, T, D], zeros at padding, and what all layers are given.
 
     Args:
@@ -186,7 +195,8 @@ def static_inputs(
         real = F.pad(real, (0, cache.room - real.shape[1]))
         seen, layout = seen & real[:, None], traced_layout(own)
         hidden_states = hidden_states.masked_fill(~own[..., None], 0)
-    return hidden_states, {
+    return {
+        "hidden_states": hidden_states,
         "layout": layout,
         "cache": cache,
         "attention_mask": seen,  # [B, T, S]

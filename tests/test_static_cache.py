@@ -94,6 +94,19 @@ def test_a_static_cache_without_compilation(model):
         assert not isinstance(out.cache, DynamicCache)
 
 
+def test_a_turn_behind_a_full_static_cache(model):
+    """What the room is too small for is refused; without padding, the buffer may grow."""
+    settings = {**COMMON, "max_new_tokens": 2}
+    mask = torch.tensor(MASKS["left"])
+    padded = model.generate(
+        IDS, **settings, **static(), attention_mask=mask, return_dict_in_generate=True
+    )
+    text = torch.cat([padded.sequences, token_ids(3, 260, seed=5)], dim=1)
+    mask = torch.nn.functional.pad(mask, (0, text.shape[1] - 6), value=1)
+    with pytest.raises((ValueError, IndexError, RuntimeError), match="room|range|index"):
+        model.generate(text, attention_mask=mask, cache=padded.cache, **settings)
+
+
 def test_pieces_of_a_prompt_are_read_at_once(model, graphs):
     expected = model.generate(IDS, **COMMON)
     out = model.generate(IDS, **COMMON, **static(), prefill_chunk_size=2)
