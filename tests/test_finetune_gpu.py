@@ -28,6 +28,12 @@ SIZES: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_gpu(monkeypatch):
+    """TRL refuses a process that sees several."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("start") / "model", **SIZES)
