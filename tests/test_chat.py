@@ -205,6 +205,19 @@ class TestTemplate:
         assert "x0" not in text
 
     @pytest.mark.parametrize(
+        "name", ["self", "_loop_vars", "_block_vars", "_SandboxedEnvironment__self"]
+    )
+    def test_ids_that_name_an_argument(self, tokenizer: Any, name: str) -> None:
+        """Bug: they were keyword arguments of a function: a TypeError, or lost."""
+        call = {"id": name, "function": {"name": "f", "arguments": {}}}
+        turns = [
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": name, "content": "y"},
+        ]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert "## Return of functions.f:0\ny<|im_end|>" in text
+
+    @pytest.mark.parametrize(
         ("ids", "written"),
         [
             (["calculator", "calculator"], [0, 1]),
