@@ -191,16 +191,15 @@ def _tokenizer_code(snapshot: Path) -> set[str]:
 
 
 def _place(path: Path, target: Path, *, copy: bool) -> None:
-    """Link or copy one file or folder of the snapshot."""
-    is_copied = copy or (path.is_file() and path.suffix in REWRITTEN)
-    if path.suffix in WEIGHTS or not is_copied:
-        target.symlink_to(path, target_is_directory=path.is_dir())
-    elif path.is_dir():
+    """Link or copy one file of the snapshot, or all files of a folder of it."""
+    if path.is_dir():  # never a link: what lists a folder's files does not follow links to folders
         target.mkdir()
         for inner in sorted(path.iterdir()):
             _place(inner, target / inner.name, copy=copy)
-    else:
+    elif path.suffix not in WEIGHTS and (copy or path.suffix in REWRITTEN):
         shutil.copyfile(path, target)
+    else:
+        target.symlink_to(path)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -58,6 +58,8 @@ def original(model, tmp_path_factory) -> Path:
         (folder / name).write_text(text)
     (folder / "figures").mkdir()
     (folder / "figures" / "plot.png").write_bytes(b"png")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ 1 }}")
     return folder
 
 
@@ -107,18 +109,23 @@ def test_links_code_and_config(original, tmp_path, copy):
     assert output == tmp_path / "ours"
 
     shards = sorted(set(index_of(original).values()))
-    kept = {*TEXTS, "tokenization_kimi.py", "tool_declaration.py", "figures"}
+    kept = {*TEXTS, "tokenization_kimi.py", "tool_declaration.py"}
+    folders = {"figures", "additional_chat_templates"}
     kept.add("model.safetensors.index.json")
-    assert {path.name for path in output.iterdir()} == kept | {*shards, *CODE, "config.json"}
+    made = {*folders, *shards, *CODE, "config.json"}
+    assert {path.name for path in output.iterdir()} == kept | made
     assert len(shards) > 3
     for name in shards:
         assert (output / name).is_symlink() and (output / name).samefile(original / name)
-    for name in kept:
+    assert not any((output / name).is_symlink() for name in folders)
+    for name in (*kept, "figures/plot.png", "additional_chat_templates/rag.jinja"):
         is_copied = copy or name.endswith((".json", ".jinja", ".md"))
         assert (output / name).is_symlink() == (not is_copied), name
     for name in TEXTS:
         assert (output / name).read_bytes() == (original / name).read_bytes()
     assert (output / "figures" / "plot.png").read_bytes() == b"png"
+    # through a link to a folder saving would reach the snapshot; a push would not follow it
+    assert output / "additional_chat_templates" / "rag.jinja" in set(output.rglob("*"))
 
     fields = json.loads((output / "config.json").read_text())
     theirs = json.loads((original / "config.json").read_text())
