@@ -333,10 +333,7 @@ def files_to_push(checkpoint: Checkpoint, include: Sequence[str] = ()) -> list[s
         ValueError: A pattern of `include` matches nothing.
     """
     folder = checkpoint.folder
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    for pattern in include:
-        if not fnmatch.filter(found, pattern):
-            raise ValueError(f"include: {pattern!r} is no file of {folder}; allowed: patterns")
+    found = _found(folder, include)
     wanted = (*BELONGS, *include)
     names = [
         name
@@ -351,6 +348,15 @@ def files_to_push(checkpoint: Checkpoint, include: Sequence[str] = ()) -> list[s
         listed = ", ".join(f"{n} ({c} files)" if n[-1] == "/" else n for n, c in rest.items())
         print(f"not pushed, no part of a model: {listed} (--include takes files in)", flush=True)
     return names
+
+
+def _found(folder: Path, include: Sequence[str]) -> list[str]:
+    """All files of a folder; ValueError if a pattern of `include` matches none."""
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    for pattern in include:
+        if not fnmatch.filter(found, pattern):
+            raise ValueError(f"include: {pattern!r} is no file of {folder}; allowed: patterns")
+    return found
 
 
 def main(
@@ -411,6 +417,7 @@ def main(
         return None
     if token is None and get_token() is None:
         raise ValueError("token is None; allowed: a write token, from `hf auth login` or HF_TOKEN")
+    _found(checkpoint.folder, include)  # before anything is made on the server
     api = HfApi(endpoint=endpoint, token=token)
     with _one_line_errors(repo_id):
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)

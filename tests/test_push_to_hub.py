@@ -408,8 +408,10 @@ def test_more_is_pushed_on_request(script: ModuleType, server: HubServer, folder
     (folder / "figures" / "1.svg").write_bytes(b"x")
     push(script, server, folder, include=["figures/*.png"])
     assert {name for name in stored(server) if "/" in name} == {"figures/[1].png"}
+    server.requests.clear()
     with pytest.raises(ValueError, match=r"include: '\*.gif' is no file of"):
         push(script, server, folder, include=["*.gif"])
+    assert not server.requests
 
 
 REFUSALS = {
