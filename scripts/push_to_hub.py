@@ -28,6 +28,7 @@ from typing import Any
 
 import kimi_linear
 import torch
+from _generation import shown
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -346,7 +347,8 @@ def files_to_push(checkpoint: Checkpoint, include: Sequence[str] = ()) -> list[s
     )
     if rest:
         listed = ", ".join(f"{n} ({c} files)" if n[-1] == "/" else n for n, c in rest.items())
-        print(f"not pushed, no part of a model: {listed} (--include takes files in)", flush=True)
+        text = f"not pushed, no part of a model: {listed} (--include takes files in)"
+        print(shown(text), flush=True)
     return names
 
 
@@ -449,7 +451,7 @@ def _one_line_errors(repo_id: str) -> Iterator[None]:
         cause = error if isinstance(error, HTTPError) else error.__cause__ or error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         hint = f"{HINTS[status]}. " if status in HINTS else ""
-        text = " ".join(f"{type(cause).__name__}: {cause}".split())[:MAX_ERROR]
+        text = shown(" ".join(f"{type(cause).__name__}: {cause}".split()))[:MAX_ERROR]
         raise PushError(f"{repo_id} was not pushed: {hint}{text}") from error
 
 
@@ -465,7 +467,7 @@ def _print_plan(
     kept = CARD in names and not overwrite_card
     print(f"to {repo_id}:")
     for name in names:
-        print(f"  {name}  {(checkpoint.folder / name).stat().st_size:,} bytes")
+        print(f"  {shown(name)}  {(checkpoint.folder / name).stat().st_size:,} bytes")
     if kept:
         print(f"{CARD} stays as it is")
     else:

@@ -445,6 +445,19 @@ def test_a_failed_push_is_one_line(
     assert "config.json" in stored(server)
 
 
+def test_servers_and_file_names_cannot_command_the_terminal(
+    script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(script.PushError, match=r": OSError: \\x1b\[31mno$"):  # noqa: SIM117
+        with script._one_line_errors(REPO):
+            raise OSError("\x1b[31mno")
+    (folder / "\x1b[31mlog").write_text("")
+    script.main(path=folder, repo_id=REPO, dry_run=True, include=["*log"])
+    script.main(path=folder, repo_id=REPO, dry_run=True)
+    printed = capsys.readouterr().out
+    assert printed.count(r"\x1b[31mlog") == 2 and "\x1b" not in printed
+
+
 def test_a_server_that_is_not_there_is_one_line(script: ModuleType, folder: Path) -> None:
     with pytest.raises(script.PushError, match=f"^{REPO} was not pushed: ConnectError: "):
         script.main(path=folder, repo_id=REPO, endpoint="http://127.0.0.1:9", token="hf_me")
