@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ class TestTemplate:
         assert ids == [user, *plain[0], middle, *plain[1], end, assistant, *plain[2], middle]
         if OFFICIAL_VOCABULARY is not None:
             assert tuple(ids) == GOLDEN_IDS
+
+    def test_other_engines_can_read_the_template(self, tokenizer: Any) -> None:
+        """llama.cpp's Jinja has neither `dict()` nor `**`, and then reads no conversation at all."""
+        code = re.sub(r"{#.*?#}", "", tokenizer.chat_template, flags=re.DOTALL)
+        assert not re.search(r"\bdict\(|\*\*", code)
 
     def test_functions_as_tools(self, tokenizer: Any) -> None:
         def add(a: int) -> int:
