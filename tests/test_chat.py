@@ -117,7 +117,7 @@ class TestTemplate:
             assert tuple(ids) == GOLDEN_IDS
 
     def test_other_engines_can_read_the_template(self, tokenizer: Any) -> None:
-        """llama.cpp's Jinja has neither `dict()` nor `**`, and then reads no conversation at all."""
+        """llama.cpp's Jinja has neither `dict()` nor `**`, and then reads nothing."""
         code = re.sub(r"{#.*?#}", "", tokenizer.chat_template, flags=re.DOTALL)
         assert not re.search(r"\bdict\(|\*\*", code)
 
