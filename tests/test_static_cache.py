@@ -1,5 +1,7 @@
 """Decode steps that `torch.compile` takes as one graph, behind a static cache."""
 
+import sys
+
 import pytest
 import torch
 from builders import TWO_LAYERS, tiny_model, token_ids
@@ -116,3 +118,15 @@ def test_pieces_of_a_prompt_are_read_at_once(model, graphs):
 def test_the_default_cache_is_a_dynamic_one(model):
     out = model.generate(IDS, **COMMON, return_dict_in_generate=True)
     assert isinstance(out.cache, DynamicCache) and not out.cache.is_compileable
+
+
+def test_kernels_do_not_read_padding_behind_the_real_tokens(monkeypatch):
+    """On a GPU without a graph of ours: their state would be that of the last columns."""
+    own = tiny_model(**TWO_LAYERS)
+    own.set_attn_implementation("eager")
+    settings = {**COMMON, "attention_mask": torch.tensor(MASKS["left"])}
+    expected = own.generate(IDS, **settings)
+    layers = sys.modules[type(own.model.layers[0].self_attn).__module__]
+    monkeypatch.setattr(layers, "has_kernels", lambda *tensors: len(tensors) == 6)
+    monkeypatch.setattr(layers, "convolve_three", lambda *args: pytest.fail("taken"))
+    assert own.generate(IDS, **settings, **static()).tolist() == expected.tolist()
