@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import logging
@@ -155,7 +156,10 @@ class KimiLinearGenerationMixin(GenerationHooks):
             if past and input_ids.shape[1] == past + 1:
                 attention_mask = mask = None
                 if DECODE_ARGUMENTS.issuperset(name for name, x in kwargs.items() if x is not None):
-                    inputs = {"input_ids": input_ids[:, -1:].contiguous(), "cache": cache}
+                    # a single row would keep the strides of all the text without a copy, and a
+                    # compiler would make each step a graph of its own
+                    last = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+                    inputs = {"input_ids": last, "cache": cache}
         if inputs is None:
             inputs = self.step_inputs(
                 input_ids,

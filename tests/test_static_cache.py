@@ -58,6 +58,13 @@ def test_a_compiled_text_is_the_plain_one(model, graphs, mask):
     assert graphs() == 1
 
 
+def test_steps_of_a_single_row_are_one_graph_too(model, graphs):
+    """Strides of a single row that are those of all the text made each step another graph."""
+    expected = model.generate(IDS[:1], **COMMON)
+    assert model.generate(IDS[:1], **COMMON, **static()).tolist() == expected.tolist()
+    assert graphs() == 1
+
+
 def test_beams_behind_a_cache_that_could_be_compiled(model):
     """Transformers compiles greedy search and sampling only."""
     settings = {**COMMON, "num_beams": 2, "attention_mask": torch.tensor(MASKS["right"])}
