@@ -8,6 +8,8 @@ a mask with a column for each token that there is room for.
 Shapes: B batch, T tokens of this call, S tokens that there is room for, R latent width.
 """
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +58,11 @@ def _room(max_tokens: int) -> int:
 class CompiledKDALayer(_CountsInTensor, KDALayerCache):
     """State of one KDA layer, without what `crop` needs."""
 
+    def fork(self) -> "CompiledKDALayer":
+        other = super().fork()
+        other.length = self.length.clone()  # steps count in place
+        return other
+
     def writable_state(self, batch_size: int) -> Tensor | None:
         """The recurrent state's tensor, which a compiled step always writes over."""
         if torch.compiler.is_compiling():
@@ -84,6 +91,17 @@ class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
         return _room(self.reserve_tokens)
 
     get_max_cache_shape = get_max_length  # its older name
+
+    def fork(self) -> "CompiledLatentLayer":
+        """A copy that goes on from here by itself: there is one buffer, which nobody shares."""
+        other = copy.copy(self)
+        other._map(Tensor.clone)
+        other.length = self.length.clone()
+        return other
+
+    def _select(self, function: Callable[[Tensor], Tensor], num_rows: int) -> None:
+        if self.tail is not None:
+            self.tail, self._num_rows = function(self.tail), num_rows
 
     def update(self, latent: Tensor) -> list[Tensor]:  # type: ignore[override]
         """Append [B, T, R] and return all segments; to a compiler, all of the buffer [B, S, R]."""

@@ -137,3 +137,32 @@ def test_kernels_do_not_read_padding_behind_the_real_tokens(monkeypatch):
     monkeypatch.setattr(layers, "has_kernels", lambda *tensors: len(tensors) == 6)
     monkeypatch.setattr(layers, "convolve_three", lambda *args: pytest.fail("taken"))
     assert own.generate(IDS, **settings, **static()).tolist() == expected.tolist()
+
+
+def rows_of(cache, how):
+    """A cache that goes on by itself, and which rows it has."""
+    if how == "fork":
+        return cache.fork(), [0]
+    if how == "repeat":
+        cache.batch_repeat_interleave(3)
+        return cache, [0, 0, 0]
+    cache.batch_select_indices(torch.tensor([0, 0]))
+    return cache, [0, 0]
+
+
+@pytest.mark.parametrize("how", ["fork", "repeat", "select"])
+def test_a_turn_behind_rows_of_a_compiled_cache(how):
+    """Its steps write to one buffer: what forks and further rows share would be lost to them."""
+    own = tiny_model(**TWO_LAYERS, initializer_range=0.3)
+    settings = {**COMMON, "return_dict_in_generate": True, "output_logits": True}
+    first = own.generate(IDS[:1], **settings, **static())
+    cache, rows = rows_of(first.cache, how)
+    text = torch.cat([first.sequences, token_ids(1, 3, seed=5)], dim=1)[rows]
+    expected = own.generate(text, **settings)
+    settings["compile_config"] = static()["compile_config"]
+    out = own.generate(text, **settings, cache=cache)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits))
+    if how == "fork":
+        assert first.cache.get_seq_length() == 13
+        again = own.generate(text, **settings, cache=first.cache)
+        torch.testing.assert_close(torch.stack(again.logits), torch.stack(expected.logits))
