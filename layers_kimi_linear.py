@@ -551,8 +551,9 @@ class KimiLinearLatentAttention(nn.Module):
         T, S = query.shape[1], key.shape[2]
         if seen is None:
             seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
-        else:
+        else:  # padding that sees nothing sees all: its softmax would be NaN
             seen = seen[:, None]
+            seen = seen | ~seen.any(dim=-1, keepdim=True)
         if real_tokens is not None:  # padding sees itself: nothing at all would be NaN
             seen = seen & (real_tokens[:, None, None] | seen.triu(S - T))
         mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)

@@ -166,3 +166,13 @@ def test_a_turn_behind_rows_of_a_compiled_cache(how):
         assert first.cache.get_seq_length() == 13
         again = own.generate(text, **settings, cache=first.cache)
         torch.testing.assert_close(torch.stack(again.logits), torch.stack(expected.logits))
+
+
+def test_padding_behind_a_hook_is_finite():
+    """NaN of a padding token would reach the state of the KDA layer above."""
+    own = tiny_model("mla_first")
+    own.set_attn_implementation("eager")
+    own.model.layers[0].self_attn.kv_b_proj.register_forward_hook(lambda module, args, out: out)
+    settings = {**COMMON, "attention_mask": torch.tensor(MASKS["left"])}
+    expected = own.generate(IDS, **settings)
+    assert own.generate(IDS, **settings, **static()).tolist() == expected.tolist()
