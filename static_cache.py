@@ -185,7 +185,8 @@ def is_static_call(cache: Any) -> bool:
 
 def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
     """The mask without the columns that `with_room` added, for a call that no compiler takes."""
-    if attention_mask is None or not isinstance(cache, KimiLinearStaticCache):
+    is_static = isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
+    if attention_mask is None or not is_static or attention_mask.shape[1] != cache.room:
         return attention_mask
     return attention_mask[:, : cache.get_seq_length() + num_tokens]
 

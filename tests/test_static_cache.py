@@ -176,3 +176,12 @@ def test_padding_behind_a_hook_is_finite():
     settings = {**COMMON, "attention_mask": torch.tensor(MASKS["left"])}
     expected = own.generate(IDS, **settings)
     assert own.generate(IDS, **settings, **static()).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("fields", [{}, static()])
+def test_a_mask_of_too_many_columns_is_refused(fields):
+    own = tiny_model(**TWO_LAYERS)
+    settings = {**COMMON, "cache_implementation": "static", "return_dict_in_generate": True}
+    cache = own.generate(IDS, **{**settings, **fields}).cache
+    with pytest.raises(ValueError, match="40 columns, which is not allowed: it must cover the 13"):
+        own(IDS, attention_mask=torch.ones(3, 40), cache=cache)
