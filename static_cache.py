@@ -157,17 +157,17 @@ class KimiLinearStaticCache(KimiLinearCache, StaticCache):
                 layer.is_dense = self.is_dense
 
     def with_room(self, attention_mask: Tensor) -> Tensor:
-        """A mask of the tokens up to now [B, n] in the shape that all steps have: [B, S].
-
-        Raises:
-            ValueError: If there are more tokens than there is room for.
-        """
-        if attention_mask.shape[1] > self.room:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: the "
-                f"static cache has room for {self.room} tokens"
-            )
+        """A mask of the tokens up to now [B, n] in the shape that all steps have: [B, S]."""
+        self.check_room(attention_mask.shape[1])
         return F.pad(attention_mask, (0, self.room - attention_mask.shape[1]))
+
+    def check_room(self, num_tokens: int) -> None:
+        """ValueError if there are more tokens than there is room for."""
+        if num_tokens > self.room:
+            raise ValueError(
+                f"the text has {num_tokens} tokens, which is not allowed: the static cache has "
+                f"room for {self.room}, as the call that made it needed"
+            )
 
     @property
     def is_static_call(self) -> bool:

@@ -104,7 +104,7 @@ def test_a_static_cache_without_compilation(model):
 
 
 def test_a_turn_behind_a_full_static_cache(model):
-    """What the room is too small for is refused; without padding, the buffer may grow."""
+    """What the room is too small for is refused, before the next token is read."""
     settings = {**COMMON, "max_new_tokens": 2}
     mask = torch.tensor(MASKS["left"])
     padded = model.generate(
@@ -112,8 +112,24 @@ def test_a_turn_behind_a_full_static_cache(model):
     )
     text = torch.cat([padded.sequences, token_ids(3, 260, seed=5)], dim=1)
     mask = torch.nn.functional.pad(mask, (0, text.shape[1] - 6), value=1)
-    with pytest.raises((ValueError, IndexError, RuntimeError), match="room|range|index"):
+    with pytest.raises(ValueError, match="the text has 268 tokens, .* room for 256"):
         model.generate(text, attention_mask=mask, cache=padded.cache, **settings)
+    cache = model.generate(IDS, **settings, **static(), return_dict_in_generate=True).cache
+    with pytest.raises(ValueError, match="the text has 257 tokens, .* room for 256"):
+        model.generate(text[:, :20], cache=cache, **{**COMMON, "max_new_tokens": 240})
+
+
+def test_a_given_cache_says_whether_its_steps_are_compiled(model, graphs, monkeypatch):
+    """Transformers takes no cache_implementation beside a cache."""
+    settings = {**COMMON, "return_dict_in_generate": True}
+    first = model.generate(IDS, **settings, **static())
+    text = torch.cat([first.sequences, token_ids(3, 2, seed=5)], dim=1)
+    expected = model.generate(text, **COMMON).tolist()
+    fields = {"compile_config": static()["compile_config"], "cache": first.cache}
+    module = sys.modules[type(model).prepare_inputs_for_generation.__module__]
+    monkeypatch.setattr(module.logger, "warning_once", pytest.fail)  # that it has no effect
+    assert model.generate(text, **COMMON, **fields).tolist() == expected
+    assert graphs() == 1
 
 
 def test_pieces_of_a_prompt_are_read_at_once(model, graphs):
