@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import logging
@@ -43,13 +44,14 @@ class KimiLinearGenerationMixin(GenerationHooks):
     def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Refuse what this model cannot generate with."""
         kind = generation_config.cache_implementation
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
         is_compiled = generation_config.compile_config is not None
-        if is_compiled and not self._compiles_steps(kind):
+        compiles_steps = self._compiles_steps("static" if _is_compileable(cache) else kind)
+        if is_compiled and not compiles_steps:
             logger.warning_once(
                 "compile_config has no effect: it needs cache_implementation='static', and on a "
                 "GPU decode_backend='eager', since decoding replays one CUDA graph there"
             )
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
         past = 0 if cache is None else cache.get_seq_length()
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
             _check_rows(mask[:, past:])
@@ -59,7 +61,7 @@ class KimiLinearGenerationMixin(GenerationHooks):
                 model_kwargs["position_ids"] = positions.expand_as(columns).gather(1, columns)
             # the last piece need not hold each row's last token
             self._read_at_once(generation_config, "on right-padded prompts")
-        if is_compiled and self._compiles_steps(kind):  # of pieces, it would compile the first too
+        if is_compiled and compiles_steps:  # of pieces, it would compile the first too
             self._read_at_once(generation_config, "with compile_config")
         if self.training and self.model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False
@@ -148,14 +150,17 @@ class KimiLinearGenerationMixin(GenerationHooks):
             )
         inputs: dict[str, Any] | None = None
         mask, layers = attention_mask, getattr(cache, "layers", None)
-        is_static = isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
+        is_static = _is_compileable(cache)
         if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
             past = layers[0].num_tokens
             # the last token of a text is real: the prompt's is checked, others were generated
             if past and input_ids.shape[1] == past + 1:
                 attention_mask = mask = None
                 if DECODE_ARGUMENTS.issuperset(name for name, x in kwargs.items() if x is not None):
-                    inputs = {"input_ids": input_ids[:, -1:].contiguous(), "cache": cache}
+                    # a single row would keep the strides of all the text without a copy, and a
+                    # compiler would make each step a graph of its own
+                    last = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+                    inputs = {"input_ids": last, "cache": cache}
         if inputs is None:
             inputs = self.step_inputs(
                 input_ids,
@@ -169,6 +174,9 @@ class KimiLinearGenerationMixin(GenerationHooks):
         if is_static:  # Transformers makes masks of four dimensions for a compiler
             is_step = mask is not None and not is_first_iteration
             inputs["attention_mask"] = cache.with_room(mask) if is_step else mask
+            source = inputs.get("input_ids")
+            source = inputs["inputs_embeds"] if source is None else source
+            cache.check_room(cache.get_seq_length() + source.shape[1])
         return self.watch_step(inputs, input_ids.shape[1])
 
     def save_session(
@@ -197,6 +205,10 @@ class KimiLinearGenerationMixin(GenerationHooks):
             "generate_batch() is not supported: Transformers' continuous batching keeps keys and "
             "values in pages and has no place for KDA states; use generate() with a padded batch"
         )
+
+
+def _is_compileable(cache: Any) -> bool:
+    return isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
 
 
 def _check_rows(new_mask: Tensor) -> None:

@@ -276,7 +276,8 @@ class KimiLinearDeltaAttention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         inputs, weights = [proj(x) for proj in projections], [c.weight for c in convolutions]
-        if layout.cu_seqlens is None and has_kernels(*inputs, *weights):
+        is_in_rows = layout.cu_seqlens is None and layout.order is None
+        if is_in_rows and has_kernels(*inputs, *weights):
             outputs, after, at_cut = convolve_three(inputs, weights, state, cut)
             return [self._heads(out) for out in outputs], [after if output_state else None, at_cut]
         states = layout.initial_states(state)
@@ -550,8 +551,9 @@ class KimiLinearLatentAttention(nn.Module):
         T, S = query.shape[1], key.shape[2]
         if seen is None:
             seen = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
-        else:
+        else:  # padding that sees nothing sees all: its softmax would be NaN
             seen = seen[:, None]
+            seen = seen | ~seen.any(dim=-1, keepdim=True)
         if real_tokens is not None:  # padding sees itself: nothing at all would be NaN
             seen = seen & (real_tokens[:, None, None] | seen.triu(S - T))
         mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)

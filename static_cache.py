@@ -8,6 +8,8 @@ a mask with a column for each token that there is room for.
 Shapes: B batch, T tokens of this call, S tokens that there is room for, R latent width.
 """
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +58,11 @@ def _room(max_tokens: int) -> int:
 class CompiledKDALayer(_CountsInTensor, KDALayerCache):
     """State of one KDA layer, without what `crop` needs."""
 
+    def fork(self) -> "CompiledKDALayer":
+        other = super().fork()
+        other.length = self.length.clone()  # steps count in place
+        return other
+
     def writable_state(self, batch_size: int) -> Tensor | None:
         """The recurrent state's tensor, which a compiled step always writes over."""
         if torch.compiler.is_compiling():
@@ -84,6 +91,17 @@ class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
         return _room(self.reserve_tokens)
 
     get_max_cache_shape = get_max_length  # its older name
+
+    def fork(self) -> "CompiledLatentLayer":
+        """A copy that goes on from here by itself: there is one buffer, which nobody shares."""
+        other = copy.copy(self)
+        other._map(Tensor.clone)
+        other.length = self.length.clone()
+        return other
+
+    def _select(self, function: Callable[[Tensor], Tensor], num_rows: int) -> None:
+        if self.tail is not None:
+            self.tail, self._num_rows = function(self.tail), num_rows
 
     def update(self, latent: Tensor) -> list[Tensor]:  # type: ignore[override]
         """Append [B, T, R] and return all segments; to a compiler, all of the buffer [B, S, R]."""
@@ -139,17 +157,17 @@ class KimiLinearStaticCache(KimiLinearCache, StaticCache):
                 layer.is_dense = self.is_dense
 
     def with_room(self, attention_mask: Tensor) -> Tensor:
-        """A mask of the tokens up to now [B, n] in the shape that all steps have: [B, S].
-
-        Raises:
-            ValueError: If there are more tokens than there is room for.
-        """
-        if attention_mask.shape[1] > self.room:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: the "
-                f"static cache has room for {self.room} tokens"
-            )
+        """A mask of the tokens up to now [B, n] in the shape that all steps have: [B, S]."""
+        self.check_room(attention_mask.shape[1])
         return F.pad(attention_mask, (0, self.room - attention_mask.shape[1]))
+
+    def check_room(self, num_tokens: int) -> None:
+        """ValueError if there are more tokens than there is room for."""
+        if num_tokens > self.room:
+            raise ValueError(
+                f"the text has {num_tokens} tokens, which is not allowed: the static cache has "
+                f"room for {self.room}, as the call that made it needed"
+            )
 
     @property
     def is_static_call(self) -> bool:
@@ -167,7 +185,8 @@ def is_static_call(cache: Any) -> bool:
 
 def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
     """The mask without the columns that `with_room` added, for a call that no compiler takes."""
-    if attention_mask is None or not isinstance(cache, KimiLinearStaticCache):
+    is_static = isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
+    if attention_mask is None or not is_static or attention_mask.shape[1] != cache.room:
         return attention_mask
     return attention_mask[:, : cache.get_seq_length() + num_tokens]
 

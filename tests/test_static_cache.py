@@ -1,5 +1,7 @@
 """Decode steps that `torch.compile` takes as one graph, behind a static cache."""
 
+import sys
+
 import pytest
 import torch
 from builders import TWO_LAYERS, tiny_model, token_ids
@@ -56,6 +58,13 @@ def test_a_compiled_text_is_the_plain_one(model, graphs, mask):
     assert graphs() == 1
 
 
+def test_steps_of_a_single_row_are_one_graph_too(model, graphs):
+    """Strides of a single row that are those of all the text made each step another graph."""
+    expected = model.generate(IDS[:1], **COMMON)
+    assert model.generate(IDS[:1], **COMMON, **static()).tolist() == expected.tolist()
+    assert graphs() == 1
+
+
 def test_beams_behind_a_cache_that_could_be_compiled(model):
     """Transformers compiles greedy search and sampling only."""
     settings = {**COMMON, "num_beams": 2, "attention_mask": torch.tensor(MASKS["right"])}
@@ -95,7 +104,7 @@ def test_a_static_cache_without_compilation(model):
 
 
 def test_a_turn_behind_a_full_static_cache(model):
-    """What the room is too small for is refused; without padding, the buffer may grow."""
+    """What the room is too small for is refused, before the next token is read."""
     settings = {**COMMON, "max_new_tokens": 2}
     mask = torch.tensor(MASKS["left"])
     padded = model.generate(
@@ -103,8 +112,24 @@ def test_a_turn_behind_a_full_static_cache(model):
     )
     text = torch.cat([padded.sequences, token_ids(3, 260, seed=5)], dim=1)
     mask = torch.nn.functional.pad(mask, (0, text.shape[1] - 6), value=1)
-    with pytest.raises((ValueError, IndexError, RuntimeError), match="room|range|index"):
+    with pytest.raises(ValueError, match="the text has 268 tokens, .* room for 256"):
         model.generate(text, attention_mask=mask, cache=padded.cache, **settings)
+    cache = model.generate(IDS, **settings, **static(), return_dict_in_generate=True).cache
+    with pytest.raises(ValueError, match="the text has 257 tokens, .* room for 256"):
+        model.generate(text[:, :20], cache=cache, **{**COMMON, "max_new_tokens": 240})
+
+
+def test_a_given_cache_says_whether_its_steps_are_compiled(model, graphs, monkeypatch):
+    """Transformers takes no cache_implementation beside a cache."""
+    settings = {**COMMON, "return_dict_in_generate": True}
+    first = model.generate(IDS, **settings, **static())
+    text = torch.cat([first.sequences, token_ids(3, 2, seed=5)], dim=1)
+    expected = model.generate(text, **COMMON).tolist()
+    fields = {"compile_config": static()["compile_config"], "cache": first.cache}
+    module = sys.modules[type(model).prepare_inputs_for_generation.__module__]
+    monkeypatch.setattr(module.logger, "warning_once", pytest.fail)  # that it has no effect
+    assert model.generate(text, **COMMON, **fields).tolist() == expected
+    assert graphs() == 1
 
 
 def test_pieces_of_a_prompt_are_read_at_once(model, graphs):
@@ -116,3 +141,63 @@ def test_pieces_of_a_prompt_are_read_at_once(model, graphs):
 def test_the_default_cache_is_a_dynamic_one(model):
     out = model.generate(IDS, **COMMON, return_dict_in_generate=True)
     assert isinstance(out.cache, DynamicCache) and not out.cache.is_compileable
+
+
+def test_kernels_do_not_read_padding_behind_the_real_tokens(monkeypatch):
+    """On a GPU without a graph of ours: their state would be that of the last columns."""
+    own = tiny_model(**TWO_LAYERS)
+    own.set_attn_implementation("eager")
+    settings = {**COMMON, "attention_mask": torch.tensor(MASKS["left"])}
+    expected = own.generate(IDS, **settings)
+    layers = sys.modules[type(own.model.layers[0].self_attn).__module__]
+    monkeypatch.setattr(layers, "has_kernels", lambda *tensors: len(tensors) == 6)
+    monkeypatch.setattr(layers, "convolve_three", lambda *args: pytest.fail("taken"))
+    assert own.generate(IDS, **settings, **static()).tolist() == expected.tolist()
+
+
+def rows_of(cache, how):
+    """A cache that goes on by itself, and which rows it has."""
+    if how == "fork":
+        return cache.fork(), [0]
+    if how == "repeat":
+        cache.batch_repeat_interleave(3)
+        return cache, [0, 0, 0]
+    cache.batch_select_indices(torch.tensor([0, 0]))
+    return cache, [0, 0]
+
+
+@pytest.mark.parametrize("how", ["fork", "repeat", "select"])
+def test_a_turn_behind_rows_of_a_compiled_cache(how):
+    """Its steps write to one buffer: what forks and further rows share would be lost to them."""
+    own = tiny_model(**TWO_LAYERS, initializer_range=0.3)
+    settings = {**COMMON, "return_dict_in_generate": True, "output_logits": True}
+    first = own.generate(IDS[:1], **settings, **static())
+    cache, rows = rows_of(first.cache, how)
+    text = torch.cat([first.sequences, token_ids(1, 3, seed=5)], dim=1)[rows]
+    expected = own.generate(text, **settings)
+    settings["compile_config"] = static()["compile_config"]
+    out = own.generate(text, **settings, cache=cache)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits))
+    if how == "fork":
+        assert first.cache.get_seq_length() == 13
+        again = own.generate(text, **settings, cache=first.cache)
+        torch.testing.assert_close(torch.stack(again.logits), torch.stack(expected.logits))
+
+
+def test_padding_behind_a_hook_is_finite():
+    """NaN of a padding token would reach the state of the KDA layer above."""
+    own = tiny_model("mla_first")
+    own.set_attn_implementation("eager")
+    own.model.layers[0].self_attn.kv_b_proj.register_forward_hook(lambda module, args, out: out)
+    settings = {**COMMON, "attention_mask": torch.tensor(MASKS["left"])}
+    expected = own.generate(IDS, **settings)
+    assert own.generate(IDS, **settings, **static()).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("fields", [{}, static()])
+def test_a_mask_of_too_many_columns_is_refused(fields):
+    own = tiny_model(**TWO_LAYERS)
+    settings = {**COMMON, "cache_implementation": "static", "return_dict_in_generate": True}
+    cache = own.generate(IDS, **{**settings, **fields}).cache
+    with pytest.raises(ValueError, match="40 columns, which is not allowed: it must cover the 13"):
+        own(IDS, attention_mask=torch.ones(3, 40), cache=cache)
