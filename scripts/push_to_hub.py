@@ -20,6 +20,7 @@ import collections
 import fnmatch
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ BELONGS = (
 # Weights of an earlier push that this one does not have would be loaded instead, or lie around.
 STALE = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX)
 
+# A class in an `auto_map`: "module.Class", or "owner/repository--module.Class" of another one.
+CLASS_NAME = re.compile(r"(?:\S+--)?[\w-]+\.\w+")
 
 # Characters of a server's answer in a message.
 MAX_ERROR = 400
@@ -159,6 +162,7 @@ def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> set
         ValueError: An entry or a file that an entry needs, directly or by import, is missing.
     """
     config_file = folder / "config.json"
+    references = class_names(config_file, auto_map)
     for auto_class in ("AutoConfig", TASKS[architecture][1]):
         found, wanted = auto_map.get(auto_class), AUTO_MAP[auto_class]
         if found != wanted:
@@ -166,15 +170,46 @@ def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> set
                 f"{config_file}: auto_map[{auto_class!r}] is {found!r}; allowed: {wanted!r}, which "
                 "save_pretrained writes"
             )
-    return _code_files(folder, auto_map.values(), f"auto_map of {config_file}")
+    return _code_files(folder, references, f"auto_map of {config_file}")
+
+
+def class_names(file: Path, auto_map: Any) -> list[str]:
+    """The classes that an `auto_map` names.
+
+    Args:
+        file: Where it stands, for the message.
+        auto_map: What stands there.
+
+    Returns:
+        "module.Class" each, or "owner/repository--module.Class" for code of another repository.
+
+    Raises:
+        ValueError: It is no object, or an entry is no such name and no list of names and nulls.
+    """
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"{file}: auto_map is {auto_map!r:.80}; allowed: an object")
+    names: list[str] = []
+    for key, entry in auto_map.items():
+        for name in entry if isinstance(entry, list) else [entry]:
+            if name is None:
+                continue
+            if not isinstance(name, str) or not CLASS_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{file}: auto_map[{key!r:.80}] is {entry!r:.80}; allowed: 'module.Class', or "
+                    "a list of such names and null"
+                )
+            names.append(name)
+    return names
 
 
 def _code_files(folder: Path, references: Iterable[str], needed_by: str) -> set[str]:
-    """The names of the files that "module.Class" references need, directly or by import."""
+    """The names of the files that "module.Class" references need, directly or by import. Code of
+    another repository needs none."""
     classes: dict[str, set[str]] = {}
     for reference in references:
         module, _, name = reference.rpartition(".")
-        classes.setdefault(module, set()).add(name)
+        if "--" not in module:
+            classes.setdefault(module, set()).add(name)
     pending = [(module, needed_by) for module in classes]
     seen: set[str] = set()
     while pending:
@@ -185,7 +220,7 @@ def _code_files(folder: Path, references: Iterable[str], needed_by: str) -> set[
         file = folder / f"{module}.py"
         if not file.is_file():
             raise ValueError(f"{file} is missing; {needed_by} needs it")
-        tree = _parse(file)
+        tree = parse_python(file)
         defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
         for name in classes.get(module, set()) - defined:
             raise ValueError(f"{file} defines no class {name}; {needed_by} needs it")
@@ -193,7 +228,8 @@ def _code_files(folder: Path, references: Iterable[str], needed_by: str) -> set[
     return {f"{module}.py" for module in seen}
 
 
-def _parse(file: Path) -> ast.Module:
+def parse_python(file: Path) -> ast.Module:
+    """A file's syntax tree; ValueError if it is not Python."""
     try:
         return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
     except (SyntaxError, UnicodeDecodeError) as error:
@@ -300,30 +336,47 @@ def check_tokenizer(folder: Path, config: KimiLinearConfig) -> set[str]:
         The names of the files of code that it needs.
 
     Raises:
-        ValueError: A file is missing, or an id is not below the config's `vocab_size`.
+        ValueError: A file is missing or malformed, or an id is not below the config's `vocab_size`.
     """
-    settings = _read_json(folder / "tokenizer_config.json")
-    references = [
-        reference
-        for entry in (settings.get("auto_map") or {}).values()
-        for reference in ([entry] if isinstance(entry, str) else filter(None, entry))
-    ]
+    settings = folder / "tokenizer_config.json"
+    references = class_names(settings, _read_json(settings).get("auto_map") or {})
     code = _code_files(folder, references, "auto_map of tokenizer_config.json")
     vocabulary = folder / "tokenizer.json"
     if not vocabulary.is_file():
-        if (folder / "tiktoken.model").is_file() and code:
+        if (folder / "tiktoken.model").is_file() and references:
             return code
         raise ValueError(f"{vocabulary} is missing")
-    content = _read_json(vocabulary)
-    tokens = content.get("model", {}).get("vocab", {})
-    ids = list(tokens.values()) if isinstance(tokens, dict) else list(range(len(tokens)))
-    ids += [token["id"] for token in content.get("added_tokens", [])]
+    ids = _token_ids(vocabulary)
     if max(ids, default=0) >= config.vocab_size:
         raise ValueError(
             f"{vocabulary}: token id {max(ids)} is too large; allowed: below vocab_size "
             f"{config.vocab_size} of config.json"
         )
     return code
+
+
+def _token_ids(file: Path) -> list[int]:
+    """All ids of a tokenizer.json; a vocabulary that is a list counts its tokens from 0."""
+    content = _read_json(file)
+    model, added = content.get("model"), content.get("added_tokens") or []
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    for name, value, kinds in (("model.vocab", vocab, (dict, list)), ("added_tokens", added, list)):
+        if not isinstance(value, kinds):
+            raise ValueError(
+                f"{file}: {name} is of type {type(value).__name__}; allowed: the tokens"
+            )
+    if isinstance(vocab, list):
+        vocab = {index: index for index in range(len(vocab))}
+    ids = [(f"model.vocab[{token!r:.80}]", token_id) for token, token_id in vocab.items()]
+    for index, token in enumerate(added):
+        token_id = token.get("id") if isinstance(token, dict) else None
+        ids.append((f"id of added_tokens[{index}]", token_id))
+    for name, token_id in ids:
+        if type(token_id) is not int or token_id < 0:
+            raise ValueError(
+                f"{file}: {name} is {token_id!r:.80}; allowed: a whole number, 0 or larger"
+            )
+    return [token_id for _, token_id in ids]
 
 
 def files_to_push(checkpoint: Checkpoint, include: Sequence[str] = ()) -> list[str]:

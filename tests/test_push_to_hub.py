@@ -209,6 +209,55 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def edit_tokenizer(**fields: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "tokenizer.json", lambda value: value.update(fields))
+
+
+def write_tokenizer_config(value: Any) -> Callable[[Path], object]:
+    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps(value))
+
+
+DAMAGES |= {
+    "list for auto_map": (
+        edit_config(auto_map=[1]),
+        r"/config\.json: auto_map is \[1\]; allowed: an object",
+    ),
+    "list for tokenizer's auto_map": (
+        write_tokenizer_config({"auto_map": [1]}),
+        r"tokenizer_config\.json: auto_map is \[1\]; allowed: an object",
+    ),
+    "number for a class": (
+        write_tokenizer_config({"auto_map": {"a": 3}}),
+        r"tokenizer_config\.json: auto_map\['a'\] is 3; allowed: 'module\.Class', or",
+    ),
+    "class elsewhere": (
+        write_tokenizer_config({"auto_map": {"a": ["../secret.X", None]}}),
+        r"tokenizer_config\.json: auto_map\['a'\] is \['\.\./secret\.X', None\]; allowed",
+    ),
+    "list for settings": (write_tokenizer_config([]), r"tokenizer_config\.json holds a list"),
+    "no tokenizer model": (
+        edit_tokenizer(model=3),
+        r"tokenizer\.json: model\.vocab is of type None",
+    ),
+    "number for tokens": (
+        edit_tokenizer(model={"vocab": 3}),
+        r"tokenizer\.json: model\.vocab is of type int; allowed: the tokens",
+    ),
+    "word for an id": (
+        edit_tokenizer(model={"vocab": {"a": "b"}}),
+        r"tokenizer\.json: model\.vocab\['a'\] is 'b'; allowed: a whole number",
+    ),
+    "no id": (
+        edit_tokenizer(added_tokens=[{}]),
+        r"tokenizer\.json: id of added_tokens\[0\] is None; allowed: a whole number",
+    ),
+    "object for a list": (
+        edit_tokenizer(added_tokens={"a": 1}),
+        r"tokenizer\.json: added_tokens is of type dict; allowed: the tokens",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_refused_by_name(script: ModuleType, folder: Path, name: str) -> None:
     damage, message = DAMAGES[name]
@@ -235,6 +284,19 @@ def test_a_whole_folder_passes(script: ModuleType, folder: Path) -> None:
     assert checkpoint.shapes == {name: tuple(shape) for name, shape in expected.items()}
     with pytest.raises(ValueError, match="is no folder"):
         script.check_folder(folder / "absent")
+
+
+def test_code_of_another_repository_is_not_looked_for(script: ModuleType, folder: Path) -> None:
+    """Bug: "owner/repo--module.py is missing"."""
+    elsewhere = {"AutoTokenizer": ["owner/repo--tokenization_x.X", None]}
+    edit_config(auto_map=json.loads((folder / "config.json").read_text())["auto_map"] | elsewhere)(
+        folder
+    )
+    edit_json(folder / "tokenizer_config.json", lambda value: value.update(auto_map=elsewhere))
+    expected = script.check_folder(folder).files
+    assert not any("--" in name for name in expected)
+    (folder / "tokenizer.json").unlink()  # that code reads tiktoken.model
+    assert script.check_folder(folder).files == expected
 
 
 def test_the_official_checkpoint_is_counted(cards: ModuleType) -> None:
