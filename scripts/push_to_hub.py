@@ -1,10 +1,10 @@
 """Push a Kimi Linear checkpoint folder to the Hub, with a model card.
 
 The folder is checked first: config, code, every tensor of every shard, tokenizer. These files are
-pushed, with README.md, a licence and results; the rest is named and stays. A README.md that is
-there already, in the folder or in the repository, is kept unless --overwrite-card is given. The
-token is the one of `hf auth login` or of HF_TOKEN; another server than the public Hub is chosen
-with HF_ENDPOINT.
+pushed, with README.md and its images, a licence and results; the rest is named and stays. A
+README.md that is there already, in the folder or in the repository, is kept unless
+--overwrite-card is given. The token is the one of `hf auth login` or of HF_TOKEN; another server
+than the public Hub is chosen with HF_ENDPOINT.
 
 Examples:
     python scripts/push_to_hub.py runs/demo --repo-id me/kimi-linear-demo --dry-run
@@ -20,12 +20,14 @@ import collections
 import fnmatch
 import glob
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import kimi_linear
 import torch
@@ -68,6 +70,12 @@ BELONGS = (
     "eval_results.json",
     "curves.png",
 )
+# Where a link of a card leads: [text](here), [label]: here, src="here".
+LINK = re.compile(
+    r"""(?:\]\(|\]:|\b(?:src|href)=)\s*"""
+    r"""(?:<([^<>\n]+)>|"([^"\n]+)"|'([^'\n]+)'|((?:[^\s()<>"']|\([^\s()]*\))+))"""
+)
+IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 # Weights of an earlier push that this one does not have would be loaded instead, or lie around.
 STALE = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX)
 
@@ -379,28 +387,31 @@ def _token_ids(file: Path) -> list[int]:
     return [token_id for _, token_id in ids]
 
 
-def files_to_push(checkpoint: Checkpoint, include: Sequence[str] = ()) -> list[str]:
-    """The files that are pushed, as paths in the repository: what a model folder consists of, and
-    what matches `include`. Prints what else is there.
+def files_to_push(
+    checkpoint: Checkpoint, include: Sequence[str] = (), *, keeps_card: bool = True
+) -> list[str]:
+    """The files that are pushed, as paths in the repository: what a model folder consists of, the
+    images of its card if `keeps_card`, and what matches `include`. Prints what else is there.
 
     Raises:
         ValueError: A pattern of `include` matches nothing.
     """
     folder = checkpoint.folder
     found = _found(folder, include)
+    own = checkpoint.files | (_card_images(folder / CARD) if keeps_card else set())
     wanted = (*BELONGS, *include)
-    names = [
-        name
-        for name in found
-        if name in checkpoint.files or any(fnmatch.fnmatch(name, each) for each in wanted)
-    ]
+    names = [name for name in found if name in own or any(_matches(name, each) for each in wanted)]
     rest = collections.Counter(
         top + "/" * bool(inner)
         for top, _, inner in (name.partition("/") for name in found if name not in set(names))
     )
-    if rest:
-        listed = ", ".join(f"{n} ({c} files)" if n[-1] == "/" else n for n, c in rest.items())
-        text = f"not pushed, no part of a model: {listed} (--include takes files in)"
+    listed = [f"{n} ({c} files)" if n[-1] == "/" else n for n, c in rest.items()]
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "nothing"
+            listed.append(f"{path.relative_to(folder).as_posix()} (link to {kind})")
+    if listed:
+        text = f"not pushed, no part of a model: {', '.join(listed)} (--include takes files in)"
         print(shown(text), flush=True)
     return names
 
@@ -409,9 +420,29 @@ def _found(folder: Path, include: Sequence[str]) -> list[str]:
     """All files of a folder; ValueError if a pattern of `include` matches none."""
     found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     for pattern in include:
-        if not fnmatch.filter(found, pattern):
-            raise ValueError(f"include: {pattern!r} is no file of {folder}; allowed: patterns")
+        if not any(_matches(name, pattern) for name in found):
+            raise ValueError(
+                f"include: {pattern!r} is no file of {folder}; allowed: patterns, whose * stays in "
+                "one folder and takes no name that begins with a dot"
+            )
     return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As in a shell: `*` stays in one folder, and takes no name that begins with a dot."""
+    parts, wanted = name.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(
+        fnmatch.fnmatchcase(part, each) and part.startswith(".") <= each.startswith(".")
+        for part, each in zip(parts, wanted, strict=True)
+    )
+
+
+def _card_images(card: Path) -> set[str]:
+    """Where a card's links to images lead, as paths from its folder; {} without a card."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    targets = ("".join(groups) for groups in LINK.findall(text))
+    paths = {posixpath.normpath(unquote(re.split("[?#]", each)[0])) for each in targets}
+    return {path for path in paths if path.lower().endswith(IMAGES)}
 
 
 def main(
@@ -516,7 +547,7 @@ def _print_plan(
     include: Sequence[str],
 ) -> None:
     """Say what a push would do."""
-    names = files_to_push(checkpoint, include)
+    names = files_to_push(checkpoint, include, keeps_card=not overwrite_card)
     kept = CARD in names and not overwrite_card
     print(f"to {repo_id}:")
     for name in names:
@@ -575,7 +606,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-model", help="Hub id of the model this one was trained from")
     parser.add_argument("--overwrite-card", action="store_true", help="replace README.md")
     parser.add_argument(
-        "--include", action="append", default=[], help="files to push too, such as 'figures/*.png'"
+        "--include",
+        action="append",
+        default=[],
+        help="files to push too, such as 'figures/*.png'; * stays in one folder, without dot files",
     )
     parser.add_argument(
         "--check-values", action="store_true", help="read all weights, refuse NaN and Inf"
