@@ -265,9 +265,10 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
             The names that came.
 
         Raises:
-            ValueError: For a name that the model has not, another shape, weights that are
-                quantised, offloaded or divided among processes, and with `strict` for names that
-                did not come. What came before is written by then.
+            ValueError: For what yields no such pairs, a name that the model has not, another shape,
+                tensors that are sparse or have no data, weights of the model that are quantised,
+                offloaded or divided among processes, and with `strict` for names that did not come.
+                What came before is written by then.
         """
         return write_weights(self, weights, strict=strict)
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -394,7 +394,7 @@ def write_weights(
         one_name.setdefault(id(tensor), name)
     loaded: set[str] = set()
     written: dict[str, str] = {}  # by which name
-    for name, value in weights:
+    for name, value in _pairs(weights):
         own, official, place = _place(name, state, model.base_model_prefix)
         _check_value(name, value, place)
         key = one_name[id(state[own])] if official == own else official
@@ -410,6 +410,24 @@ def write_weights(
     if missing:
         raise ValueError(f"weights: {_some(missing)} did not come, which strict=True demands")
     return loaded
+
+
+def _pairs(weights: Any) -> Iterator[tuple[str, Any]]:
+    """The names and tensors that `weights` yields; ValueError for anything else."""
+    allowed = "allowed: pairs of a name and a tensor, such as state_dict.items()"
+    try:
+        pairs = None if isinstance(weights, Mapping) else iter(weights)
+    except TypeError:
+        pairs = None
+    if pairs is None:
+        raise ValueError(f"weights is of type {type(weights).__name__}; {allowed}")
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            parts = pair[:3] if isinstance(pair, tuple | list) else ()
+            found = f"{pair!r:.80}" if isinstance(pair, str) else type(pair).__name__
+            found += f" of {', '.join(type(part).__name__ for part in parts)}" * bool(parts)
+            raise ValueError(f"weights: item {index} is {found}; {allowed}")
+        yield pair[0], pair[1]
 
 
 def _place(name: str, state: dict[str, Any], base_prefix: str) -> tuple[str, str, Any]:
@@ -440,8 +458,12 @@ def _checked(own: str, tensor: Any) -> Any:
 
 def _check_value(name: str, value: Any, place: Tensor) -> None:
     """ValueError unless `value` can be copied to `place`."""
-    if type(value) not in (nn.Parameter, Tensor) or value.is_meta:
-        raise ValueError(f"{name}={type(value).__name__} is not allowed: it must be a whole tensor")
+    if type(value) not in (nn.Parameter, Tensor):
+        raise ValueError(f"{name} is of type {type(value).__name__}: it must be a whole tensor")
+    if value.is_meta:
+        raise ValueError(f"{name} has no data, on the meta device: it must be a whole tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}: it must be {torch.strided}")
     if value.dtype not in DTYPES.values():
         allowed = tuple(DTYPES.values())
         raise ValueError(f"{name} has dtype {value.dtype}: it must be one of {allowed}")

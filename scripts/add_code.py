@@ -27,7 +27,8 @@ import kimi_linear
 from kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import AUTO_MAP
 from kimi_linear.safe_training import atomic_folder
-from push_to_hub import check_weight_values, check_weights
+from kimi_linear.tokenizer.snapshot import read_json
+from push_to_hub import check_weight_values, check_weights, class_names, parse_python
 
 CONFIG = "config.json"
 ENTRY_FILES = ("configuration_kimi_linear.py", "modeling_kimi_linear.py")
@@ -98,7 +99,7 @@ def _siblings(*files: Path) -> set[Path]:
     pending = list(files)
     while pending:
         file = pending.pop()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(parse_python(file)):
             if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
                 path = file.with_name(f"{node.module}.py")
                 if path not in found:
@@ -175,18 +176,13 @@ def _is_kept(path: Path, snapshot: Path, code: list[Path]) -> bool:
 def _tokenizer_code(snapshot: Path) -> set[str]:
     """Python files that the tokenizer's `auto_map` names, and what they import."""
     path = snapshot / "tokenizer_config.json"
-    auto_map = (
-        json.loads(path.read_text(encoding="utf-8")).get("auto_map") if path.is_file() else {}
-    )
     found: set[str] = set()
-    for entry in (auto_map or {}).values():
-        for name in entry if isinstance(entry, list) else [entry]:
-            # "owner/repository--module.Class" is code of another repository
-            if name and "--" not in name:
-                file = snapshot / f"{name.rpartition('.')[0]}.py"
-                if not file.is_file():
-                    raise ValueError(f"{path}: auto_map names {name!r}, but {file} is missing")
-                found |= {file.name, *(path.name for path in _siblings(file))}
+    for name in class_names(path, read_json(path).get("auto_map") or {}):
+        if "--" not in name:  # else it is code of another repository
+            file = snapshot / f"{name.rpartition('.')[0]}.py"
+            if not file.is_file():
+                raise ValueError(f"{path}: auto_map names {name!r}, but {file} is missing")
+            found |= {file.name, *(path.name for path in _siblings(file))}
     return found
 
 

@@ -1,10 +1,10 @@
 """Push a Kimi Linear checkpoint folder to the Hub, with a model card.
 
 The folder is checked first: config, code, every tensor of every shard, tokenizer. These files are
-pushed, with README.md, a licence and results; the rest is named and stays. A README.md that is
-there already, in the folder or in the repository, is kept unless --overwrite-card is given. The
-token is the one of `hf auth login` or of HF_TOKEN; another server than the public Hub is chosen
-with HF_ENDPOINT.
+pushed, with README.md and its images, a licence and results; the rest is named and stays. A
+README.md that is there already, in the folder or in the repository, is kept unless
+--overwrite-card is given. The token is the one of `hf auth login` or of HF_TOKEN; another server
+than the public Hub is chosen with HF_ENDPOINT.
 
 Examples:
     python scripts/push_to_hub.py runs/demo --repo-id me/kimi-linear-demo --dry-run
@@ -20,11 +20,14 @@ import collections
 import fnmatch
 import glob
 import os
+import posixpath
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import kimi_linear
 import torch
@@ -67,9 +70,17 @@ BELONGS = (
     "eval_results.json",
     "curves.png",
 )
+# Where a link of a card leads: [text](here), [label]: here, src="here".
+LINK = re.compile(
+    r"""(?:\]\(|\]:|\b(?:src|href)=)\s*"""
+    r"""(?:<([^<>\n]+)>|"([^"\n]+)"|'([^'\n]+)'|((?:[^\s()<>"']|\([^\s()]*\))+))"""
+)
+IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 # Weights of an earlier push that this one does not have would be loaded instead, or lie around.
 STALE = ("model.safetensors", "model-?????-of-?????.safetensors", INDEX)
 
+# A class in an `auto_map`: "module.Class", or "owner/repository--module.Class" of another one.
+CLASS_NAME = re.compile(r"(?:\S+--)?[\w-]+\.\w+")
 
 # Characters of a server's answer in a message.
 MAX_ERROR = 400
@@ -159,6 +170,7 @@ def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> set
         ValueError: An entry or a file that an entry needs, directly or by import, is missing.
     """
     config_file = folder / "config.json"
+    references = class_names(config_file, auto_map)
     for auto_class in ("AutoConfig", TASKS[architecture][1]):
         found, wanted = auto_map.get(auto_class), AUTO_MAP[auto_class]
         if found != wanted:
@@ -166,15 +178,46 @@ def check_code(folder: Path, auto_map: dict[str, str], architecture: str) -> set
                 f"{config_file}: auto_map[{auto_class!r}] is {found!r}; allowed: {wanted!r}, which "
                 "save_pretrained writes"
             )
-    return _code_files(folder, auto_map.values(), f"auto_map of {config_file}")
+    return _code_files(folder, references, f"auto_map of {config_file}")
+
+
+def class_names(file: Path, auto_map: Any) -> list[str]:
+    """The classes that an `auto_map` names.
+
+    Args:
+        file: Where it stands, for the message.
+        auto_map: What stands there.
+
+    Returns:
+        "module.Class" each, or "owner/repository--module.Class" for code of another repository.
+
+    Raises:
+        ValueError: It is no object, or an entry is no such name and no list of names and nulls.
+    """
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"{file}: auto_map is {auto_map!r:.80}; allowed: an object")
+    names: list[str] = []
+    for key, entry in auto_map.items():
+        for name in entry if isinstance(entry, list) else [entry]:
+            if name is None:
+                continue
+            if not isinstance(name, str) or not CLASS_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{file}: auto_map[{key!r:.80}] is {entry!r:.80}; allowed: 'module.Class', or "
+                    "a list of such names and null"
+                )
+            names.append(name)
+    return names
 
 
 def _code_files(folder: Path, references: Iterable[str], needed_by: str) -> set[str]:
-    """The names of the files that "module.Class" references need, directly or by import."""
+    """The names of the files that "module.Class" references need, directly or by import. Code of
+    another repository needs none."""
     classes: dict[str, set[str]] = {}
     for reference in references:
         module, _, name = reference.rpartition(".")
-        classes.setdefault(module, set()).add(name)
+        if "--" not in module:
+            classes.setdefault(module, set()).add(name)
     pending = [(module, needed_by) for module in classes]
     seen: set[str] = set()
     while pending:
@@ -185,7 +228,7 @@ def _code_files(folder: Path, references: Iterable[str], needed_by: str) -> set[
         file = folder / f"{module}.py"
         if not file.is_file():
             raise ValueError(f"{file} is missing; {needed_by} needs it")
-        tree = _parse(file)
+        tree = parse_python(file)
         defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
         for name in classes.get(module, set()) - defined:
             raise ValueError(f"{file} defines no class {name}; {needed_by} needs it")
@@ -193,7 +236,8 @@ def _code_files(folder: Path, references: Iterable[str], needed_by: str) -> set[
     return {f"{module}.py" for module in seen}
 
 
-def _parse(file: Path) -> ast.Module:
+def parse_python(file: Path) -> ast.Module:
+    """A file's syntax tree; ValueError if it is not Python."""
     try:
         return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
     except (SyntaxError, UnicodeDecodeError) as error:
@@ -300,24 +344,17 @@ def check_tokenizer(folder: Path, config: KimiLinearConfig) -> set[str]:
         The names of the files of code that it needs.
 
     Raises:
-        ValueError: A file is missing, or an id is not below the config's `vocab_size`.
+        ValueError: A file is missing or malformed, or an id is not below the config's `vocab_size`.
     """
-    settings = _read_json(folder / "tokenizer_config.json")
-    references = [
-        reference
-        for entry in (settings.get("auto_map") or {}).values()
-        for reference in ([entry] if isinstance(entry, str) else filter(None, entry))
-    ]
+    settings = folder / "tokenizer_config.json"
+    references = class_names(settings, _read_json(settings).get("auto_map") or {})
     code = _code_files(folder, references, "auto_map of tokenizer_config.json")
     vocabulary = folder / "tokenizer.json"
     if not vocabulary.is_file():
-        if (folder / "tiktoken.model").is_file() and code:
+        if (folder / "tiktoken.model").is_file() and references:
             return code
         raise ValueError(f"{vocabulary} is missing")
-    content = _read_json(vocabulary)
-    tokens = content.get("model", {}).get("vocab", {})
-    ids = list(tokens.values()) if isinstance(tokens, dict) else list(range(len(tokens)))
-    ids += [token["id"] for token in content.get("added_tokens", [])]
+    ids = _token_ids(vocabulary)
     if max(ids, default=0) >= config.vocab_size:
         raise ValueError(
             f"{vocabulary}: token id {max(ids)} is too large; allowed: below vocab_size "
@@ -326,28 +363,55 @@ def check_tokenizer(folder: Path, config: KimiLinearConfig) -> set[str]:
     return code
 
 
-def files_to_push(checkpoint: Checkpoint, include: Sequence[str] = ()) -> list[str]:
-    """The files that are pushed, as paths in the repository: what a model folder consists of, and
-    what matches `include`. Prints what else is there.
+def _token_ids(file: Path) -> list[int]:
+    """All ids of a tokenizer.json; a vocabulary that is a list counts its tokens from 0."""
+    content = _read_json(file)
+    model, added = content.get("model"), content.get("added_tokens") or []
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    for name, value, kinds in (("model.vocab", vocab, (dict, list)), ("added_tokens", added, list)):
+        if not isinstance(value, kinds):
+            raise ValueError(
+                f"{file}: {name} is of type {type(value).__name__}; allowed: the tokens"
+            )
+    if isinstance(vocab, list):
+        vocab = {index: index for index in range(len(vocab))}
+    ids = [(f"model.vocab[{token!r:.80}]", token_id) for token, token_id in vocab.items()]
+    for index, token in enumerate(added):
+        token_id = token.get("id") if isinstance(token, dict) else None
+        ids.append((f"id of added_tokens[{index}]", token_id))
+    for name, token_id in ids:
+        if type(token_id) is not int or token_id < 0:
+            raise ValueError(
+                f"{file}: {name} is {token_id!r:.80}; allowed: a whole number, 0 or larger"
+            )
+    return [token_id for _, token_id in ids]
+
+
+def files_to_push(
+    checkpoint: Checkpoint, include: Sequence[str] = (), *, keeps_card: bool = True
+) -> list[str]:
+    """The files that are pushed, as paths in the repository: what a model folder consists of, the
+    images of its card if `keeps_card`, and what matches `include`. Prints what else is there.
 
     Raises:
         ValueError: A pattern of `include` matches nothing.
     """
     folder = checkpoint.folder
     found = _found(folder, include)
+    own = checkpoint.files | (_card_images(folder / CARD) if keeps_card else set())
     wanted = (*BELONGS, *include)
-    names = [
-        name
-        for name in found
-        if name in checkpoint.files or any(fnmatch.fnmatch(name, each) for each in wanted)
-    ]
+    names = [name for name in found if name in own or any(_matches(name, each) for each in wanted)]
     rest = collections.Counter(
         top + "/" * bool(inner)
         for top, _, inner in (name.partition("/") for name in found if name not in set(names))
     )
-    if rest:
-        listed = ", ".join(f"{n} ({c} files)" if n[-1] == "/" else n for n, c in rest.items())
-        text = f"not pushed, no part of a model: {listed} (--include takes files in)"
+    listed = [f"{n} ({c} files)" if n[-1] == "/" else n for n, c in rest.items()]
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "nothing"
+            listed.append(f"{path.relative_to(folder).as_posix()} (link to {kind})")
+    if listed:
+        text = f"not pushed, no part of a model: {', '.join(listed)} (--include takes files in)"
         print(shown(text), flush=True)
     return names
 
@@ -356,9 +420,29 @@ def _found(folder: Path, include: Sequence[str]) -> list[str]:
     """All files of a folder; ValueError if a pattern of `include` matches none."""
     found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     for pattern in include:
-        if not fnmatch.filter(found, pattern):
-            raise ValueError(f"include: {pattern!r} is no file of {folder}; allowed: patterns")
+        if not any(_matches(name, pattern) for name in found):
+            raise ValueError(
+                f"include: {pattern!r} is no file of {folder}; allowed: patterns, whose * stays in "
+                "one folder and takes no name that begins with a dot"
+            )
     return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As in a shell: `*` stays in one folder, and takes no name that begins with a dot."""
+    parts, wanted = name.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(
+        fnmatch.fnmatchcase(part, each) and part.startswith(".") <= each.startswith(".")
+        for part, each in zip(parts, wanted, strict=True)
+    )
+
+
+def _card_images(card: Path) -> set[str]:
+    """Where a card's links to images lead, as paths from its folder; {} without a card."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    targets = ("".join(groups) for groups in LINK.findall(text))
+    paths = {posixpath.normpath(unquote(re.split("[?#]", each)[0])) for each in targets}
+    return {path for path in paths if path.lower().endswith(IMAGES)}
 
 
 def main(
@@ -463,7 +547,7 @@ def _print_plan(
     include: Sequence[str],
 ) -> None:
     """Say what a push would do."""
-    names = files_to_push(checkpoint, include)
+    names = files_to_push(checkpoint, include, keeps_card=not overwrite_card)
     kept = CARD in names and not overwrite_card
     print(f"to {repo_id}:")
     for name in names:
@@ -522,7 +606,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-model", help="Hub id of the model this one was trained from")
     parser.add_argument("--overwrite-card", action="store_true", help="replace README.md")
     parser.add_argument(
-        "--include", action="append", default=[], help="files to push too, such as 'figures/*.png'"
+        "--include",
+        action="append",
+        default=[],
+        help="files to push too, such as 'figures/*.png'; * stays in one folder, without dot files",
     )
     parser.add_argument(
         "--check-values", action="store_true", help="read all weights, refuse NaN and Inf"

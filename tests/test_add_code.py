@@ -258,6 +258,22 @@ BROKEN = {
         lambda folder: (folder / "tokenization_kimi.py").unlink(),
         "tokenizer_config.json: auto_map names 'tokenization_kimi.TikTok.* is missing",
     ),
+    "tokenizer_code_is_no_python": (
+        lambda folder: (folder / "tokenization_kimi.py").write_text("def broken(:"),
+        "tokenization_kimi.py is not Python",
+    ),
+    "tokenizer_settings_in_a_list": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        "tokenizer_config.json holds a list; allowed: an object",
+    ),
+    "tokenizer_code_in_a_list": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": [1]}'),
+        r"tokenizer_config.json: auto_map is \[1\]; allowed: an object",
+    ),
+    "number_for_tokenizer_code": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": {"a": 3}}'),
+        r"tokenizer_config.json: auto_map\['a'\] is 3; allowed: 'module.Class'",
+    ),
     "dangling_link": (
         lambda folder: (folder / "LICENSE").symlink_to("../../blobs/77"),
         "LICENSE is a link to .*blobs/77, which is missing",

@@ -121,8 +121,17 @@ def test_the_models_own_names_and_the_backbones_do_too(tmp_path):
         ),
         ("model.norm.weight", torch.ones(1), r"norm.weight has shape \[1\], .* needs \[40\]"),
         ("model.norm.weight", torch.ones(40, dtype=torch.int8), "norm.weight has dtype torch.int8"),
-        ("model.norm.weight", torch.ones(40, device="meta"), "norm.weight=Tensor is not allowed"),
-        ("model.norm.weight", [1.0] * 40, "norm.weight=list is not allowed"),
+        (
+            "model.norm.weight",
+            torch.ones(40, device="meta"),
+            "norm.weight has no data, on the meta",
+        ),
+        (
+            "model.norm.weight",
+            torch.ones(40).to_sparse(),
+            "norm.weight has layout torch.sparse_coo",
+        ),
+        ("model.norm.weight", [1.0] * 40, "norm.weight is of type list: it must"),
     ],
 )
 def test_what_does_not_fit_is_named(name, value, message):
@@ -130,6 +139,26 @@ def test_what_does_not_fit_is_named(name, value, message):
     with pytest.raises(ValueError, match=message):
         model.load_weights([(name, value)])
     assert all(torch.equal(x, before[each]) for each, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"model.norm.weight": torch.ones(40)}, "weights is of type dict"),
+        (3, "weights is of type int"),
+        (torch.ones(()), "weights is of type Tensor"),
+        (None, "weights is of type NoneType"),
+        (["model.norm.weight"], "item 0 is 'model.norm.weight'"),
+        (["ab"], "item 0 is 'ab'"),
+        ([("model.norm.weight",)], "item 0 is tuple of str"),
+        ([(3, torch.ones(40))], "item 0 is tuple of int, Tensor"),
+        (torch.ones(2, 2), "item 0 is Tensor"),
+    ],
+)
+def test_what_is_no_pairs_is_named(weights, message):
+    """Bug: tracebacks of unpacking, and names taken apart into letters."""
+    with pytest.raises(ValueError, match=f"{message}.*; allowed: pairs of a name and a"):
+        tiny_model().load_weights(weights)
 
 
 def test_tied_weights_that_differ_are_an_error():

@@ -209,6 +209,55 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def edit_tokenizer(**fields: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "tokenizer.json", lambda value: value.update(fields))
+
+
+def write_tokenizer_config(value: Any) -> Callable[[Path], object]:
+    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps(value))
+
+
+DAMAGES |= {
+    "list for auto_map": (
+        edit_config(auto_map=[1]),
+        r"/config\.json: auto_map is \[1\]; allowed: an object",
+    ),
+    "list for tokenizer's auto_map": (
+        write_tokenizer_config({"auto_map": [1]}),
+        r"tokenizer_config\.json: auto_map is \[1\]; allowed: an object",
+    ),
+    "number for a class": (
+        write_tokenizer_config({"auto_map": {"a": 3}}),
+        r"tokenizer_config\.json: auto_map\['a'\] is 3; allowed: 'module\.Class', or",
+    ),
+    "class elsewhere": (
+        write_tokenizer_config({"auto_map": {"a": ["../secret.X", None]}}),
+        r"tokenizer_config\.json: auto_map\['a'\] is \['\.\./secret\.X', None\]; allowed",
+    ),
+    "list for settings": (write_tokenizer_config([]), r"tokenizer_config\.json holds a list"),
+    "no tokenizer model": (
+        edit_tokenizer(model=3),
+        r"tokenizer\.json: model\.vocab is of type None",
+    ),
+    "number for tokens": (
+        edit_tokenizer(model={"vocab": 3}),
+        r"tokenizer\.json: model\.vocab is of type int; allowed: the tokens",
+    ),
+    "word for an id": (
+        edit_tokenizer(model={"vocab": {"a": "b"}}),
+        r"tokenizer\.json: model\.vocab\['a'\] is 'b'; allowed: a whole number",
+    ),
+    "no id": (
+        edit_tokenizer(added_tokens=[{}]),
+        r"tokenizer\.json: id of added_tokens\[0\] is None; allowed: a whole number",
+    ),
+    "object for a list": (
+        edit_tokenizer(added_tokens={"a": 1}),
+        r"tokenizer\.json: added_tokens is of type dict; allowed: the tokens",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_refused_by_name(script: ModuleType, folder: Path, name: str) -> None:
     damage, message = DAMAGES[name]
@@ -235,6 +284,19 @@ def test_a_whole_folder_passes(script: ModuleType, folder: Path) -> None:
     assert checkpoint.shapes == {name: tuple(shape) for name, shape in expected.items()}
     with pytest.raises(ValueError, match="is no folder"):
         script.check_folder(folder / "absent")
+
+
+def test_code_of_another_repository_is_not_looked_for(script: ModuleType, folder: Path) -> None:
+    """Bug: "owner/repo--module.py is missing"."""
+    elsewhere = {"AutoTokenizer": ["owner/repo--tokenization_x.X", None]}
+    edit_config(auto_map=json.loads((folder / "config.json").read_text())["auto_map"] | elsewhere)(
+        folder
+    )
+    edit_json(folder / "tokenizer_config.json", lambda value: value.update(auto_map=elsewhere))
+    expected = script.check_folder(folder).files
+    assert not any("--" in name for name in expected)
+    (folder / "tokenizer.json").unlink()  # that code reads tiktoken.model
+    assert script.check_folder(folder).files == expected
 
 
 def test_the_official_checkpoint_is_counted(cards: ModuleType) -> None:
@@ -374,6 +436,8 @@ def test_what_is_pushed_is_the_model(
         "__pycache__/kda.cpython-311.pyc",
         ".git/config",
         "keys/LICENSE",
+        "additional_chat_templates/drafts/rag.jinja",
+        "additional_chat_templates/.rag.jinja",
         "optimizer.pt",
         "optimizer_0/__0_0.distcp",
         "training_args.bin",
@@ -399,6 +463,7 @@ def test_what_is_pushed_is_the_model(
     assert files == {name: (folder / name).read_bytes() for name in wanted}
     named = re.search("not pushed, no part of a model: (.*) [(]--include", printed)[1].split(", ")
     tops = {name.partition("/")[0] + "/ (1 files)" * ("/" in name) for name in unwanted}
+    tops ^= {"additional_chat_templates/ (1 files)", "additional_chat_templates/ (2 files)"}
     assert set(named) == tops
 
 
@@ -412,6 +477,74 @@ def test_more_is_pushed_on_request(script: ModuleType, server: HubServer, folder
     with pytest.raises(ValueError, match=r"include: '\*.gif' is no file of"):
         push(script, server, folder, include=["*.gif"])
     assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("pattern", "taken"),
+    [
+        ("*", {"notes.txt"}),
+        ("*/*", {"deep/notes.txt"}),
+        ("deep/*", {"deep/notes.txt"}),
+        ("?env", set()),
+        (".env", {".env"}),
+        (".*", {".env", ".netrc"}),
+        ("deep/.*", {"deep/.env"}),
+        (".git/*", {".git/config"}),
+    ],
+)
+def test_patterns_take_what_they_spell(
+    script: ModuleType, folder: Path, pattern: str, taken: set[str]
+) -> None:
+    """Bug: "*" took secrets, and what lay in folders."""
+    checkpoint = script.check_folder(folder)
+    belong = set(script.files_to_push(checkpoint))
+    for name in ("notes.txt", ".env", ".netrc", "deep/notes.txt", "deep/.env", ".git/config"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    if taken:
+        assert set(script.files_to_push(checkpoint, [pattern])) - belong == taken
+    else:
+        with pytest.raises(ValueError, match=r"include: '\?env' is no file of .*begins with a dot"):
+            script.files_to_push(checkpoint, [pattern])
+
+
+def test_links_that_lead_to_no_file_are_named(
+    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: they were neither pushed nor named."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.jinja").write_text("x")
+    (folder / "runs").mkdir()
+    for name, target in (("data", "data"), ("runs/latest", "data"), ("lost", "absent")):
+        (folder / name).symlink_to(tmp_path / target)
+    script.files_to_push(script.check_folder(folder))
+    assert (
+        "not pushed, no part of a model: data (link to a folder), lost (link to nothing), "
+        "runs/latest (link to a folder) (--incl"
+    ) in capsys.readouterr().out
+
+
+def test_images_of_the_card_are_pushed(
+    script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: the card's figures were missing on the Hub."""
+    checkpoint = script.check_folder(folder)
+    belong = set(script.files_to_push(checkpoint))
+    (folder / "README.md").write_text(
+        "![a](figures/a.png) [![b](./b.SVG 'title')](https://b.org) <img width=3 src='c d.jpg'>\n"
+        "![e](<e f.png>) ![g](g%20h.gif#top) ![i](i_(1).webp) ![j][j] [secret](.env) `k.png`\n"
+        "![up](../up.png) ![root](/etc/root.png) ![far](https://far.org/l.png)\n\n"
+        "[j]: figures/j.jpeg\n"
+    )
+    linked = {"figures/a.png", "b.SVG", "c d.jpg", "e f.png", "g h.gif", "i_(1).webp"}
+    linked.add("figures/j.jpeg")
+    (folder / "figures").mkdir()
+    for name in (*linked, "k.png", "l.png", ".env", "figures/other.png", "../up.png"):
+        (folder / name).write_text("x")
+    assert set(script.files_to_push(checkpoint)) - belong == {"README.md", *linked}
+    capsys.readouterr()
+    script.main(path=folder, repo_id=REPO, dry_run=True, overwrite_card=True)
+    assert "  figures/a.png" not in capsys.readouterr().out  # the new card shows none
 
 
 REFUSALS = {
