@@ -254,7 +254,7 @@ class SafeTrainingMixin(CheckpointHooks):
         bad_step: What to do about a step whose loss or gradients have NaN or Inf: "stop" raises
             `FloatingPointError`, "skip" makes no update. Under float16 the gradient scaler goes on
             to skip steps with gradients that overflow, and only the loss counts.
-        max_skipped: So many skipped steps in a row, and the next one is an error.
+        max_skipped: Maximum number of steps skipped in a row; one more is an error.
         *args, **kwargs: The Trainer's.
 
     Raises:
