@@ -115,12 +115,13 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
     removes what was written; after a kill it stays as "_unfinished-...", for the next to clear.
 
     Args:
-        final: Its folder must exist; older contents are replaced.
+        final: Its folder must exist; older contents are replaced. A link is followed. An empty
+            mount point cannot be replaced: its files come at the end, one after another.
 
     Yields:
         An empty folder beside it.
     """
-    final = Path(final)
+    final = Path(os.path.realpath(final))
     recover(final.parent)
     draft = final.parent / f"{UNFINISHED}-{final.name}"
     _remove(draft)
@@ -158,14 +159,7 @@ def publish(draft: Path, final: Path) -> None:
     elif exchange(draft, final):
         older = draft
     else:
-        older = _aside(final)
-        _remove(older)
-        final.rename(older)
-        try:
-            draft.rename(final)
-        except BaseException:
-            older.rename(final)
-            raise
+        older = _replace(draft, final)
     if os.name == "posix":
         descriptor = os.open(final.parent, os.O_RDONLY)
         try:
@@ -176,9 +170,42 @@ def publish(draft: Path, final: Path) -> None:
         _remove(older)
 
 
+def _replace(draft: Path, final: Path) -> Path:
+    """Put a folder in an older one's place, in two steps; returns what is left to remove."""
+    older = _aside(final)
+    _remove(older)
+    try:
+        final.rename(older)
+    except OSError as error:
+        if error.errno != errno.EBUSY or any(final.iterdir()):
+            raise
+        _fill(draft, final)
+        return draft
+    try:
+        draft.rename(final)
+    except BaseException:
+        older.rename(final)
+        raise
+    return older
+
+
+def _fill(draft: Path, final: Path) -> None:
+    """Copy a folder into an empty mount point, which keeps its name; an error empties it again."""
+    try:
+        shutil.copytree(draft, final, symlinks=True, dirs_exist_ok=True)
+        sync_folder(final)
+    except BaseException:
+        for path in final.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        raise
+
+
 def exchange(one: Path, two: Path) -> bool:
     """Let two files or folders swap their names in one step; False where the system, or the file
-    system, has no call for that.
+    system, has no call for that, and for mount points.
 
     Raises:
         OSError: The call failed.
@@ -191,7 +218,7 @@ def exchange(one: Path, two: Path) -> bool:
     if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV):
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY):
         return False
     raise OSError(code, os.strerror(code), str(two))
 
@@ -227,7 +254,7 @@ class SafeTrainingMixin(CheckpointHooks):
         bad_step: What to do about a step whose loss or gradients have NaN or Inf: "stop" raises
             `FloatingPointError`, "skip" makes no update. Under float16 the gradient scaler goes on
             to skip steps with gradients that overflow, and only the loss counts.
-        max_skipped: So many skipped steps in a row, and the next one is an error.
+        max_skipped: Maximum number of steps skipped in a row; one more is an error.
         *args, **kwargs: The Trainer's.
 
     Raises:

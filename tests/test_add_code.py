@@ -338,6 +338,19 @@ def test_command_line(original, tmp_path):
     again = commands.run(command)
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].startswith("error: output=")
+    (tmp_path / "file").write_text("")
+    nowhere = commands.run([*command[:-1], str(tmp_path / "file" / "ours")])
+    assert nowhere.returncode == 1 and "Traceback" not in nowhere.stderr
+    assert nowhere.stderr.strip().splitlines()[-1].startswith("error: [Errno ")
+
+
+def test_a_link_to_an_empty_folder_stays_one(snapshot, tmp_path):
+    """Bug: a folder took the link's place, and where it led stayed empty."""
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "ours").symlink_to("large disk")
+    add_code.main(snapshot=snapshot, output=tmp_path / "ours")
+    assert (tmp_path / "ours").is_symlink()
+    KimiLinearForCausalLM.from_pretrained(tmp_path / "large disk")
 
 
 def test_a_missing_file_of_the_tokenizers_code_is_named(tmp_path):

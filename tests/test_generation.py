@@ -408,6 +408,17 @@ def test_prompts_above_the_limit_are_refused_before_they_are_read(draft):
     assert got.tolist() == expected.tolist()
 
 
+def test_the_limit_counts_padding_and_cached_tokens():
+    model, ids = tiny_model(max_prompt_tokens=9), token_ids(1, 10)
+    mask = torch.ones_like(ids)
+    mask[:, :6] = 0
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    for more in ({"attention_mask": mask}, {"past_key_values": cache}):
+        with pytest.raises(ValueError, match=r"has 10 tokens.* max_prompt_tokens=9"):
+            model.generate(ids, **more, **COMMON)
+    assert cache.get_seq_length() == 8
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_drafts_of_its_own_first_layers_give_the_greedy_text(model, layers):
     ids = token_ids(1, 9)

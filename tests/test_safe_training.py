@@ -1,11 +1,14 @@
 """Steps that are not finite, and checkpoints whose writing is interrupted."""
 
+import ctypes
 import errno
 import json
 import os
 import resource
+import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import commands
 import pytest
@@ -403,15 +406,51 @@ def test_a_folder_that_a_kill_left_aside_is_put_back(tmp_path, start):
     assert not (tmp_path / "_unfinished-replaced-checkpoint-2").exists()
 
 
-def test_a_link_to_a_folder_is_replaced(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "x").write_text("old")
+@pytest.mark.parametrize("older", [True, False])
+def test_a_link_to_a_folder_is_followed(tmp_path, older):
+    """Bug: a folder took the link's place, on another disk than it led to."""
+    elsewhere = tmp_path / "disk" / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    if older:
+        (elsewhere / "x").write_text("old")
     final = tmp_path / "saved"
-    final.symlink_to("elsewhere")
+    final.symlink_to(elsewhere)
     replace(final, "new")
-    assert (final / "x").read_text() == "new" and not final.is_symlink()
-    assert (tmp_path / "elsewhere" / "x").read_text() == "old"
-    assert checkpoints(tmp_path) == ["elsewhere", "saved"]
+    assert final.is_symlink() and (elsewhere / "x").read_text() == "new"
+    assert checkpoints(tmp_path) == ["disk", "saved"] and checkpoints(elsewhere.parent) == [
+        "elsewhere"
+    ]
+
+
+def test_an_empty_mount_point_is_filled(tmp_path, monkeypatch):
+    """Bug: "Device or resource busy", since no mount point can be renamed."""
+    final, rename, copy = tmp_path / "saved", Path.rename, shutil.copytree
+    final.mkdir()
+
+    def exchange(*args):
+        ctypes.set_errno(errno.EBUSY)
+        return -1
+
+    def busy(path, target):
+        if path == final:
+            raise OSError(errno.EBUSY, "busy")
+        return rename(path, target)
+
+    def full_disk(*args, **kwargs):
+        copy(*args, **kwargs)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: SimpleNamespace(renameat2=exchange))
+    monkeypatch.setattr(Path, "rename", busy)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(shutil, "copytree", full_disk)
+        replace(final, "new")
+    assert checkpoints(tmp_path) == ["saved"] and not checkpoints(final)
+    replace(final, "new")
+    assert checkpoints(tmp_path) == ["saved"] and (final / "x").read_text() == "new"
+    with pytest.raises(OSError, match="busy"):  # with contents, it can't be replaced as a whole
+        replace(final, "newer")
+    assert checkpoints(tmp_path) == ["saved"] and (final / "x").read_text() == "new"
 
 
 def test_atomic_folder(tmp_path):
