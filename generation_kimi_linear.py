@@ -57,7 +57,7 @@ class KimiLinearGenerationMixin(GenerationHooks):
             _check_rows(mask[:, past:])
             positions = model_kwargs.get("position_ids")
             if positions is not None:  # they go on from the last column: let it be a real token's
-                columns = last_real_columns(mask != 0)
+                columns = last_real_columns(mask[:, -positions.shape[1] :] != 0)
                 model_kwargs["position_ids"] = positions.expand_as(columns).gather(1, columns)
             # the last piece need not hold each row's last token
             self._read_at_once(generation_config, "on right-padded prompts")

@@ -453,6 +453,21 @@ def test_prompt_lookup_after_a_long_prompt_and_then_a_turn(hybrid):
     assert run(hybrid, turn, cache=out.cache) == run(hybrid, turn)
 
 
+def test_a_right_padded_turn_with_its_own_positions(hybrid):
+    """Positions may be those of the new tokens alone, as the ids are."""
+    first = hybrid.generate(token_ids(2, 6), **COMMON, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, token_ids(2, 4, seed=5)], dim=1)
+    mask = torch.ones_like(text)
+    mask[0, -2:] = 0
+    expected = run(hybrid, text, attention_mask=mask)
+    past = first.cache.get_seq_length()
+    positions = torch.arange(past, text.shape[1]).expand(2, -1)
+    inputs = {"attention_mask": mask, "position_ids": positions, "cache": first.cache}
+    new = len(expected[0]) - text.shape[1]
+    found = run(hybrid, text[:, past:], **inputs)
+    assert [row[-new:] for row in found] == [row[-new:] for row in expected]
+
+
 @pytest.mark.parametrize("how", ["lookup", "assistant"])
 def test_drafts_behind_a_given_cache(how):
     """Transformers' first step reads the whole text once more, behind what the cache holds."""
