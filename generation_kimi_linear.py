@@ -57,7 +57,7 @@ class KimiLinearGenerationMixin(GenerationHooks):
             _check_rows(mask[:, past:])
             positions = model_kwargs.get("position_ids")
             if positions is not None:  # they go on from the last column: let it be a real token's
-                columns = last_real_columns(mask != 0)
+                columns = last_real_columns(mask[:, -positions.shape[1] :] != 0)
                 model_kwargs["position_ids"] = positions.expand_as(columns).gather(1, columns)
             # the last piece need not hold each row's last token
             self._read_at_once(generation_config, "on right-padded prompts")
@@ -136,18 +136,18 @@ class KimiLinearGenerationMixin(GenerationHooks):
         cache = one_cache(cache, past_key_values)
         for name in LOOP_ARGUMENTS:
             kwargs.pop(name, None)
-        if is_first_iteration and next_sequence_length is not None and next_sequence_length < 1:
+        name, prompt = "input_ids", input_ids
+        if inputs_embeds is not None:
+            name, prompt = "inputs_embeds", inputs_embeds
+        count, begun = prompt.shape[1], self.drafted_from()
+        if is_first_iteration and begun and name == "input_ids" and cache is not None:
+            past = cache.get_seq_length()
+            _check_unread(name, begun, past)
+            # Transformers would read the whole text, whatever the cache holds
+            next_sequence_length = count - past if past else next_sequence_length
+        elif is_first_iteration and next_sequence_length is not None:
             # Transformers would take a slice of [-left:], which may be the whole prompt once more
-            name, prompt = "input_ids", input_ids
-            if inputs_embeds is not None:
-                name, prompt = "inputs_embeds", inputs_embeds
-            count = prompt.shape[1]
-            raise ValueError(
-                f"{name} has {count} tokens and cache {count - next_sequence_length}, which is not "
-                f"allowed: {name} must be the whole text, at least one token longer than what is "
-                "cached (cache.crop(-1) takes the last one back); or the new tokens alone, with an "
-                "attention_mask of all columns"
-            )
+            _check_unread(name, count, count - next_sequence_length)
         inputs: dict[str, Any] | None = None
         mask, layers = attention_mask, getattr(cache, "layers", None)
         is_static = _is_compileable(cache)
@@ -209,6 +209,17 @@ class KimiLinearGenerationMixin(GenerationHooks):
 
 def _is_compileable(cache: Any) -> bool:
     return isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
+
+
+def _check_unread(name: str, count: int, past: int) -> None:
+    """ValueError unless a text of `count` tokens is longer than what is cached."""
+    if count <= past:
+        raise ValueError(
+            f"{name} has {count} tokens and cache {past}, which is not allowed: {name} must be the "
+            "whole text, at least one token longer than what is cached (cache.crop(-1) takes the "
+            "last one back); or, without drafts, the new tokens alone, with an attention_mask of "
+            "all columns"
+        )
 
 
 def _check_rows(new_mask: Tensor) -> None:

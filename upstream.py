@@ -380,6 +380,7 @@ class LoopWatch:
         self.steps = self.total = self.width = self.reorders = 0
         self.has_beams = self.has_drafts = False
         self.offset: int | None = None  # tokens of the text that its ids do not show
+        self.drafted_from: int | None = None  # the text's tokens, where drafts begin behind it
 
     def step(self, cache: Any, width: int, new: int, *, uses_cache: bool) -> None:
         """Check what one step is about to read.
@@ -467,7 +468,7 @@ class GenerationHooks(GenerationMixin):
             with _watching(watch):
                 return answering_both(super().generate(*args, **kwargs))
         except BaseException:
-            if watch.has_drafts and hasattr(cache, "is_torn"):
+            if watch.has_drafts and watch.steps and hasattr(cache, "is_torn"):
                 cache.is_torn = True  # drafted tokens are in it that nobody has accepted
             raise
 
@@ -514,6 +515,18 @@ class GenerationHooks(GenerationMixin):
             uses_cache = bool(inputs.get("use_cache", True))
             watch.step(cache, width, read.shape[1], uses_cache=uses_cache)
         return inputs if cache is None else {**inputs, "past_key_values": cache}
+
+    # 5.17: the loop whose first step reads the text and a draft at once.
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        watch = _watch.get()
+        if watch is not None:
+            watch.drafted_from = input_ids.shape[1]
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
+
+    def drafted_from(self) -> int | None:
+        """Tokens of the text that assisted decoding began with; None in other loops."""
+        watch = _watch.get()
+        return watch.drafted_from if watch is not None and watch.model is self else None
 
     # 5.17: the loop of greedy search and sampling, run with a check of our own, see `late_sample`.
     def _sample(self, *args: Any, **kwargs: Any) -> Any:

@@ -464,6 +464,34 @@ def test_prompt_lookup_after_a_long_prompt_and_then_a_turn(hybrid):
     assert run(hybrid, turn, cache=out.cache) == run(hybrid, turn)
 
 
+def test_a_right_padded_turn_with_its_own_positions(hybrid):
+    """Positions may be those of the new tokens alone, as the ids are."""
+    first = hybrid.generate(token_ids(2, 6), **COMMON, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, token_ids(2, 4, seed=5)], dim=1)
+    mask = torch.ones_like(text)
+    mask[0, -2:] = 0
+    expected = run(hybrid, text, attention_mask=mask)
+    past = first.cache.get_seq_length()
+    positions = torch.arange(past, text.shape[1]).expand(2, -1)
+    inputs = {"attention_mask": mask, "position_ids": positions, "cache": first.cache}
+    new = len(expected[0]) - text.shape[1]
+    found = run(hybrid, text[:, past:], **inputs)
+    assert [row[-new:] for row in found] == [row[-new:] for row in expected]
+
+
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_drafts_behind_a_given_cache(how):
+    """Transformers' first step reads the whole text once more, behind what the cache holds."""
+    own = tiny_model(initializer_range=0.3)
+    how = {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": tiny_model()}
+    first = own.generate(token_ids(1, 9), **COMMON, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, token_ids(1, 3, seed=5)], dim=1)
+    assert run(own, text, cache=first.cache.fork(), **how) == run(own, text)
+    with pytest.raises(ValueError, match="input_ids has 5 tokens and cache"):
+        run(own, text[:, :5], cache=first.cache, **how)
+    assert run(own, text, cache=first.cache) == run(own, text)
+
+
 def test_assisted_sampling_draws_from_the_model(hybrid):
     """The draft is the model itself, so that every candidate is accepted, whatever was drawn."""
     ids = token_ids(1, 9)
