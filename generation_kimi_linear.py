@@ -26,19 +26,22 @@ DECODE_ARGUMENTS = {"position_ids", "logits_to_keep", "use_cache"}
 class KimiLinearGenerationMixin(GenerationHooks):
     """`GenerationMixin` with the hybrid cache."""
 
-    def check_prompt(self, prompts: dict[str, Any], *, is_draft: bool) -> None:
+    def check_prompt(self, prompts: dict[str, Any], attention_mask: Any, *, is_draft: bool) -> None:
         """Refuse prompts that are no rows of tokens, and those above the limit before any of it is
         read. Ids beside embeddings may be none, and a draft's hold what was generated so far."""
         limit = None if is_draft else self.config.max_prompt_tokens
+        # of the new tokens alone, the mask has the columns of all
+        columns = attention_mask.shape[-1] if isinstance(attention_mask, Tensor) else 0
         if prompts.get("inputs_embeds") is not None:
             prompts = {"inputs_embeds": prompts["inputs_embeds"]}
         for name, prompt in prompts.items():
             if prompt is not None:
                 check_source(prompt, name)
-                if limit is not None and prompt.shape[1] > limit:
+                count = max(prompt.shape[1], columns)
+                if limit is not None and count > limit:
                     raise ValueError(
-                        f"{name} has {prompt.shape[1]} tokens, which is not allowed: it must have "
-                        f"at most max_prompt_tokens={limit} of the model's configuration"
+                        f"{name} has {count} tokens, cached ones included, which is not allowed: "
+                        f"it must have at most max_prompt_tokens={limit}, a field of config.json"
                     )
 
     def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:

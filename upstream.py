@@ -462,7 +462,8 @@ class GenerationHooks(GenerationMixin):
         given = {"inputs": args[0] if args else None, **kwargs}
         # 5.17: assisted decoding marks the settings of its drafts
         is_draft = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
-        self.check_prompt({name: given.get(name) for name in PROMPTS}, is_draft=is_draft)
+        prompts = {name: given.get(name) for name in PROMPTS}
+        self.check_prompt(prompts, given.get("attention_mask"), is_draft=is_draft)
         watch = LoopWatch(self, callable(kwargs.get("custom_generate")))
         try:
             with _watching(watch):
@@ -533,7 +534,7 @@ class GenerationHooks(GenerationMixin):
         late = None if kwargs.get("synced_gpus") else late_sample()
         return super()._sample(*args, **kwargs) if late is None else late(self, *args, **kwargs)
 
-    def check_prompt(self, prompts: dict[str, Any], *, is_draft: bool) -> None:
+    def check_prompt(self, prompts: dict[str, Any], attention_mask: Any, *, is_draft: bool) -> None:
         """Raise ValueError for what the model cannot go on with, by the argument's name."""
         raise NotImplementedError
 

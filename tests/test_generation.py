@@ -403,6 +403,9 @@ def test_prompts_above_the_limit_are_refused_before_they_are_read(draft):
         with pytest.raises(ValueError, match=r"has 10 tokens.* max_prompt_tokens=9"):
             model.generate(**prompt, **settings)
     assert not read
+    cache = model(ids[:, :8]).cache
+    with pytest.raises(ValueError, match=r"has 10 tokens.* max_prompt_tokens=9"):
+        model.generate(ids[:, 8:], attention_mask=torch.ones_like(ids), cache=cache, **settings)
     expected = tiny_model().generate(ids[:1, :9], **settings)
     got = model.generate(ids[:1, :9], assistant_early_exit=draft, **settings)
     assert got.tolist() == expected.tolist()
