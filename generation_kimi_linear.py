@@ -64,7 +64,9 @@ class KimiLinearGenerationMixin(GenerationHooks):
                 model_kwargs["position_ids"] = positions.expand_as(columns).gather(1, columns)
             # the last piece need not hold each row's last token
             self._read_at_once(generation_config, "on right-padded prompts")
-        if is_compiled and compiles_steps:  # of pieces, it would compile the first too
+        if compiles_steps and (
+            is_compiled or _is_compileable(cache)
+        ):  # of pieces, it would compile the first too
             self._read_at_once(generation_config, "with compile_config")
         if self.training and self.model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False

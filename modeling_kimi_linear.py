@@ -103,6 +103,8 @@ logger = logging.get_logger(__name__)
 BACKBONE = "KimiLinearBackbone"
 # Of a head's further arguments, those that the backbone reads.
 PASSED_ON = {**OUTPUT_ARGUMENTS, **LENGTH_ARGUMENTS}
+# What gives sequences losses of the router.
+LOSS_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef")
 # Longest call without a past that goes to the "sdpa" backend when no graph is recorded.
 BACKEND_TOKENS = 1024
 AUTO_MAP = {
@@ -344,7 +346,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             input_ids: [B, T] int64; either this or `inputs_embeds`.
             attention_mask: [B, S], non-zero at real tokens, cached ones included. Padding may stand
                 anywhere. Or [B or 1, 1, T, T], what each token sees, if that is a tree: texts that
-                share beginnings, see `tree_mask.py`.
+                share beginnings, see `tree_mask.py`; `position_ids` say nothing then.
             position_ids: [B or 1, T]. There are no positional encodings; only restarts matter,
                 which begin a new sequence within a row (packing).
             cache: A `KimiLinearCache`, or an empty `DynamicCache`.
@@ -378,10 +380,12 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         check_source(source, "input_ids" if inputs_embeds is None else "inputs_embeds")
         batch_size, num_tokens = source.shape[:2]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-            return self._read_trees(source, attention_mask, cache is not None or use_cache, kwargs)
+            packing = {"seq_idx": seq_idx is not None, "cu_seq_lens_q": cu_seq_lens_q is not None}
+            wanted = {"a cache": cache is not None or use_cache, **packing, **kwargs}
+            return self._read_trees(source, attention_mask, wanted)
         if attention_mask is not None:
             check_attention_mask(attention_mask, batch_size, num_tokens)
-        if is_static_call(cache):
+        if torch.compiler.is_compiling() and is_static_call(cache):
             assert cache is not None
             x = self.embed_tokens(source) if inputs_embeds is None else source
             return self._run_layers(static_inputs(cache, attention_mask, x), kwargs)
@@ -409,6 +413,9 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         cache = self._cache_for(layout, cache, use_cache, batch_size)
         past = 0 if cache is None else cache.layers[0].num_tokens
         check_columns(attention_mask, past, num_tokens)
+        if cache is not None and is_static_call(cache):
+            note_padding(cache, attention_mask, mask, past)
+            return self._run_layers(static_inputs(cache, mask, hidden_states), kwargs)
         by_blocks = self._attends_by_blocks(layout, past, num_tokens)
         inputs = {
             "hidden_states": hidden_states,
@@ -427,13 +434,14 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         return self._run_layers(inputs, kwargs)
 
     def _read_trees(
-        self, source: Tensor, attention_mask: Tensor, has_cache: bool | None, kwargs: dict[str, Any]
+        self, source: Tensor, attention_mask: Tensor, wanted: dict[str, Any]
     ) -> KimiLinearModelOutput:
         """A call with a mask of four dimensions, see `tree_mask.py`."""
-        wanted = {name: kwargs.get(name, getattr(self.config, name)) for name in OUTPUT_ARGUMENTS}
+        wanted = {**{name: getattr(self.config, name) for name in OUTPUT_ARGUMENTS}, **wanted}
         obstacles = [name for name, is_wanted in wanted.items() if is_wanted]
-        obstacles += ["a cache"] * bool(has_cache)
         obstacles += ["context parallelism"] * (self.context_group is not None)
+        if self.training:
+            obstacles += [name for name in LOSS_COEFFICIENTS if getattr(self.config, name)]
         if obstacles:
             raise ValueError(
                 f"attention_mask has four dimensions, which is not allowed with {obstacles[0]}"

@@ -218,7 +218,7 @@ def exchange(one: Path, two: Path) -> bool:
     if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY):
+    if code in (errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY):
         return False
     raise OSError(code, os.strerror(code), str(two))
 

@@ -207,8 +207,6 @@ def static_inputs(
     seen = (torch.arange(cache.room, device=device) <= columns[:, None]).expand(B, -1, -1)
     layout = SequenceLayout()
     if attention_mask is not None:
-        for layer in cache.layers:
-            layer.has_padding = True
         real = attention_mask.to(device) != 0
         own = real.index_select(1, columns)
         real = F.pad(real, (0, cache.room - real.shape[1]))

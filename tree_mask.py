@@ -69,6 +69,8 @@ def tree_texts(attention_mask: Tensor, batch_size: int, num_tokens: int) -> Tree
                 found[row * num_tokens + column] = len(places)
                 places.append(row * num_tokens + column)
             ends.append(len(places))
+    if not places:
+        raise ValueError("attention_mask hides everything, which is not allowed: no token sees any")
     device: Any = attention_mask.device
     return TreeTexts(
         torch.tensor(places, device=device),

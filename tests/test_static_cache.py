@@ -201,3 +201,21 @@ def test_a_mask_of_too_many_columns_is_refused(fields):
     cache = own.generate(IDS, **{**settings, **fields}).cache
     with pytest.raises(ValueError, match="40 columns, which is not allowed: it must cover the 13"):
         own(IDS, attention_mask=torch.ones(3, 40), cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "attention_mask=None is not allowed here"),
+        ({"attention_mask": torch.ones(3, 10)}, "it must cover the 13 cached and the 3 new"),
+        ({"attention_mask": torch.zeros(3, 16)}, "zeros among the cached tokens"),
+    ],
+)
+def test_calls_by_hand_behind_a_cache_of_compiled_steps(model, inputs, message):
+    """They are held against the cache as behind any other one."""
+    settings = {**COMMON, "return_dict_in_generate": True, **static()}
+    if not inputs:
+        settings["attention_mask"] = torch.tensor(MASKS["left"])
+    cache = model.generate(IDS, **settings).cache
+    with pytest.raises(ValueError, match=message):
+        model(IDS[:, :3], cache=cache, **inputs)

@@ -70,6 +70,7 @@ def test_a_causal_mask_is_one_text(model):
         (lambda m: m.tril() - m.tril(-3), "no mask of trees at token 3"),  # a window
         (lambda m: m.tril()[:, :, :, 1:], r"has shape \(1, 1, 9, 8\)"),
         (lambda m: m.tril().float(), "other values than 0"),
+        (lambda m: m * 0, "hides everything"),
     ],
 )
 def test_other_masks_are_refused(model, change, message):
@@ -82,6 +83,8 @@ def test_other_masks_are_refused(model, change, message):
     ("fields", "message"),
     [
         ({"use_cache": True}, "not allowed with a cache"),
+        ({"seq_idx": torch.zeros(2, 9, dtype=torch.long)}, "not allowed with seq_idx"),
+        ({"cu_seq_lens_q": torch.tensor([0, 9, 18])}, "not allowed with cu_seq_lens_q"),
         ({"output_hidden_states": True}, "not allowed with output_hidden_states"),
         ({"labels": token_ids(2, 9)}, "for calls without labels"),
     ],
@@ -89,3 +92,9 @@ def test_other_masks_are_refused(model, change, message):
 def test_what_it_cannot_be_combined_with(model, fields, message):
     with pytest.raises(ValueError, match=message):
         model(token_ids(2, 9), attention_mask=tree_mask(), **fields)
+
+
+def test_losses_of_the_router_are_refused():
+    own = tiny_model(**TWO_LAYERS, router_aux_loss_coef=0.1).train()
+    with pytest.raises(ValueError, match="not allowed with router_aux_loss_coef"):
+        own(token_ids(2, 9), attention_mask=tree_mask())
