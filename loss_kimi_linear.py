@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
+from .experts_training import HOOKS
 from .kda import is_transformed, no_autocast
 from .loss_kernel import loss_and_gradient, reference_loss_and_gradient
 from .prefill_kernels import has_kernels
@@ -229,14 +230,13 @@ def _obstacle(model: Any, x: Tensor, labels: Tensor, logits_to_keep: int | Tenso
 
 def _is_plain(head: Any) -> bool:
     """Whether `head(x)` is nothing but the product with a weight that is all here."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(head) is nn.Linear
         and getattr(head, "bias", None) is None
         and type(head.weight) in (nn.Parameter, Tensor)
         and not head.weight.is_meta
         and "forward" not in vars(head)  # accelerate puts hooks there
-        and not any(getattr(head, name) for name in hooks)
+        and not any(getattr(head, name) for name in HOOKS)
     )
 
 

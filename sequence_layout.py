@@ -186,9 +186,7 @@ def sequence_layout(
         )
         if ids is not None
     ]
-    if real is None and (num_tokens == 1 or not sources):
-        return SequenceLayout()
-    if torch.compiler.is_compiling() and (num_tokens == 1 or not sources):
+    if (num_tokens == 1 or not sources) and (real is None or torch.compiler.is_compiling()):
         return traced_layout(real)
     # column of the real token before each token of this call, -1 if there is none
     previous = _previous_real(real, batch_size, num_tokens, device)
