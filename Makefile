@@ -20,6 +20,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INPUTS := setup.cfg pyproject.toml constraints.txt
+# Folders of the package.
+ROOMS := cache checkpoints decode generation inputs layers ops parallel tokenizer training upstream
 ARGS ?=
 
 .DELETE_ON_ERROR:
@@ -53,7 +55,7 @@ format: $(VENV)/dev.stamp
 typecheck: $(VENV)/dev.stamp
 	mkdir -p build/mypy && ln -sfn ../.. build/mypy/kimi_linear
 	cd build/mypy && ../../$(BIN)/mypy --config-file ../../setup.cfg --explicit-package-bases \
-		kimi_linear/*.py kimi_linear/tokenizer/*.py
+		kimi_linear/*.py $(addprefix kimi_linear/,$(ROOMS))
 
 gpu-test: .venv-gpu/gpu.stamp
 	.venv-gpu/bin/python -m pytest -m gpu $(ARGS)

@@ -4,6 +4,24 @@ Importing the package registers its configuration and models with the Auto class
 classes that Transformers itself has for `model_type="kimi_linear"`; those keep working.
 """
 
+from kimi_linear.cache.hybrid import KimiLinearCache, cache_memory
+from kimi_linear.cache.sessions import (
+    Session,
+    keep_prefix,
+    load_session,
+    read_session,
+    save_session,
+)
+from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.modeling_kimi_linear import (
+    KimiLinearBackbone,
+    KimiLinearForCausalLM,
+    KimiLinearForSequenceClassification,
+    KimiLinearForTokenClassification,
+    KimiLinearPreTrainedModel,
+)
+from kimi_linear.presets import PRESETS
+from kimi_linear.training.lora import LORA_GROUPS, lora_targets
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -11,19 +29,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-
-from .cache_kimi_linear import KimiLinearCache, cache_memory
-from .configuration_kimi_linear import KimiLinearConfig
-from .modeling_kimi_linear import (
-    KimiLinearBackbone,
-    KimiLinearForCausalLM,
-    KimiLinearForSequenceClassification,
-    KimiLinearForTokenClassification,
-    KimiLinearPreTrainedModel,
-)
-from .peft_targets import LORA_GROUPS, lora_targets
-from .presets import PRESETS
-from .sessions import Session, keep_prefix, load_session, read_session, save_session
 
 __version__ = "0.1.0"
 

@@ -21,11 +21,10 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
         f"{transformers.__version__}: pip install --upgrade transformers"
     )
 
+from kimi_linear.parallel.plans import EP_PLAN, PP_PLAN, TP_PLAN
+from kimi_linear.presets import PRESETS
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
-
-from .parallel_plans import EP_PLAN, PP_PLAN, TP_PLAN
-from .presets import PRESETS
 
 logger = logging.get_logger(__name__)
 

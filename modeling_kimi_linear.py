@@ -14,13 +14,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import TokenClassifierOutput
-from transformers.utils import logging
-
-from .cache_kimi_linear import prepare_cache
-from .cached_call import (
+from kimi_linear.cache.hybrid import prepare_cache
+from kimi_linear.cache.static import is_static_call, static_inputs, without_room
+from kimi_linear.checkpoints.names import (
+    check_checkpoint,
+    check_inside,
+    other_spellings,
+    register_conversion,
+    stored_tensors,
+    write_weights,
+)
+from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.decode.graph import DecodeBackend, can_decode, decode_logits, is_decode_step
+from kimi_linear.generation.mixin import KimiLinearGenerationMixin
+from kimi_linear.inputs.layout import (
+    SequenceLayout,
+    check_attention_mask,
+    last_real_columns,
+    sequence_layout,
+)
+from kimi_linear.inputs.plan import (
     check_columns,
     check_source,
     count_elsewhere,
@@ -28,20 +41,8 @@ from .cached_call import (
     plan_kda,
     unless_all_real,
 )
-from .configuration_kimi_linear import KimiLinearConfig
-from .context_parallel import (
-    check_context_call,
-    own_labels,
-    own_tokens,
-    shard_layout,
-    total_over,
-)
-from .decay_sharding import decays_apart
-from .decode_graph import DecodeBackend, can_decode, decode_logits, is_decode_step
-from .expert_quantization import is_packed, packing_experts, saved_bytes, unpack_experts
-from .generation_kimi_linear import KimiLinearGenerationMixin
-from .kda import is_exporting
-from .layers_kimi_linear import (
+from kimi_linear.inputs.trees import tree_texts
+from kimi_linear.layers.attention import (
     KimiLinearDeltaAttention,
     KimiLinearLatentAttention,
     KimiLinearMLP,
@@ -50,25 +51,37 @@ from .layers_kimi_linear import (
     attends_by_sequence,
     is_flash_attention,
 )
-from .loss_kimi_linear import DeferredLogits, LossBackend, causal_lm_loss, uses_fused_loss
-from .moe_kimi_linear import KimiLinearExperts, KimiLinearMoE, KimiLinearRouter
-from .moe_training import ExpertLoads, RouterNotes, add_router_losses, take_notes
-from .outputs_kimi_linear import (
+from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearMoE, KimiLinearRouter
+from kimi_linear.ops.cross_entropy import (
+    DeferredLogits,
+    LossBackend,
+    causal_lm_loss,
+    uses_fused_loss,
+)
+from kimi_linear.ops.kda import is_exporting
+from kimi_linear.outputs_kimi_linear import (
     KimiLinearCausalLMOutput,
     KimiLinearModelOutput,
     KimiLinearSequenceClassifierOutput,
     one_cache,
 )
-from .sequence_layout import (
-    SequenceLayout,
-    check_attention_mask,
-    last_real_columns,
-    sequence_layout,
+from kimi_linear.parallel.context import (
+    check_context_call,
+    own_labels,
+    own_tokens,
+    shard_layout,
+    total_over,
 )
-from .static_cache import is_static_call, static_inputs, without_room
-from .tensor_parallel import joined, register_styles
-from .tree_mask import tree_texts
-from .upstream import (
+from kimi_linear.parallel.decay_sharding import decays_apart
+from kimi_linear.parallel.tensor import joined, register_styles
+from kimi_linear.training.quantized_experts import (
+    is_packed,
+    packing_experts,
+    saved_bytes,
+    unpack_experts,
+)
+from kimi_linear.training.router import ExpertLoads, RouterNotes, add_router_losses, take_notes
+from kimi_linear.upstream import (
     BACKBONE_ARGUMENTS,
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
@@ -89,14 +102,10 @@ from .upstream import (
     packed_sequence_mask_function,
     save_by_registered_names,
 )
-from .weight_conversion import (
-    check_checkpoint,
-    check_inside,
-    other_spellings,
-    register_conversion,
-    stored_tensors,
-    write_weights,
-)
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 

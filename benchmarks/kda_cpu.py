@@ -66,7 +66,7 @@ def native_forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def build(case: str, num_tokens: int, num_heads: int, head_dim: int) -> Callable[[], Any]:
     """The call to measure, with its inputs made."""
-    from kimi_linear.kda import kda_attention
+    from kimi_linear.ops.kda import kda_attention
 
     if case == "ours_decode":
         inputs = make_inputs(1, num_heads, head_dim)

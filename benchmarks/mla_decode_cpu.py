@@ -23,9 +23,9 @@ import torch
 import transformers
 from _environment import environment
 from kimi_linear import KimiLinearConfig
-from kimi_linear.cache_kimi_linear import KimiLinearCache
-from kimi_linear.layers_kimi_linear import KimiLinearLatentAttention
-from kimi_linear.sequence_layout import SequenceLayout
+from kimi_linear.cache.hybrid import KimiLinearCache
+from kimi_linear.inputs.layout import SequenceLayout
+from kimi_linear.layers.attention import KimiLinearLatentAttention
 from transformers.models.kimi_linear import KimiLinearConfig as NativeConfig
 from transformers.models.kimi_linear import modeling_kimi_linear as native
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from _environment import environment, line_writer
-from kimi_linear import KimiLinearCache, kda
+from kimi_linear import KimiLinearCache
+from kimi_linear.ops import kda
 from million_tokens import random_model
 
 EXACTNESS_LAYERS, EXACTNESS_TOKENS = 4, 20000

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _environment import environment, line_writer
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM, experts_kimi_linear
-from kimi_linear.experts_training import train_experts
-from kimi_linear.loss_kimi_linear import linear_cross_entropy
-from kimi_linear.moe_kimi_linear import KimiLinearExperts
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.layers.moe import KimiLinearExperts
+from kimi_linear.ops import experts as experts_kimi_linear
+from kimi_linear.ops.cross_entropy import linear_cross_entropy
+from kimi_linear.ops.experts.training import train_experts
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

@@ -21,7 +21,7 @@ os.environ.setdefault("FLA_CACHE_MODE", "disabled")  # the table of today is not
 import torch
 from _environment import environment, line_writer
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.fla_tuning import KnownConfigs, autotuners, name_of, shape_of
+from kimi_linear.ops.fla.tuning import KnownConfigs, autotuners, name_of, shape_of
 from torch import nn
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.autotuner import Autotuner

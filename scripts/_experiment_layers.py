@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.kda import kda_attention, no_autocast, resolve_backend
-from kimi_linear.layers_kimi_linear import KimiLinearDeltaAttention, KimiLinearShortConv
-from kimi_linear.sequence_layout import SequenceLayout
+from kimi_linear.inputs.layout import SequenceLayout
+from kimi_linear.layers.attention import KimiLinearDeltaAttention, KimiLinearShortConv
+from kimi_linear.ops.kda import kda_attention, no_autocast, resolve_backend
 from torch import Tensor, nn
 
 MIXERS = ("kda", "gdn", "mamba2", "mla")

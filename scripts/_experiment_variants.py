@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from _experiment_layers import small_config
 from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.layers_kimi_linear import (
+from kimi_linear.layers.attention import (
     KimiLinearDeltaAttention,
     KimiLinearLatentAttention,
     KimiLinearRMSNorm,

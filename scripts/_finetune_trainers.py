@@ -14,7 +14,7 @@ import torch
 from _finetune_settings import DpoSettings, GrpoSettings, Settings, SftSettings
 from _training import make_optimizer, schedule_factor
 from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.safe_training import SafeTrainingMixin
+from kimi_linear.training.safe_trainer import SafeTrainingMixin
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -242,7 +242,7 @@ def our_reference(settings: Settings) -> Iterator[None]:
 
 def lora_config(settings: Settings, config: Any) -> Any:
     """PEFT's configuration of the adapters that the settings want."""
-    from kimi_linear.peft_targets import lora_targets
+    from kimi_linear.training.lora import lora_targets
     from peft import LoraConfig
 
     return LoraConfig(

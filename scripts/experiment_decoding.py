@@ -49,7 +49,8 @@ from _experiment_runs import (
     say,
 )
 from _limits import Limits
-from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig, decode_graph
+from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
+from kimi_linear.decode import graph as decode_graph
 from torch import Tensor
 
 EXPERIMENT = "decoding"

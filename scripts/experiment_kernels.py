@@ -52,7 +52,7 @@ from _experiment_runs import (
     run_main,
     say,
 )
-from kimi_linear.kda import kda_attention
+from kimi_linear.ops.kda import kda_attention
 from torch import Tensor
 
 EXPERIMENT = "kernels"

@@ -36,14 +36,14 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from kimi_linear import KimiLinearConfig
-from kimi_linear.modeling_kimi_linear import AUTO_MAP
-from kimi_linear.tokenizer.snapshot import read_json
-from kimi_linear.weight_conversion import (
+from kimi_linear.checkpoints.names import (
     check_checkpoint,
     check_finite,
     check_inside,
     read_header,
 )
+from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from kimi_linear.tokenizer.snapshot import read_json
 from model_card import TASKS, Statements, model_card, read_metrics
 from tqdm import tqdm
 

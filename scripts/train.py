@@ -54,9 +54,9 @@ from _training import (
 )
 from datasets import Dataset, IterableDataset, load_dataset
 from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.moe_callback import balance_experts
-from kimi_linear.safe_training import BadStep, SafeTrainer
 from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
+from kimi_linear.training.bias_callback import balance_experts
+from kimi_linear.training.safe_trainer import BadStep, SafeTrainer
 from torch.optim.lr_scheduler import LambdaLR
 from train_tokenizer import find_files, read_files
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from autotuning import try_few_autotune_configs
 from filelock import FileLock
 
 MAX_THREADS = 2
-AUTOTUNE_CONFIGS = 2
 
 
 class RootIsPlainFolder:
@@ -69,24 +69,6 @@ def bind_native_model_to_torch() -> None:
         importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
     finally:
         del sys.modules["fla"]
-
-
-def try_few_autotune_configs() -> None:
-    """Let Triton's autotuners choose between two configurations instead of dozens.
-
-    Which one is chosen changes a kernel's speed, not its result; compiling all of them for every
-    size and dtype takes the better part of an hour on a fresh machine.
-    """
-    try:
-        from triton.runtime.autotuner import Autotuner
-    except ImportError:
-        return
-    original = Autotuner.__init__
-
-    def init(self: Any, fn: Any, arg_names: Any, configs: list[Any], *args: Any, **kw: Any) -> None:
-        original(self, fn, arg_names, configs[:AUTOTUNE_CONFIGS], *args, **kw)
-
-    Autotuner.__init__ = init
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,12 +7,7 @@ import time
 
 import pytest
 from builders import tiny_config
-from kimi_linear import (
-    PRESETS,
-    KimiLinearConfig,
-    KimiLinearForCausalLM,
-    configuration_kimi_linear,
-)
+from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM, configuration_kimi_linear
 from official import CONFIG as OFFICIAL
 
 pytestmark = pytest.mark.core

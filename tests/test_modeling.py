@@ -11,8 +11,8 @@ from kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
-from kimi_linear import layers_kimi_linear as layers
 from kimi_linear import modeling_kimi_linear as modeling
+from kimi_linear.layers import attention as layers
 from safetensors.torch import load_file
 from tolerance import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache

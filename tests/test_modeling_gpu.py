@@ -3,12 +3,12 @@
 import textwrap
 from pathlib import Path
 
-import kimi_linear.kda as kda
+import kimi_linear.ops.kda as kda
 import pytest
 import torch
 from builders import tiny_model, token_ids
 from decode_models import decode_model
-from test_native import native_like
+from native import native_like
 from tolerance import assert_kernel_close
 
 pytestmark = [

@@ -1,16 +1,10 @@
 """Against Transformers' own `kimi_linear`, an independent implementation, right in plain cases."""
 
-import copy
-
 import pytest
 import torch
-from _benchmark_models import SHARED_FIELDS
 from builders import tiny_model, token_ids
+from native import native_like, native_names
 from tolerance import assert_close
-from transformers.models.kimi_linear import modeling_kimi_linear as native_modeling
-from transformers.models.kimi_linear.configuration_kimi_linear import (
-    KimiLinearConfig as NativeConfig,
-)
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 
@@ -28,37 +22,10 @@ CASES = {
 }
 
 
-def native_like(model):
-    """The native model with the weights of ours, matched by name and shape, not by its loader."""
-    config = model.config
-    linear = config.linear_attn_config
-    native_config = NativeConfig(
-        **{key: getattr(config, key) for key in SHARED_FIELDS},
-        linear_attn_config=copy.deepcopy(linear),
-    )
-    native_config._attn_implementation = "eager"
-    native = native_modeling.KimiLinearForCausalLM(native_config).eval()
-    native.load_state_dict(dict(_native_names(model.state_dict())))
-    return native
-
-
-def _native_names(state):
-    for name, tensor in state.items():
-        if ".q_conv1d." in name:
-            parts = [state[name.replace("q_conv1d", f"{x}_conv1d")] for x in "qkv"]
-            yield name.replace("q_conv1d", "conv1d"), torch.cat(parts)
-            continue
-        if "k_conv1d" in name or "v_conv1d" in name:
-            continue
-        for gate in ("f_a_proj", "f_b_proj", "A_log", "dt_bias"):
-            name = name.replace(f"self_attn.{gate}", f"self_attn.forget_gate.{gate}")
-        yield name.replace("block_sparse_moe", "mlp"), tensor
-
-
 def our_gradient(model, native_name):
     """Gradient of ours under the native model's parameter name."""
     grads = {name: p.grad for name, p in model.named_parameters()}
-    return dict(_native_names(grads))[native_name]
+    return dict(native_names(grads))[native_name]
 
 
 @pytest.fixture(params=CASES, scope="module")

@@ -13,8 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .special_tokens import ASSISTANT_TOKEN, CHAT_EOS_TOKEN, EOS_TOKENS, MIDDLE_TOKEN, PAD_TOKEN
-from .streaming import StreamDecoder, check_id
+from kimi_linear.tokenizer.special_tokens import (
+    ASSISTANT_TOKEN,
+    CHAT_EOS_TOKEN,
+    EOS_TOKENS,
+    MIDDLE_TOKEN,
+    PAD_TOKEN,
+)
+from kimi_linear.tokenizer.streaming import StreamDecoder, check_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

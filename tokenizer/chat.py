@@ -11,11 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kimi_linear.tokenizer.marks import (
+    map_strings,
+    mark_beginnings,
+    special_tokens_pattern,
+    unused_character,
+)
+from kimi_linear.tokenizer.special_tokens import ASSISTANT_TOKEN, CHAT_EOS_TOKEN, MIDDLE_TOKEN
+from kimi_linear.tokenizer.text import check_text
 from tokenizers import Tokenizer
-
-from .marks import map_strings, mark_beginnings, special_tokens_pattern, unused_character
-from .special_tokens import ASSISTANT_TOKEN, CHAT_EOS_TOKEN, MIDDLE_TOKEN
-from .text import check_text
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase

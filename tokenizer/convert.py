@@ -20,15 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
-
-from .answers import response_template
-from .byte_level import bytes_to_chars
-from .chat import chat_template
-from .special_tokens import (
+from kimi_linear.tokenizer.answers import response_template
+from kimi_linear.tokenizer.byte_level import bytes_to_chars
+from kimi_linear.tokenizer.chat import chat_template
+from kimi_linear.tokenizer.special_tokens import (
     BOS_TOKEN,
     CHAT_EOS_TOKEN,
     EOS_TOKENS,
@@ -40,7 +35,11 @@ from .special_tokens import (
     UNK_TOKEN,
     special_token_ids,
 )
-from .tiktoken_format import check_ranks, load_tiktoken, save_tiktoken
+from kimi_linear.tokenizer.tiktoken_format import check_ranks, load_tiktoken, save_tiktoken
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

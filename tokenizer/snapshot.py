@@ -5,15 +5,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .byte_level import chars_to_bytes
-from .convert import VOCAB_FILE, convert_tiktoken, replacing_files
-from .special_tokens import (
+from kimi_linear.tokenizer.byte_level import chars_to_bytes
+from kimi_linear.tokenizer.convert import VOCAB_FILE, convert_tiktoken, replacing_files
+from kimi_linear.tokenizer.special_tokens import (
     CHAT_EOS_TOKEN,
     EOS_TOKENS,
     NUM_SPECIAL_TOKENS,
     special_token_ids,
 )
-from .tiktoken_format import load_tiktoken, save_tiktoken
+from kimi_linear.tokenizer.tiktoken_format import load_tiktoken, save_tiktoken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

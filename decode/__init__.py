@@ -1,0 +1,1 @@
+"""Decoding as one recorded graph: when, what it launches, its kernels."""

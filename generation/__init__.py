@@ -1,0 +1,1 @@
+"""What Kimi Linear does differently in `generate()`."""

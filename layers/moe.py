@@ -1,0 +1,230 @@
+"""The mixture of experts: router, routed experts, shared experts.
+
+Source: arXiv 2510.26692, section 4, after DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Attribute
+names are the released checkpoints' names but for the experts, which are fused into two tensors.
+
+Shapes: B batch, T tokens, D hidden size, E experts, k experts of one token.
+"""
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.layers.attention import KimiLinearMLP
+from kimi_linear.ops.experts import EXPERTS
+from kimi_linear.ops.experts.prefill_kernels import choose_experts, has_kernels
+from kimi_linear.ops.experts.training_kernels import choose_experts_in_training
+from kimi_linear.ops.wide_product import wide_linear
+from kimi_linear.parallel.tensor import is_dtensor, replicated
+from kimi_linear.training.quantized_experts import EXPERT_TENSORS, plain_experts
+from kimi_linear.training.router import RouterNotes
+from kimi_linear.upstream import use_experts_implementation
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")
+
+
+class KimiLinearRouter(nn.Module):
+    """Choice and weights of each token's experts, in float32."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        # moves the choice only, and has no gradient; a buffer so that optimizers leave it alone
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor, notes: RouterNotes | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
+        logits, weights, experts = self._choose(x)
+        if notes is not None:
+            notes.count(experts)
+        return logits, weights, experts
+
+    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        logits = wide_linear(x, self.weight)
+        bias = self.e_score_correction_bias.to(logits.dtype)
+        renormalize = config.moe_renormalize and config.num_experts_per_token > 1  # as released
+        is_sigmoid = config.moe_router_activation_func == "sigmoid"
+        in_groups = config.num_expert_group != config.topk_group
+        if is_sigmoid and not in_groups and has_kernels(logits.detach(), bias):
+            choose = choose_experts_in_training if logits.requires_grad else choose_experts
+            return logits, *choose(
+                logits,
+                bias,
+                config.num_experts_per_token,
+                renormalize,
+                config.routed_scaling_factor,
+            )
+        scores = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
+        choice = self._within_best_groups(scores + bias)
+        experts = choice.topk(config.num_experts_per_token, dim=-1, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if renormalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits, weights * config.routed_scaling_factor, experts
+
+    # accelerate's loading for FSDP2 by one process takes all of a state for DTensors, buffers too
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_dtensor(self.weight) and self.e_score_correction_bias.is_meta:
+            name = prefix + "e_score_correction_bias"
+            destination[name] = replicated(destination[name], self.weight)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        name = prefix + "e_score_correction_bias"
+        if is_dtensor(state_dict.get(name)):
+            state_dict[name] = state_dict[name].full_tensor()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _within_best_groups(self, scores: Tensor) -> Tensor:
+        """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""
+        groups, kept = self.config.num_expert_group, self.config.topk_group
+        if kept == groups:
+            return scores
+        grouped = scores.unflatten(-1, (groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1, sorted=False).indices
+        outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
+        return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+@use_experts_implementation(experts_interface=EXPERTS)
+class KimiLinearExperts(nn.Module):
+    """The routed experts, fused; Transformers' experts interface picks the forward."""
+
+    config: KimiLinearConfig  # set by the decorator
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        size = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(self.num_experts, 2 * size, config.hidden_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, D], experts and weights [tokens, k] to [tokens, D], one expert at a time."""
+        gate_up_proj, down_proj = plain_experts(self.gate_up_proj), plain_experts(self.down_proj)
+        out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:  # another rank's, under expert parallelism
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_out = F.linear(self.act_fn(gate) * up, down_proj[expert])
+            out = out.index_add(0, token, expert_out * top_k_weights[token, slot, None])
+        return out.to(hidden_states.dtype)
+
+    def split_size(self) -> tuple[str, int, int]:
+        """What tensor parallelism divides: field, size, and what a part is a multiple of."""
+        return "moe_intermediate_size", self.down_proj.shape[2], 8
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pack = self.__dict__.get("pack_arriving")  # while a quantised model is loaded
+        if pack is not None and name in EXPERT_TENSORS and not value.is_meta:
+            value = pack(value)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
+        names = {
+            (int(match[1]), match[2]): name
+            for name in state_dict
+            if name.startswith(prefix)
+            and (match := EXPERT_NAME.fullmatch(name, len(prefix)))
+            and int(match[1]) < self.num_experts
+        }
+        is_complete = len(names) == 3 * self.num_experts
+        if is_complete and local_metadata.get("assign_to_params_buffers"):
+            # the parameters, which may be on the meta device, are not to be written to
+            parts = {key: state_dict.pop(name) for key, name in names.items()}
+            state_dict[prefix + "gate_up_proj"], state_dict[prefix + "down_proj"] = _fuse(parts)
+        else:
+            for (expert, kind), name in names.items():
+                self._copy_expert(expert, kind, name, state_dict.pop(name), error_msgs)
+            if is_complete:
+                for name, parameter in self.named_parameters():
+                    state_dict.setdefault(prefix + name, parameter.detach())
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    @torch.no_grad()
+    def _copy_expert(
+        self, expert: int, kind: str, name: str, value: Tensor, error_msgs: list[str]
+    ) -> None:
+        """Put one matrix of one expert into its place, or tell torch why that cannot be."""
+        # not from the parameters, which may have no shape under ZeRO-3
+        size = self.config.moe_intermediate_size
+        rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}[kind]
+        place = (self.down_proj if kind == "w2" else self.gate_up_proj)[expert, rows]
+        if place.is_meta:
+            error_msgs.append(
+                f"{name} cannot be put into a model on the meta device alone: assign=True needs "
+                "the matrices of all experts of a layer in one state_dict"
+            )
+            return
+        if place.shape == value.shape:
+            place.copy_(value)
+            return
+        error_msgs.append(
+            f"size mismatch for {name}: copying a param with shape {value.shape} from checkpoint, "
+            f"the shape in current model is {place.shape}."
+        )
+
+
+def _fuse(parts: dict[tuple[int, str], Tensor]) -> tuple[Tensor, Tensor]:
+    """`gate_up_proj` and `down_proj` of all experts' w1, w3 and w2."""
+    experts = range(len(parts) // 3)
+    gate_up = torch.stack([torch.cat([parts[e, "w1"], parts[e, "w3"]]) for e in experts])
+    return gate_up, torch.stack([parts[e, "w2"] for e in experts])
+
+
+class KimiLinearMoE(nn.Module):
+    """Routed experts plus the experts that every token uses."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.gate = KimiLinearRouter(config)
+        self.experts = KimiLinearExperts(config)
+        if config.num_shared_experts:
+            self.shared_experts = KimiLinearMLP(
+                config, config.moe_intermediate_size * config.num_shared_experts
+            )
+
+    def forward(
+        self, x: Tensor, notes: RouterNotes | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, T, D] to [B, T, D], and with `notes` the router's losses [B * T, 2]."""
+        tokens = x.flatten(0, -2)
+        # by keyword: hooks of parallel plans put other positional arguments in place of these
+        logits, weights, experts = self.gate(tokens, notes=notes)
+        out = self.experts(tokens, experts, weights).view_as(x)
+        if hasattr(self, "shared_experts"):
+            shared = self.shared_experts(x)
+            out = out + shared if torch.is_grad_enabled() else out.add_(shared)
+        return out if notes is None else (out, notes.losses(logits))
+
+
+__all__ = ["KimiLinearExperts", "KimiLinearMoE", "KimiLinearRouter"]

@@ -1,0 +1,1 @@
+"""What FLA's kernels need beside their calls: known launch configurations."""

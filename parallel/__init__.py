@@ -1,0 +1,1 @@
+"""Several processes: plans, tensor parallelism, context parallelism, FSDP."""

@@ -1,0 +1,235 @@
+"""Context parallelism: the tokens of one packed row, divided among the processes of a group.
+
+Every process is given the whole row's ids and boundaries, and computes an equal part of its tokens.
+Between the processes go, in each layer, only what its attention needs:
+
+- short convolution: the last W - 1 hidden states of the process before;
+- KDA: a process' tokens map the state that enters them to the one that leaves, S -> P S + M. Each
+  process computes P and M of its own tokens, all at the same time, everyone gets everyone's, and
+  composes those of the processes before its own;
+- MLA: everyone gets everyone's latents, and attends to those before its own tokens.
+
+All of it is differentiable. The loss is the whole row's on every process. The gradients of the
+processes have the whole row's as their mean, which is what DDP and FSDP make of gradients.
+
+Shapes: T tokens of the row, t of a process (T / processes), D hidden size, H heads, K key size,
+V value size, R width of a latent, W convolution width, N sequences.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist  # whose collectives of one tensor have new names since 2.13
+import torch.nn.functional as F
+from kimi_linear.inputs.layout import SequenceLayout
+from kimi_linear.ops.kda import compute_dtype, kda_attention, no_autocast
+from kimi_linear.upstream import attention_backend
+from torch import Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """Every process' tensor [...] on every process, [processes, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(dist.get_world_size(group), *x.shape)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather(out.flatten(0, 1), x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = grad.new_empty(grad.shape[1:])
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        scatter(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
+        return own, None
+
+
+class _Total(torch.autograd.Function):
+    """The sum of the processes' tensors, and in the backward pass of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+@dataclass(frozen=True)
+class ContextShard:
+    """A process' part of the row.
+
+    Attributes:
+        group: The process group.
+        start, stop: Places in the row of its first token and behind its last one.
+        begin: Place where the sequence begins that its first token belongs to.
+        whole: The row's layout.
+    """
+
+    group: Any
+    start: int
+    stop: int
+    begin: int
+    whole: SequenceLayout
+
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[processes, ...]: everyone's [...]."""
+        return _Gather.apply(x, self.group)
+
+    def previous_tokens(self, x: Tensor, count: int) -> Tensor:
+        """[1, count, D]: the hidden states before the own ones [1, t, D]; zeros where those are
+        other sequences'."""
+        rank = dist.get_rank(self.group)
+        tails = self.gather(x[:, x.shape[1] - count :])
+        places = torch.arange(self.start - count, self.start, device=x.device)
+        return tails[rank - 1] * (places >= self.begin).to(x.dtype)[:, None]
+
+    def latents(self, own: Tensor) -> Tensor:
+        """[1, n + t, R]: the own latents [1, t, R] behind the n of their first sequence that other
+        processes have."""
+        return self.gather(own).flatten(0, 2)[None, self.begin : self.stop]
+
+    def entering_state(
+        self,
+        inputs: tuple[Tensor, ...],
+        A_log: Tensor,
+        dt_bias: Tensor,
+        layout: SequenceLayout,
+    ) -> Tensor:
+        """[1, H, K, V]: KDA's state before the own tokens.
+
+        Args:
+            inputs: `kda_attention`'s q, k, v, g, beta of the own tokens [1, t, H, ...].
+            A_log, dt_bias: Likewise.
+            layout: The own tokens'.
+        """
+        ends = [0] if layout.cu_seqlens is None else layout.ends[:-1]
+        q, k, v, g, beta = (x[:, ends[-1] :] for x in inputs)  # of the last sequence
+        rates: Any = {"A_log": A_log, "dt_bias": dt_bias, "output_final_state": True}
+        _, fresh = kda_attention(q, k, v, g, beta, **rates)
+        assert fresh is not None
+        H, K = q.shape[2:]
+        passed = fresh.new_zeros(1, H, K, K)
+        if len(ends) == 1 and self.begin < self.start:  # else what enters does not get through
+            eye = torch.eye(K, dtype=compute_dtype(q), device=q.device).expand(1, H, K, K)
+            nothing = q.new_zeros(*q.shape[:3], K)
+            _, through = kda_attention(q, k, nothing, g, beta, initial_state=eye, **rates)
+            assert through is not None
+            passed = through
+        maps = self.gather(torch.cat([passed, fresh], dim=-1))
+        state, states = torch.zeros_like(fresh), []
+        with no_autocast(q.device):
+            for one in maps:  # all on every process, so that backward passes communicate alike
+                states.append(state)
+                state = one[..., :K] @ state + one[..., K:]
+        return torch.stack(states)[dist.get_rank(self.group)] * float(self.begin < self.start)
+
+
+def shard_layout(whole: SequenceLayout, num_tokens: int, group: Any) -> SequenceLayout:
+    """The layout of this process' part of a row of `num_tokens` without padding."""
+    own = own_tokens(num_tokens, group)
+    start, stop, size = own.start, own.stop, own.stop - own.start
+    if whole.cu_seqlens is None:
+        return SequenceLayout(context=ContextShard(group, start, stop, 0, whole))
+    begin = max(end for end in whole.ends[:-1] if end <= start)
+    cuts = [end - start for end in whole.ends if start < end < stop]
+    layout = SequenceLayout(context=ContextShard(group, start, stop, begin, whole))
+    if not cuts:
+        return layout
+    device = whole.cu_seqlens.device
+    cu_seqlens = torch.tensor([0, *cuts, size], dtype=torch.int32, device=device)
+    numbers = torch.arange(len(cuts) + 1, device=device)
+    return replace(
+        layout,
+        cu_seqlens=cu_seqlens,
+        row_first=numbers[:1],
+        row_last=numbers[-1:],
+        sequence_ids=numbers.repeat_interleave(cu_seqlens.diff().long())[None],
+        num_places=size,
+    )
+
+
+def check_context_call(
+    config: Any, group: Any, shape: tuple[int, int], attention_mask: Tensor | None, has_cache: bool
+) -> None:
+    """Raise ValueError unless a call with a row [B, T] can be divided.
+
+    Args:
+        config: The model's.
+        group: The process group.
+        shape: B and T.
+        attention_mask: None where it says nothing.
+        has_cache: Whether the call has a `cache` or wants some.
+    """
+    (batch_size, num_tokens), world = shape, dist.get_world_size(group)
+    least = config.linear_attn_config["short_conv_kernel_size"] - 1
+    found = [
+        (batch_size != 1, f"the batch size is {batch_size}", "1: pack sequences into one row"),
+        (
+            num_tokens % world != 0 or num_tokens // world < least,
+            f"the row has {num_tokens} tokens",
+            f"a multiple of {world} processes with at least {least} tokens for each: add a "
+            "sequence whose labels are -100",
+        ),
+        (attention_mask is not None, "attention_mask has zeros", "all ones: pack sequences"),
+        (has_cache, "cache or use_cache is given", "left out"),
+        (
+            attention_backend(config) != "sdpa",
+            f"attn_implementation={attention_backend(config)!r}",
+            "'sdpa'",
+        ),
+    ]
+    for is_wrong, what, allowed in found:
+        if is_wrong:
+            raise ValueError(
+                f"{what}, which is not allowed in context parallelism: it must be {allowed}"
+            )
+
+
+def own_tokens(num_tokens: int, group: Any) -> slice:
+    """This process' part of a row."""
+    size = num_tokens // dist.get_world_size(group)
+    start = size * dist.get_rank(group)
+    return slice(start, start + size)
+
+
+def own_labels(labels: Tensor, kwargs: dict[str, Any], group: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Of a row's labels [1, T] and its loss' arguments, those of this process' part, whose losses
+    add up to the row's."""
+    shifted = kwargs.get("shift_labels")
+    if shifted is None:
+        shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    count = kwargs.get("num_items_in_batch")
+    if count is None:
+        count = (shifted != -100).sum()
+    own = own_tokens(labels.shape[1], group)
+    kwargs = {**kwargs, "shift_labels": shifted[:, own], "num_items_in_batch": count}
+    return labels[:, own], kwargs
+
+
+def total_over(x: Tensor, group: Any) -> Tensor:
+    """The sum of the tensors of the group's processes, on each of them."""
+    return _Total.apply(x, group)
+
+
+__all__ = [
+    "ContextShard",
+    "check_context_call",
+    "own_labels",
+    "own_tokens",
+    "shard_layout",
+    "total_over",
+]

@@ -1,0 +1,59 @@
+"""Models whose sizes the decode kernels take, and where those kernels run.
+
+On a GPU they run in bfloat16. Elsewhere they run in float32 under Triton's interpreter, which must
+be asked for before triton is imported:
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_decode_step.py tests/test_decode_graph.py
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+from builders import TWO_LAYERS, tiny_model
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.decode import graph as decode_graph
+from kimi_linear.decode import projection as decode_projection
+from kimi_linear.decode import step as decode_step
+
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+)
+DEVICES = [
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(
+            not INTERPRETED or torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1"
+        ),
+    ),
+]
+
+
+def decode_model(device: str, seed: int = 0, **fields: Any) -> KimiLinearForCausalLM:
+    """A KDA layer with a dense MLP and an MLA layer with experts, unless fields say otherwise."""
+    sizes = dict(
+        hidden_size=72,  # a power of two and some more
+        intermediate_size=56,
+        moe_intermediate_size=24,
+        **TWO_LAYERS,
+        num_attention_heads=3,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+    )
+    model = tiny_model(seed=seed, **{**sizes, **fields})
+    return model.to("cuda", torch.bfloat16) if device == "cuda" else model
+
+
+@pytest.fixture
+def small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter, which runs program by program: fewer programs, and any device."""
+    if INTERPRETED and not torch.cuda.is_available():
+        monkeypatch.setattr(decode_projection, "PROGRAMS", 4)
+        monkeypatch.setattr(decode_step, "SPLITS", 6)
+        monkeypatch.setattr(decode_graph, "DEVICE_TYPES", ("cpu",))
+        monkeypatch.setattr(decode_graph, "DTYPES", (torch.float32,))

@@ -1,0 +1,1 @@
+"""Training: router, checkpoints of runs, parameter groups, LoRA, quantised experts."""
