@@ -58,7 +58,7 @@ from kimi_linear.ops.cross_entropy import (
     causal_lm_loss,
     uses_fused_loss,
 )
-from kimi_linear.ops.kda import is_exporting
+from kimi_linear.ops.runtime import is_exporting
 from kimi_linear.outputs_kimi_linear import (
     KimiLinearCausalLMOutput,
     KimiLinearModelOutput,

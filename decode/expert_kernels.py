@@ -11,7 +11,8 @@ chosen experts and then its shared ones.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.decode.kernels import jit, norm_scale, tl, wait, wait_first
+from kimi_linear.decode.kernels import norm_scale, wait, wait_first
+from kimi_linear.ops.runtime import jit, tl
 
 
 # --------------------------------------------------------------------------------------- few rows

@@ -17,10 +17,8 @@ from collections import OrderedDict
 from typing import Any, Literal, get_args
 
 import torch
-from kimi_linear.decode.kernels import TritonError, triton
 from kimi_linear.decode.step import TABLE_COLUMNS, DecodeStep
-from kimi_linear.ops.experts.training import SILU_MODULES
-from kimi_linear.ops.kda import power_of_two
+from kimi_linear.ops.runtime import SILU_MODULES, TritonError, power_of_two, triton
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging

@@ -22,25 +22,9 @@ chosen experts of a row and then its shared ones.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from typing import Any
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.errors import TritonError
-except ImportError:  # a machine without a GPU; nothing below is called there
-    triton = tl = None
-
-    class TritonError(Exception):  # type: ignore[no-redef]
-        """Never raised."""
-
+from kimi_linear.ops.runtime import jit, tl
 
 LOG2_E = 1.4426950408889634
-
-
-def jit(function: Any) -> Any:
-    """`triton.jit`, or the function itself where there is no triton."""
-    return function if triton is None else triton.jit(function)
 
 
 @jit
@@ -529,11 +513,7 @@ def mix_kernel(
 
 __all__ = [
     "LOG2_E",
-    "TritonError",
-    "jit",
     "norm_scale",
-    "tl",
-    "triton",
     "wait",
     "wait_first",
     "absorb_kernel",

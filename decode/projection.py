@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear.decode.kernels import project_kernel, project_many_kernel
-from kimi_linear.ops.kda import power_of_two
+from kimi_linear.ops.runtime import power_of_two
 from torch import Tensor
 
 FEW_ROWS = 4

@@ -41,7 +41,7 @@ from kimi_linear.decode.projection import (
     cut,
     linked,
 )
-from kimi_linear.ops.kda import power_of_two
+from kimi_linear.ops.runtime import power_of_two
 from torch import Tensor, nn
 
 # shares of a row's latents, and tokens that a program loads at once

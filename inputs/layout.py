@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.kda import is_exporting
+from kimi_linear.ops.runtime import is_exporting
 from torch import Tensor
 
 # A raw gate whose softplus and whose sigmoid are 0 in every dtype.

@@ -20,17 +20,17 @@ from kimi_linear.cache.hybrid import KDALayerCache, LatentLayerCache, States
 from kimi_linear.cache.rollback import KDAPlan
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.inputs.layout import SequenceLayout
-from kimi_linear.ops.experts.prefill_kernels import has_kernels, silu_mul
-from kimi_linear.ops.experts.training import is_plain_silu
+from kimi_linear.ops.experts.prefill_kernels import silu_mul
 from kimi_linear.ops.gated_norm import gated_rms_norm
 from kimi_linear.ops.joint_training import gated_mlp, project_kda, trains_jointly
-from kimi_linear.ops.kda import CHUNK_SIZE, is_exporting, kda_attention
+from kimi_linear.ops.kda import CHUNK_SIZE, kda_attention
 from kimi_linear.ops.latent_attention import (
     FUSED_QUERY_TOKENS,
     first_tokens,
     latent_attention,
     latent_attention_weights,
 )
+from kimi_linear.ops.runtime import has_kernels, is_exporting, is_plain_silu
 from kimi_linear.ops.short_conv import convolution_state, short_convolution
 from kimi_linear.ops.short_conv.kernels import convolve_three
 from kimi_linear.upstream import (

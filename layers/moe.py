@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.attention import KimiLinearMLP
 from kimi_linear.ops.experts import EXPERTS
-from kimi_linear.ops.experts.prefill_kernels import choose_experts, has_kernels
+from kimi_linear.ops.experts.prefill_kernels import choose_experts
 from kimi_linear.ops.experts.training_kernels import choose_experts_in_training
+from kimi_linear.ops.runtime import has_kernels
 from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.parallel.tensor import is_dtensor, replicated
 from kimi_linear.training.quantized_experts import EXPERT_TENSORS, plain_experts

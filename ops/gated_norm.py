@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from kimi_linear.ops.fla.tuning import use_known_configs
-from kimi_linear.ops.kda import needs_grad, resolve_backend
+from kimi_linear.ops.kda import resolve_backend
 from kimi_linear.ops.launch import launch_directly
+from kimi_linear.ops.runtime import needs_grad
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear.inputs.layout import SequenceLayout
-from kimi_linear.ops.experts.training import HOOKS, product_dtype
+from kimi_linear.ops.experts.training import product_dtype
 from kimi_linear.ops.experts.training_kernels import gated_silu, weighted_silu_backward
-from kimi_linear.ops.kda import is_traced, no_autocast
+from kimi_linear.ops.runtime import HOOKS, is_traced, no_autocast
 from kimi_linear.ops.short_conv.training_kernels import (
     WIDTH,
     convolve_columns,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.kda import is_traced, needs_grad, no_autocast
+from kimi_linear.ops.runtime import is_traced, needs_grad, no_autocast
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 

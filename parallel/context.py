@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist  # whose collectives of one tensor have new names since 2.13
 import torch.nn.functional as F
 from kimi_linear.inputs.layout import SequenceLayout
-from kimi_linear.ops.kda import compute_dtype, kda_attention, no_autocast
+from kimi_linear.ops.kda import kda_attention
+from kimi_linear.ops.runtime import compute_dtype, no_autocast
 from kimi_linear.upstream import attention_backend
 from torch import Tensor
 

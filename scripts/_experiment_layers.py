@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.attention import KimiLinearDeltaAttention, KimiLinearShortConv
-from kimi_linear.ops.kda import kda_attention, no_autocast, resolve_backend
+from kimi_linear.ops.kda import kda_attention, resolve_backend
+from kimi_linear.ops.runtime import no_autocast
 from torch import Tensor, nn
 
 MIXERS = ("kda", "gdn", "mamba2", "mla")

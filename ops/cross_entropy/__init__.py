@@ -17,9 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from kimi_linear.ops.cross_entropy.kernels import loss_and_gradient, reference_loss_and_gradient
-from kimi_linear.ops.experts.prefill_kernels import has_kernels
-from kimi_linear.ops.experts.training import HOOKS
-from kimi_linear.ops.kda import is_transformed, no_autocast
+from kimi_linear.ops.runtime import HOOKS, has_kernels, is_transformed, no_autocast
 from kimi_linear.ops.wide_product import add_wide_product, wide_product
 from kimi_linear.upstream import ForCausalLMLoss
 from torch import Tensor, nn

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from kimi_linear.ops.experts.grouped_kernels import TensorDescriptor, TritonError, down, gate_up
 from kimi_linear.ops.experts.pair_sort import sort_pairs
-from kimi_linear.ops.experts.prefill_kernels import has_kernels, weighted_sum
-from kimi_linear.ops.experts.training import is_plain_silu, train_experts, trains_lean
+from kimi_linear.ops.experts.prefill_kernels import weighted_sum
+from kimi_linear.ops.experts.training import train_experts, trains_lean
+from kimi_linear.ops.runtime import has_kernels, is_plain_silu
 from kimi_linear.upstream import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from torch import Tensor, nn
 from transformers.utils import logging

@@ -13,8 +13,8 @@ P = T * k pairs of a token and one of its experts.
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.kda import is_traced
 from kimi_linear.ops.launch import launch_directly
+from kimi_linear.ops.runtime import has_kernels
 from torch import Tensor
 
 try:
@@ -22,17 +22,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def has_kernels(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: on CUDA, with triton, neither recorded nor compiled."""
-    if triton is None or is_traced():
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    return all(x.is_cuda and x.dtype in DTYPES for x in tensors)
 
 
 # ------------------------------------------------------------------------------------ gated SiLU

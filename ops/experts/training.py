@@ -21,29 +21,18 @@ import torch
 import torch.nn.functional as F
 from kimi_linear.ops.experts.pair_sort import sort_pairs
 from kimi_linear.ops.experts.training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
-from kimi_linear.ops.kda import is_traced, no_autocast
+from kimi_linear.ops.runtime import is_plain_silu, is_traced, no_autocast
 from kimi_linear.training.quantized_experts import PackedExperts, plain_experts
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import ACT2FN
 
 # Where it is used.
 DEVICES = ("cpu", "cuda")
-SILU_MODULES = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def grouped_mm() -> Callable[..., Tensor] | None:
     """torch's products by group, under whichever name this torch has them."""
     return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-
-
-def is_plain_silu(module: nn.Module) -> bool:
-    """Whether calling an activation gives its input's SiLU and does nothing else: it is no other
-    module and has no hooks."""
-    own = vars(module)
-    is_hooked = "forward" in own or any(own[hooks] for hooks in HOOKS)
-    return type(module) in SILU_MODULES and not is_hooked
 
 
 def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
@@ -165,9 +154,6 @@ def _outer_products(left_PM: Tensor, right_PN: Tensor, ends: Tensor) -> Tensor:
 
 
 __all__ = [
-    "HOOKS",
-    "SILU_MODULES",
-    "is_plain_silu",
     "product_dtype",
     "train_experts",
     "trains_lean",

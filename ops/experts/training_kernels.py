@@ -14,13 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.experts.prefill_kernels import (
-    choose_experts,
-    has_kernels,
-    reference_silu_mul,
-    silu_mul,
-)
+from kimi_linear.ops.experts.prefill_kernels import choose_experts, reference_silu_mul, silu_mul
 from kimi_linear.ops.launch import launch_directly
+from kimi_linear.ops.runtime import has_kernels
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

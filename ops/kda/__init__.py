@@ -19,13 +19,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from kimi_linear.ops.fla.tuning import use_known_configs
+from kimi_linear.ops.runtime import (
+    compute_dtype,
+    is_exporting,
+    is_transformed,
+    needs_grad,
+    no_autocast,
+    power_of_two,
+)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
@@ -97,14 +104,6 @@ def resolve_backend(
     return "torch" if obstacle else "fla"
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast is off for this kind of device."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
 # -------------------------------------------------------------------------------------- mathematics
 def l2norm(x: Tensor) -> Tensor:
     """x / sqrt(sum(x^2) + 1e-6) over the last axis."""
@@ -128,32 +127,6 @@ def log_decay(g: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     x = g + dt_bias.to(g.dtype).reshape(num_heads, head_dim)
     # Past the threshold softplus returns x: at the default, 20, that is wrong by 2e-9.
     return -rate * F.softplus(x, threshold=40.0)
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a graph is being recorded through any of the tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func` is at work (grad, vmap, jvp), which our own
-    `autograd.Function`s, made for one backward pass, do not take part in."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-# Whether a call is made for `torch.export`, whose sizes may be symbols; older torch does not tell.
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
-
-def is_traced() -> bool:
-    """Whether tensors may be stand-ins, which our own kernels and functions do not take: while a
-    compiler or a transform of `torch.func` is at work."""
-    return torch.compiler.is_compiling() or is_transformed()
 
 
 class _Inputs(NamedTuple):
@@ -293,11 +266,6 @@ class _Segment(NamedTuple):
     num_chunks: int
     is_first: bool  # all its sequences start here
     is_last: bool  # all its sequences end here
-
-
-def power_of_two(size: int) -> int:
-    """The smallest one that is at least `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def _plan_batch(B: int, T: int, max_tokens: int, device: torch.device) -> list[_Segment]:

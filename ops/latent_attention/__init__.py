@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.kda import no_autocast
+from kimi_linear.ops.runtime import no_autocast
 from torch import Tensor
 from transformers.utils import logging
 

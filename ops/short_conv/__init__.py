@@ -18,14 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear.ops.fla.tuning import use_known_configs
-from kimi_linear.ops.kda import (
-    check_cu_seqlens,
-    compute_dtype,
-    fla_layout,
-    needs_grad,
-    no_autocast,
-    resolve_backend,
-)
+from kimi_linear.ops.kda import check_cu_seqlens, fla_layout, resolve_backend
+from kimi_linear.ops.runtime import compute_dtype, needs_grad, no_autocast
 from torch import Tensor
 
 ACTIVATIONS = ("silu", None)

@@ -1,0 +1,97 @@
+"""What every operation asks of its surroundings: triton, autocast, autograd, compilers, modules."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.errors import TritonError
+except ImportError:  # nothing that needs it is called then
+    triton = tl = None
+
+    class TritonError(Exception):  # type: ignore[no-redef]
+        """Never raised."""
+
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SILU_MODULES = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit`, or the function itself where there is no triton."""
+    return function if triton is None else triton.jit(function)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast is off for this kind of device."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a graph is being recorded through any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work (grad, vmap, jvp), which our own
+    `autograd.Function`s, made for one backward pass, do not take part in."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+# Whether a call is made for `torch.export`, whose sizes may be symbols; older torch does not tell.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def is_traced() -> bool:
+    """Whether tensors may be stand-ins, which our own kernels and functions do not take: while a
+    compiler or a transform of `torch.func` is at work."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def power_of_two(size: int) -> int:
+    """The smallest one that is at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def has_kernels(*tensors: Tensor) -> bool:
+    """Whether the kernels take these: on CUDA, with triton, neither recorded nor compiled."""
+    if triton is None or is_traced():
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(x.is_cuda and x.dtype in KERNEL_DTYPES for x in tensors)
+
+
+def is_plain_silu(module: nn.Module) -> bool:
+    """Whether calling an activation gives its input's SiLU and does nothing else: it is no other
+    module and has no hooks."""
+    own = vars(module)
+    is_hooked = "forward" in own or any(own[hooks] for hooks in HOOKS)
+    return type(module) in SILU_MODULES and not is_hooked
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """The weight [out, in] of a linear layer that computes `x @ weight.T` and nothing else; None
+    with a bias, hooks, a forward or a class of its own, or a weight that is not all here
+    (adapters, quantisation, sharding, offloading)."""
+    if type(module) is not nn.Linear or module._parameters["bias"] is not None:
+        return None
+    own, weight = vars(module), module.weight
+    if "forward" in own or any(own[hooks] for hooks in HOOKS):
+        return None
+    is_here = type(weight) in (nn.Parameter, Tensor) and weight.dim() == 2 and not weight.is_meta
+    return weight if is_here else None
