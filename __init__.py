@@ -12,13 +12,13 @@ from kimi_linear.cache.sessions import (
     read_session,
     save_session,
 )
+from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import (
     KimiLinearBackbone,
     KimiLinearForCausalLM,
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
-    KimiLinearPreTrainedModel,
 )
 from kimi_linear.presets import PRESETS
 from kimi_linear.training.lora import LORA_GROUPS, lora_targets

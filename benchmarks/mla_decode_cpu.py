@@ -25,7 +25,7 @@ from _environment import environment
 from kimi_linear import KimiLinearConfig
 from kimi_linear.cache.hybrid import KimiLinearCache
 from kimi_linear.inputs.layout import SequenceLayout
-from kimi_linear.layers.attention import KimiLinearLatentAttention
+from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from transformers.models.kimi_linear import KimiLinearConfig as NativeConfig
 from transformers.models.kimi_linear import modeling_kimi_linear as native
 

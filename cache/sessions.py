@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from kimi_linear.cache.hybrid import (
-    KDALayerCache,
-    KimiLinearCache,
-    LatentLayerCache,
-    check_kinds,
-    check_whole,
-)
+from kimi_linear.cache.hybrid import KimiLinearCache, check_kinds, check_whole
+from kimi_linear.cache.kda import KDALayerCache
+from kimi_linear.cache.latents import LatentLayerCache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn

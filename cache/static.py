@@ -14,13 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.cache.hybrid import (
-    BLOCK_TOKENS,
-    KDALayerCache,
-    KimiLinearCache,
-    LatentLayerCache,
-    States,
-)
+from kimi_linear.cache.hybrid import KimiLinearCache
+from kimi_linear.cache.kda import KDALayerCache, States
+from kimi_linear.cache.latents import BLOCK_TOKENS, LatentLayerCache
 from kimi_linear.cache.rollback import KDAPlan, KDARun
 from kimi_linear.inputs.layout import SequenceLayout, traced_layout
 from kimi_linear.upstream import attention_backend

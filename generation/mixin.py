@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 import torch
-from kimi_linear.cache.hybrid import ROLLBACK_TOKENS, KimiLinearCache, KimiLinearDynamicCache
+from kimi_linear.cache.hybrid import KimiLinearCache, KimiLinearDynamicCache
+from kimi_linear.cache.kda import ROLLBACK_TOKENS
 from kimi_linear.cache.sessions import Session, load_session, read_session, save_session
 from kimi_linear.cache.static import KimiLinearStaticCache
 from kimi_linear.inputs.layout import last_real_columns

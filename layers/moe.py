@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.layers.attention import KimiLinearMLP
+from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops.experts import EXPERTS
 from kimi_linear.ops.experts.prefill_kernels import choose_experts
 from kimi_linear.ops.experts.training_kernels import choose_experts_in_training

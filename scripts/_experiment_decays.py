@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from _experiment_layers import GatedDeltaNet, build_model
 from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.layers.attention import KimiLinearDeltaAttention
+from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.ops.kda import log_decay
 from torch import Tensor, nn
 

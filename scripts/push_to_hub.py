@@ -42,7 +42,7 @@ from kimi_linear.checkpoints.names import (
     check_inside,
     read_header,
 )
-from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
 from model_card import TASKS, Statements, model_card, read_metrics
 from tqdm import tqdm

@@ -12,7 +12,7 @@ from kimi_linear import (
     KimiLinearForTokenClassification,
 )
 from kimi_linear import modeling_kimi_linear as modeling
-from kimi_linear.layers import attention as layers
+from kimi_linear.layers import latent_attention as layers
 from safetensors.torch import load_file
 from tolerance import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache

@@ -13,7 +13,7 @@ import pytest
 import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from safetensors.torch import load_file, save_file
 from test_remote_code import CODE, LOGITS, run_stranger
 

@@ -12,7 +12,7 @@ import official
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear.modeling_kimi_linear import AUTO_MAP
+from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from safetensors.torch import load_file, save_file
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from builders import tiny_config
 from interpreter import DEVICE, DTYPES, draw, with_kernels
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
-from kimi_linear.layers.attention import KimiLinearDeltaAttention, KimiLinearMLP
+from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
+from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops import joint_training
 from kimi_linear.ops.joint_training import gated_mlp, project_kda, trains_jointly
 from kimi_linear.ops.kda import l2norm

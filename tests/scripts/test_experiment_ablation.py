@@ -18,7 +18,7 @@ from _experiment_variants import (
 )
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.inputs.layout import SequenceLayout
-from kimi_linear.layers import attention as layers_kimi_linear
+from kimi_linear.layers import latent_attention as layers_kimi_linear
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear.layers import attention as layers_kimi_linear
+from kimi_linear.layers import delta_attention
 from kimi_linear.ops import cross_entropy as loss_kimi_linear
 from kimi_linear.ops.cross_entropy import DeferredLogits
 from tolerance import assert_close
@@ -26,7 +26,7 @@ def test_a_step_makes_no_states_and_no_cache(monkeypatch, packed):
         return call
 
     for name in ("kda_attention", "short_convolution"):
-        monkeypatch.setattr(layers_kimi_linear, name, noted(getattr(layers_kimi_linear, name)))
+        monkeypatch.setattr(delta_attention, name, noted(getattr(delta_attention, name)))
     model, ids = tiny_model().train(), token_ids(2, 30)
     positions = torch.arange(30).expand(2, -1) % 11 if packed else None
     out = model(ids, labels=ids, position_ids=positions)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from builders import tiny_config
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
-from kimi_linear.layers.attention import KimiLinearDeltaAttention, KimiLinearMLP
+from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
+from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops import cross_entropy as loss_kimi_linear
 from kimi_linear.ops import joint_training

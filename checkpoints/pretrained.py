@@ -1,0 +1,217 @@
+"""The models' base class: how weights are initialised, loaded and saved."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from kimi_linear.checkpoints.names import (
+    check_checkpoint,
+    check_inside,
+    other_spellings,
+    register_conversion,
+    stored_tensors,
+    write_weights,
+)
+from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
+from kimi_linear.layers.latent_attention import (
+    KimiLinearLatentAttention,
+)
+from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
+from kimi_linear.layers.norm import KimiLinearRMSNorm
+from kimi_linear.parallel.decay_sharding import decays_apart
+from kimi_linear.parallel.tensor import joined, register_styles
+from kimi_linear.training.quantized_experts import (
+    is_packed,
+    packing_experts,
+    saved_bytes,
+    unpack_experts,
+)
+from kimi_linear.upstream import (
+    Loading,
+    OutputRecorder,
+    PreTrainedModelHooks,
+    has_own_adapters,
+    init,
+    is_quantized,
+    save_by_registered_names,
+)
+from torch import Tensor, nn
+
+BACKBONE = "KimiLinearBackbone"
+AUTO_MAP = {
+    "AutoConfig": "configuration_kimi_linear.KimiLinearConfig",
+    "AutoModel": f"modeling_kimi_linear.{BACKBONE}",
+    "AutoModelForCausalLM": "modeling_kimi_linear.KimiLinearForCausalLM",
+    **{
+        f"AutoModelFor{task}": f"modeling_kimi_linear.KimiLinearFor{task}"
+        for task in ("SequenceClassification", "TokenClassification")
+    },
+    # The decision pipeline asks any language model for the logits of its labels. `transformers
+    # serve` tries this class first, and builds Transformers' own model if it is not named here.
+    "AutoModelForDecision": "modeling_kimi_linear.KimiLinearForCausalLM",
+}
+
+
+# The mapping must not be registered under "kimi_linear": Transformers' own class of that type would
+# pick it up.
+register_conversion(BACKBONE)
+register_styles()
+
+
+class KimiLinearPreTrainedModel(PreTrainedModelHooks):
+    """Weight initialisation, loading and saving."""
+
+    config_class = KimiLinearConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KimiLinearDecoderLayer"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Transformers refuses assisted decoding to stateful models; our cache rolls its states back
+    _is_stateful = False
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(KimiLinearRouter, index=0),
+        "hidden_states": "KimiLinearDecoderLayer",
+        "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
+    }
+
+    # prefixes of tensors that a checkpoint may lack when a new head is put on a trained backbone
+    _new_heads: tuple[str, ...] = ()
+
+    def __init__(self, config: KimiLinearConfig, *args: Any, **kwargs: Any) -> None:
+        # fields may have been changed since it was made
+        config.fit_layer_lists()
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the report and FLA do; `init` skips what a checkpoint has already filled."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, KimiLinearDeltaAttention):
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
+            step = (
+                torch.empty_like(module.dt_bias)
+                .uniform_(math.log(1e-3), math.log(1e-1))
+                .exp()
+                .clamp(min=1e-4)
+            )
+            init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        elif isinstance(module, KimiLinearShortConv):
+            bound = module.weight.shape[2] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, KimiLinearExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, KimiLinearRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, KimiLinearRMSNorm):
+            init.ones_(module.weight)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as Transformers does: official names, this code beside the weights, all its classes
+        in `auto_map`.
+
+        Raises:
+            ValueError: For a model whose experts are quantised; its adapters can be saved.
+        """
+        if is_packed(self) and not has_own_adapters(self):
+            raise ValueError(
+                "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
+                "for them; save its adapters, and merge them into the model without quantisation, "
+                "or save the wide model that dequantize() makes"
+            )
+        self.config.auto_map = dict(AUTO_MAP)
+        if not is_quantized(self):
+            save_by_registered_names(self)
+        with _named_as_written(type(self)):
+            return super().save_pretrained(*args, **kwargs)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of parameters and buffers; of quantised experts, of their packed form."""
+        return super().get_memory_footprint(return_buffers) - saved_bytes(self)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Make wide what bitsandbytes has quantised, experts too, in place; see Transformers'
+        method. The model saves under the official names again."""
+        model = super().dequantize(dtype=dtype)
+        unpack_experts(self, dtype)
+        return model
+
+    def prepared_for_fsdp(self) -> AbstractContextManager[None]:
+        """See `decay_sharding.py`."""
+        kda = [each for each in self.modules() if isinstance(each, KimiLinearDeltaAttention)]
+        return decays_apart(self, kda)
+
+    def joined_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What every torch can put together."""
+        return {name: joined(x) for name, x in state_dict.items()}
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], *, strict: bool = False
+    ) -> set[str]:
+        """Copy tensors under the released names, as vLLM's models take them, into the model's own:
+        in place, so that optimizers, recorded decode steps and data pointers stay valid.
+
+        Args:
+            weights: Names and tensors of any floating dtype and device, in any order; of an expert
+                each matrix by itself (or a layer's fused ones under the model's own names). What
+                is not among them stays as it is.
+            strict: Whether a tensor of the model that is not among them is an error.
+
+        Returns:
+            The names that came.
+
+        Raises:
+            ValueError: For what yields no such pairs, a name that the model has not, another shape,
+                tensors that are sparse or have no data, weights of the model that are quantised,
+                offloaded or divided among processes, and with `strict` for names that did not come.
+                What came before is written by then.
+        """
+        return write_weights(self, weights, strict=strict)
+
+    def read_checkpoint(self, loading: Loading) -> Any:
+        """Check the files first, since Transformers would fill what is missing with random numbers;
+        then let it read them through `stored_tensors`, which needs no more memory than the model.
+        """
+        if loading.is_adapter:
+            return super().read_checkpoint(loading)
+        state_dict, files = loading.state_dict, loading.files
+        check_inside(self.name_or_path, files)
+        if state_dict is None and loading.is_plain and files and files[0].endswith(".safetensors"):
+            if not loading.ignores_shapes:
+                check_checkpoint(
+                    files, self, optional=self._new_heads, may_lack=loading.is_reported
+                )
+            if not loading.is_divided:
+                state_dict = stored_tensors(files, self)
+        with packing_experts(
+            self, KimiLinearExperts, loading.quantization, loading.is_quantized_file
+        ):
+            return loading.read(state_dict, other_spellings())
+
+
+@contextmanager
+def _named_as_written(cls: type) -> Iterator[None]:
+    """Within, the class that `fully_shard` gives a model bears the name and the module of the one
+    it was made of, by which Transformers finds the code to save and its entry in `auto_map`."""
+    if not cls.__name__.startswith("FSDP"):
+        yield
+        return
+    written = next(base for base in cls.__mro__ if not base.__name__.startswith("FSDP"))
+    before = cls.__name__, cls.__module__
+    cls.__name__, cls.__module__ = written.__name__, written.__module__
+    try:
+        yield
+    finally:
+        cls.__name__, cls.__module__ = before
