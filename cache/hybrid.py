@@ -26,9 +26,9 @@ class KimiLinearCache(Cache):
 
     Args:
         config: A `KimiLinearConfig`; only its `layer_types` are read.
-        rollback_tokens: At least so many of the last tokens can be taken back by `crop`;
-            `rollback.py` says what that costs. 0: none, and no cost.
-        reserve_tokens: Room for the latents of so many tokens is made at once.
+        rollback_tokens: Minimum number of trailing tokens `crop` can remove; `rollback.py` says
+            what that costs. 0 disables it, and costs nothing.
+        reserve_tokens: Room for the latents of this many tokens is made at once.
         offload: Keep latents in the CPU's memory; attention fetches them block by block.
 
     Raises:

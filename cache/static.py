@@ -46,7 +46,7 @@ class _CountsInTensor:
 
 
 def _room(max_tokens: int) -> int:
-    """Tokens that a buffer for so many has room for."""
+    """Tokens that the buffer for `max_tokens` has room for."""
     return -(-max_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
@@ -58,25 +58,26 @@ class CompiledKDALayer(_CountsInTensor, KDALayerCache):
         other.length = self.length.clone()  # steps count in place
         return other
 
-    def writable_state(self, batch_size: int) -> Tensor | None:
+    def _writable_state(self, num_rows: int) -> Tensor | None:
         """The recurrent state's tensor, which a compiled step always writes over."""
         if torch.compiler.is_compiling():
-            return self.recurrent_state
-        return super().writable_state(batch_size)
+            return self.state.recurrent
+        return super()._writable_state(num_rows)
 
-    def update(  # type: ignore[override]
-        self, states: States, hidden_states: Tensor, plan: KDAPlan, logged: Tensor
-    ) -> None:
-        """Take the states after a call, see `KDALayerCache.update`."""
-        self.place = hidden_states.device
+    def _take(self, state: KDAState, logged: Tensor) -> None:
+        self.place = logged.device
         if not torch.compiler.is_compiling():
-            super().update(states, hidden_states, plan, logged)
+            super()._take(state, logged)
             return
-        for kept, new in zip((self.conv_state, self.recurrent_state), states, strict=True):
-            assert kept is not None and new is not None
+        for kept, new in zip(self.state.tensors(), state.tensors(), strict=True):
             if kept is not new:
                 kept.copy_(new)
-        self.length.add_(hidden_states.shape[1])
+
+    def _count(self, num_tokens: int) -> None:
+        if torch.compiler.is_compiling():
+            self.length.add_(num_tokens)
+        else:
+            super()._count(num_tokens)
 
 
 class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
