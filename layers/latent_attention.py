@@ -4,8 +4,6 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call, R real token
 (B = 1), D hidden size, H heads, K key size, V value size, L latent rank, P shared key part.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from kimi_linear.ops.latent_attention import (
     latent_attention,
     latent_attention_weights,
 )
+from kimi_linear.ops.latent_attention.sdpa import attention_by_sequence, eager_attention
 from kimi_linear.upstream import (
     ALL_ATTENTION_FUNCTIONS,
     LAYER_ARGUMENTS,
@@ -28,34 +27,11 @@ from kimi_linear.upstream import (
     check_arguments,
 )
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import Cache
 
 LATENT_NORM_EPS = 1e-6
 # Packed sequences of so many tokens on average are attended to one by one: a call for each.
 SEQUENCE_TOKENS = 128
-
-
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,  # [B, H, T, K]
-    key: Tensor,  # [B, H, S, K]
-    value: Tensor,  # [B, H, S, V]
-    attention_mask: Tensor | None,  # [B, 1, T, S], added to the scores
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention by plain matrix products: [B, T, H, V] and the weights [B, H, T, S]."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
-        query.dtype
-    )
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class KimiLinearLatentAttention(nn.Module):
@@ -212,31 +188,10 @@ class KimiLinearLatentAttention(nn.Module):
         return out[..., : self.value_dim], weights
 
     def _attend_by_sequence(self, query: Tensor, latent: Tensor, ends: list[int]) -> Tensor:
-        """Attention within each of the sequences that stand end to end: [1, R, H, V]. There may be
-        latents before those of the queries, of the first sequence."""
-        query, (key, value) = query.transpose(1, 2), self._expand(latent)
-        if self.value_dim < key.shape[-1]:  # flash attention wants one head size
-            value = F.pad(value, (0, key.shape[-1] - self.value_dim))
-        kernels: AbstractContextManager[Any] = nullcontext()
-        if query.is_cuda:  # all but cuDNN, which would make a plan for each length
-            kernels = sdpa_kernel(
-                [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-            )
         dropout = self.config.attention_dropout if self.training else 0.0
-        sizes = [stop - start for start, stop in pairwise(ends)]
-        lengths = [sizes[0] + key.shape[2] - query.shape[2], *sizes[1:]]
-        parts = zip(
-            query.split(sizes, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+        return attention_by_sequence(
+            query, *self._expand(latent), ends, scaling=self.scaling, dropout=dropout
         )
-        with kernels:
-            outputs = [
-                F.scaled_dot_product_attention(
-                    q, k, v, **_causal(q, k), dropout_p=dropout, scale=self.scaling
-                )
-                for q, k, v in parts
-                if q.shape[2]
-            ]
-        return torch.cat(outputs, dim=2).transpose(1, 2)[..., : self.value_dim]
 
     def _attend_expanded(
         self,
@@ -325,12 +280,6 @@ def _is_linear_map(proj: nn.Module) -> bool:
     if "forward" in vars(proj) and not hasattr(proj, "_hf_hook"):
         return False
     return isinstance(proj, nn.Linear) or hasattr(proj, "base_layer")
-
-
-def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
-    """That queries [.., T, K] attend to the keys [.., S, K] up to their own, the last T."""
-    T, S = query.shape[2], key.shape[2]
-    return {"is_causal": True} if T == S else {"attn_mask": causal_lower_right(T, S)}
 
 
 def attends_by_sequence(config: KimiLinearConfig, layout: SequenceLayout) -> bool:
