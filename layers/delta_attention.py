@@ -4,7 +4,6 @@ Shapes: B batch, T tokens of this call, R real tokens of a packed call (B = 1), 
 H heads, K key size, V value size, W convolution width.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,10 @@ from kimi_linear.cache.rollback import KDAPlan
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.norm import KimiLinearGatedRMSNorm
-from kimi_linear.ops.joint_training import project_kda, trains_jointly
 from kimi_linear.ops.kda import CHUNK_SIZE, kda_attention
-from kimi_linear.ops.runtime import has_kernels, is_exporting
-from kimi_linear.ops.short_conv import convolution_state, short_convolution
-from kimi_linear.ops.short_conv.kernels import convolve_three
+from kimi_linear.ops.runtime import is_exporting
+from kimi_linear.ops.short_conv import convolved_projections
+from kimi_linear.ops.short_conv.convolution import short_convolution
 from kimi_linear.upstream import (
     LAYER_ARGUMENTS,
     check_arguments,
@@ -38,19 +36,8 @@ class KimiLinearShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, 1, width))
 
-    def forward(
-        self, x: Tensor, state: Tensor | None, output_state: bool, layout: SequenceLayout
-    ) -> tuple[Tensor, Tensor | None]:
-        out, after = short_convolution(
-            x,
-            self.weight,
-            initial_state=state,
-            output_final_state=output_state and layout.order is None,
-            cu_seqlens=layout.cu_seqlens,
-        )
-        if output_state and layout.order is not None:
-            after = layout.last_inputs(x, state, self.weight.shape[2] - 1)
-        return out, after
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return short_convolution(x, self.weight, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"
@@ -101,15 +88,10 @@ class KimiLinearDeltaAttention(nn.Module):
         own = past.writable_state(hidden_states.shape[0])
         *_, last = runs = kda_plan.runs
         outputs = []
-        if len(runs) == 2 and all(r.start < r.stop and r.layout.is_plain for r in runs):
-            out, states, anchor = self._read(x, last.layout, states, own, last.start)
-            past.keep_anchor(anchor)
-            outputs.append(out)
-            runs = ()
         for run in runs:
             if run.start < run.stop:
                 part, state_out = x[:, run.start : run.stop], None if run.makes_anchor else own
-                out, states, _ = self._read(part, run.layout, states, state_out)
+                out, states = self._read(part, run.layout, states, state_out)
                 outputs.append(out)
             if run.makes_anchor:
                 past.keep_anchor(states)
@@ -123,26 +105,21 @@ class KimiLinearDeltaAttention(nn.Module):
         layout: SequenceLayout,
         states: States | None = None,
         state_out: Tensor | None = None,
-        cut: int = 0,
-    ) -> tuple[Tensor, States, States]:
+    ) -> tuple[Tensor, States]:
         """`_run`, for memory's sake in pieces of tokens where plain rows are long and no graph is
         recorded."""
         B, T = x.shape[:2]
         size = max(CHUNK_SIZE, PIECE_TOKENS // B // CHUNK_SIZE * CHUNK_SIZE)
         is_whole = is_exporting() or torch.is_grad_enabled()
         if is_whole or not layout.is_plain or size >= T:
-            return self._run(x, layout, states, state_out, cut)
+            return self._run(x, layout, states, state_out)
         out, states = torch.empty_like(x), states or (None, None)
-        at_cut: States = (None, None)
         for start in range(0, T, size):
             stop = min(start + size, T)
-            inside = cut - start if start < cut <= stop else 0
-            piece_out, states, found = self._run(
-                x[:, start:stop], layout, states, state_out if stop == T else None, inside
+            out[:, start:stop], states = self._run(
+                x[:, start:stop], layout, states, state_out if stop == T else None
             )
-            out[:, start:stop] = piece_out
-            at_cut = found if inside else at_cut
-        return out, states, at_cut
+        return out, states
 
     def _run(
         self,
@@ -150,104 +127,44 @@ class KimiLinearDeltaAttention(nn.Module):
         layout: SequenceLayout,
         states: States | None = None,
         state_out: Tensor | None = None,
-        cut: int = 0,
-    ) -> tuple[Tensor, States, States]:
-        """Output [B, T, D], the states after the last token, from those before the first one, and
-        if `cut` is not 0 the states after so many tokens: of plain rows only.
-
-        No states are made if `states` is None, which is not the same as a pair of None: that stands
-        for the states of nothing.
-        """
+    ) -> tuple[Tensor, States]:
+        """Output [B, T, D], and the states after the last token from those before the first one:
+        None returns no states, (None, None) starts from zeros."""
         conv_state, recurrent_state = states or (None, None)
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
-        inputs, gate, conv_states, is_joint = self._inputs(
-            x, layout, conv_state, states is not None, cut
+        if layout.context is not None:
+            conv_state = self._entering_inputs(x, layout)
+        q, k, v, (decay, gate, beta), conv_state, is_normalised = convolved_projections(
+            x,
+            (self.q_proj, self.k_proj, self.v_proj),
+            (self.q_conv1d, self.k_conv1d, self.v_conv1d),
+            (self.f_a_proj, self.g_a_proj, self.b_proj),
+            self.head_dim,
+            conv_state=layout.initial_states(conv_state),
+            output_state=states is not None,
+            cu_seqlens=layout.cu_seqlens,
+            token_starts=lambda: layout.token_starts,
+            last_inputs=None if layout.order is None else layout.last_inputs,
         )
+        inputs = (q, k, v, *layout.silenced(self._heads(self.f_b_proj(decay)), beta))
         if layout.context is not None:
             recurrent_state = layout.context.entering_state(
                 inputs, self.A_log, self.dt_bias, layout
             )
-        out, state, state_at_cut = self._attend(
-            inputs,
-            cut,
+        out, state = kda_attention(
+            *inputs,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
             initial_state=layout.initial_states(recurrent_state),
             output_final_state=states is not None,
             cu_seqlens=layout.cu_seqlens,
             state_out=state_out,
-            is_normalised=is_joint,
+            is_normalised=is_normalised,
         )
-        del inputs
-        gate = self._heads(self.g_b_proj(self.g_a_proj(x) if gate is None else gate))
-        out = self.o_proj(self.o_norm(out, gate).flatten(-2))
+        del inputs, q, k, v
+        out = self.o_proj(self.o_norm(out, self._heads(self.g_b_proj(gate))).flatten(-2))
         out = layout.unpack(out, hidden_states.shape[0])
-        return out, (conv_states[0], layout.row_states(state)), (conv_states[1], state_at_cut)
-
-    def _inputs(
-        self, x: Tensor, layout: SequenceLayout, state: Tensor | None, output_state: bool, cut: int
-    ) -> tuple[tuple[Tensor, ...], Tensor | None, list[Tensor | None], bool]:
-        """`kda_attention`'s q, k, v, g, beta [.., .., H, ...]; the output gate's inner product, if
-        it is made already; the convolutions' states as `_project` returns them; whether q and k are
-        normalised."""
-        gate: Tensor | None = None
-        conv_states: list[Tensor | None] = [None, None]
-        if not output_state and layout.context is None:
-            linears, taps = self._readers()
-            is_joint = trains_jointly(x, linears, *taps)
-        else:
-            is_joint = False
-        if is_joint:
-            *flat, decay, gate, beta = project_kda(x, linears, taps, layout, self.head_dim)
-            qkv = [self._heads(each) for each in flat]
-        else:
-            if layout.context is not None:
-                state = self._entering_inputs(x, layout)
-            qkv, conv_states = self._project(x, layout, state, output_state, cut)
-            decay, beta = self.f_a_proj(x), self.b_proj(x)
-        gates = layout.silenced(self._heads(self.f_b_proj(decay)), beta)
-        return (*qkv, *gates), gate, conv_states, is_joint
-
-    def _attend(
-        self, inputs: tuple[Tensor, ...], cut: int, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`kda_attention` and its state after the first `cut` tokens too, if there is a cut."""
-        attend = functools.partial(kda_attention, A_log=self.A_log, dt_bias=self.dt_bias, **kwargs)
-        if cut in (0, inputs[0].shape[1]):
-            out, state = attend(*inputs)
-            return out, state, state if cut else None
-        before, at_cut = attend(*(x[:, :cut] for x in inputs), state_out=None)
-        after, state = attend(*(x[:, cut:] for x in inputs), initial_state=at_cut)
-        return torch.cat([before, after], dim=1), state, at_cut
-
-    def _project(
-        self, x: Tensor, layout: SequenceLayout, state: Tensor | None, output_state: bool, cut: int
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """q, k, v [.., .., H, K] after convolution and SiLU; its states [B, 3, H * K, W - 1] after
-        all tokens and after `cut` tokens."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        inputs, weights = [proj(x) for proj in projections], [c.weight for c in convolutions]
-        is_in_rows = layout.cu_seqlens is None and layout.order is None
-        if is_in_rows and has_kernels(*inputs, *weights):
-            outputs, after, at_cut = convolve_three(inputs, weights, state, cut)
-            return [self._heads(out) for out in outputs], [after if output_state else None, at_cut]
-        states = layout.initial_states(state)
-        outputs, tails, tails_at_cut = [], [], []
-        for i, (y, conv) in enumerate(zip(inputs, convolutions, strict=True)):
-            initial = None if states is None else states[:, i]
-            out, tail = conv(y, initial, output_state, layout)
-            outputs.append(self._heads(out))
-            tails.append(tail)
-            if cut:
-                width = conv.weight.shape[2]
-                tails_at_cut.append(convolution_state(y[:, :cut], initial, width - 1))
-        conv_state = layout.row_states(torch.stack(tails, dim=1)) if output_state else None
-        return outputs, [conv_state, torch.stack(tails_at_cut, dim=1) if cut else None]
-
-    def _readers(self) -> tuple[tuple[nn.Linear, ...], tuple[Tensor, ...]]:
-        """What multiplies the layer's input, q, k and v first, and the taps of these three."""
-        q, k, v = self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight
-        linears = self.q_proj, self.k_proj, self.v_proj, self.f_a_proj, self.g_a_proj, self.b_proj
-        return linears, (q, k, v)
+        return out, (layout.row_states(conv_state), layout.row_states(state))
 
     def _entering_inputs(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         """[1, 3, H * K, W - 1]: the convolutions' inputs before those of this process' tokens."""
