@@ -1,32 +1,23 @@
 """Kimi Delta Attention, section 3 of arXiv 2510.26692.
 
 Shapes: B batch, T tokens of this call, R real tokens of a packed call (B = 1), D hidden size,
-H heads, K key size, V value size, W convolution width.
+H heads, K head size, W convolution width.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from kimi_linear.cache.kda import KDALayerCache, States
-from kimi_linear.cache.rollback import KDAPlan
+from kimi_linear.cache.state import KDAState
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.norm import KimiLinearGatedRMSNorm
-from kimi_linear.ops.kda import CHUNK_SIZE, kda_attention
-from kimi_linear.ops.runtime import is_exporting
+from kimi_linear.layers.plan import ForwardPlan
+from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.short_conv import convolved_projections
 from kimi_linear.ops.short_conv.convolution import short_convolution
-from kimi_linear.upstream import (
-    LAYER_ARGUMENTS,
-    check_arguments,
-)
+from kimi_linear.upstream import LAYER_ARGUMENTS, check_arguments
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-
-# Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
-# take 130 KB a token at the 48B model's sizes, and longer pieces are not faster.
-PIECE_TOKENS = 16384
 
 
 class KimiLinearShortConv(nn.Module):
@@ -37,6 +28,7 @@ class KimiLinearShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, 1, width))
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] to [B, T, D] and the state after it, see `short_convolution`."""
         return short_convolution(x, self.weight, **kwargs)
 
     def extra_repr(self) -> str:
@@ -51,11 +43,8 @@ class KimiLinearDeltaAttention(nn.Module):
         linear = config.linear_attn_config
         self.layer_idx = layer_idx
         self.num_heads, self.head_dim = linear["num_heads"], linear["head_dim"]
-        hidden, inner, width = (
-            config.hidden_size,
-            self.num_heads * self.head_dim,
-            linear["short_conv_kernel_size"],
-        )
+        hidden, inner = config.hidden_size, self.num_heads * self.head_dim
+        width = linear["short_conv_kernel_size"]
         self.q_proj = nn.Linear(hidden, inner, bias=False)
         self.k_proj = nn.Linear(hidden, inner, bias=False)
         self.v_proj = nn.Linear(hidden, inner, bias=False)
@@ -73,105 +62,64 @@ class KimiLinearDeltaAttention(nn.Module):
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(
-        self,
-        hidden_states: Tensor,  # [B, T, D]
-        layout: SequenceLayout,
-        cache: Cache | None = None,
-        kda_plan: KDAPlan | None = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, plan: ForwardPlan, **kwargs: Any
     ) -> tuple[Tensor, None]:
+        """[B, T, D] to [B, T, D]: `read`, in the pieces and from the states that the plan says."""
         check_arguments(self, kwargs, LAYER_ARGUMENTS)
-        if cache is None or kda_plan is None:
-            return self._read(hidden_states, layout)[0], None
-        past: KDALayerCache = cache.layers[self.layer_idx]
-        x, states = past.start(hidden_states, kda_plan)
-        own = past.writable_state(hidden_states.shape[0])
-        *_, last = runs = kda_plan.runs
-        outputs = []
-        for run in runs:
-            if run.start < run.stop:
-                part, state_out = x[:, run.start : run.stop], None if run.makes_anchor else own
-                out, states = self._read(part, run.layout, states, state_out)
-                outputs.append(out)
-            if run.makes_anchor:
-                past.keep_anchor(states)
-        past.update(states, hidden_states, kda_plan, x[:, last.start : last.stop])
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return out[:, -hidden_states.shape[1] :], None
+        return plan.read_kda(self, hidden_states), None
 
-    def _read(
+    def read(
         self,
-        x: Tensor,  # [B, T, D]
+        hidden_states: Tensor,
         layout: SequenceLayout,
-        states: States | None = None,
+        state: KDAState | None = None,
         state_out: Tensor | None = None,
-    ) -> tuple[Tensor, States]:
-        """`_run`, for memory's sake in pieces of tokens where plain rows are long and no graph is
-        recorded."""
-        B, T = x.shape[:2]
-        size = max(CHUNK_SIZE, PIECE_TOKENS // B // CHUNK_SIZE * CHUNK_SIZE)
-        is_whole = is_exporting() or torch.is_grad_enabled()
-        if is_whole or not layout.is_plain or size >= T:
-            return self._run(x, layout, states, state_out)
-        out, states = torch.empty_like(x), states or (None, None)
-        for start in range(0, T, size):
-            stop = min(start + size, T)
-            out[:, start:stop], states = self._run(
-                x[:, start:stop], layout, states, state_out if stop == T else None
-            )
-        return out, states
+    ) -> tuple[Tensor, KDAState | None]:
+        """The layer's equations, for tokens that are read at once.
 
-    def _run(
-        self,
-        hidden_states: Tensor,  # [B, T, D]
-        layout: SequenceLayout,
-        states: States | None = None,
-        state_out: Tensor | None = None,
-    ) -> tuple[Tensor, States]:
-        """Output [B, T, D], and the states after the last token from those before the first one:
-        None returns no states, (None, None) starts from zeros."""
-        conv_state, recurrent_state = states or (None, None)
+        Args:
+            hidden_states: [B, T, D].
+            layout: Their padding and packing.
+            state: Before the first token; None starts from zeros and returns no state.
+            state_out: Tensor that the next recurrent state may be written to.
+
+        Returns:
+            [B, T, D], and the state after the last token.
+        """
+        before, keeps = state or KDAState(), state is not None
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
-        if layout.context is not None:
-            conv_state = self._entering_inputs(x, layout)
-        q, k, v, (decay, gate, beta), conv_state, is_normalised = convolved_projections(
+        # q, k, v = SiLU(conv(W x)), and the inner halves of two low-rank gates
+        projected = convolved_projections(
             x,
             (self.q_proj, self.k_proj, self.v_proj),
             (self.q_conv1d, self.k_conv1d, self.v_conv1d),
             (self.f_a_proj, self.g_a_proj, self.b_proj),
             self.head_dim,
-            conv_state=layout.initial_states(conv_state),
-            output_state=states is not None,
+            conv_state=layout.initial_states(before.conv),
+            output_state=keeps,
             cu_seqlens=layout.cu_seqlens,
             token_starts=lambda: layout.token_starts,
-            last_inputs=None if layout.order is None else layout.last_inputs,
+            last_inputs=layout.last_inputs if layout.order is not None else None,
         )
-        inputs = (q, k, v, *layout.silenced(self._heads(self.f_b_proj(decay)), beta))
-        if layout.context is not None:
-            recurrent_state = layout.context.entering_state(
-                inputs, self.A_log, self.dt_bias, layout
-            )
-        out, state = kda_attention(
+        decay, gate, beta = projected.others
+        # log decay = -exp(A_log) softplus(g + dt_bias) and sigmoid(beta) are inside the operation
+        g, beta = layout.silenced(self._heads(self.f_b_proj(decay)), beta)
+        inputs = (projected.q, projected.k, projected.v, g, beta)
+        out, recurrent = kda_attention(
             *inputs,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
-            initial_state=layout.initial_states(recurrent_state),
-            output_final_state=states is not None,
+            initial_state=layout.initial_states(before.entering(inputs)),
+            output_final_state=keeps,
             cu_seqlens=layout.cu_seqlens,
             state_out=state_out,
-            is_normalised=is_normalised,
+            is_normalised=projected.is_normalised,
         )
-        del inputs, q, k, v
-        out = self.o_proj(self.o_norm(out, self._heads(self.g_b_proj(gate))).flatten(-2))
-        out = layout.unpack(out, hidden_states.shape[0])
-        return out, (layout.row_states(conv_state), layout.row_states(state))
-
-    def _entering_inputs(self, x: Tensor, layout: SequenceLayout) -> Tensor:
-        """[1, 3, H * K, W - 1]: the convolutions' inputs before those of this process' tokens."""
-        count = self.q_conv1d.weight.shape[2] - 1
-        before = layout.context.previous_tokens(x, count)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        return torch.stack([proj(before).transpose(1, 2) for proj in projections], dim=1)
+        conv_state = layout.row_states(projected.conv_state)
+        del inputs, projected, g  # gigabytes, in a long text
+        out = self.o_norm(out, self._heads(self.g_b_proj(gate)))  # RMSNorm(o) * sigmoid(gate)
+        out = layout.unpack(self.o_proj(out.flatten(-2)), hidden_states.shape[0])
+        return out, KDAState(conv_state, layout.row_states(recurrent)) if keeps else None
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # in tensor parallelism, some of the heads
@@ -182,22 +130,15 @@ class KimiLinearDeltaAttention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casting the model to 16 bits moves the decay parameters but leaves them in float32."""
+        decay = {id(x) for p in (self.A_log, self.dt_bias) for x in (p, p.grad)}
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if tensor not in decay or moved.dtype not in (torch.float16, torch.bfloat16):
+            if id(tensor) not in decay or moved.dtype not in (torch.float16, torch.bfloat16):
                 return moved
             return tensor.to(moved.device, torch.float32)
 
-        decay = _IdentitySet(self.A_log, self.dt_bias, self.A_log.grad, self.dt_bias.grad)
         return super()._apply(keep_wide, recurse)
 
 
-class _IdentitySet:
-    """Membership by identity: `in` on a list of tensors would compare values."""
-
-    def __init__(self, *items: Any) -> None:
-        self._ids = {id(item) for item in items if item is not None}
-
-    def __contains__(self, item: Any) -> bool:
-        return id(item) in self._ids
+__all__ = ["KimiLinearDeltaAttention", "KimiLinearShortConv"]
