@@ -6,8 +6,9 @@ import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
 from kimi_linear.cache import pieces
-from kimi_linear.layers import latent_attention, mlp
+from kimi_linear.layers import latent_attention
 from kimi_linear.ops import experts as experts_module
+from kimi_linear.ops import gated_mlp
 from kimi_linear.ops import latent_attention as attention_module
 from latent_reference import SCALING, B, H, L, N, P, V, reference
 from tolerance import assert_kernel_close
@@ -120,7 +121,7 @@ def test_pieces_of_tokens_equal_the_whole(monkeypatch):
 
     expected = read()
     monkeypatch.setattr(pieces, "PIECE_TOKENS", 2 * 256)
-    monkeypatch.setattr(mlp, "MLP_PIECE_TOKENS", 700)
+    monkeypatch.setattr(gated_mlp, "PIECE_TOKENS", 700)
     monkeypatch.setattr(latent_attention, "FUSED_QUERY_TOKENS", 1024)
     assert_kernel_close(read(), expected, torch.float32)
 
