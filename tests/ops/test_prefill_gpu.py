@@ -7,8 +7,8 @@ from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
 from kimi_linear.cache import pieces
 from kimi_linear.layers import latent_attention as latent_layer
-from kimi_linear.layers import mlp
 from kimi_linear.ops import experts as experts_module
+from kimi_linear.ops import gated_mlp
 from kimi_linear.ops.latent_attention import expanded, fused, latent_attention
 from latent_reference import SCALING, B, H, L, N, P, V, reference
 from tolerance import assert_kernel_close
@@ -121,7 +121,7 @@ def test_pieces_of_tokens_equal_the_whole(monkeypatch):
 
     expected = read()
     monkeypatch.setattr(pieces, "PIECE_TOKENS", 2 * 256)
-    monkeypatch.setattr(mlp, "MLP_PIECE_TOKENS", 700)
+    monkeypatch.setattr(gated_mlp, "PIECE_TOKENS", 700)
     monkeypatch.setattr(latent_layer, "FUSED_QUERY_TOKENS", 1024)
     assert_kernel_close(read(), expected, torch.float32)
 
