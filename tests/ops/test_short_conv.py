@@ -2,13 +2,13 @@
 
 import itertools
 
-import kimi_linear.ops.kda as kda_module
 import kimi_linear.ops.short_conv.convolution as module
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kimi_linear.ops.kda import fla as kda_fla
 from kimi_linear.ops.short_conv.convolution import short_convolution
 from tolerance import assert_close
 
@@ -208,8 +208,8 @@ def pretend_fla(monkeypatch):
         return y, cache
 
     monkeypatch.setattr(module, "_fla_convolution", lambda: (causal_conv1d, causal_conv1d_update))
-    monkeypatch.setattr(kda_module, "_fla_kernels", lambda: (None, None, ""))
-    monkeypatch.setattr(kda_module, "FLA_DEVICES", ("cpu",))
+    monkeypatch.setattr(kda_fla, "_fla_kernels", lambda: (None, None, ""))
+    monkeypatch.setattr(kda_fla, "FLA_DEVICES", ("cpu",))
     return calls
 
 
