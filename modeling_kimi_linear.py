@@ -62,17 +62,19 @@ from kimi_linear.parallel.context import (
     total_over,
 )
 from kimi_linear.training.router import ExpertLoads, RouterNotes, add_router_losses, take_notes
-from kimi_linear.upstream import (
+from kimi_linear.upstream.arguments import (
     BACKBONE_ARGUMENTS,
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
     LENGTH_ARGUMENTS,
     OUTPUT_ARGUMENTS,
+    check_arguments,
+)
+from kimi_linear.upstream.interfaces import (
     GradientCheckpointingLayer,
     attention_backend,
     can_return_tuple,
     capture_outputs,
-    check_arguments,
     create_causal_mask,
     packed_sequence_mask_function,
 )

@@ -19,7 +19,7 @@ from kimi_linear.cache.kda import KDALayerCache, States
 from kimi_linear.cache.latents import BLOCK_TOKENS, LatentLayerCache
 from kimi_linear.cache.rollback import KDAPlan, KDARun
 from kimi_linear.inputs.layout import SequenceLayout, traced_layout
-from kimi_linear.upstream import attention_backend
+from kimi_linear.upstream.interfaces import attention_backend
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 

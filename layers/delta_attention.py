@@ -19,10 +19,7 @@ from kimi_linear.ops.kda import CHUNK_SIZE, kda_attention
 from kimi_linear.ops.runtime import has_kernels, is_exporting
 from kimi_linear.ops.short_conv import convolution_state, short_convolution
 from kimi_linear.ops.short_conv.kernels import convolve_three
-from kimi_linear.upstream import (
-    LAYER_ARGUMENTS,
-    check_arguments,
-)
+from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 

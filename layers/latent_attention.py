@@ -21,12 +21,8 @@ from kimi_linear.ops.latent_attention import (
     latent_attention,
     latent_attention_weights,
 )
-from kimi_linear.upstream import (
-    ALL_ATTENTION_FUNCTIONS,
-    LAYER_ARGUMENTS,
-    attention_backend,
-    check_arguments,
-)
+from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
+from kimi_linear.upstream.interfaces import ALL_ATTENTION_FUNCTIONS, attention_backend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right

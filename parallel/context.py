@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import compute_dtype, no_autocast
-from kimi_linear.upstream import attention_backend
+from kimi_linear.upstream.interfaces import attention_backend
 from torch import Tensor
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from kimi_linear.ops.cross_entropy.kernels import loss_and_gradient, reference_loss_and_gradient
 from kimi_linear.ops.runtime import HOOKS, has_kernels, is_transformed, no_autocast
 from kimi_linear.ops.wide_product import add_wide_product, wide_product
-from kimi_linear.upstream import ForCausalLMLoss
+from kimi_linear.upstream.interfaces import ForCausalLMLoss
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
