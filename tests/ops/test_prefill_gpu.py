@@ -5,7 +5,8 @@ import pytest
 import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
-from kimi_linear.layers import delta_attention, latent_attention, mlp
+from kimi_linear.cache import pieces
+from kimi_linear.layers import latent_attention, mlp
 from kimi_linear.ops import experts as experts_module
 from kimi_linear.ops import latent_attention as attention_module
 from latent_reference import SCALING, B, H, L, N, P, V, reference
@@ -118,7 +119,7 @@ def test_pieces_of_tokens_equal_the_whole(monkeypatch):
         return torch.cat([*parts, model(more, cache=cache).logits], dim=1)
 
     expected = read()
-    monkeypatch.setattr(delta_attention, "PIECE_TOKENS", 2 * 256)
+    monkeypatch.setattr(pieces, "PIECE_TOKENS", 2 * 256)
     monkeypatch.setattr(mlp, "MLP_PIECE_TOKENS", 700)
     monkeypatch.setattr(latent_attention, "FUSED_QUERY_TOKENS", 1024)
     assert_kernel_close(read(), expected, torch.float32)
