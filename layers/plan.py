@@ -20,7 +20,7 @@ from kimi_linear.inputs.layout import (
     traced_layout,
 )
 from kimi_linear.ops.runtime import is_exporting
-from kimi_linear.upstream import (
+from kimi_linear.upstream.interfaces import (
     attention_backend,
     create_causal_mask,
     packed_sequence_mask_function,
@@ -245,9 +245,7 @@ def _pieces(
     )
 
 
-def static_plan(
-    cache: Any, attention_mask: Tensor | None, hidden_states: Tensor
-) -> ForwardPlan:
+def static_plan(cache: Any, attention_mask: Tensor | None, hidden_states: Tensor) -> ForwardPlan:
     """The plan of a compiled step, whose shapes are those of all steps.
 
     Args:
