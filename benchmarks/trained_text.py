@@ -6,7 +6,7 @@ path says how many bytes of its text are the float32 one's, and where they part 
 the float32 model finds its own byte, in nats: bfloat16 errs by some hundredths.
 
     python benchmarks/trained_text.py --seconds 100 --prompts 4 --new-bytes 160 \\
-        --record benchmarks/trained_text_h100.jsonl
+        --record benchmarks/results/trained_text_h100.jsonl
 """
 
 import argparse

@@ -15,7 +15,7 @@ A check that it runs, on a CPU, and some minutes on one GPU:
     python scripts/experiment_ablation.py --variants 3:1,0:1 --layers 4 --heads 2 --head-dim 16 \\
         --length 64 --batch-tokens 512 --steps 20 --vocab-size 512
     python scripts/experiment_ablation.py --seeds 0,1,2 --time-limit 480 \\
-        --output benchmarks/experiment_ablation.jsonl
+        --output benchmarks/results/experiment_ablation.jsonl
 
 Lines: "run", the end of one training; "point", losses on the way. What is in the file already is
 not trained again, so another --embedding-scale needs another file.
@@ -272,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--embedding-scale", type=float, default=scale, metavar="X", help="embeddings' at first")
     add("--autotune", type=int, default=2, metavar="N", help="choices of autotuners; 0: all")
     add("--corpus", metavar="DIR", help="Python files, in place of the standard library")
-    add_common(add, "benchmarks/experiment_ablation.jsonl")
+    add_common(add, "benchmarks/results/experiment_ablation.jsonl")
     return parser
 
 

@@ -16,7 +16,7 @@ fewer experts, of which a token uses as many:
 
     python scripts/experiment_decoding.py --preset 2m --contexts 64,256 --steps 8
     python scripts/experiment_decoding.py --preset 48b-a3b --time-limit 480 \\
-        --output benchmarks/experiment_decoding.jsonl
+        --output benchmarks/results/experiment_decoding.jsonl
     python scripts/experiment_decoding.py --preset 48b-a3b --experts 64 --time-limit 480
 
 Lines: "decode", or with "error" what could not be measured. `ms_per_step` is one token for every
@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     add_counts(add, default, counts)
     text = "memory left alone when rows are counted that fit"
     add("--spare-gigabytes", type=float, default=default.spare_gigabytes, metavar="X", help=text)
-    add_common(add, "benchmarks/experiment_decoding.jsonl")
+    add_common(add, "benchmarks/results/experiment_decoding.jsonl")
     return parser
 
 

@@ -4,7 +4,7 @@
 
 Between the lines `<!-- results: NAME -->` and `<!-- end: NAME -->` the page holds what this command
 writes there: table, figure, and where it was measured, or that there are no results yet. The rest
-is left as it is. Results are read from `benchmarks/experiment_NAME*.jsonl`.
+is left as it is. Results are read from `benchmarks/results/experiment_NAME*.jsonl`.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def replace_section(page: str, name: str, text: str) -> str:
 def main(
     *,
     page: str | os.PathLike[str] = ROOT / "docs" / "experiments.md",
-    results: str | os.PathLike[str] = ROOT / "benchmarks",
+    results: str | os.PathLike[str] = ROOT / "benchmarks" / "results",
 ) -> dict[str, bool]:
     """Write tables and figures.
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--page", default=ROOT / "docs" / "experiments.md", metavar="FILE")
-    parser.add_argument("--results", default=ROOT / "benchmarks", metavar="DIR")
+    parser.add_argument("--results", default=ROOT / "benchmarks" / "results", metavar="DIR")
     return parser
 
 

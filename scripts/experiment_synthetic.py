@@ -17,14 +17,14 @@ In less than a minute on a CPU, a length at which the difference cannot be seen:
 Eight minutes on one GPU; where figures are there already, nothing is done again:
 
     python scripts/experiment_synthetic.py --lengths 256,512 --max-steps 20000 --time-limit 480 \\
-        --output benchmarks/experiment_synthetic.jsonl
+        --output benchmarks/results/experiment_synthetic.jsonl
 
 What of KDA's decay makes the difference to Gated DeltaNet (`_experiment_decays.py`):
 
     python scripts/experiment_synthetic.py --experiment decays --tasks palindrome \\
         --models kda,kda-even,kda-slow,kda-full,gdn,gdn-spread,gdn-slow --lengths 256,512 \\
         --seeds 0,1 --learning-rates 1e-3 --max-steps 3000 --eval-every 50 --time-limit 480 \\
-        --output benchmarks/experiment_decays.jsonl
+        --output benchmarks/results/experiment_decays.jsonl
 
 `scripts/experiment_report.py` makes the tables and figures. Lines: "point" is the accuracy at a
 step, "run" the end of one training, with the tokens that its states' channels take to lose half, at
@@ -402,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
         help="choices of autotuners; 0: all",
     )
     add("--experiment", default=EXPERIMENTS[0], help=", ".join(EXPERIMENTS))
-    add_common(add, "benchmarks/experiment_synthetic.jsonl")
+    add_common(add, "benchmarks/results/experiment_synthetic.jsonl")
     return parser
 
 
