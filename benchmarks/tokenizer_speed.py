@@ -62,7 +62,7 @@ def many_scripts(num_bytes: int) -> str:
 
 def make_documents(megabytes: float) -> list[str]:
     """Half source, half generated, cut into documents and mixed."""
-    from _corpus import standard_library
+    from texts.corpus import standard_library
 
     half = int(megabytes * 1e6) // 2
     source = (

@@ -24,8 +24,8 @@ from kimi_linear.ops import kda
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from _benchmark_models import build, official_parts
-from _corpus import split_by_file, standard_library
+from measuring.models import build, official_parts
+from texts.corpus import split_by_file, standard_library
 
 WINDOW = 8192
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

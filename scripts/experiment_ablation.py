@@ -2,7 +2,7 @@
 seconds on one GPU: the ratio of KDA to MLA layers, output gate, convolution, and positions.
 
 Language models on the source of Python's standard library, with a tokenizer trained on it. The
-variants (`_experiment_variants.py`) see the same tokens in the same order, have about as many
+variants (`experiments/variants.py`) see the same tokens in the same order, have about as many
 parameters, and share one recipe, which was not tuned for any of them. Validation loss is that on
 all held-out files, in rows as long as in training.
 
@@ -31,8 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import numbers
-from _experiment_runs import (
+from experiments.runs import (
     Clock,
     Lines,
     add_common,
@@ -45,15 +44,16 @@ from _experiment_runs import (
     run_main,
     say,
 )
-from _experiment_text import Corpus, random_pieces, rows_of
-from _experiment_training import Learner, Pool, Recipe
-from _experiment_variants import (
+from experiments.text import Corpus, random_pieces, rows_of
+from experiments.training import Learner, Pool, Recipe
+from experiments.variants import (
     VARIANTS,
     build_variant,
     count_parameters,
     full_layers,
     matched_width,
 )
+from measuring.settings import numbers
 from torch import Tensor
 from tqdm import tqdm
 

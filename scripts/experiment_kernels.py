@@ -36,9 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import numbers
-from _device import collect_garbage, synchronise
-from _experiment_runs import (
+from experiments.runs import (
     Clock,
     Lines,
     add_common,
@@ -53,6 +51,8 @@ from _experiment_runs import (
     say,
 )
 from kimi_linear.ops.kda import kda_attention
+from measuring.device import collect_garbage, synchronise
+from measuring.settings import numbers
 from torch import Tensor
 
 EXPERIMENT = "kernels"

@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import numbers
-from _experiment_runs import (
+from experiments.runs import (
     Clock,
     Lines,
     add_common,
@@ -45,10 +44,11 @@ from _experiment_runs import (
     run_main,
     say,
 )
-from _experiment_tasks import IGNORED
-from _experiment_text import Corpus, random_pieces
-from _experiment_training import Learner, Pool, Recipe
-from _experiment_variants import build_variant, count_parameters, full_layers, matched_width
+from experiments.tasks import IGNORED
+from experiments.text import Corpus, random_pieces
+from experiments.training import Learner, Pool, Recipe
+from experiments.variants import build_variant, count_parameters, full_layers, matched_width
+from measuring.settings import numbers
 from torch import Tensor
 from tqdm import tqdm
 

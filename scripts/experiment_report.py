@@ -13,10 +13,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from _benchmark_report import Line
-from _experiment_plots import PLOTS
-from _experiment_runs import read_experiment, run_main
-from _experiment_tables import TABLES, events, provenance
+from experiments.plots import PLOTS
+from experiments.runs import read_experiment, run_main
+from experiments.tables import TABLES, events, provenance
+from measuring.report import Line
 
 ROOT = Path(__file__).parent.parent
 # The kind of line without which there is nothing to show.
