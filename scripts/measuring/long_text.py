@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _benchmark_measures import Bench, beside
-from _benchmark_models import new_cache
 from torch import Tensor
+
+from measuring.bench import Bench, beside
+from measuring.models import new_cache
 
 # A text is read in pieces of so many tokens, unless another number is given.
 DEFAULT_CHUNK = 16384

@@ -1,7 +1,7 @@
 """Text for the experiments: the source of Python's standard library as one line of tokens.
 
-Files come one after the other, each with its end token; whole files are held out (`_corpus.py`).
-The tokenizer is trained on the others.
+Files come one after the other, each with its end token; whole files are held out by
+`texts/corpus.py`. The tokenizer is trained on the others.
 """
 
 import random
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from _corpus import SourceFile, split_by_file, standard_library, total_bytes
-from _evaluation import encode_texts
 from kimi_linear.tokenizer import convert_tiktoken, train_bpe
+from texts.corpus import SourceFile, split_by_file, standard_library, total_bytes
+from texts.evaluation import encode_texts
 from torch import Tensor
 
 

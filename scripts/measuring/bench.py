@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _benchmark_models import new_cache
-from _device import PeakMemory, synchronise
-from _limits import Limits
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from measuring.device import PeakMemory, synchronise
+from measuring.limits import Limits
+from measuring.models import new_cache
 
 # No further repeat is begun after so many seconds: what is slow needs fewer of them.
 REPEAT_SECONDS = 10.0
@@ -58,7 +59,7 @@ class Bench:
     """One model, and how its calls are timed.
 
     Args:
-        kind: Whose model it is, one of `_benchmark_models.MODELS`.
+        kind: Whose model it is, one of `measuring.models.MODELS`.
         model: In eval mode.
         limits: What the device allows this model.
         effort: How much to measure.

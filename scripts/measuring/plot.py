@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _benchmark_report import Line
+from measuring.report import Line
 
 # Colour, marker and name in the legend.
 STYLES = {

@@ -1,11 +1,8 @@
 """What generate.py and chat.py share: loading a model, and the options of sampling."""
 
 import argparse
-import contextlib
-import io
 import math
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +15,6 @@ from transformers import (
 )
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Each is one character, so that a sequence that comes in pieces is found like a whole one.
-_CONTROLS = {*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0))} - {"\n", "\t"}
-_DIRECTIONS = {"\u061c", "\u200e", "\u200f"}.union(
-    map(chr, range(0x202A, 0x202F)), map(chr, range(0x2066, 0x206A))
-)
-_ESCAPES = str.maketrans({c: c.encode("unicode_escape").decode() for c in _CONTROLS | _DIRECTIONS})
 
 
 @dataclass(frozen=True)
@@ -113,18 +104,6 @@ def load(
     tokenizer = AutoTokenizer.from_pretrained(model, **source)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source).to(device).eval()
     return tokenizer, network
-
-
-def shown(text: str) -> str:
-    """A text for a terminal that it cannot command: control characters (C0 and C1, newline and tab
-    excepted) and Unicode's controls of direction come out as Python would write them."""
-    return text.translate(_ESCAPES)
-
-
-def tolerate_any_text() -> None:
-    """Have stdout show "?" for what its encoding lacks, not fail in the middle of an answer."""
-    with contextlib.suppress(AttributeError, io.UnsupportedOperation):
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

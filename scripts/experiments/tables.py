@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from _benchmark_report import Line
+from measuring.report import Line
 
 # Table 1 of the report: training and validation perplexity.
 REPORT_PERPLEXITIES = {

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _device import Rates
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+
+from measuring.device import Rates
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ def main(
     """Seconds of each step."""
     times = [time.perf_counter()]
     import torch
-    from _benchmark_models import build
-    from _device import synchronise
     from kimi_linear import KimiLinearConfig
+
+    from measuring.device import synchronise
+    from measuring.models import build
 
     def lap() -> float:
         synchronise(target)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _finetune_settings import DpoSettings, GrpoSettings, Settings, SftSettings
-from _training import make_optimizer, schedule_factor
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.training.safe_trainer import SafeTrainingMixin
+from learning.optimizers import make_optimizer, schedule_factor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from finetuning.settings import DpoSettings, GrpoSettings, Settings, SftSettings
 
 # Between two figures of a run.
 DRAW_SECONDS = 60
@@ -116,7 +117,7 @@ class MetricsFile(TrainerCallback):
 
     def _draw(self, state: Any) -> None:
         if state.is_world_process_zero and state.log_history:
-            from _plots import plot_curves
+            from learning.plots import plot_curves
 
             plot_curves(self.output / "curves.png", state.log_history, self.title)
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _benchmark_models import MODELS
-from _generation import DTYPES
+from generating.loading import DTYPES
 from kimi_linear import PRESETS
+
+from measuring.models import MODELS
 
 MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call")
 DEVICES = ("auto", "cuda", "cpu")
@@ -25,7 +26,7 @@ class Settings:
         models: Some of `MODELS`, in the order in which they are measured.
         measure: Some of `MEASURES`.
         device: One of `DEVICES`; "auto": CUDA if there is one.
-        dtype: One of `_generation.DTYPES`; "auto": bfloat16 on a GPU, float32 on a CPU.
+        dtype: One of `generating.loading.DTYPES`; "auto": bfloat16 on a GPU, float32 on a CPU.
         contexts: Tokens, for "prefill", "decode" and "first-token".
         batches: Rows, for "generate".
         prompt_length, new_tokens: Tokens, for "generate", "decode" and "first-call".

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _benchmark_plot import number_upwards, set_ticks
-from _benchmark_report import Line
-from _experiment_tables import (
+from measuring.plot import number_upwards, set_ticks
+from measuring.report import Line
+
+from experiments.tables import (
     DECAY_NAMES,
     MODEL_NAMES,
     PATTERN_NAMES,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_report import Line, environment, rounded, say
-from _benchmark_settings import number
+from measuring.report import Line, environment, rounded, say
+from measuring.settings import number
 
 DEVICES = ("auto", "cuda", "cpu")
 
