@@ -7,6 +7,7 @@
 #   make test-slow                      these
 #   make test ARGS="-k kda"             the same with flags of pytest
 #   make lint format typecheck          ruff, import-linter and mypy
+#   make drawing                        docs/rooms.svg, of the present imports
 #   make gpu-test                       the tests that need a CUDA device, in .venv-gpu
 #   make clean                          remove the environments and caches
 #
@@ -27,7 +28,7 @@ ARGS ?=
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-slow lint format typecheck gpu-test clean
+.PHONY: demo test test-slow lint format typecheck drawing gpu-test clean
 
 # glibc gives memory back that the next operation asks for again, which takes an eighth of a step;
 # and threads that spin for long while they wait take the time of whoever else is there.
@@ -60,6 +61,9 @@ typecheck: $(VENV)/dev.stamp $(LINK)
 # checkout lies and whatever its folder is called.
 $(LINK):
 	mkdir -p $(@D) && ln -sfn ../.. $@
+
+drawing: | $(BIN)/python
+	$(BIN)/python scripts/draw_rooms.py
 
 gpu-test: .venv-gpu/gpu.stamp
 	.venv-gpu/bin/python -m pytest -m gpu $(ARGS)
