@@ -138,9 +138,10 @@ def main(*, preset: str, layers: int, tokens: int, threads: int, record: Path | 
 
 def import_fla() -> None:
     """Everything of FLA that the package reaches, so that no kernel is tuned unseen."""
-    from kimi_linear import gated_norm, kda, short_conv
+    from kimi_linear.ops import gated_norm, kda
+    from kimi_linear.ops.short_conv import convolution
 
-    kda._fla_kernels(), gated_norm._fla_norm(), short_conv._fla_convolution()
+    kda._fla_kernels(), gated_norm._fla_norm(), convolution._fla_convolution()
 
 
 if __name__ == "__main__":

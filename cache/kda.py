@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from kimi_linear.cache.layer import LayerCache, may_write
 from kimi_linear.cache.pieces import KDAPieces, read_pieces
 from kimi_linear.cache.rollback import Rollback
 from kimi_linear.cache.state import KDAState
+from torch import Tensor
 
 # What crop can take back, unless a cache is made for another number ...
 ROLLBACK_TOKENS = 64
@@ -87,6 +86,10 @@ class KDALayerCache(LayerCache):
         self._take(after, x[:, anchors[0] :] if anchors else hidden_states)
         self._count(hidden_states.shape[1])
         return out[:, x.shape[1] - hidden_states.shape[1] :]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse keys and values, which attention layers hand to their caches."""
+        raise TypeError("a KDA layer's cache takes states, not keys and values: see read()")
 
     def _take(self, state: KDAState, logged: Tensor) -> None:
         """Hold the state after a call; `logged` [B, .., X] goes behind the log."""

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
 from kimi_linear.ops.kda import CHUNK_SIZE
 from kimi_linear.ops.runtime import is_exporting
+from torch import Tensor
 
 # Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
 # take 130 KB a token at the 48B model's sizes, and longer pieces are not faster.
@@ -82,7 +81,7 @@ def plan_pieces(
     """
     (B, T), logged = shape, num_logged or 0
     moves = rollback_tokens > 0 and (num_logged is None or logged + T > 2 * rollback_tokens)
-    replays = is_stale or (moves and num_logged is not None and T < rollback_tokens)
+    replays = is_stale or (moves and num_logged is not None and rollback_tokens > T)
     if not moves and not replays:
         return KDAPieces(tuple(_cut(Piece(0, T, layout), B)))
     length = T + (logged if replays else 0)
@@ -148,7 +147,11 @@ def read_pieces(
             if torch.is_grad_enabled():
                 outputs.append(found)
             else:  # gigabytes for a long text, which must not be there twice
-                out = x.new_empty(*x.shape[:2], found.shape[2], dtype=found.dtype) if out is None else out
+                out = (
+                    x.new_empty(*x.shape[:2], found.shape[2], dtype=found.dtype)
+                    if out is None
+                    else out
+                )
                 out[:, piece.start : piece.stop] = found
         if piece.is_anchor and keep_anchor is not None:
             keep_anchor(state)

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear.cache.hybrid import KimiLinearCache
-from kimi_linear.cache.kda import KDALayerCache, States
+from kimi_linear.cache.kda import KDALayerCache
 from kimi_linear.cache.latents import BLOCK_TOKENS, LatentLayerCache
-from kimi_linear.cache.rollback import KDAPlan, KDARun
-from kimi_linear.inputs.layout import SequenceLayout, traced_layout
+from kimi_linear.cache.state import KDAState
 from kimi_linear.upstream import attention_backend
 from torch import Tensor
 from transformers.cache_utils import StaticCache
@@ -187,36 +186,4 @@ def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> 
     return attention_mask[:, : cache.get_seq_length() + num_tokens]
 
 
-def static_inputs(
-    cache: KimiLinearStaticCache, attention_mask: Tensor | None, hidden_states: Tensor
-) -> dict[str, Any]:
-    """The call's hidden states [B, T, D], zeros at padding, and what all layers are given.
-
-    Args:
-        cache: The cache, with tokens.
-        attention_mask: [B, S or fewer], non-zero at real tokens up to the last of this call.
-        hidden_states: [B, T, D], the embeddings.
-    """
-    B, T = hidden_states.shape[:2]
-    device = hidden_states.device
-    columns = cache.layers[0].length.to(device) + torch.arange(T, device=device)
-    seen = (torch.arange(cache.room, device=device) <= columns[:, None]).expand(B, -1, -1)
-    layout = SequenceLayout()
-    if attention_mask is not None:
-        real = attention_mask.to(device) != 0
-        own = real.index_select(1, columns)
-        real = F.pad(real, (0, cache.room - real.shape[1]))
-        seen, layout = seen & real[:, None], traced_layout(own)
-        hidden_states = hidden_states.masked_fill(~own[..., None], 0)
-    return {
-        "hidden_states": hidden_states,
-        "layout": layout,
-        "cache": cache,
-        "attention_mask": seen,  # [B, T, S]
-        "real_tokens": None,
-        "by_blocks": True,
-        "kda_plan": KDAPlan((KDARun(0, T, layout),)),
-    }
-
-
-__all__ = ["KimiLinearStaticCache", "is_static_call", "static_inputs", "without_room"]
+__all__ = ["KimiLinearStaticCache", "is_static_call", "without_room"]

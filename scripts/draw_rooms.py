@@ -71,7 +71,7 @@ WAY = [
         ("KDA", "in 3 layers of 4"),
         ("ops/kda", "chunks of tokens; the cache takes the state"),
         ("decode", "updates the float32 state in place"),
-        ("ops/joint_training.py", "six projections in one product"),
+        ("ops/short_conv", "six projections as one product, one kernel"),
     ),
     (
         ("or MLA", "in the 4th"),

@@ -80,14 +80,8 @@ BACKBONE_ARGUMENTS = {
     "logits_to_keep": "dropped: TRL's DistillationTrainer takes it from the head's signature",
     "num_items_in_batch": "dropped: Trainer's compute_loss_func divides by it",
 }
-# What the backbone hands to all layers, of which each kind reads its own.
-LAYER_ARGUMENTS = {
-    **OUTPUT_ARGUMENTS,
-    "attention_mask": "latent attention: the attention backend's mask",
-    "real_tokens": "latent attention",
-    "by_blocks": "latent attention",
-    "kda_plan": "delta attention",
-}
+# What the backbone hands to all layers beside hidden states and plan.
+LAYER_ARGUMENTS = OUTPUT_ARGUMENTS
 SHARED_ARGUMENTS = {
     **OUTPUT_ARGUMENTS,
     **LENGTH_ARGUMENTS,

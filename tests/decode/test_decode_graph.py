@@ -54,7 +54,8 @@ def test_steps_equal_the_layers(num_rows, device):
     assert graph.get_seq_length() == eager.get_seq_length() == 10
     for own, other in zip(graph.layers, eager.layers, strict=True):
         assert own.num_tokens == other.num_tokens
-        assert getattr(own, "num_logged", None) == getattr(other, "num_logged", None)
+        if own.kind == "linear_attention":
+            assert own.rollback.num_logged == other.rollback.num_logged
 
 
 @each_device
@@ -156,7 +157,7 @@ def test_crop_takes_back_what_a_step_has_written(device):
         each.crop(-2)
     both(model, graph, ids, steps=2)
     both(model, eager, ids, steps=2)
-    check(graph.layers[0].recurrent_state, eager.layers[0].recurrent_state)
+    check(graph.layers[0].state.recurrent, eager.layers[0].state.recurrent)
 
 
 @each_device
@@ -174,10 +175,10 @@ def test_anchors_move_under_steps(num_read, device, monkeypatch):
     _decode(model, "eager", ids[:, num_read : num_read + 2], eager)
     for i in range(num_read + 2, num_read + 9):
         expected = call(model, "eager", ids[:, i : i + 1], eager)
-        fork = graph.fork() if graph.layers[0].num_logged >= 2 else None
+        fork = graph.fork() if graph.layers[0].rollback.num_logged >= 2 else None
         steps.clear()
         check(call(model, "graph", ids[:, i : i + 1], graph), expected, f"token {i}")
-        assert len(steps) == 1 and min(i, 2) <= graph.layers[0].num_logged <= 4
+        assert len(steps) == 1 and min(i, 2) <= graph.layers[0].rollback.num_logged <= 4
         if fork is not None:  # both tokens back, and the same two again
             fork.crop(-2)
             call(model, "eager", ids[:, i - 2 : i], fork)
@@ -192,14 +193,14 @@ def test_anchor_to_come_is_dropped_with_its_tokens(device):
     call(model, "eager", ids[:, :1], cache)
     _decode(model, "graph", ids[:, 1:6], cache)
     kda = cache.layers[0]
-    assert kda.num_next == 3 and cache.fork().layers[0].num_next == 3
+    assert kda.rollback.num_next == 3 and cache.fork().layers[0].rollback.num_next == 3
     rows = cache.copy()
     rows.batch_repeat_interleave(2)
-    assert rows.layers[0].next_recurrent_state.shape[0] == 2
+    assert rows.layers[0].rollback.next.recurrent.shape[0] == 2
     cache.crop(-2)  # four tokens stay
-    assert kda.num_next == 3
+    assert kda.rollback.num_next == 3
     cache.crop(-2)
-    assert kda.num_next is None and kda.next_recurrent_state is None
+    assert kda.rollback.num_next is None and kda.rollback.next.recurrent is None
     plain = KimiLinearCache(model.config)
     expected = call(model, "eager", ids[:, :3], plain)
     check(call(model, "eager", ids[:, 2:3], cache)[:, -1], expected[:, -1])

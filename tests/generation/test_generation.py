@@ -564,4 +564,4 @@ def test_memory_for_rollback_is_kept_only_for_those_who_can_use_it(hybrid, monke
     run(hybrid, token_ids(1, 5))
     hybrid.generate(token_ids(1, 5), **COMMON, return_dict_in_generate=True)
     hybrid.generate(token_ids(1, 5), **COMMON, prompt_lookup_num_tokens=3)
-    assert [cache.layers[0].rollback_tokens for cache in made] == [0, 64, 256]
+    assert [cache.layers[0].rollback.tokens for cache in made] == [0, 64, 256]

@@ -117,7 +117,7 @@ def test_returned_cache_has_the_same_tokens(model, monkeypatch, lengths):
     assert len(out.logits) == len(expected.logits)
     cache, old = out.cache, expected.cache
     assert cache.get_seq_length() == old.get_seq_length() == out.sequences.shape[1] - 1
-    assert cache.layers[0].rollback_tokens == old.layers[0].rollback_tokens
+    assert cache.layers[0].rollback.tokens == old.layers[0].rollback.tokens
     with torch.no_grad():
         last = out.sequences[:, -1:]
         logits, wanted = (model(last, cache=each).logits for each in (cache, old))

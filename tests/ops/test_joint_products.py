@@ -11,10 +11,11 @@ from interpreter import DEVICE, DTYPES, draw, with_kernels
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.layers.mlp import KimiLinearMLP
-from kimi_linear.ops import joint_training
-from kimi_linear.ops.joint_training import gated_mlp, project_kda, trains_jointly
+from kimi_linear.ops import joint_products
+from kimi_linear.ops.joint_products import joint_weights
 from kimi_linear.ops.kda import l2norm
-from kimi_linear.ops.short_conv import short_convolution
+from kimi_linear.ops.short_conv import convolved_projections
+from kimi_linear.ops.short_conv.convolution import short_convolution
 from kimi_linear.ops.short_conv.training_kernels import convolve_columns, convolve_columns_backward
 from tolerance import assert_close
 from torch import nn
@@ -77,7 +78,7 @@ def test_convolutions(rows, lengths, width, dtype):
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    monkeypatch.setattr(joint_training, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(joint_products, "DEVICES", ("cpu", "cuda"))
 
 
 def gradients(out, parameters, grad):
@@ -92,14 +93,41 @@ def kda_layer(**fields):
     return layer.to(DEVICE)
 
 
+def readers(layer):
+    """The layer's six projections, and the taps of its convolutions."""
+    qkv = layer.q_proj, layer.k_proj, layer.v_proj
+    convolutions = layer.q_conv1d, layer.k_conv1d, layer.v_conv1d
+    linears = *qkv, layer.f_a_proj, layer.g_a_proj, layer.b_proj
+    return linears, [convolution.weight for convolution in convolutions]
+
+
+def project(layer, x, layout):
+    linears, _ = readers(layer)
+    return convolved_projections(
+        x,
+        linears[:3],
+        (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d),
+        linears[3:],
+        layer.head_dim,
+        cu_seqlens=layout.cu_seqlens,
+        token_starts=lambda: layout.token_starts,
+    )
+
+
+def total(projected):
+    assert projected.is_normalised
+    return sum(each.sum() for each in (*projected[:3], *projected.others))
+
+
 @with_kernels
 @pytest.mark.parametrize("lengths", [(70,), (3, 1, 66)])
 def test_projections_of_a_kda_layer(anywhere, lengths):
     layer, layout = kda_layer(), packed(*lengths)
     x = draw(1, sum(lengths), layer.q_proj.in_features).requires_grad_()
-    linears, taps = layer._readers()
-    assert trains_jointly(x, linears, *taps)
-    ours = project_kda(x, linears, taps, layout, layer.head_dim)
+    linears, taps = readers(layer)
+    *qkv, others, state, is_normalised = project(layer, x, layout)
+    assert is_normalised and state is None
+    ours = [*(each.flatten(-2) for each in qkv), *others]
     products = [linear(x) for linear in linears]
     for i, tap in enumerate(taps):
         products[i] = short_convolution(products[i], tap, cu_seqlens=layout.cu_seqlens)[0]
@@ -121,10 +149,10 @@ def test_gated_mlp(anywhere):
     mlp = KimiLinearMLP(tiny_config(), 24).to(DEVICE)
     x = draw(2, 5, mlp.gate_proj.in_features).requires_grad_()
     leaves, grad = [x, *mlp.parameters()], draw(*x.shape)
-    ours = gated_mlp(x, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    assert joint_weights(x, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)) is not None
+    ours = mlp(x)
     theirs = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
     assert_close(ours, theirs, torch.float32)
-    assert_close(mlp(x), theirs, torch.float32)
     for mine, wanted in zip(
         gradients(ours, leaves, grad), gradients(theirs, leaves, grad), strict=True
     ):
@@ -138,23 +166,23 @@ def test_frozen_parts_get_no_gradient(anywhere):
     layer.k_proj.weight.requires_grad_(False)
     layer.v_conv1d.weight.requires_grad_(False)
     x = draw(1, 9, layer.q_proj.in_features)
-    linears, taps = layer._readers()
-    sum(out.sum() for out in project_kda(x, linears, taps, layout, layer.head_dim)).backward()
+    linears, taps = readers(layer)
+    total(project(layer, x, layout)).backward()
     assert layer.k_proj.weight.grad is None and layer.v_conv1d.weight.grad is None
     assert layer.q_proj.weight.grad.isfinite().all() and x.grad is None
     layer.requires_grad_(False)
-    assert not trains_jointly(x, linears, *taps)
-    assert trains_jointly(x.requires_grad_(), linears, *taps)
-    sum(out.sum() for out in project_kda(x, linears, taps, layout, layer.head_dim)).backward()
+    assert joint_weights(x, linears, *taps) is None
+    assert joint_weights(x.requires_grad_(), linears, *taps) is not None
+    total(project(layer, x, layout)).backward()
     assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("change", ["hook", "bias", "adapter", "dtype", "gathered", "no_grad"])
 def test_what_is_not_plain_goes_through_its_modules(monkeypatch, anywhere, change):
-    monkeypatch.setattr(joint_training, "triton", object())
+    monkeypatch.setattr(joint_products, "triton", object())
     layer = KimiLinearDeltaAttention(tiny_config(), 0)
     x = torch.randn(1, 4, layer.q_proj.in_features)
-    assert trains_jointly(x, layer._readers()[0])
+    assert joint_weights(x, readers(layer)[0]) is not None
     if change == "hook":
         layer.k_proj.register_forward_hook(lambda *args: None)
     elif change == "bias":
@@ -169,9 +197,9 @@ def test_what_is_not_plain_goes_through_its_modules(monkeypatch, anywhere, chang
     else:
         layer.eval()
         with torch.no_grad():
-            assert not trains_jointly(x, layer._readers()[0])
+            assert joint_weights(x, readers(layer)[0]) is None
         return
-    assert not trains_jointly(x, layer._readers()[0])
+    assert joint_weights(x, readers(layer)[0]) is None
 
 
 def test_starts_of_tokens():

@@ -1,8 +1,8 @@
 """Triton kernel of the three short convolutions of a KDA layer, where no graph is recorded.
 
-The same as `short_convolution` three times (its torch path is the reference), in one launch, with
-the states after the last token and after another one written on the way: at 4,096 tokens the
-launches of a layer take longer than its arithmetic.
+`short_convolution` three times (its torch path is the reference) in one launch, which writes the
+state after the last token on the way: at 4,096 tokens the launches of a layer take longer than its
+arithmetic.
 
 Shapes: B batch, T tokens, D channels, W taps.
 """
@@ -29,24 +29,22 @@ def convolve_three(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     state: Tensor | None,
-    cut: int = 0,
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """SiLU of three causal depthwise convolutions, each over its own input.
 
     Args:
         inputs: three [B, T, D].
         weights: three [D, 1, W], oldest tap first.
         state: the W - 1 inputs before the first token, [B, 3, D, W - 1]; None for zeros.
-        cut: number of tokens after which a state is wanted too.
 
     Returns:
-        three outputs [B, T, D]; the states after all and after `cut` tokens, [B, 3, D, W - 1].
+        three outputs [B, T, D]; the state after the last token, [B, 3, D, W - 1].
     """
     B, T, D = inputs[0].shape
     W = weights[0].shape[-1]
     inputs, weights = [x.contiguous() for x in inputs], [x.contiguous() for x in weights]
     outputs = [torch.empty_like(x) for x in inputs]
-    after, at_cut = (inputs[0].new_empty(B, 3, D, W - 1) for _ in range(2))
+    after = inputs[0].new_empty(B, 3, D, W - 1)
     grid = (triton.cdiv(T, TOKENS), triton.cdiv(D, CHANNELS), 3 * B)
     with torch.cuda.device_of(inputs[0]):
         _convolve[grid](
@@ -55,15 +53,13 @@ def convolve_three(
             *outputs,
             state if state is None else state.contiguous(),
             after,
-            at_cut,
             T,
             D,
-            cut,
             W=W,
             TOKENS=TOKENS,
             CHANNELS=CHANNELS,
         )
-    return outputs, after, at_cut
+    return outputs, after
 
 
 if triton is not None:
@@ -92,10 +88,8 @@ if triton is not None:
         out2,
         state,
         after,
-        at_cut,
         T,
         D,
-        cut,
         W: tl.constexpr,
         TOKENS: tl.constexpr,
         CHANNELS: tl.constexpr,
@@ -139,8 +133,6 @@ if triton is not None:
                 offset = tl.full((1, CHANNELS), column - W + 1, dtype=tl.int32)
                 last = _last_input(x, state, T + offset, channel, D, W)
                 tl.store(after + place, last, mask=channel < D)
-                last = _last_input(x, state, cut + offset, channel, D, W)
-                tl.store(at_cut + place, last, mask=channel < D)
 
 
 __all__ = ["convolve_three"]
