@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-import kimi_linear.ops.kda as kda
+import kimi_linear.ops.kda.fla as kda
 import pytest
 import torch
 from builders import tiny_model, token_ids

@@ -12,7 +12,6 @@ P = T * k pairs of a token and one of its experts.
 # (a kernel's arguments are Triton's)
 
 import torch
-import torch.nn.functional as F
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import has_kernels
 from torch import Tensor
@@ -22,24 +21,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
-
-
-# ------------------------------------------------------------------------------------ gated SiLU
-def reference_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """[M, I]: silu(gate) * up in float32."""
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [M, I]; rows may be strided."""
-    M, size = gate.shape
-    out = gate.new_empty(M, size)
-    block = 1024
-    grid = (M, triton.cdiv(size, block))
-    if M:
-        with torch.cuda.device_of(gate):
-            _silu_mul[grid](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=block)
-    return out
 
 
 # ---------------------------------------------------------------------------------- weighted sum
@@ -113,17 +94,6 @@ if triton is not None:
 
     @launch_directly
     @triton.jit
-    def _silu_mul(gate, up, out, gate_stride, up_stride, size, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < size
-        x = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
-        y = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
-        y = x * tl.sigmoid(x) * y
-        tl.store(out + row * size + column, y.to(out.dtype.element_ty), mask=inside)
-
-    @launch_directly
-    @triton.jit
     def _weighted_sum(
         pairs, weights, experts, out, size, num_experts, NUM: tl.constexpr, BLOCK: tl.constexpr
     ):
@@ -185,8 +155,6 @@ __all__ = [
     "choose_experts",
     "has_kernels",
     "reference_choose_experts",
-    "reference_silu_mul",
     "reference_weighted_sum",
-    "silu_mul",
     "weighted_sum",
 ]

@@ -13,8 +13,7 @@ D hidden size, I expert width.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from kimi_linear.ops.experts.prefill_kernels import choose_experts, reference_silu_mul, silu_mul
+from kimi_linear.ops.experts.prefill_kernels import choose_experts
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import has_kernels
 from torch import Tensor
@@ -25,77 +24,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
-
-
-def gated_silu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up [P, I] of gate and up side by side [P, 2I]."""
-    if has_kernels(gate_up):
-        return silu_mul(*gate_up.chunk(2, dim=1))
-    if gate_up.dtype == torch.float64:
-        gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate) * up
-    return reference_silu_mul(*gate_up.chunk(2, dim=1))
-
-
-# ------------------------------------------------------------------------ gated SiLU, backward pass
-def reference_weighted_silu_backward(
-    gate_up: Tensor, grad: Tensor, weights: Tensor | None = None, order: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Backward pass of weight * silu(gate) * up.
-
-    Args:
-        gate_up: [P, 2I].
-        grad: [P, I], of the product.
-        weights: P numbers in any shape; None for ones.
-        order: [P] int64, where among the weights each row's is.
-
-    Returns:
-        The gradient of `gate_up` [P, 2I], that of `weights` or None, and the product [P, I].
-    """
-    wide = torch.promote_types(gate_up.dtype, torch.float32) if weights is None else weights.dtype
-    gate, up = gate_up.to(wide).chunk(2, dim=1)
-    sigmoid, grad = gate.sigmoid(), grad.to(wide)
-    silu, weight = gate * sigmoid, 1 if weights is None else weights.flatten()[order][:, None]
-    inner, scaled = silu * up, grad * weight
-    slope = sigmoid * (1 + gate * (1 - sigmoid))
-    grad_gate_up = torch.cat([scaled * up * slope, scaled * silu], dim=1).to(gate_up.dtype)
-    grad_weights = None
-    if weights is not None:
-        grad_weights = torch.empty_like(weights).flatten()
-        grad_weights[order] = (grad * inner).sum(dim=1)
-        grad_weights = grad_weights.view_as(weights)
-    return grad_gate_up, grad_weights, (inner * weight).to(gate_up.dtype)
-
-
-def weighted_silu_backward(
-    gate_up: Tensor, grad: Tensor, weights: Tensor | None = None, order: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The same, one program a pair."""
-    if not has_kernels(gate_up, grad):
-        return reference_weighted_silu_backward(gate_up, grad, weights, order)
-    return launch_weighted_silu_backward(gate_up, grad, weights, order)
-
-
-def launch_weighted_silu_backward(
-    gate_up: Tensor, grad: Tensor, weights: Tensor | None = None, order: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    P, size = grad.shape
-    grad_gate_up, inner = torch.empty_like(gate_up), torch.empty_like(grad)
-    grad_weights = None if weights is None else torch.empty_like(weights)
-    if P:
-        with torch.cuda.device_of(grad):
-            _weighted_silu_backward[(P,)](
-                gate_up,
-                grad,
-                weights,
-                order,
-                grad_gate_up,
-                grad_weights,
-                inner,
-                size,
-                BLOCK=min(1024, triton.next_power_of_2(size)),
-            )
-    return grad_gate_up, grad_weights, inner
 
 
 # ------------------------------------------------------------------------------------ sums of rows
@@ -217,46 +145,6 @@ if triton is not None:
 
     @launch_directly
     @triton.jit
-    def _weighted_silu_backward(
-        gate_up,
-        grad,
-        weights,
-        order,
-        grad_gate_up,
-        grad_weights,
-        inner,
-        size,
-        BLOCK: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        weight = 1.0
-        if weights is not None:
-            place = tl.load(order + row)
-            weight = tl.load(weights + place).to(tl.float32)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, size, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = column < size
-            left = row * 2 * size + column
-            gate = tl.load(gate_up + left, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(gate_up + left + size, mask=inside, other=0.0).to(tl.float32)
-            own = tl.load(grad + row * size + column, mask=inside, other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            silu = gate * sigmoid
-            total += own * silu * up
-            scaled = own * weight
-            dtype = grad_gate_up.dtype.element_ty
-            grad_gate = scaled * up * sigmoid * (1 + gate * (1 - sigmoid))
-            tl.store(grad_gate_up + left, grad_gate.to(dtype), mask=inside)
-            tl.store(grad_gate_up + left + size, (scaled * silu).to(dtype), mask=inside)
-            product = (silu * up * weight).to(inner.dtype.element_ty)
-            tl.store(inner + row * size + column, product, mask=inside)
-        if weights is not None:
-            result = tl.sum(total, axis=0).to(grad_weights.dtype.element_ty)
-            tl.store(grad_weights + place, result)
-
-    @launch_directly
-    @triton.jit
     def _choice_backward(
         logits,
         experts,
@@ -321,13 +209,9 @@ if triton is not None:
 
 __all__ = [
     "choose_experts_in_training",
-    "gated_silu",
     "launch_choice_backward",
     "launch_sum_of_rows",
-    "launch_weighted_silu_backward",
     "reference_choice_backward",
     "reference_sum_of_rows",
-    "reference_weighted_silu_backward",
     "sum_of_rows",
-    "weighted_silu_backward",
 ]

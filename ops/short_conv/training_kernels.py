@@ -2,7 +2,7 @@
 
 `short_convolution` with SiLU three times and `l2norm` of q's and k's heads (their torch forms are
 the reference), forward and backward in one launch each. Inputs are columns of the joint product
-that `joint_training.py` makes, and their gradient is written back in that form. Backward reads each
+that `training.py` makes, and their gradient is written back in that form. Backward reads each
 number once: a program goes through its tokens one by one and keeps the last three in registers.
 Sums are in float32, in a fixed order.
 

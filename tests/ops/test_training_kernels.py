@@ -8,38 +8,12 @@ from kimi_linear.ops.experts.training_kernels import (
     choose_experts_in_training,
     launch_choice_backward,
     launch_sum_of_rows,
-    launch_weighted_silu_backward,
     reference_choice_backward,
     reference_sum_of_rows,
-    reference_weighted_silu_backward,
 )
 from tolerance import assert_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
-
-
-@with_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 24, 1024, 1030])
-def test_weighted_silu_backward(size, dtype):
-    order = torch.tensor([3, 0, 5, 4, 1, 2], device=DEVICE)
-    args = draw(6, 2 * size, dtype=dtype), draw(6, size, dtype=dtype), draw(3, 2), order
-    actual, expected = launch_weighted_silu_backward(*args), reference_weighted_silu_backward(*args)
-    for name, each, wanted in zip(("gate_up", "weights", "inner"), actual, expected, strict=True):
-        assert each.dtype == wanted.dtype
-        assert_close(each, wanted, torch.float32 if name == "weights" else dtype, name)
-
-
-@with_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_backward_without_weights(dtype):
-    gate_up, grad = draw(5, 48, dtype=dtype), draw(5, 24, dtype=dtype)
-    actual = launch_weighted_silu_backward(gate_up, grad)
-    ones, order = torch.ones(5, device=DEVICE), torch.arange(5, device=DEVICE)
-    expected = reference_weighted_silu_backward(gate_up, grad, ones, order)
-    assert actual[1] is None
-    assert_close(actual[0], expected[0], dtype)
-    assert_close(actual[2], expected[2], dtype)
 
 
 @with_kernels

@@ -14,10 +14,10 @@ from kimi_linear.decode import expert_kernels as decode_expert_kernels
 from kimi_linear.decode import kernels as decode_kernels
 from kimi_linear.decode import projection as decode_projection
 from kimi_linear.decode import step as decode_step
-from kimi_linear.ops import gated_norm
+from kimi_linear.ops import gated_norm, gated_silu
 from kimi_linear.ops.cross_entropy import kernels as loss_kernel
 from kimi_linear.ops.experts import grouped_kernels, pair_sort, prefill_kernels, training_kernels
-from kimi_linear.ops.short_conv import kernels as conv_kernel
+from kimi_linear.ops.short_conv import prefill_kernels as conv_kernel
 from kimi_linear.ops.short_conv import training_kernels as conv_training_kernels
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -26,11 +26,12 @@ KERNELS = {
     conv_kernel: ["_convolve"],
     conv_training_kernels: ["_convolve_columns", "_convolve_columns_backward"],
     gated_norm: ["_gated_norm", "_gated_norm_backward"],
+    gated_silu: ["_gated_silu", "_gated_silu_backward"],
     grouped_kernels: ["_gate_up", "_down"],
     loss_kernel: ["_loss_and_gradient"],
     pair_sort: ["_count_pairs", "_place_pairs"],
-    prefill_kernels: ["_silu_mul", "_weighted_sum", "_choose_experts"],
-    training_kernels: ["_weighted_silu_backward", "_sum_of_rows", "_choice_backward"],
+    prefill_kernels: ["_weighted_sum", "_choose_experts"],
+    training_kernels: ["_sum_of_rows", "_choice_backward"],
 }
 
 
@@ -68,16 +69,16 @@ def compile_all(dtype: torch.dtype) -> None:
             torch.zeros(2, E), torch.zeros(E), k, True, 2.4
         )
         prefill_kernels.weighted_sum(torch.zeros(2 * k, D, dtype=dtype), weights, experts, E)
-        prefill_kernels.silu_mul(inner, inner)
+        gated_silu.launch_gated_silu(inner, inner)
         both = torch.zeros(2 * k, 2 * I, dtype=dtype)
-        training_kernels.launch_weighted_silu_backward(both, inner, weights, order)
+        gated_silu.launch_gated_silu_backward(both, inner, weights, order)
         rows = torch.zeros(2 * k, D, dtype=dtype)
         for each in (weights, None):
             training_kernels.launch_sum_of_rows(rows, experts, each)
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
-            conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
-        training_kernels.launch_weighted_silu_backward(both, inner)
+            conv_kernel.convolve_three([x[None]] * 3, taps, state)
+        gated_silu.launch_gated_silu_backward(both, inner)
         pair_sort.launch_sort_pairs(experts, E)
         heads, weight = torch.zeros(2, 3, D // 8, dtype=dtype), torch.zeros(D // 8, dtype=dtype)
         gated_norm.launch_gated_norm(heads, heads, weight, 1e-5)
