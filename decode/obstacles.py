@@ -20,7 +20,7 @@ CONSTANTS = ("num_experts_per_token", "routed_scaling_factor", "moe_renormalize"
 
 class Snapshot:
     """What a recording contains of a model. To look whether it has changed is cheap enough for
-    every token: 60 us for the 48B model, where a walk through its modules takes 2 ms.
+    every token: 60 us of the host for the 48B model, while a walk through its modules takes 2 ms.
 
     Attributes:
         recorded: Addresses of parameters and buffers, and the configuration's constants.
@@ -58,9 +58,9 @@ class Snapshot:
             return False
 
     def _look(self, model: nn.Module) -> list[Any]:
-        config: Any = model.config
+        config = vars(model.config)  # its `getattr` takes ten times as long
         tensors: list[Any] = list(map(getitem, self._holders, self._names))
-        constants = [getattr(config, name) for name in CONSTANTS]
+        constants = [config[name] for name in CONSTANTS]
         return [*map(Tensor.data_ptr, tensors), tensors[0].dtype, *constants]
 
 

@@ -1,12 +1,15 @@
 """Decoding by the recorded step beside decoding layer by layer: logits, caches, `generate()`."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 from builders import TWO_LAYERS, token_ids
 from decode_models import DEVICES, INTERPRETED, decode_model, small_grids  # noqa: F401
 from kimi_linear import KimiLinearCache
+from kimi_linear.decode import graph as graph_module
 from kimi_linear.decode import many_rows, obstacles, recording
 from kimi_linear.ops.runtime import TritonError
 from tolerance import assert_close, assert_kernel_close
@@ -270,24 +273,109 @@ def test_generate_takes_padded_prompts(device):
     assert torch.equal(*results)
 
 
+def scale_in_place(model, weight):
+    weight.data.mul_(-2)
+
+
+def load(model, weight):
+    model.load_weights([("model.layers.1.self_attn.o_proj.weight", weight.cpu() * -2)])
+
+
+def replace_data(model, weight):
+    weight.data = weight.data * -2
+
+
+def replace_parameter(model, weight):
+    model.model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(weight * -2)
+
+
+def replace_module(model, weight):
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False, device=weight.device)
+    linear.weight.data = weight * -2
+    model.set_submodule("model.layers.1.self_attn.o_proj", linear)
+
+
+def move(model, weight):
+    dtype = weight.dtype
+    model.to(torch.float64).to(dtype)
+    weight.data.mul_(-2)
+
+
+def change_constant(model, weight):
+    model.config.routed_scaling_factor *= 0.5
+
+
+@each_device
+@pytest.mark.parametrize(
+    "change",
+    [scale_in_place, load, replace_data, replace_parameter, replace_module, move, change_constant],
+)
+@torch.no_grad()
+def test_changes_in_the_middle_of_a_text_are_seen(change, device):
+    model = decode_model(device)
+    cache, ids = KimiLinearCache(model.config), token_ids(1, 5)
+    call(model, "eager", ids, cache)
+    _, cache = both(model, cache, ids, steps=1)
+    change(model, model.model.layers[1].self_attn.o_proj.weight)
+    token, plain = token_ids(1, 1, seed=3), cache.copy()
+    check(call(model, "graph", token, cache), call(model, "eager", token, plain))
+
+
 @each_device
 @torch.no_grad()
-def test_new_weights_are_seen(device):
-    """In place at once; elsewhere when the next text begins."""
+def test_caches_that_take_turns_see_new_weights(device, monkeypatch):
+    """Each keeps its table of addresses, and the model is walked through once per text."""
+    model, walks = decode_model(device), []
+    look = graph_module.model_obstacle
+    monkeypatch.setattr(
+        graph_module, "model_obstacle", lambda model: walks.append(0) or look(model)
+    )
+    caches = [KimiLinearCache(model.config) for _ in range(2)]
+    for i, cache in enumerate(caches):
+        call(model, "eager", token_ids(1, 5 + i), cache)
+    plain = [cache.copy() for cache in caches]
+    for i in range(6):
+        if i == 4:
+            assert len(walks) == 2
+            replace_data(model, model.model.layers[1].self_attn.o_proj.weight)
+        token = token_ids(1, 1, seed=20 + i)
+        a = call(model, "graph", token, caches[i % 2])
+        check(a, call(model, "eager", token, plain[i % 2]))
+    assert len(walks) == 3
+
+
+@each_device
+@torch.no_grad()
+def test_obstacles_in_the_middle_of_a_text_are_seen(device):
+    """An adapter in a linear's place, an early exit; and they go again."""
     model = decode_model(device)
-    ids, name = token_ids(1, 5), "model.layers.1.self_attn.o_proj.weight"
-    for change in (
-        lambda weight: weight.data.mul_(-2),
-        lambda weight: model.load_weights([(name, weight.cpu() * -2)]),
-        lambda weight: setattr(weight, "data", weight.data * -2),
-    ):
-        cache = KimiLinearCache(model.config)
-        call(model, "eager", ids, cache)
-        both(model, cache, ids, steps=1)
-        change(model.get_parameter(name))
-        cache = KimiLinearCache(model.config)
-        call(model, "eager", ids, cache)
-        both(model, cache, ids, steps=1)
+    cache = KimiLinearCache(model.config)
+    call(model, "eager", token_ids(1, 5), cache)
+    _, cache = both(model, cache, token_ids(1, 5), steps=1)
+    attention, token = model.model.layers[1].self_attn, token_ids(1, 1)
+    linear = attention.o_proj
+    attention.o_proj = torch.nn.Sequential(linear)
+    with pytest.raises(ValueError, match="o_proj is a Sequential"):
+        call(model, "graph", token, cache)
+    attention.o_proj = linear
+    handle = linear.register_forward_pre_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="a module has hooks"):
+        call(model, "graph", token, cache)
+    handle.remove()
+    both(model, cache, token, steps=1)
+
+
+@each_device
+@torch.no_grad()
+def test_models_that_have_decoded_are_freed(device):
+    model = decode_model(device)
+    cache = KimiLinearCache(model.config)
+    call(model, "eager", token_ids(1, 5), cache)
+    call(model, "graph", token_ids(1, 1), cache)
+    found = weakref.ref(model)
+    del model
+    gc.collect()
+    assert found() is None
 
 
 @each_device
