@@ -10,7 +10,6 @@ I expert width, E experts, k experts of one token.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from kimi_linear.cache.hybrid import prepare_cache
 from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
@@ -23,10 +22,7 @@ from kimi_linear.inputs.checks import (
     unless_all_real,
 )
 from kimi_linear.inputs.layout import (
-    SequenceLayout,
     check_attention_mask,
-    last_real_columns,
-    sequence_layout,
 )
 from kimi_linear.inputs.trees import read_trees
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
@@ -35,20 +31,20 @@ from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.layers.moe import KimiLinearMoE
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.layers.plan import ForwardPlan, Planner
-from kimi_linear.ops.cross_entropy import (
-    DeferredLogits,
-    LossBackend,
-    causal_lm_loss,
-    uses_fused_loss,
-)
 from kimi_linear.outputs_kimi_linear import (
     KimiLinearCausalLMOutput,
     KimiLinearModelOutput,
     KimiLinearSequenceClassifierOutput,
     one_cache,
 )
-from kimi_linear.parallel.context import ContextPlanner, own_labels, total_over
-from kimi_linear.training.router import ExpertLoads, RouterNotes, add_router_losses, take_notes
+from kimi_linear.parallel.context import ContextPlanner
+from kimi_linear.training.loss import (
+    LossBackend,
+    loss_and_logits,
+    sequence_label_loss,
+    token_label_loss,
+)
+from kimi_linear.training.router import ExpertLoads, RouterNotes, take_notes
 from kimi_linear.upstream import (
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
@@ -228,7 +224,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     decode_backend: DecodeBackend = "auto"
     # "auto": the loss of training is computed without the logits where it can be, which then are
     # made when something asks for them; "fused": or is an error; "logits": always from logits.
-    # See `loss_kimi_linear.py`.
+    # See `training/loss.py`.
     loss_backend: LossBackend = "auto"
 
     def __init__(self, config: KimiLinearConfig) -> None:
@@ -306,52 +302,17 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             seq_idx=seq_idx,
             **inner,
         )
-        x, loss = outputs.last_hidden_state, None
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if labels is not None:
-            keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-            if keeps_all and self.model.context_group is None:
-                _check_labels(labels, x.shape[:2])
-            labels, loss_kwargs = _shift_labels(
-                labels,
-                loss_kwargs,
-                self.model.context_group,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                seq_idx=seq_idx,
-                cu_seq_lens=cu_seq_lens_q,
-            )
-        is_fused = uses_fused_loss(self, x, labels, logits_to_keep)
-        if is_fused:
-            logits = DeferredLogits.of(self.lm_head, x)
-        else:
-            has_columns = attention_mask is not None and attention_mask.ndim == 2
-            mask = attention_mask if has_columns and labels is None and x.shape[1] > 1 else None
-            logits = self.lm_head(_kept_states(x, kept, unless_all_real(mask)))
-        if labels is not None:
-            if logits.shape[:2] != labels.shape:
-                raise ValueError(
-                    f"logits_to_keep={logits_to_keep!r} is not allowed with labels: it must be 0"
-                )
-            if is_fused:
-                loss = causal_lm_loss(x, self.lm_head.weight, labels, **loss_kwargs)
-            else:
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
-                )
-            ignored = loss_kwargs.get("ignore_index", -100)
-            shifted = loss_kwargs.get("shift_labels")
-            if shifted is None:
-                shifted = F.pad(labels[:, 1:], (0, 1), value=ignored)
-            loss = add_router_losses(
-                self,
-                loss,
-                outputs.router_losses_by_place,
-                shifted != ignored,
-                loss_kwargs.get("num_items_in_batch"),
-            )
-            if self.model.context_group is not None:
-                loss = total_over(loss, self.model.context_group)
+        loss, logits = loss_and_logits(
+            self,
+            outputs,
+            labels,
+            logits_to_keep,
+            loss_kwargs,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens=cu_seq_lens_q,
+        )
         return KimiLinearCausalLMOutput(
             loss=loss,
             aux_loss=None if outputs.router_losses is None else outputs.router_losses[0],
@@ -377,50 +338,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         logits = decode_logits(self, input_ids, mask, cache)
         cache.is_torn = False
         return logits
-
-
-def _kept_states(x: Tensor, kept: slice | Tensor, mask: Tensor | None) -> Tensor:
-    """Of the hidden states [B, T, D] those whose logits are wanted; at padding (`mask` [B, S]) that
-    of the row's last real token before it, which says how the row goes on."""
-    if mask is None:
-        return x[:, kept, :]
-    columns = last_real_columns(mask[:, -x.shape[1] :].to(x.device) != 0)[:, kept]
-    return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-
-
-def _check_labels(labels: Tensor, needed: torch.Size) -> None:
-    """ValueError unless there is a label for each token."""
-    if labels.shape != needed:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, which is not allowed: it must be "
-            f"[batch, tokens] = {list(needed)}"
-        )
-
-
-def _shift_labels(
-    labels: Tensor, kwargs: dict[str, Any], group: Any, **boundaries: Any
-) -> tuple[Tensor, dict[str, Any]]:
-    """Labels [B, T] and the loss' arguments: `shift_labels` too where rows are packed or padded; in
-    context parallelism, both of the process' own tokens."""
-    layout = sequence_layout(*labels.shape, **boundaries, device=labels.device)
-    if not layout.is_plain:
-        kwargs = {"shift_labels": _next_labels(labels, layout), **kwargs}
-    return (labels, kwargs) if group is None else own_labels(labels, kwargs, group)
-
-
-def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
-    """[B, T]: at each real token the label of the next one of its sequence, -100 where none is."""
-    if layout.order is not None:
-        following = F.pad(layout.pack(labels)[:, 1:], (0, 1), value=-100)
-        following = following.masked_fill(layout.is_behind(labels).roll(-1, 1), -100)
-        return torch.full_like(labels, -100).scatter(1, layout.order, following)
-    places = torch.arange(labels.numel(), device=labels.device)
-    places = places if layout.token_index is None else layout.token_index
-    following = F.pad(labels.flatten()[places], (0, 1), value=-100)[1:]
-    assert layout.cu_seqlens is not None
-    ends = layout.cu_seqlens[1:].long()
-    following[ends[ends > 0] - 1] = -100
-    return torch.full_like(labels, -100).flatten().index_copy(0, places, following).view_as(labels)
 
 
 def _read_for_classifier(
@@ -492,26 +409,11 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         columns = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
         if real is not None:
             columns = columns * (real[:, -logits.shape[1] :] != 0).to(logits.device)
-        rows = torch.arange(logits.shape[0], device=logits.device)
         read = columns.amax(dim=1)
-        pooled = logits[rows, read]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                pooled_logits=pooled,
-                config=self.config,
-                num_items_in_batch=num_items,
-            )
-            if num_items is not None and self.config.problem_type != "single_label_classification":
-                loss = loss * labels.numel() / num_items  # a mean, whatever Trainer counted
-            counts = torch.zeros_like(columns, dtype=torch.int64)
-            counts[rows, read] = (labels != -100).view(len(rows), -1).sum(1).to(logits.device)
-            loss = add_router_losses(self, loss, outputs.router_losses_by_place, counts, num_items)
+        rows = torch.arange(logits.shape[0], device=logits.device)
         return KimiLinearSequenceClassifierOutput(
-            loss=loss,
-            logits=pooled,
+            loss=sequence_label_loss(self, outputs, logits, read, labels, num_items),
+            logits=logits[rows, read],
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -569,13 +471,8 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
             past_key_values=past_key_values,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items)
-            losses, counts = outputs.router_losses_by_place, labels != -100
-            loss = add_router_losses(self, loss, losses, counts, num_items)
         return TokenClassifierOutput(
-            loss=loss,
+            loss=token_label_loss(self, outputs, logits, labels, num_items),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

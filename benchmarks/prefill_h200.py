@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from _environment import environment, line_writer
 from kimi_linear import KimiLinearCache
-from kimi_linear.ops import kda
+from kimi_linear.ops.kda import fla as kda
 from million_tokens import random_model
 
 EXACTNESS_LAYERS, EXACTNESS_TOKENS = 4, 20000

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from _environment import environment, line_writer
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.ops import kda
+from kimi_linear.ops.kda import fla as kda
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

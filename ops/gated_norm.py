@@ -9,13 +9,10 @@ Shapes: H heads, V value size; leading dimensions are free. N rows: all dimensio
 # mypy: disable-error-code=no-untyped-def
 # (a kernel's arguments are Triton's)
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from kimi_linear.ops.fla.tuning import use_known_configs
-from kimi_linear.ops.kda import resolve_backend
+from kimi_linear.ops.fla.backend import norm_kernel, resolve_backend
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import needs_grad
 from torch import Tensor
@@ -29,20 +26,6 @@ except ImportError:
 
 ROWS = 16  # at once
 STEPS = 8  # of a program of the backward pass, of so many rows each
-
-
-@functools.cache
-def _fla_norm() -> Callable[..., Tensor]:
-    """FLA's kernel, imported on first use."""
-    try:
-        from fla.modules.fused_norm_gate import rms_norm_gated
-    except ImportError as error:
-        raise ValueError(
-            f"backend is 'fla', but this fla has no rms_norm_gated ({error}); "
-            "fla-core 0.5.1 or newer is needed, or backend='torch'"
-        ) from error
-    use_known_configs()
-    return rms_norm_gated
 
 
 def gated_rms_norm(
@@ -63,7 +46,7 @@ def gated_rms_norm(
     if resolve_backend(x, backend) == "fla":
         if x.is_cuda and triton is not None and needs_grad(x, gate, weight):
             return _GatedNorm.apply(x.contiguous(), gate.contiguous(), weight, eps)
-        return _fla_norm()(x, gate, weight, None, activation="sigmoid", eps=eps)
+        return norm_kernel()(x, gate, weight, None, activation="sigmoid", eps=eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = torch.nn.functional.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
     return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
