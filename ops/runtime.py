@@ -100,6 +100,11 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def ceil_div(size: int, block: int) -> int:
+    """The number of blocks that hold `size`."""
+    return -(-size // block)
+
+
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether the kernels take these: on CUDA, with triton, neither recorded nor compiled."""
     if triton is None or is_traced():
