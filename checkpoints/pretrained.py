@@ -29,12 +29,11 @@ from kimi_linear.training.quantized_experts import (
     saved_bytes,
     unpack_experts,
 )
-from kimi_linear.upstream import (
+from kimi_linear.upstream.interfaces import OutputRecorder, init
+from kimi_linear.upstream.models import (
     Loading,
-    OutputRecorder,
     PreTrainedModelHooks,
     has_own_adapters,
-    init,
     is_quantized,
     save_by_registered_names,
 )

@@ -19,7 +19,7 @@ from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.parallel.tensor import is_dtensor, replicated
 from kimi_linear.training.quantized_experts import EXPERT_TENSORS, plain_experts
 from kimi_linear.training.router import RouterNotes
-from kimi_linear.upstream import use_experts_implementation
+from kimi_linear.upstream.interfaces import use_experts_implementation
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from kimi_linear.upstream import mark_initialized
+from kimi_linear.upstream.models import mark_initialized
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from kimi_linear.upstream import CheckpointHooks, rotate_checkpoints
+from kimi_linear.upstream.trainer import CheckpointHooks, rotate_checkpoints
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer

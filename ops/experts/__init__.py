@@ -13,7 +13,7 @@ from typing import Any
 from kimi_linear.ops.experts.prefill import can_prefill, prefill_experts, refuse
 from kimi_linear.ops.experts.training import train_experts, trains_lean
 from kimi_linear.ops.runtime import TritonError
-from kimi_linear.upstream import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from kimi_linear.upstream.interfaces import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from torch import Tensor
 
 

@@ -6,10 +6,10 @@ import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
 from kimi_linear.cache import pieces
-from kimi_linear.layers import latent_attention
+from kimi_linear.layers import latent_attention as latent_layer
 from kimi_linear.ops import gated_mlp
-from kimi_linear.ops import latent_attention as attention_module
 from kimi_linear.ops.experts import prefill
+from kimi_linear.ops.latent_attention import expanded, fused, latent_attention
 from latent_reference import SCALING, B, H, L, N, P, V, reference
 from tolerance import assert_kernel_close
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -33,22 +33,22 @@ def error(x, expected):
 @torch.no_grad()
 def test_cudnn_with_merged_blocks_equals_plain_softmax(monkeypatch, num_queries, num_keys, dtype):
     calls = []
-    cudnn = attention_module._cudnn
+    cudnn = fused._cudnn
 
     def spy(*args):
         calls.append(cudnn(*args))
         return calls[-1]
 
-    monkeypatch.setattr(attention_module, "_cudnn", spy)
+    monkeypatch.setattr(fused, "_cudnn", spy)
     for name in ("CUDNN_PAIRS", "CUDNN_OWN_PAIRS"):
-        monkeypatch.setattr(attention_module, name, 1)
-    monkeypatch.setattr(attention_module, "EXPANDED_TOKENS", 1)
-    monkeypatch.setattr(attention_module, "FUSED_QUERY_TOKENS", B * 600)
-    monkeypatch.setattr(attention_module, "FUSED_EXPANDED_TOKENS", B * 400)
+        monkeypatch.setattr(fused, name, 1)
+    monkeypatch.setattr(expanded, "EXPANDED_TOKENS", 1)
+    monkeypatch.setattr(expanded, "FUSED_QUERY_TOKENS", B * 600)
+    monkeypatch.setattr(expanded, "FUSED_EXPANDED_TOKENS", B * 400)
     query = torch.randn(B, num_queries, H, N + P, device="cuda", dtype=dtype)
     latent = torch.randn(B, num_keys, L + P, device="cuda", dtype=dtype)
     halves = [0.05 * torch.randn(H, size, L, device="cuda", dtype=dtype) for size in (N, V)]
-    out = attention_module.latent_attention(query, [latent], *halves, scaling=SCALING)
+    out = latent_attention(query, [latent], *halves, scaling=SCALING)
     assert len(calls) > 1
     assert all(call is not None for call in calls), "cuDNN was not used"
     assert_kernel_close(out, reference(query, latent, *halves, None), dtype)
@@ -122,7 +122,7 @@ def test_pieces_of_tokens_equal_the_whole(monkeypatch):
     expected = read()
     monkeypatch.setattr(pieces, "PIECE_TOKENS", 2 * 256)
     monkeypatch.setattr(gated_mlp, "PIECE_TOKENS", 700)
-    monkeypatch.setattr(latent_attention, "FUSED_QUERY_TOKENS", 1024)
+    monkeypatch.setattr(latent_layer, "FUSED_QUERY_TOKENS", 1024)
     assert_kernel_close(read(), expected, torch.float32)
 
 
