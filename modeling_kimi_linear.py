@@ -45,15 +45,17 @@ from kimi_linear.training.loss import (
     token_label_loss,
 )
 from kimi_linear.training.router import ExpertLoads, RouterNotes, take_notes
-from kimi_linear.upstream import (
+from kimi_linear.upstream.arguments import (
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
     LENGTH_ARGUMENTS,
     OUTPUT_ARGUMENTS,
+    check_arguments,
+)
+from kimi_linear.upstream.interfaces import (
     GradientCheckpointingLayer,
     can_return_tuple,
     capture_outputs,
-    check_arguments,
 )
 from torch import Tensor, nn
 from transformers.cache_utils import Cache

@@ -5,7 +5,8 @@ With `--reference`, another checkout of this repository is measured in the same 
 `--exactness`, both are compared with a float32 run of the first layers. `--chunks` reads one long
 text in chunks into one cache. A line of JSON each; weights take 98 GB.
 
-    python benchmarks/prefill_h200.py --reference ../before --record benchmarks/prefill_h200.jsonl
+    python benchmarks/prefill_h200.py --reference ../before \\
+        --record benchmarks/results/prefill_h200.jsonl
     python benchmarks/prefill_h200.py --lengths "" --chunks 1048576
 """
 

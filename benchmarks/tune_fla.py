@@ -1,11 +1,11 @@
-"""Let FLA choose among its configurations on this GPU, and write what it chose to `fla_configs.py`.
+"""Let FLA choose among its configurations on this GPU, and write them to `ops/fla/configs.py`.
 
 A model of few layers is trained and used, packed and not, so that every kernel of FLA that this
-package reaches is tuned once for each shape and dtype of `fla_tuning.shape_of`. The candidates of a
-kernel are compiled in threads before they are timed. The table is written when all is done, and a
-line of JSON for each choice.
+package reaches is tuned once for each shape and dtype, as `ops/fla/tuning.py` tells them apart. The
+candidates of a kernel are compiled in threads before they are timed. The table is written when all
+is done, and a line of JSON for each choice.
 
-    python benchmarks/tune_fla.py --record benchmarks/fla_configs_h200.jsonl
+    python benchmarks/tune_fla.py --record benchmarks/results/fla_configs_h200.jsonl
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import nn
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.autotuner import Autotuner
 
-OUTPUT = Path(__file__).parent.parent / "fla_configs.py"
+OUTPUT = Path(__file__).parents[1] / "ops" / "fla" / "configs.py"
 TABLES: dict[str, dict[str, dict[str, Any]]] = {}
 
 

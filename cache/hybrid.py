@@ -17,7 +17,7 @@ import torch
 from kimi_linear.cache.kda import ROLLBACK_TOKENS, KDALayerCache
 from kimi_linear.cache.latents import LatentLayerCache
 from kimi_linear.cache.layer import LayerCache
-from kimi_linear.upstream import holds_tokens, is_offloading, put_layers
+from kimi_linear.upstream.caches import holds_tokens, is_offloading, put_layers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig

@@ -87,6 +87,10 @@ class KDALayerCache(LayerCache):
         self._count(hidden_states.shape[1])
         return out[:, x.shape[1] - hidden_states.shape[1] :]
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse keys and values, which attention layers hand to their caches."""
+        raise TypeError("a KDA layer's cache takes states, not keys and values: see read()")
+
     def _take(self, state: KDAState, logged: Tensor) -> None:
         """Hold the state after a call; `logged` [B, .., X] goes behind the log."""
         self.state = KDAState(

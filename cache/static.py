@@ -18,7 +18,7 @@ from kimi_linear.cache.hybrid import KimiLinearCache
 from kimi_linear.cache.kda import KDALayerCache
 from kimi_linear.cache.latents import BLOCK_TOKENS, LatentLayerCache
 from kimi_linear.cache.state import KDAState
-from kimi_linear.upstream import attention_backend
+from kimi_linear.upstream.interfaces import attention_backend
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 

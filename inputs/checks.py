@@ -6,7 +6,7 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call.
 from typing import Any
 
 import torch
-from kimi_linear.upstream import BACKBONE_ARGUMENTS, LENGTH_ARGUMENTS, check_arguments
+from kimi_linear.upstream.arguments import BACKBONE_ARGUMENTS, LENGTH_ARGUMENTS, check_arguments
 from torch import Tensor
 
 

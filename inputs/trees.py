@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kimi_linear.upstream import OUTPUT_ARGUMENTS
+from kimi_linear.upstream.arguments import OUTPUT_ARGUMENTS
 from torch import Tensor
 
 # What gives sequences losses of the router.

@@ -16,7 +16,7 @@ from kimi_linear.layers.plan import ForwardPlan
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.short_conv import convolved_projections
 from kimi_linear.ops.short_conv.convolution import short_convolution
-from kimi_linear.upstream import LAYER_ARGUMENTS, check_arguments
+from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
 from torch import Tensor, nn
 
 

@@ -19,12 +19,8 @@ from kimi_linear.ops.latent_attention import (
 )
 from kimi_linear.ops.latent_attention.sdpa import attention_by_sequence, eager_attention
 from kimi_linear.ops.linear_map import is_linear_map, linear_map
-from kimi_linear.upstream import (
-    ALL_ATTENTION_FUNCTIONS,
-    LAYER_ARGUMENTS,
-    attention_backend,
-    check_arguments,
-)
+from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
+from kimi_linear.upstream.interfaces import ALL_ATTENTION_FUNCTIONS, attention_backend
 from torch import Tensor, nn
 
 LATENT_NORM_EPS = 1e-6

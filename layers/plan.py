@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from kimi_linear.cache.calls import cache_for_call
 from kimi_linear.cache.pieces import KDAPieces, Piece, plan_pieces, read_pieces
-from kimi_linear.cache.static import KimiLinearStaticCache, is_static_call, without_room
+from kimi_linear.cache.static import is_static_call, without_room
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.inputs.layout import (
     SequenceLayout,
@@ -20,7 +20,7 @@ from kimi_linear.inputs.layout import (
     traced_layout,
 )
 from kimi_linear.ops.runtime import is_exporting
-from kimi_linear.upstream import (
+from kimi_linear.upstream.interfaces import (
     attention_backend,
     create_causal_mask,
     packed_sequence_mask_function,
@@ -245,13 +245,11 @@ def _pieces(
     )
 
 
-def static_plan(
-    cache: KimiLinearStaticCache, attention_mask: Tensor | None, hidden_states: Tensor
-) -> ForwardPlan:
+def static_plan(cache: Any, attention_mask: Tensor | None, hidden_states: Tensor) -> ForwardPlan:
     """The plan of a compiled step, whose shapes are those of all steps.
 
     Args:
-        cache: The cache, with tokens.
+        cache: A `KimiLinearStaticCache`, with tokens.
         attention_mask: [B, S or fewer], non-zero at real tokens up to the last of this call.
         hidden_states: [B, T, D], the embeddings.
     """

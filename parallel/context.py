@@ -29,7 +29,7 @@ from kimi_linear.inputs.layout import SequenceLayout, check_attention_mask, sequ
 from kimi_linear.layers.plan import ForwardPlan, Planner
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import compute_dtype, no_autocast
-from kimi_linear.upstream import attention_backend
+from kimi_linear.upstream.interfaces import attention_backend
 from torch import Tensor
 
 

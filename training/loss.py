@@ -19,7 +19,7 @@ from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
 from kimi_linear.parallel.context import own_labels, total_over
 from kimi_linear.training.deferred_logits import DeferredLogits
 from kimi_linear.training.router import add_router_losses
-from kimi_linear.upstream import ForCausalLMLoss
+from kimi_linear.upstream.interfaces import ForCausalLMLoss
 from torch import Tensor
 
 LossBackend = Literal["auto", "fused", "logits"]

@@ -18,7 +18,7 @@ from kimi_linear.ops.experts.pair_sort import sort_pairs
 from kimi_linear.ops.experts.prefill_kernels import weighted_sum
 from kimi_linear.ops.experts.training import train_experts, trains_lean
 from kimi_linear.ops.runtime import has_kernels, is_plain_silu
-from kimi_linear.upstream import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from kimi_linear.upstream.interfaces import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from torch import Tensor, nn
 from transformers.utils import logging
 

@@ -7,10 +7,10 @@ from typing import Any
 import experiment_decoding
 import pytest
 import torch
-from _device import Rates
-from _limits import Limits
 from experiment_decoding import Settings, Subject
 from kimi_linear.decode.graph import _size_obstacle
+from measuring.device import Rates
+from measuring.limits import Limits
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 
