@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, last_real_columns, sequence_layout
-from kimi_linear.ops.cross_entropy import linear_cross_entropy, product_dtype
-from kimi_linear.ops.runtime import is_transformed, plain_weight
+from kimi_linear.ops.cross_entropy import linear_cross_entropy
+from kimi_linear.ops.runtime import is_transformed, plain_weight, product_dtype
 from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
 from kimi_linear.parallel.context import own_labels, total_over
 from kimi_linear.training.deferred_logits import DeferredLogits
