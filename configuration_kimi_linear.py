@@ -23,6 +23,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
 
 from kimi_linear.parallel.plans import EP_PLAN, PP_PLAN, TP_PLAN
 from kimi_linear.presets import PRESETS
+from kimi_linear.upstream.remote_code import SavesCode
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
@@ -94,7 +95,7 @@ POSITIVE_FIELDS = (
 )
 
 
-class KimiLinearConfig(PreTrainedConfig):
+class KimiLinearConfig(SavesCode, PreTrainedConfig):
     """Configuration of a Kimi Linear model.
 
     Args:
