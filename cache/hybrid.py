@@ -12,6 +12,7 @@ size, D = H * K, W convolution width, X hidden size.
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from kimi_linear.cache.kda import ROLLBACK_TOKENS, KDALayerCache
@@ -183,7 +184,7 @@ def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
     )
 
 
-def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
+def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Any:
     """A Kimi Linear cache: a new one for None, the given one if it is one or still empty.
 
     Raises:

@@ -15,11 +15,11 @@ from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops.experts import EXPERTS
 from kimi_linear.ops.experts.prefill_kernels import choose_experts
+from kimi_linear.ops.experts.quantized import plain_experts
 from kimi_linear.ops.experts.training_kernels import choose_experts_in_training
 from kimi_linear.ops.runtime import has_kernels
 from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.parallel.tensor import is_dtensor, replicated
-from kimi_linear.training.quantized_experts import EXPERT_TENSORS, plain_experts
 from kimi_linear.training.router import RouterNotes
 from kimi_linear.upstream.interfaces import use_experts_implementation
 from torch import Tensor, nn
@@ -131,12 +131,6 @@ class KimiLinearExperts(nn.Module):
     def split_size(self) -> tuple[str, int, int]:
         """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "moe_intermediate_size", self.down_proj.shape[2], 8
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        pack = self.__dict__.get("pack_arriving")  # while a quantised model is loaded
-        if pack is not None and name in EXPERT_TENSORS and not value.is_meta:
-            value = pack(value)
-        super().__setattr__(name, value)
 
     def _load_from_state_dict(
         self,

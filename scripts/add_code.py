@@ -25,9 +25,9 @@ from typing import Any
 
 import kimi_linear
 from kimi_linear import KimiLinearConfig
+from kimi_linear.checkpoints.atomic import atomic_folder
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
-from kimi_linear.training.safe_trainer import atomic_folder
 from push_to_hub import check_weight_values, check_weights, class_names, parse_python
 
 CONFIG = "config.json"

@@ -46,7 +46,7 @@ from experiments.runs import (
     say,
 )
 from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
-from kimi_linear.decode import graph as decode_graph
+from kimi_linear.decode.graph import has_recording
 from measuring.device import collect_garbage, measure_rates, synchronise
 from measuring.limits import Limits
 from measuring.models import build
@@ -193,8 +193,7 @@ class Subject:
 
     def _backend(self, rows: int) -> str:
         """How the steps ran: a cache that is not ready for the graph is no error to the model."""
-        decoder = decode_graph._decoders.get(self.model)
-        if decoder is not None and (rows, False) in decoder._steps and not self.graph_error:
+        if has_recording(self.model, rows) and not self.graph_error:
             return "graph"
         return f"layer by layer: {self.graph_error or 'no CUDA'}"
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear.ops.experts.pair_sort import sort_pairs
+from kimi_linear.ops.experts.quantized import QuantizedExperts, plain_experts
 from kimi_linear.ops.experts.training_kernels import sum_of_rows
 from kimi_linear.ops.gated_silu import gated_silu, gated_silu_backward
 from kimi_linear.ops.runtime import is_plain_silu, is_traced, no_autocast, product_dtype
-from kimi_linear.training.quantized_experts import PackedExperts, plain_experts
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -49,7 +49,7 @@ def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
     return (
         is_plain_silu(experts.act_fn)
         and matrices[0].shape[0] == experts.config.num_experts  # no expert parallelism
-        and all(type(each) in (nn.Parameter, Tensor, PackedExperts) for each in matrices)
+        and all(type(each) in (nn.Parameter, Tensor, QuantizedExperts) for each in matrices)
         and all(each.device == x.device and each.dtype == matrices[0].dtype for each in matrices)
         and weights.dtype == torch.promote_types(x.dtype, torch.float32)
         and _has_products(x, *matrices)

@@ -7,8 +7,8 @@ import torch
 from builders import TWO_LAYERS, token_ids
 from decode_models import DEVICES, INTERPRETED, decode_model, small_grids  # noqa: F401
 from kimi_linear import KimiLinearCache
-from kimi_linear.decode import graph as decode_graph
-from kimi_linear.decode import projection as decode_projection
+from kimi_linear.decode import many_rows, obstacles, recording
+from kimi_linear.ops.runtime import TritonError
 from tolerance import assert_close, assert_kernel_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
@@ -74,7 +74,7 @@ def test_models_of_one_kind_of_attention(num_rows, full_layers, device):
 @torch.no_grad()
 def test_many_rows_equal_the_layers(device, monkeypatch):
     """As beyond `SOME_ROWS`: each weight by a product of its own."""
-    monkeypatch.setattr(decode_projection, "SOME_ROWS", 4)
+    monkeypatch.setattr(many_rows, "SOME_ROWS", 4)
     model = decode_model(device)
     cache, ids = KimiLinearCache(model.config), token_ids(6, 7)
     call(model, "eager", ids, cache)
@@ -137,8 +137,8 @@ def test_prefix_shared_by_forks_and_rows(device):
 @torch.no_grad()
 def test_long_texts_grow_beyond_a_block(device, monkeypatch):
     """Buffers that move while a recording is in use, and segments that are joined."""
-    monkeypatch.setattr("kimi_linear.cache.hybrid.BLOCK_TOKENS", 4)
-    monkeypatch.setattr("kimi_linear.cache.hybrid.SEGMENT_TOKENS", 8)
+    monkeypatch.setattr("kimi_linear.cache.latents.BLOCK_TOKENS", 4)
+    monkeypatch.setattr("kimi_linear.cache.latents.SEGMENT_TOKENS", 8)
     model = decode_model(device)
     cache, ids = KimiLinearCache(model.config, rollback_tokens=0), token_ids(1, 11)
     for part in ids.split(3, dim=1):
@@ -165,8 +165,8 @@ def test_crop_takes_back_what_a_step_has_written(device):
 @torch.no_grad()
 def test_anchors_move_under_steps(num_read, device, monkeypatch):
     """Steps far beyond what the log holds, and back: no step runs layer by layer."""
-    model, steps, run = decode_model(device), [], decode_graph._Recording.run
-    monkeypatch.setattr(decode_graph._Recording, "run", lambda *args: steps.append(0) or run(*args))
+    model, steps, run = decode_model(device), [], recording.Recording.run
+    monkeypatch.setattr(recording.Recording, "run", lambda *args: steps.append(0) or run(*args))
     caches, ids = [KimiLinearCache(model.config, rollback_tokens=2) for _ in "ab"], token_ids(1, 20)
     for cache in caches:
         call(model, "eager", ids[:, :num_read], cache)
@@ -312,10 +312,10 @@ def test_kernels_that_cannot_be_built_leave_the_layers(device, monkeypatch):
     call(model, "eager", token_ids(1, 5), cache)
 
     def fail(self, *args):
-        raise decode_graph.TritonError("out of resources")
+        raise TritonError("out of resources")
 
-    monkeypatch.setattr(decode_graph.DecodeStep, "__init__", fail)
-    with pytest.raises(decode_graph.TritonError):
+    monkeypatch.setattr(recording.FewRowsStep, "__init__", fail)
+    with pytest.raises(TritonError):
         call(model, "graph", token_ids(1, 1), cache.copy())
     a = call(model, "auto", token_ids(1, 1), cache.copy())
     assert torch.equal(a, call(model, "eager", token_ids(1, 1), cache.copy()))
@@ -369,7 +369,7 @@ def test_gradients_run_layer_by_layer(device):
     ],
 )
 def test_sizes_that_the_kernels_do_not_take(fields, message):
-    reason = decode_graph._size_obstacle(decode_model("cpu", **fields).config)
+    reason = obstacles.size_obstacle(decode_model("cpu", **fields).config)
     assert reason.startswith(message)
 
 
@@ -381,33 +381,31 @@ def test_chips_that_the_kernels_are_not_made_for(monkeypatch):
         ((9, 0), ""),
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert message in decode_graph._chip_obstacle(device)
-        assert bool(message) == bool(decode_graph._chip_obstacle(device))
+        assert message in obstacles.chip_obstacle(device)
+        assert bool(message) == bool(obstacles.chip_obstacle(device))
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert decode_graph._chip_obstacle(device) == "this torch is not made for CUDA"
+    assert obstacles.chip_obstacle(device) == "this torch is not made for CUDA"
 
 
 def test_weights_that_the_kernels_do_not_take(monkeypatch):
-    monkeypatch.setattr(decode_graph, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(obstacles, "DTYPES", (torch.float32,))
     model = decode_model("cpu")
-    assert decode_graph._weight_obstacle(model) == ""
+    assert obstacles.weight_obstacle(model) == ""
     linear = model.model.layers[1].self_attn.o_proj
     weight = linear.weight
     linear.weight = torch.nn.Parameter(weight.t().contiguous().t())
-    assert "layers.1.self_attn.o_proj.weight is not contiguous" in decode_graph._weight_obstacle(
-        model
-    )
+    assert "layers.1.self_attn.o_proj.weight is not contiguous" in obstacles.weight_obstacle(model)
     linear.weight = torch.nn.Parameter(weight.double())
-    assert "is torch.float64, others are torch.float32" in decode_graph._weight_obstacle(model)
+    assert "is torch.float64, others are torch.float32" in obstacles.weight_obstacle(model)
     linear.weight = weight
     linear.register_parameter("bias", torch.nn.Parameter(torch.zeros(weight.shape[0])))
-    assert "o_proj has a bias" in decode_graph._weight_obstacle(model)
+    assert "o_proj has a bias" in obstacles.weight_obstacle(model)
     linear.bias = None
     model.model.layers[1].self_attn.o_proj = torch.nn.Sequential(linear)
-    assert "o_proj is a Sequential" in decode_graph._weight_obstacle(model)
+    assert "o_proj is a Sequential" in obstacles.weight_obstacle(model)
     model = decode_model("cpu")
     model.model.layers[1].block_sparse_moe.experts.act_fn = torch.nn.GELU()
-    assert "experts.act_fn is a GELU" in decode_graph._weight_obstacle(model)
+    assert "experts.act_fn is a GELU" in obstacles.weight_obstacle(model)
 
 
 @torch.no_grad()

@@ -10,10 +10,9 @@ import torch
 import triton
 from decode_models import decode_model
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.decode import expert_kernels as decode_expert_kernels
-from kimi_linear.decode import kernels as decode_kernels
-from kimi_linear.decode import projection as decode_projection
-from kimi_linear.decode import step as decode_step
+from kimi_linear.decode import few_rows, many_rows
+from kimi_linear.decode import step as decode_steps
+from kimi_linear.decode.recording import decode_step
 from kimi_linear.ops import gated_norm, gated_silu
 from kimi_linear.ops.cross_entropy import kernels as loss_kernel
 from kimi_linear.ops.experts import grouped_kernels, pair_sort, prefill_kernels, training_kernels
@@ -111,28 +110,20 @@ def real_sizes() -> KimiLinearForCausalLM:
 @torch.no_grad()
 def compile_decode_steps() -> None:
     """Few rows and more, with padding and without, for both kinds of sizes."""
-    replace_kernels(decode_step, KERNEL_NAMES)
-    replace_kernels(decode_projection, ["project_kernel", "project_many_kernel"])
-    decode_step.can_link = lambda device: True
+    for module in (decode_steps, few_rows, many_rows):
+        replace_kernels(module, [name for name in vars(module) if name.endswith("_kernel")])
+    decode_steps.can_link = lambda device: True
     # a product that only CUDA has
-    decode_step.DecodeStep._wide_router = lambda self, weight: None
+    many_rows.ManyRowsStep._wide_product = lambda self, weight, out: None
     small = decode_model("cpu", num_shared_experts=2).to(torch.bfloat16)
     for model in (small, real_sizes()):
         for num_rows in (1, 4, 6, 40):
-            decode_step.DecodeStep(model, num_rows, has_padding=num_rows == 6).run()
+            decode_step(model, num_rows, has_padding=num_rows == 6).run()
 
 
 def replace_kernels(module: Any, names: list[str]) -> None:
     for name in names:
         setattr(module, name, OnlyCompiled(getattr(module, name)))
-
-
-KERNEL_NAMES = [
-    name
-    for kernels in (decode_kernels, decode_expert_kernels)
-    for name in kernels.__all__
-    if name.endswith("_kernel") and hasattr(decode_step, name)
-]
 
 
 if __name__ == "__main__":
