@@ -261,8 +261,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             labels: [B, T] token ids, -100 where there is no loss. They are shifted here: each real
                 token predicts the next one of its sequence, across padding, never across packing.
             use_cache: None: as the backbone decides, but never together with labels.
-            logits_to_keep: Logits of only the last so many tokens; 0 for all; or the token indices
-                wanted.
+            logits_to_keep: Number of last tokens to compute logits for; 0 for all; or token
+                indices.
             **kwargs: The backbone's and the loss function's: `num_items_in_batch`, `shift_labels`,
                 `ignore_index`, and what a `loss_function` of your own names.
 

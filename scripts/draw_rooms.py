@@ -47,7 +47,8 @@ NOTES = {
     "inputs": "padding, packing and trees of one call; what all layers follow",
     "ops": "one entry an operation, torch reference and kernels beside it",
     "upstream": "what Transformers does not document, in one place",
-    "configuration_kimi_linear": "official field names, checked",
+    "configuration_kimi_linear": "official field names and their defaults",
+    "configuration_rules": "what each field may be",
     "outputs_kimi_linear": "what a call returns",
     "presets": "named sizes, 2M to 48B",
 }
