@@ -11,7 +11,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from _benchmark_report import current_commit
+from measuring.report import current_commit
 
 
 def environment() -> dict[str, Any]:

@@ -5,7 +5,7 @@ where the operation is short) and extra memory (growth of the peak resident size
 the call, from getrusage; on Linux in KiB). Prints one JSON object a line; the last one is the
 verdict. Progress goes to stderr.
 
-    python benchmarks/kda_cpu.py > benchmarks/kda_cpu.jsonl
+    python benchmarks/kda_cpu.py > benchmarks/results/kda_cpu.jsonl
     python benchmarks/kda_cpu.py --num-tokens 512 --repeats 3
 """
 

@@ -7,7 +7,7 @@ far, and the time per token read and decoded since the mark before. The last lin
 bytes per token of the cache and of the whole process. glibc is told to hand freed buffers back,
 which it would keep for later. Progress goes to stderr.
 
-    python benchmarks/long_context_cpu.py --record benchmarks/long_context_cpu.jsonl
+    python benchmarks/long_context_cpu.py --record benchmarks/results/long_context_cpu.jsonl
     python benchmarks/long_context_cpu.py --num-tokens 8192 --mark-tokens 2048
 """
 

@@ -5,7 +5,7 @@ the tokens read so far, the speed since the mark before, the time of a decoded t
 bytes and the GPU's memory: at most so far, and that above the weights. The last line is the
 verdict. A run of the full length takes several minutes on an H200; weights take 98 GB.
 
-    python benchmarks/million_tokens.py --record benchmarks/million_tokens.jsonl
+    python benchmarks/million_tokens.py --record benchmarks/results/million_tokens.jsonl
     python benchmarks/million_tokens.py --num-tokens 131072 --num-layers 8
 """
 

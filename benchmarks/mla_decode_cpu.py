@@ -6,7 +6,7 @@ after a warm-up.
 "read" is a plain sum over as many latents: what the memory allows. Prints one JSON object a line;
 the last one is the verdict. Progress goes to stderr.
 
-    python benchmarks/mla_decode_cpu.py --record benchmarks/mla_decode_cpu.jsonl
+    python benchmarks/mla_decode_cpu.py --record benchmarks/results/mla_decode_cpu.jsonl
     python benchmarks/mla_decode_cpu.py --contexts 1024 4096 --native-contexts 4096 --repeats 3
 """
 

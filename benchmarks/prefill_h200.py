@@ -5,7 +5,8 @@ With `--reference`, another checkout of this repository is measured in the same 
 `--exactness`, both are compared with a float32 run of the first layers. `--chunks` reads one long
 text in chunks into one cache. A line of JSON each; weights take 98 GB.
 
-    python benchmarks/prefill_h200.py --reference ../before --record benchmarks/prefill_h200.jsonl
+    python benchmarks/prefill_h200.py --reference ../before \\
+        --record benchmarks/results/prefill_h200.jsonl
     python benchmarks/prefill_h200.py --lengths "" --chunks 1048576
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from _environment import environment, line_writer
 from kimi_linear import KimiLinearCache
-from kimi_linear.ops import kda
+from kimi_linear.ops.kda import fla as kda
 from million_tokens import random_model
 
 EXACTNESS_LAYERS, EXACTNESS_TOKENS = 4, 20000

@@ -7,7 +7,7 @@ machine does hits all of them alike; results of the first round are compared. Pr
 a line, the stages of encoding among them (processor time, the least of the rounds); the last one is
 the summary. Progress goes to stderr.
 
-    python benchmarks/tokenizer_speed.py > benchmarks/tokenizer_speed.jsonl
+    python benchmarks/tokenizer_speed.py > benchmarks/results/tokenizer_speed.jsonl
     python benchmarks/tokenizer_speed.py --megabytes 1 --vocab-size 4096 --rounds 3
 """
 
@@ -62,7 +62,7 @@ def many_scripts(num_bytes: int) -> str:
 
 def make_documents(megabytes: float) -> list[str]:
     """Half source, half generated, cut into documents and mixed."""
-    from _corpus import standard_library
+    from texts.corpus import standard_library
 
     half = int(megabytes * 1e6) // 2
     source = (

@@ -6,7 +6,7 @@ path says how many bytes of its text are the float32 one's, and where they part 
 the float32 model finds its own byte, in nats: bfloat16 errs by some hundredths.
 
     python benchmarks/trained_text.py --seconds 100 --prompts 4 --new-bytes 160 \\
-        --record benchmarks/trained_text_h100.jsonl
+        --record benchmarks/results/trained_text_h100.jsonl
 """
 
 import argparse
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from _environment import environment, line_writer
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.ops import kda
+from kimi_linear.ops.kda import fla as kda
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from _benchmark_models import build, official_parts
-from _corpus import split_by_file, standard_library
+from measuring.models import build, official_parts
+from texts.corpus import split_by_file, standard_library
 
 WINDOW = 8192
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,7 @@ entropy. One layer of experts: by Transformers' "grouped_mm" and by ours. A whol
 row: with logits and Transformers' experts, with each of ours alone, with both. Forward and backward
 in bfloat16, median of five; a line of JSON each. `scripts/benchmark.py` has the native model too.
 
-    python benchmarks/training_gpu.py --preset 1b-a0.3b --record benchmarks/training.jsonl
+    python benchmarks/training_gpu.py --preset 1b-a0.3b --record benchmarks/results/training.jsonl
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Let FLA choose among its configurations on this GPU, and write what it chose to `fla_configs.py`.
+"""Let FLA choose among its configurations on this GPU, and write them to `ops/fla/configs.py`.
 
 A model of few layers is trained and used, packed and not, so that every kernel of FLA that this
-package reaches is tuned once for each shape and dtype of `fla_tuning.shape_of`. The candidates of a
-kernel are compiled in threads before they are timed. The table is written when all is done, and a
-line of JSON for each choice.
+package reaches is tuned once for each shape and dtype, as `ops/fla/tuning.py` tells them apart. The
+candidates of a kernel are compiled in threads before they are timed. The table is written when all
+is done, and a line of JSON for each choice.
 
-    python benchmarks/tune_fla.py --record benchmarks/fla_configs_h200.jsonl
+    python benchmarks/tune_fla.py --record benchmarks/results/fla_configs_h200.jsonl
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import nn
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.autotuner import Autotuner
 
-OUTPUT = Path(__file__).parent.parent / "fla_configs.py"
+OUTPUT = Path(__file__).parents[1] / "ops" / "fla" / "configs.py"
 TABLES: dict[str, dict[str, dict[str, Any]]] = {}
 
 
@@ -138,9 +138,9 @@ def main(*, preset: str, layers: int, tokens: int, threads: int, record: Path | 
 
 def import_fla() -> None:
     """Everything of FLA that the package reaches, so that no kernel is tuned unseen."""
-    from kimi_linear import gated_norm, kda, short_conv
+    from kimi_linear.ops.fla.backend import convolution_kernels, kda_kernels, norm_kernel
 
-    kda._fla_kernels(), gated_norm._fla_norm(), short_conv._fla_convolution()
+    kda_kernels(), norm_kernel(), convolution_kernels()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ size, D = H * K, W convolution width, X hidden size.
 """
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
+import torch
 from kimi_linear.cache.kda import ROLLBACK_TOKENS, KDALayerCache
 from kimi_linear.cache.latents import LatentLayerCache
 from kimi_linear.cache.layer import LayerCache
-from kimi_linear.upstream import holds_tokens, is_offloading, put_layers
-from torch import Tensor
+from kimi_linear.upstream.caches import holds_tokens, is_offloading, put_layers
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -26,9 +29,9 @@ class KimiLinearCache(Cache):
 
     Args:
         config: A `KimiLinearConfig`; only its `layer_types` are read.
-        rollback_tokens: At least so many of the last tokens can be taken back by `crop`;
-            `rollback.py` says what that costs. 0: none, and no cost.
-        reserve_tokens: Room for the latents of so many tokens is made at once.
+        rollback_tokens: Minimum number of trailing tokens `crop` can remove; `rollback.py` says
+            what that costs. 0 disables it, and costs nothing.
+        reserve_tokens: Room for the latents of this many tokens is made at once.
         offload: Keep latents in the CPU's memory; attention fetches them block by block.
 
     Raises:
@@ -78,6 +81,43 @@ class KimiLinearCache(Cache):
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+
+    def note_padding(self, attention_mask: Tensor | None, mask: Tensor | None) -> None:
+        """Know from now on whether padding is held; ValueError if the mask contradicts it.
+
+        Args:
+            attention_mask: [B, S], as it was given.
+            mask: The same, or None if it has no zeros.
+        """
+        past, had_padding = self.get_seq_length(), self.layers[0].has_padding
+        if had_padding and attention_mask is None:
+            raise ValueError(
+                "attention_mask=None is not allowed here: cache holds padding, so that it "
+                "must be [batch, tokens] with a column for each cached and each new token"
+            )
+        if mask is None:
+            return
+        is_looking = not torch.compiler.is_compiling()
+        if is_looking and not had_padding and bool((mask[:, :past] == 0).any()):
+            raise ValueError(
+                "attention_mask has zeros among the cached tokens, which is not allowed: they were "
+                "read as real tokens, and KDA states cannot leave them out any more (generate() "
+                "takes pad tokens for padding where it is given no mask)"
+            )
+        for layer in self.layers:
+            layer.has_padding = True
+
+    def begin_call(self) -> None:
+        """Until `end_call`, some layers may have read tokens that others have not."""
+        self.is_torn = True
+
+    def end_call(self, modules: Iterable[nn.Module]) -> None:
+        """All layers have read the call; in a pipeline, the caches of layers that other processes
+        have (`nn.Identity` here) count its tokens too."""
+        for module, layer in zip(modules, self.layers, strict=False):
+            if isinstance(module, nn.Identity):
+                layer.num_tokens = max(each.num_tokens for each in self.layers)
+        self.is_torn = False
 
     def reset(self) -> None:
         """Forget everything."""
@@ -144,7 +184,7 @@ def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
     )
 
 
-def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
+def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Any:
     """A cache with layers of ours: a new one for None, the given one if it is ours or still empty.
 
     Raises:

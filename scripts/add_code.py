@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from kimi_linear import PRESETS, KimiLinearConfig
+from kimi_linear.checkpoints.atomic import atomic_folder
 from kimi_linear.checkpoints.flat_copy import package_code, write_flat_copy
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
-from kimi_linear.training.safe_trainer import atomic_folder
 from push_to_hub import check_weight_values, check_weights, class_names, parse_python
 
 CONFIG = "config.json"

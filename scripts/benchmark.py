@@ -3,8 +3,8 @@
 Both models are built from one preset with the same random weights, one after the other. Every
 figure is a line of JSON on stdout, and beside it the least time that the weights, states and
 latents take to move at the device's measured rate, or the operations to be done, whichever is
-longer (`_limits.py`). What fails, for instance for want of memory, is a line with "error". Progress
-and a table go to stderr.
+longer (`measuring/limits.py`). What fails, for instance for want of memory, is a line with "error".
+Progress and a table go to stderr.
 
 On a CPU, in less than a minute if nobody else uses it:
 
@@ -55,16 +55,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_long_text import LongText
-from _benchmark_measures import Bench, Effort, TimeLimitError
-from _benchmark_models import MODELS, build
-from _benchmark_plot import plot_lines
-from _benchmark_report import Line, Recorder, environment, read_lines, say, table
-from _benchmark_settings import DEVICES, MEASURES, Settings, number, numbers
-from _device import collect_garbage, measure_rates
-from _generation import DTYPES
-from _limits import Limits
+from generating.loading import DTYPES
 from kimi_linear import KimiLinearConfig
+from measuring.bench import Bench, Effort, TimeLimitError
+from measuring.device import collect_garbage, measure_rates
+from measuring.limits import Limits
+from measuring.long_text import LongText
+from measuring.models import MODELS, build
+from measuring.plot import plot_lines
+from measuring.report import Line, Recorder, environment, read_lines, say, table
+from measuring.settings import DEVICES, MEASURES, Settings, number, numbers
 
 MESSAGE_LENGTH = 300
 # Where what is compiled is kept from one process to the next.
@@ -203,13 +203,14 @@ class Run:
                 self._attempt(line, lambda: self._first_call(options, folder), self.deadline)
 
     def _first_call(self, options: dict[str, Any], folder: str) -> dict[str, Any]:
-        script = Path(__file__).parent / "_first_call.py"
         seconds = self.deadline - time.monotonic()
         variables = {name: f"{folder}/{name}" for name in DISK_CACHES}
         variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         try:
             done = subprocess.run(
-                [sys.executable, str(script), json.dumps(options)],
+                [sys.executable, "-m", "measuring.first_call", json.dumps(options)],
                 env={**os.environ, **variables},
                 capture_output=True,
                 text=True,

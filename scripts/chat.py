@@ -29,9 +29,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _calculator import calculator
-from _chat import Chat, Turn, read_messages
-from _generation import Sampling, add_arguments, load, shown, tolerate_any_text
+from generating.calculator import calculator
+from generating.conversation import Chat, Turn, read_messages
+from generating.loading import Sampling, add_arguments, load
+from generating.terminal import shown, tolerate_any_text
 from transformers.utils import logging
 
 with contextlib.suppress(ImportError):  # not on every platform
@@ -69,10 +70,10 @@ def main(
         system: System message; not with `load_file`, which has its own.
         tools: Whether the model may call the calculator.
         max_new_tokens: Of one answer.
-        greedy, temperature, top_p, top_k, min_p, repetition_penalty: See `_generation.Sampling`.
+        greedy, temperature, top_p, top_k, min_p, repetition_penalty: See `Sampling`.
         seed: For the same answers again; None: others each time.
         load_file: Conversation to go on with, as /save wrote it.
-        device, dtype, revision, threads, trust_remote_code: See `_generation.load`.
+        device, dtype, revision, threads, trust_remote_code: See `load`.
         quiet: Show answers only: no counts, no hints.
 
     Returns:

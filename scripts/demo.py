@@ -33,14 +33,16 @@ from typing import Any
 
 import torch
 import transformers
-from _baselines import TrigramModel, lzma_bits_per_byte, zlib_bits_per_byte
-from _corpus import SourceFile, split_by_file, standard_library, total_bytes
-from _evaluation import bits_per_byte, encode_texts
-from _plots import plot_training
-from _training import Budget, BudgetCallback, collate, make_optimizer, pack, schedule_factor
 from datasets import Dataset
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
+from learning.budget import Budget, BudgetCallback
+from learning.optimizers import make_optimizer, schedule_factor
+from learning.plots import plot_training
+from learning.rows import collate, pack
+from texts.baselines import TrigramModel, lzma_bits_per_byte, zlib_bits_per_byte
+from texts.corpus import SourceFile, split_by_file, standard_library, total_bytes
+from texts.evaluation import bits_per_byte, encode_texts
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -53,7 +55,7 @@ LOSSES_PER_RUN = 200
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is trained; see `_training.py`."""
+    """How the model is trained; see `learning/optimizers.py`."""
 
     sequence_length: int
     batch_size: int
@@ -114,7 +116,7 @@ def main(
         vocab_size: Token ids, 256 special ones among them.
         sequence_length: Tokens per row of a batch.
         batch_size: Rows per step.
-        learning_rate, weight_decay, optimizer, schedule: See `_training.py`.
+        learning_rate, weight_decay, optimizer, schedule: See `learning/optimizers.py`.
         threads: CPU threads; None: torch's choice.
         seed: Of weights and the order of the data.
         corpus: Folder with Python files; None: the running interpreter's standard library.

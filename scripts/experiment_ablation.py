@@ -2,7 +2,7 @@
 seconds on one GPU: the ratio of KDA to MLA layers, output gate, convolution, and positions.
 
 Language models on the source of Python's standard library, with a tokenizer trained on it. The
-variants (`_experiment_variants.py`) see the same tokens in the same order, have about as many
+variants (`experiments/variants.py`) see the same tokens in the same order, have about as many
 parameters, and share one recipe, which was not tuned for any of them. Validation loss is that on
 all held-out files, in rows as long as in training.
 
@@ -15,7 +15,7 @@ A check that it runs, on a CPU, and some minutes on one GPU:
     python scripts/experiment_ablation.py --variants 3:1,0:1 --layers 4 --heads 2 --head-dim 16 \\
         --length 64 --batch-tokens 512 --steps 20 --vocab-size 512
     python scripts/experiment_ablation.py --seeds 0,1,2 --time-limit 480 \\
-        --output benchmarks/experiment_ablation.jsonl
+        --output benchmarks/results/experiment_ablation.jsonl
 
 Lines: "run", the end of one training; "point", losses on the way. What is in the file already is
 not trained again, so another --embedding-scale needs another file.
@@ -31,8 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import numbers
-from _experiment_runs import (
+from experiments.runs import (
     Clock,
     Lines,
     add_common,
@@ -45,15 +44,16 @@ from _experiment_runs import (
     run_main,
     say,
 )
-from _experiment_text import Corpus, random_pieces, rows_of
-from _experiment_training import Learner, Pool, Recipe
-from _experiment_variants import (
+from experiments.text import Corpus, random_pieces, rows_of
+from experiments.training import Learner, Pool, Recipe
+from experiments.variants import (
     VARIANTS,
     build_variant,
     count_parameters,
     full_layers,
     matched_width,
 )
+from measuring.settings import numbers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -272,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--embedding-scale", type=float, default=scale, metavar="X", help="embeddings' at first")
     add("--autotune", type=int, default=2, metavar="N", help="choices of autotuners; 0: all")
     add("--corpus", metavar="DIR", help="Python files, in place of the standard library")
-    add_common(add, "benchmarks/experiment_ablation.jsonl")
+    add_common(add, "benchmarks/results/experiment_ablation.jsonl")
     return parser
 
 

@@ -4,8 +4,8 @@
 Both models come from one preset, with random weights, and run by the same code: the decode graph
 where it can run. Measured are the bytes of the cache and the time of a step of greedy decoding, for
 one row and for as many rows as fit. The byte limit is the time to read the active weights, states
-and latents once at the device's measured rate (`_limits.py`). Of the attention alone, the limit's
-ratio tends to the layers' numbers, 27 / 7 = 3.86 for the 48B model.
+and latents once at the device's measured rate (`measuring/limits.py`). Of the attention alone, the
+limit's ratio tends to the layers' numbers, 27 / 7 = 3.86 for the 48B model.
 
 A context is not read token by token: a short text is read, and its latents are repeated up to the
 context's length. A step reads as many bytes and does as much work as behind a real text; what it
@@ -16,7 +16,7 @@ fewer experts, of which a token uses as many:
 
     python scripts/experiment_decoding.py --preset 2m --contexts 64,256 --steps 8
     python scripts/experiment_decoding.py --preset 48b-a3b --time-limit 480 \\
-        --output benchmarks/experiment_decoding.jsonl
+        --output benchmarks/results/experiment_decoding.jsonl
     python scripts/experiment_decoding.py --preset 48b-a3b --experts 64 --time-limit 480
 
 Lines: "decode", or with "error" what could not be measured. `ms_per_step` is one token for every
@@ -33,10 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_models import build
-from _benchmark_settings import number, numbers
-from _device import collect_garbage, measure_rates, synchronise
-from _experiment_runs import (
+from experiments.runs import (
     Clock,
     Lines,
     add_common,
@@ -48,9 +45,12 @@ from _experiment_runs import (
     run_main,
     say,
 )
-from _limits import Limits
 from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
-from kimi_linear.decode import graph as decode_graph
+from kimi_linear.decode.graph import has_recording
+from measuring.device import collect_garbage, measure_rates, synchronise
+from measuring.limits import Limits
+from measuring.models import build
+from measuring.settings import number, numbers
 from torch import Tensor
 
 EXPERIMENT = "decoding"
@@ -193,8 +193,7 @@ class Subject:
 
     def _backend(self, rows: int) -> str:
         """How the steps ran: a cache that is not ready for the graph is no error to the model."""
-        decoder = decode_graph._decoders.get(self.model)
-        if decoder is not None and (rows, False) in decoder._steps and not self.graph_error:
+        if has_recording(self.model, rows) and not self.graph_error:
             return "graph"
         return f"layer by layer: {self.graph_error or 'no CUDA'}"
 
@@ -300,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     add_counts(add, default, counts)
     text = "memory left alone when rows are counted that fit"
     add("--spare-gigabytes", type=float, default=default.spare_gigabytes, metavar="X", help=text)
-    add_common(add, "benchmarks/experiment_decoding.jsonl")
+    add_common(add, "benchmarks/results/experiment_decoding.jsonl")
     return parser
 
 

@@ -17,7 +17,7 @@ choice is then made among all of it.
 
     python scripts/experiment_kernels.py --lengths 64,256 --heads 2
     python scripts/experiment_kernels.py --time-limit 480 \\
-        --output benchmarks/experiment_kernels.jsonl
+        --output benchmarks/results/experiment_kernels.jsonl
 
 Lines: "agreement", how far each is from "kda" at the shortest length; "kernel", milliseconds at a
 length, with "pass" forward or forward+backward.
@@ -36,9 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import numbers
-from _device import collect_garbage, synchronise
-from _experiment_runs import (
+from experiments.runs import (
     Clock,
     Lines,
     add_common,
@@ -53,6 +51,8 @@ from _experiment_runs import (
     say,
 )
 from kimi_linear.ops.kda import kda_attention
+from measuring.device import collect_garbage, synchronise
+from measuring.settings import numbers
 from torch import Tensor
 
 EXPERIMENT = "kernels"
@@ -356,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--autotune", type=int, default=0, metavar="N", help="choices of autotuners; 0: all")
     add("--processes", type=int, default=8, metavar="N", help="compile beforehand; 0: none")
     add("--warm-share", type=parse_share, metavar="I/N", help="compile this share only")
-    add_common(add, "benchmarks/experiment_kernels.jsonl")
+    add_common(add, "benchmarks/results/experiment_kernels.jsonl")
     return parser
 
 

@@ -14,7 +14,8 @@ A check that it runs, on a CPU, and some minutes on one GPU:
 
     python scripts/experiment_needle.py --models hybrid --layers 4 --heads 2 --head-dim 16 \\
         --length 64 --pairs 2 --steps 20 --batch-tokens 512 --rows 8 --vocab-size 512
-    python scripts/experiment_needle.py --time-limit 480 --output benchmarks/experiment_needle.jsonl
+    python scripts/experiment_needle.py --time-limit 480 \\
+        --output benchmarks/results/experiment_needle.jsonl
 
 Lines: "point", accuracy at the trained length on the way; "cell", accuracy at a depth and length;
 "run", the end of one training.
@@ -29,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import numbers
-from _experiment_runs import (
+from experiments.runs import (
     Clock,
     Lines,
     add_common,
@@ -44,10 +44,11 @@ from _experiment_runs import (
     run_main,
     say,
 )
-from _experiment_tasks import IGNORED
-from _experiment_text import Corpus, random_pieces
-from _experiment_training import Learner, Pool, Recipe
-from _experiment_variants import build_variant, count_parameters, full_layers, matched_width
+from experiments.tasks import IGNORED
+from experiments.text import Corpus, random_pieces
+from experiments.training import Learner, Pool, Recipe
+from experiments.variants import build_variant, count_parameters, full_layers, matched_width
+from measuring.settings import numbers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -392,7 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--embedding-scale", type=float, default=scale, metavar="X", help="embeddings' at first")
     add("--autotune", type=int, default=2, metavar="N", help="choices of autotuners; 0: all")
     add("--corpus", metavar="DIR", help="Python files, in place of the standard library")
-    add_common(add, "benchmarks/experiment_needle.jsonl")
+    add_common(add, "benchmarks/results/experiment_needle.jsonl")
     return parser
 
 

@@ -4,7 +4,7 @@
 
 Between the lines `<!-- results: NAME -->` and `<!-- end: NAME -->` the page holds what this command
 writes there: table, figure, and where it was measured, or that there are no results yet. The rest
-is left as it is. Results are read from `benchmarks/experiment_NAME*.jsonl`.
+is left as it is. Results are read from `benchmarks/results/experiment_NAME*.jsonl`.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from _benchmark_report import Line
-from _experiment_plots import PLOTS
-from _experiment_runs import read_experiment, run_main
-from _experiment_tables import TABLES, events, provenance
+from experiments.plots import PLOTS
+from experiments.runs import read_experiment, run_main
+from experiments.tables import TABLES, events, provenance
+from measuring.report import Line
 
 ROOT = Path(__file__).parent.parent
 # The kind of line without which there is nothing to show.
@@ -54,7 +54,7 @@ def replace_section(page: str, name: str, text: str) -> str:
 def main(
     *,
     page: str | os.PathLike[str] = ROOT / "docs" / "experiments.md",
-    results: str | os.PathLike[str] = ROOT / "benchmarks",
+    results: str | os.PathLike[str] = ROOT / "benchmarks" / "results",
 ) -> dict[str, bool]:
     """Write tables and figures.
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--page", default=ROOT / "docs" / "experiments.md", metavar="FILE")
-    parser.add_argument("--results", default=ROOT / "benchmarks", metavar="DIR")
+    parser.add_argument("--results", default=ROOT / "benchmarks" / "results", metavar="DIR")
     return parser
 
 

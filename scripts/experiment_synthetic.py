@@ -1,8 +1,8 @@
 """The report's synthetic tasks (arXiv 2510.26692, section 5.1, figure 4), trained and counted.
 
-Palindrome, associative recall with many queries (MQAR) and 64 stacks (`_experiment_tasks.py`), for
+Palindrome, associative recall with many queries (MQAR) and 64 stacks (`experiments/tasks.py`), for
 two layers with two heads of 128: Kimi Delta Attention, Gated DeltaNet, Mamba2 and, if asked for,
-latent attention, all in the same blocks (`_experiment_layers.py`), on the same batches. Sequences
+latent attention, all in the same blocks (`experiments/layers.py`), on the same batches. Sequences
 are new in every step; accuracy is that on the answers of other sequences. Every learning rate of
 the report's grid is tried for --grid-steps, and until the model's best one has an accuracy of
 --learned: before that noise would choose. Then its best --keep go on. A model that reaches
@@ -17,14 +17,14 @@ In less than a minute on a CPU, a length at which the difference cannot be seen:
 Eight minutes on one GPU; where figures are there already, nothing is done again:
 
     python scripts/experiment_synthetic.py --lengths 256,512 --max-steps 20000 --time-limit 480 \\
-        --output benchmarks/experiment_synthetic.jsonl
+        --output benchmarks/results/experiment_synthetic.jsonl
 
-What of KDA's decay makes the difference to Gated DeltaNet (`_experiment_decays.py`):
+What of KDA's decay makes the difference to Gated DeltaNet (`experiments/decays.py`):
 
     python scripts/experiment_synthetic.py --experiment decays --tasks palindrome \\
         --models kda,kda-even,kda-slow,kda-full,gdn,gdn-spread,gdn-slow --lengths 256,512 \\
         --seeds 0,1 --learning-rates 1e-3 --max-steps 3000 --eval-every 50 --time-limit 480 \\
-        --output benchmarks/experiment_decays.jsonl
+        --output benchmarks/results/experiment_decays.jsonl
 
 `scripts/experiment_report.py` makes the tables and figures. Lines: "point" is the accuracy at a
 step, "run" the end of one training, with the tokens that its states' channels take to lose half, at
@@ -41,10 +41,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _benchmark_settings import numbers
-from _experiment_decays import DECAYS, build_with_decays, half_lives
-from _experiment_layers import MIXERS
-from _experiment_runs import (
+from experiments.decays import DECAYS, build_with_decays, half_lives
+from experiments.layers import MIXERS
+from experiments.runs import (
     Clock,
     Lines,
     add_common,
@@ -59,8 +58,9 @@ from _experiment_runs import (
     run_main,
     say,
 )
-from _experiment_tasks import TASKS, Task, generators
-from _experiment_training import Learner, Pool, Recipe
+from experiments.tasks import TASKS, Task, generators
+from experiments.training import Learner, Pool, Recipe
+from measuring.settings import numbers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -402,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
         help="choices of autotuners; 0: all",
     )
     add("--experiment", default=EXPERIMENTS[0], help=", ".join(EXPERIMENTS))
-    add_common(add, "benchmarks/experiment_synthetic.jsonl")
+    add_common(add, "benchmarks/results/experiment_synthetic.jsonl")
     return parser
 
 

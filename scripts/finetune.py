@@ -42,8 +42,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _finetune_data import dpo_rows, grpo_rows, load_rows, sft_rows
-from _finetune_settings import (
+from finetuning.data import dpo_rows, grpo_rows, load_rows, sft_rows
+from finetuning.rewards import make_reward
+from finetuning.settings import (
     RECIPES,
     DpoSettings,
     GrpoSettings,
@@ -55,10 +56,9 @@ from _finetune_settings import (
     read_yaml,
     write_yaml,
 )
-from _rewards import make_reward
-from _training import hold_out
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.tokenizer import save_tokenizer
+from learning.rows import hold_out
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 CHAT_END = "<|im_end|>"
@@ -69,8 +69,8 @@ def main(recipe: str, **values: Any) -> dict[str, float]:
 
     Args:
         recipe: "sft", "dpo" or "grpo".
-        **values: Its settings, see `_finetune_settings.py`; `model`, `dataset` and `output` must be
-            there.
+        **values: Its settings, see `finetuning/settings.py`; `model`, `dataset` and `output` are
+            needed.
 
     Returns:
         Measured values, also in `eval_results.json`: `train_loss`, the mean of what was logged, and
@@ -81,7 +81,7 @@ def main(recipe: str, **values: Any) -> dict[str, float]:
             the recipe can't use; the message names them.
     """
     settings = make_settings(recipe, values)
-    import _finetune_trainers as trainers  # TRL takes seconds: not where a setting is wrong
+    from finetuning import trainers  # TRL takes seconds: not where a setting is wrong
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _generation import Sampling, add_arguments, load, shown, tolerate_any_text
+from generating.loading import Sampling, add_arguments, load
+from generating.terminal import shown, tolerate_any_text
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging
 
@@ -54,12 +55,12 @@ def main(
         model: Folder, or repository of the Hub.
         prompt: Text to continue, or with `chat` the user's message.
         max_new_tokens: Stop after so many tokens, or before at an end token.
-        greedy, temperature, top_p, top_k, min_p, repetition_penalty: See `_generation.Sampling`.
+        greedy, temperature, top_p, top_k, min_p, repetition_penalty: See `Sampling`.
         seed: For the same text again; None: another one each time.
         chat: Apply the tokenizer's chat template to the prompt.
         system: System message of the chat.
         begin_token: Put the begin token before the prompt (not with `chat`).
-        device, dtype, revision, threads, trust_remote_code: See `_generation.load`.
+        device, dtype, revision, threads, trust_remote_code: See `load`.
         session: File that keeps what the model has read of the prompt: the next run, with a prompt
             that begins in the same way, reads only the rest. The text is the same as without it.
         quiet: Say nothing on stderr.

@@ -31,7 +31,7 @@ from urllib.parse import unquote
 
 import kimi_linear
 import torch
-from _generation import shown
+from generating.terminal import shown
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -44,7 +44,7 @@ from kimi_linear.checkpoints.names import (
 )
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
-from model_card import TASKS, Statements, model_card, read_metrics
+from publishing.model_card import TASKS, Statements, model_card, read_metrics
 from tqdm import tqdm
 
 WEIGHTS = "model.safetensors"

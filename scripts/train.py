@@ -42,23 +42,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _evaluation import bits_per_byte, encode_texts
-from _training import (
-    OPTIMIZERS,
-    SCHEDULES,
-    collate,
-    hold_out,
-    make_optimizer,
-    pack,
-    schedule_factor,
-)
 from datasets import Dataset, IterableDataset, load_dataset
 from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 from kimi_linear.training.bias_callback import balance_experts
 from kimi_linear.training.safe_trainer import BadStep, SafeTrainer
+from learning.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, schedule_factor
+from learning.rows import collate, hold_out, pack
+from texts.evaluation import bits_per_byte, encode_texts
+from texts.files import find_files, read_files
 from torch.optim.lr_scheduler import LambdaLR
-from train_tokenizer import find_files, read_files
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -127,7 +120,7 @@ def main(
         steps, epochs: How long; one of the two. 1 epoch if neither is given.
         batch_size, accumulate: Rows per device and call, and calls per step.
         sequence_length: Tokens per row. Texts are laid end to end, and none sees another.
-        learning_rate, weight_decay, optimizer, schedule, warmup: See `_training.py`.
+        learning_rate, weight_decay, optimizer, schedule, warmup: See `learning/optimizers.py`.
         save_every: Steps between checkpoints; None: none but the finished model.
         keep_checkpoints: How many of them to keep.
         eval_every: Steps between evaluations; None: at the end only.

@@ -16,10 +16,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import train
 import transformers
-from _training import make_optimizer
 from builders import SMALL_FIELDS, tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.training.parameter_groups import parameter_groups
+from learning.optimizers import make_optimizer
 from packaging.version import Version
 from processes import DEVICE_TYPES, assert_same, assert_same_gradients, device, fits, here, run
 from torch.distributed.checkpoint.state_dict import (

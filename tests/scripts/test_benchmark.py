@@ -8,14 +8,14 @@ import benchmark
 import commands
 import pytest
 import torch
-from _benchmark_long_text import LongText
-from _benchmark_measures import Bench, Effort, packed_lengths
-from _benchmark_models import MODELS, build
-from _benchmark_plot import plot_lines
-from _benchmark_settings import numbers
-from _device import Rates
-from _limits import Limits
 from kimi_linear import KimiLinearConfig
+from measuring.bench import Bench, Effort, packed_lengths
+from measuring.device import Rates
+from measuring.limits import Limits
+from measuring.long_text import LongText
+from measuring.models import MODELS, build
+from measuring.plot import plot_lines
+from measuring.settings import numbers
 from tolerance import assert_close
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import _generation
 import chat as chat_script
 import commands
 import generate as generate_script
 import pytest
-from _calculator import calculator
-from _chat import Chat, Turn
+from generating import loading, terminal
+from generating.calculator import calculator
+from generating.conversation import Chat, Turn
 from kimi_linear.tokenizer import Answer, ToolCall
 from memorised_chat import CALCULATION, COUNTING, GREETING, WITH_SYSTEM_PROMPT
 
@@ -30,7 +30,7 @@ PATIENCE = 120  # seconds, on a machine that has other things to do
 
 @pytest.fixture(scope="module")
 def loaded(chat_model: Path) -> tuple[Any, Any]:
-    return _generation.load(chat_model, device="cpu")
+    return loading.load(chat_model, device="cpu")
 
 
 def make_chat(loaded: tuple[Any, Any], **options: Any) -> Chat:
@@ -347,11 +347,11 @@ class TestTerminal:
     SHOWN = r"a\x1b]52;c;eA==\x07b\x9b31mc\u202ed\u2066e\r\x7f" + "\n\té 👩\u200d🔬"
 
     def test_text(self) -> None:
-        assert _generation.shown(self.RAW) == self.SHOWN
-        assert "".join(map(_generation.shown, self.RAW)) == self.SHOWN
+        assert terminal.shown(self.RAW) == self.SHOWN
+        assert "".join(map(terminal.shown, self.RAW)) == self.SHOWN
         controls = [chr(point) for point in range(0x110000) if _is_control(chr(point))]
         assert len(controls) == 65 - 2 + 12
-        assert _generation.shown("".join(controls)).isprintable()
+        assert terminal.shown("".join(controls)).isprintable()
 
     def test_answers_calls_and_notes(self, capsys: pytest.CaptureFixture[str]) -> None:
         call = ToolCall("f:0", self.RAW, {}, self.RAW)

@@ -11,8 +11,8 @@ from typing import Any
 import demo
 import pytest
 import torch
-from _training import Budget, BudgetCallback
 from kimi_linear import KimiLinearForCausalLM
+from learning.budget import Budget, BudgetCallback
 from safetensors import safe_open
 from transformers import AutoTokenizer, TrainerControl, TrainerState
 

@@ -7,8 +7,8 @@ from typing import Any
 import experiment_ablation
 import pytest
 import torch
-from _experiment_text import Corpus, random_pieces, rows_of
-from _experiment_variants import (
+from experiments.text import Corpus, random_pieces, rows_of
+from experiments.variants import (
     VARIANTS,
     build_variant,
     count_parameters,

@@ -1,11 +1,11 @@
-"""scripts/_experiment_decays.py: models between KDA and Gated DeltaNet, and their half-lives."""
+"""scripts/experiments/decays.py: models between KDA and Gated DeltaNet, and their half-lives."""
 
 import math
 
 import pytest
 import torch
-from _experiment_decays import DECAYS, SLOWER, build_with_decays, half_lives
-from _experiment_layers import build_model
+from experiments.decays import DECAYS, SLOWER, build_with_decays, half_lives
+from experiments.layers import build_model
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor, nn

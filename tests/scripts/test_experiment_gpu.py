@@ -6,10 +6,10 @@ from typing import Any
 import experiment_decoding
 import pytest
 import torch
-from _experiment_layers import build_model, decayed_attention, gated_delta_rule
-from _experiment_tasks import Task, generators
-from _experiment_training import Learner, Recipe
 from experiment_kernels import Inputs, Runner, Settings
+from experiments.layers import build_model, decayed_attention, gated_delta_rule
+from experiments.tasks import Task, generators
+from experiments.training import Learner, Recipe
 from tolerance import assert_kernel_close
 from torch import Tensor
 

@@ -7,10 +7,10 @@ from typing import Any
 import experiment_needle
 import pytest
 import torch
-from _experiment_tasks import IGNORED
-from _experiment_training import Learner, Pool, Recipe
-from _experiment_variants import build_variant
 from experiment_needle import TEXT_ROWS, Haystack
+from experiments.tasks import IGNORED
+from experiments.training import Learner, Pool, Recipe
+from experiments.variants import build_variant
 from one_thread import one_thread  # noqa: F401
 
 TEXT, PAIRS, VALUES = 40, 3, 8

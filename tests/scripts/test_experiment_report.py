@@ -6,7 +6,8 @@ from typing import Any
 
 import experiment_report
 import pytest
-from _experiment_tables import (
+from experiment_report import NO_RESULTS, ROOT, replace_section
+from experiments.tables import (
     TABLES,
     ablation_table,
     best_runs,
@@ -16,7 +17,6 @@ from _experiment_tables import (
     needle_table,
     synthetic_table,
 )
-from experiment_report import NO_RESULTS, ROOT, replace_section
 
 PNG_SIGNATURE = b"\x89PNG"
 

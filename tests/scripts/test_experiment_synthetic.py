@@ -7,10 +7,10 @@ from typing import Any
 import experiment_synthetic
 import pytest
 import torch
-from _experiment_layers import MIXERS, Mamba2, build_model, decayed_attention, gated_delta_rule
-from _experiment_runs import Clock, Lines, parse_share, read_experiment
-from _experiment_tasks import IGNORED, NUM_STACKS, TASKS, Task, generators
-from _experiment_training import Learner, Pool, Recipe
+from experiments.layers import MIXERS, Mamba2, build_model, decayed_attention, gated_delta_rule
+from experiments.runs import Clock, Lines, parse_share, read_experiment
+from experiments.tasks import IGNORED, NUM_STACKS, TASKS, Task, generators
+from experiments.training import Learner, Pool, Recipe
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor

@@ -13,9 +13,9 @@ from typing import Any
 import finetune
 import pytest
 import torch
-from _finetune_data import load_rows, sft_rows
-from _finetune_settings import make_settings
 from finetune_runs import SUMS, grpo_options, logged, options, write_data, write_model
+from finetuning.data import load_rows, sft_rows
+from finetuning.settings import make_settings
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.training import safe_trainer as safe_training
 from tolerance import assert_close
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.finetune
 
 pytest.importorskip("trl", reason="fine-tuning needs TRL: pip install '.[finetune]'")
 peft = pytest.importorskip("peft", reason="fine-tuning needs PEFT: pip install '.[finetune]'")
-trainers = pytest.importorskip("_finetune_trainers")
+trainers = pytest.importorskip("finetuning.trainers")
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import finetune
 import pytest
-from _finetune_data import (
+from datasets import Dataset
+from finetuning.data import (
     IGNORED,
     dpo_rows,
     grpo_rows,
@@ -15,7 +16,8 @@ from _finetune_data import (
     sft_rows,
     to_messages,
 )
-from _finetune_settings import (
+from finetuning.rewards import last_number, make_reward, text_of
+from finetuning.settings import (
     RECIPES,
     SftSettings,
     check_same,
@@ -23,11 +25,9 @@ from _finetune_settings import (
     read_yaml,
     write_yaml,
 )
-from _plots import plot_curves
-from _rewards import last_number, make_reward, text_of
-from _training import hold_out
-from datasets import Dataset
 from kimi_linear.tokenizer import convert_tiktoken, encode_chat, encode_plain, train_bpe
+from learning.plots import plot_curves
+from learning.rows import hold_out
 from memorised_chat import CONVERSATIONS
 from transformers import PreTrainedTokenizerBase
 

@@ -8,20 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _baselines import TrigramModel, lzma_bits_per_byte, zlib_bits_per_byte
-from _corpus import SourceFile, split_by_file, standard_library, total_bytes
-from _evaluation import bits_per_byte, windows
-from _plots import plot_training
-from _training import (
-    Budget,
-    Muon,
-    collate,
-    make_optimizer,
-    orthogonalise,
-    pack,
-    schedule_factor,
-)
 from builders import tiny_model
+from learning.budget import Budget
+from learning.optimizers import Muon, make_optimizer, orthogonalise, schedule_factor
+from learning.plots import plot_training
+from learning.rows import collate, pack
+from texts.baselines import TrigramModel, lzma_bits_per_byte, zlib_bits_per_byte
+from texts.corpus import SourceFile, split_by_file, standard_library, total_bytes
+from texts.evaluation import bits_per_byte, windows
 from torch import nn
 
 
@@ -177,7 +171,7 @@ def test_budget_counts_steps_or_running_seconds(monkeypatch: pytest.MonkeyPatch)
     steps.count_step(3)
     assert steps.progress() == 0.75
     now = [100.0]
-    monkeypatch.setattr("_training.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("learning.budget.time.perf_counter", lambda: now[0])
     clock = Budget(None, 0.5)
     clock.run()
     now[0] += 12

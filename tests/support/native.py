@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from _benchmark_models import SHARED_FIELDS
+from measuring.models import SHARED_FIELDS
 from transformers.models.kimi_linear import modeling_kimi_linear as native_modeling
 from transformers.models.kimi_linear.configuration_kimi_linear import (
     KimiLinearConfig as NativeConfig,

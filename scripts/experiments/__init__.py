@@ -1,0 +1,1 @@
+"""What the commands experiment_*.py share."""

@@ -1,0 +1,1 @@
+"""What generate.py and chat.py are made of."""

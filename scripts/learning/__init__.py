@@ -1,0 +1,1 @@
+"""What trainings of demo.py, train.py and finetune.py share."""

@@ -1,0 +1,1 @@
+"""Measurements of benchmark.py, of the experiments and of benchmarks/."""

@@ -1,0 +1,1 @@
+"""What push_to_hub.py publishes beside the weights."""

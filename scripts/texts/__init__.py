@@ -1,0 +1,1 @@
+"""Texts: where they come from, what predicts them without a neural network, and bits per byte."""
