@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, D hidden size, E experts, k experts of one token.
 """
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,12 @@ from kimi_linear.ops.experts.quantized import plain_experts
 from kimi_linear.ops.experts.training_kernels import choose_experts_in_training
 from kimi_linear.ops.runtime import has_kernels
 from kimi_linear.ops.wide_product import wide_linear
-from kimi_linear.parallel.tensor import is_dtensor, replicated
-from kimi_linear.training.router import RouterNotes
 from kimi_linear.upstream.interfaces import use_experts_implementation
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+
+if TYPE_CHECKING:
+    from kimi_linear.training.router_losses import RouterNotes
 
 EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")
 
@@ -40,7 +41,9 @@ class KimiLinearRouter(nn.Module):
         # moves the choice only, and has no gradient; a buffer so that optimizers leave it alone
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor, notes: RouterNotes | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, notes: "RouterNotes | None" = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
         logits, weights, experts = self._choose(x)
         if notes is not None:
@@ -70,23 +73,6 @@ class KimiLinearRouter(nn.Module):
         if renormalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * config.routed_scaling_factor, experts
-
-    # accelerate's loading for FSDP2 by one process takes all of a state for DTensors, buffers too
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if is_dtensor(self.weight) and self.e_score_correction_bias.is_meta:
-            name = prefix + "e_score_correction_bias"
-            destination[name] = replicated(destination[name], self.weight)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        name = prefix + "e_score_correction_bias"
-        if is_dtensor(state_dict.get(name)):
-            state_dict[name] = state_dict[name].full_tensor()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _within_best_groups(self, scores: Tensor) -> Tensor:
         """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""
@@ -209,7 +195,7 @@ class KimiLinearMoE(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, notes: RouterNotes | None = None
+        self, x: Tensor, notes: "RouterNotes | None" = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, T, D] to [B, T, D], and with `notes` the router's losses [B * T, 2]."""
         tokens = x.flatten(0, -2)

@@ -48,6 +48,8 @@ NOTES = {
     "ops": "one entry an operation, torch reference and kernels beside it",
     "upstream": "what Transformers does not document, in one place",
     "configuration_kimi_linear": "official field names, checked",
+    "configuration_plans": "how Transformers divides the model among processes",
+    "configuration_rules": "what each field may be",
     "outputs_kimi_linear": "what a call returns",
     "presets": "named sizes, 2M to 48B",
 }

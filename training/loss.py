@@ -18,7 +18,7 @@ from kimi_linear.ops.runtime import is_transformed, plain_weight
 from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
 from kimi_linear.parallel.context import own_labels, total_over
 from kimi_linear.training.deferred_logits import DeferredLogits
-from kimi_linear.training.router import add_router_losses
+from kimi_linear.training.router_losses import add_router_losses
 from kimi_linear.upstream.interfaces import ForCausalLMLoss
 from torch import Tensor
 
@@ -70,7 +70,7 @@ def loss_and_logits(
     counts = _targets(labels, **loss_kwargs) != loss_kwargs.get("ignore_index", IGNORED)
     num_items = loss_kwargs.get("num_items_in_batch")
     loss = add_router_losses(model, loss, outputs.router_losses_by_place, counts, num_items)
-    return (loss if group is None else total_over(loss, group)), logits
+    return total_over(loss, group), logits
 
 
 def _cross_entropy(
