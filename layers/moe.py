@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, D hidden size, E experts, k experts of one token.
 """
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,6 @@ from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.upstream.interfaces import use_experts_implementation
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-
-if TYPE_CHECKING:
-    from kimi_linear.training.router_losses import RouterNotes
 
 EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")
 
@@ -41,10 +38,11 @@ class KimiLinearRouter(nn.Module):
         # moves the choice only, and has no gradient; a buffer so that optimizers leave it alone
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
-    def forward(
-        self, x: Tensor, notes: "RouterNotes | None" = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
+    def forward(self, x: Tensor, notes: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64.
+
+        `notes` are `training/router_losses.py`'s.
+        """
         logits, weights, experts = self._choose(x)
         if notes is not None:
             notes.count(experts)
@@ -194,9 +192,7 @@ class KimiLinearMoE(nn.Module):
                 config, config.moe_intermediate_size * config.num_shared_experts
             )
 
-    def forward(
-        self, x: Tensor, notes: "RouterNotes | None" = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, notes: Any = None) -> Tensor | tuple[Tensor, Tensor]:
         """[B, T, D] to [B, T, D], and with `notes` the router's losses [B * T, 2]."""
         tokens = x.flatten(0, -2)
         # by keyword: hooks of parallel plans put other positional arguments in place of these
