@@ -34,13 +34,14 @@ from kimi_linear.configuration_rules import (
     shown,
 )
 from kimi_linear.presets import PRESETS
+from kimi_linear.upstream.remote_code import SavesCode
 from transformers.configuration_utils import PreTrainedConfig
 
 LAYER_TYPES = ("linear_attention", "full_attention")  # KDA and MLA
 LINEAR_ATTN_SIZES = {"head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4}
 
 
-class KimiLinearConfig(PreTrainedConfig):
+class KimiLinearConfig(SavesCode, PreTrainedConfig):
     """Configuration of a Kimi Linear model.
 
     Args:

@@ -10,16 +10,13 @@ I expert width, E experts, k experts of one token.
 from typing import Any
 
 import torch
-from kimi_linear.cache.hybrid import prepare_cache
 from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.decode.graph import DecodeBackend, can_decode, decode_logits, is_decode_step
+from kimi_linear.decode.graph import DecodeBackend, try_decode
 from kimi_linear.generation.mixin import KimiLinearGenerationMixin
 from kimi_linear.inputs.checks import (
     check_backbone_arguments,
-    check_columns,
     one_source,
-    unless_all_real,
 )
 from kimi_linear.inputs.layout import (
     check_attention_mask,
@@ -223,7 +220,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     # "auto": one token per row runs as one recorded graph where it can; "graph": or is an error;
-    # "eager": it runs layer by layer. See `decode_graph.py`.
+    # "eager": it runs layer by layer. See `decode/graph.py`.
     decode_backend: DecodeBackend = "auto"
     # "auto": the loss of training is computed without the logits where it can be, which then are
     # made when something asks for them; "fused": or is an error; "logits": always from logits.
@@ -265,8 +262,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             labels: [B, T] token ids, -100 where there is no loss. They are shifted here: each real
                 token predicts the next one of its sequence, across padding, never across packing.
             use_cache: None: as the backbone decides, but never together with labels.
-            logits_to_keep: Logits of only the last so many tokens; 0 for all; or the token indices
-                wanted.
+            logits_to_keep: Number of last tokens to compute logits for; 0 for all; or token
+                indices.
             **kwargs: The backbone's and the loss function's: `num_items_in_batch`, `shift_labels`,
                 `ignore_index`, and what a `loss_function` of your own names.
 
@@ -283,14 +280,17 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         cache = one_cache(cache, past_key_values)
         if labels is not None and use_cache is None and cache is None:
             use_cache = False
-        others = {"labels": labels, "cu_seq_lens_q": cu_seq_lens_q, "seq_idx": seq_idx, **kwargs}
-        if isinstance(logits_to_keep, int) and is_decode_step(
-            self.config, input_ids, inputs_embeds, cache, others
-        ):
-            assert input_ids is not None and cache is not None
-            logits = self._decode(input_ids, attention_mask, cache)
-            if logits is not None:
-                return KimiLinearCausalLMOutput(logits=logits, cache=cache)
+        given = {
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "logits_to_keep": logits_to_keep,
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "seq_idx": seq_idx,
+            **kwargs,
+        }
+        logits = try_decode(self, input_ids, attention_mask, cache, given)
+        if logits is not None:
+            return KimiLinearCausalLMOutput(logits=logits, cache=cache)
         kwargs.pop("skip_logits", None)
         inner = {name: x for name, x in kwargs.items() if name in PASSED_ON}
         loss_kwargs = {name: x for name, x in kwargs.items() if name not in PASSED_ON}
@@ -325,22 +325,6 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-    def _decode(self, input_ids: Any, attention_mask: Tensor | None, cache: Cache) -> Any:
-        """Logits by the recorded decode step, or None if the call has to run layer by layer."""
-        prepare_cache(cache, self.config)
-        if not can_decode(self, input_ids, cache):
-            return None
-        past = cache.layers[0].num_tokens
-        mask = unless_all_real(attention_mask)
-        check_columns(attention_mask, past, 1)
-        if mask is not None and not bool((mask[:, -1] != 0).all()):
-            return None
-        cache.note_padding(attention_mask, mask)
-        cache.is_torn = True
-        logits = decode_logits(self, input_ids, mask, cache)
-        cache.is_torn = False
-        return logits
 
 
 def _read_for_classifier(

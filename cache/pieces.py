@@ -1,4 +1,4 @@
-"""In which pieces KDA layers read a call.
+"""The pieces in which KDA layers read a call.
 
 A call is one piece, but: a long one is cut for memory's sake; a cache that can be cropped reads the
 last tokens by themselves, so that the states before them become its anchor; and after a crop, or
@@ -123,7 +123,7 @@ def read_pieces(
     state_out: Tensor | None = None,
     keep_anchor: Callable[[KDAState], None] | None = None,
 ) -> tuple[Tensor, KDAState | None]:
-    """Have a KDA layer read its input [B, T, D] piece by piece.
+    """Run a KDA layer over its input [B, T, D] piece by piece.
 
     Args:
         attention: The layer, whose `read` takes a piece, its layout and the state before it.

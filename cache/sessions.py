@@ -338,7 +338,7 @@ def common_prefix(cached_ids: Tensor, input_ids: Tensor) -> int:
 
 
 def keep_prefix(cache: Cache, cached_ids: Tensor, input_ids: Tensor) -> int:
-    """Take back what `input_ids` does not begin with; all of it if the cache can't go back so far.
+    """Crop the cache to its common prefix with `input_ids`, or empty it if it cannot.
 
     At least one column of `input_ids` is left to be read.
 

@@ -88,7 +88,7 @@ class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
     get_max_cache_shape = get_max_length  # its older name
 
     def fork(self) -> "CompiledLatentLayer":
-        """A copy that goes on from here by itself: there is one buffer, which nobody shares."""
+        """An independent copy that continues from here; it shares no memory."""
         other = copy.copy(self)
         other._map(Tensor.clone)
         other.length = self.length.clone()
@@ -114,7 +114,7 @@ class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
 
 
 class KimiLinearStaticCache(KimiLinearCache, StaticCache):
-    """A `KimiLinearCache` that has its room from the start.
+    """A `KimiLinearCache` that allocates all of its memory at the start.
 
     Args:
         config: A `KimiLinearConfig`.

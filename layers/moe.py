@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops.experts import EXPERTS
-from kimi_linear.ops.experts.prefill_kernels import choose_experts
+from kimi_linear.ops.experts.choice import choose_experts
 from kimi_linear.ops.experts.quantized import plain_experts
-from kimi_linear.ops.experts.training_kernels import choose_experts_in_training
-from kimi_linear.ops.runtime import has_kernels
 from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.upstream.interfaces import use_experts_implementation
 from torch import Tensor, nn
@@ -43,44 +41,21 @@ class KimiLinearRouter(nn.Module):
 
         `notes` are `training/router_losses.py`'s.
         """
-        logits, weights, experts = self._choose(x)
+        config = self.config
+        logits = wide_linear(x, self.weight)
+        weights, experts = choose_experts(
+            logits,
+            self.e_score_correction_bias,
+            config.num_experts_per_token,
+            renormalize=config.moe_renormalize,
+            factor=config.routed_scaling_factor,
+            is_sigmoid=config.moe_router_activation_func == "sigmoid",
+            num_groups=config.num_expert_group,
+            num_kept_groups=config.topk_group,
+        )
         if notes is not None:
             notes.count(experts)
         return logits, weights, experts
-
-    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        logits = wide_linear(x, self.weight)
-        bias = self.e_score_correction_bias.to(logits.dtype)
-        renormalize = config.moe_renormalize and config.num_experts_per_token > 1  # as released
-        is_sigmoid = config.moe_router_activation_func == "sigmoid"
-        in_groups = config.num_expert_group != config.topk_group
-        if is_sigmoid and not in_groups and has_kernels(logits.detach(), bias):
-            choose = choose_experts_in_training if logits.requires_grad else choose_experts
-            return logits, *choose(
-                logits,
-                bias,
-                config.num_experts_per_token,
-                renormalize,
-                config.routed_scaling_factor,
-            )
-        scores = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
-        choice = self._within_best_groups(scores + bias)
-        experts = choice.topk(config.num_experts_per_token, dim=-1, sorted=False).indices
-        weights = scores.gather(1, experts)
-        if renormalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return logits, weights * config.routed_scaling_factor, experts
-
-    def _within_best_groups(self, scores: Tensor) -> Tensor:
-        """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""
-        groups, kept = self.config.num_expert_group, self.config.topk_group
-        if kept == groups:
-            return scores
-        grouped = scores.unflatten(-1, (groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1, sorted=False).indices
-        outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
-        return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 @use_experts_implementation(experts_interface=EXPERTS)

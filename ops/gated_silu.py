@@ -12,7 +12,7 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 import torch
 import torch.nn.functional as F
 from kimi_linear.ops.launch import launch_directly
-from kimi_linear.ops.runtime import has_kernels, jit, power_of_two, tl
+from kimi_linear.ops.runtime import ceil_div, has_kernels, jit, power_of_two, tl
 from torch import Tensor
 
 COLUMNS = 1024  # at once
@@ -29,7 +29,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
 def launch_gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     (P, size), out = gate.shape, gate.new_empty(gate.shape)
     if P:
-        grid = (P, -(-size // COLUMNS))
+        grid = (P, ceil_div(size, COLUMNS))
         with torch.cuda.device_of(gate):
             _gated_silu[grid](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=COLUMNS)
     return out

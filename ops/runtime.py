@@ -44,7 +44,10 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def product_dtype(factor: Tensor) -> torch.dtype:
     """The dtype of products with `factor`: autocast's where it is on, else the factor's own.
-    Autocast leaves float64 alone. Of two factors outside of autocast pass the weight."""
+
+    Autocast leaves float64 alone. Where two factors may differ, the caller passes the one whose
+    dtype counts: an MLP's or expert's weight, the loss's hidden states.
+    """
     kind = factor.device.type
     is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     is_cast = is_cast and factor.dtype != torch.float64
@@ -95,6 +98,11 @@ def in_pieces(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> T
 def power_of_two(size: int) -> int:
     """The smallest one that is at least `size`."""
     return 1 << (size - 1).bit_length()
+
+
+def ceil_div(size: int, block: int) -> int:
+    """The number of blocks that hold `size`."""
+    return -(-size // block)
 
 
 def has_kernels(*tensors: Tensor) -> bool:

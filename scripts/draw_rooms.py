@@ -47,7 +47,7 @@ NOTES = {
     "inputs": "padding, packing and trees of one call; what all layers follow",
     "ops": "one entry an operation, torch reference and kernels beside it",
     "upstream": "what Transformers does not document, in one place",
-    "configuration_kimi_linear": "official field names, checked",
+    "configuration_kimi_linear": "official field names and their defaults",
     "configuration_plans": "how Transformers divides the model among processes",
     "configuration_rules": "what each field may be",
     "outputs_kimi_linear": "what a call returns",

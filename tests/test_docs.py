@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -48,3 +49,77 @@ def test_code_compiles_and_its_imports_are_there(page: Path) -> None:
 def test_the_readme_leads_to_every_page() -> None:
     linked = set(LINK.findall((ROOT / "README.md").read_text()))
     assert {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"} <= linked
+
+
+def milliseconds(line: dict) -> str:
+    return f"{line['ms_per_token']:.3g}"
+
+
+def rate(line: dict) -> str:
+    return f"{line['tokens_per_second']:,.0f}"
+
+
+def rounded_rate(line: dict) -> str:
+    return f"{round(line.get('tok_s') or line['tokens_per_second'], -2):,}"
+
+
+def step(line: dict) -> str:
+    return f"{line['ms']:.0f} ms, {line['peak_bytes_above_weights'] / 1e9:.1f} GB"
+
+
+def failure(line: dict) -> str:
+    return "out of memory" if line["error"].startswith("OutOfMemoryError") else line["error"]
+
+
+# A row of the README's table: its first cell, then for every figure the file, the fields of the
+# line that it comes from, and how it is written.
+FIGURES = {
+    "training step": [
+        ("training_step_h200", {"model": "native"}, step),
+        ("training_step_h200", {"model": "ours"}, step),
+    ],
+    "`generate()`": [
+        ("generate_h200", {"model": "native", "batch": 1}, milliseconds),
+        ("native_h200", {"generate_static": 1}, lambda line: f"{1000 / line['tok_s']:.1f}"),
+        ("generate_h200", {"model": "ours", "batch": 1}, milliseconds),
+    ],
+    "8 / 32 / 128 rows": [
+        ("generate_h200", {"model": "native", "batch": 8}, rate),
+        ("generate_rows_h200", {"model": "native", "batch": 32}, rate),
+        ("generate_rows_h200", {"model": "native", "batch": 128}, rate),
+        ("generate_h200", {"model": "ours", "batch": 8}, rate),
+        ("generate_rows_h200", {"model": "ours", "batch": 32}, rate),
+        ("generate_rows_h200", {"model": "ours", "batch": 128}, rate),
+    ],
+    "behind 131,072": [
+        ("native_h200", {"decode_at": 131072}, lambda line: f"{line['tpot_ms']:.0f}"),
+        ("native_h200", {"decode_at": 1048576}, failure),
+        ("context_h200", {"measure": "decode", "context": 131072}, milliseconds),
+        ("context_h200", {"measure": "decode", "context": 1048576}, milliseconds),
+    ],
+    "reading 4,096": [
+        ("native_h200", {"prefill": 4096}, rounded_rate),
+        ("native_h200", {"prefill": 131072}, rounded_rate),
+        ("prefill_h200", {"name": "new", "tokens": 4096}, rounded_rate),
+        ("prefill_h200", {"name": "new", "tokens": 131072}, rounded_rate),
+    ],
+    "CPU: KDA": [
+        ("kda_cpu", {"case": "native_forward"}, lambda line: f"{line['seconds']:.1f} s"),
+        ("kda_cpu", {"case": "ours_forward"}, lambda line: f"{line['seconds']:.3f} s"),
+    ],
+    "CPU: MLA": [
+        ("mla_decode_cpu", {"case": "native", "context": 16384}, lambda x: f"{x['seconds']:.1f}"),
+        ("mla_decode_cpu", {"case": "ours", "context": 16384}, lambda x: f"{x['seconds']:.3f}"),
+    ],
+}
+
+
+@pytest.mark.parametrize("row", FIGURES)
+def test_figures_of_the_readme_are_recorded(row: str) -> None:
+    text = (ROOT / "README.md").read_text()
+    cells = next(line for line in text.splitlines() if line.startswith(f"| {row}"))
+    for name, fields, write in FIGURES[row]:
+        file = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        written = {write(line) for line in lines if fields.items() <= line.items()}
+        assert any(figure in cells for figure in written), (name, fields, written)

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.cross_entropy import product_dtype
-from kimi_linear.ops.runtime import no_autocast
+from kimi_linear.ops.runtime import no_autocast, product_dtype
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 

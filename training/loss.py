@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, last_real_columns, sequence_layout
-from kimi_linear.ops.cross_entropy import linear_cross_entropy, product_dtype
-from kimi_linear.ops.runtime import is_transformed, plain_weight
+from kimi_linear.ops.cross_entropy import linear_cross_entropy
+from kimi_linear.ops.runtime import is_transformed, plain_weight, product_dtype
 from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
 from kimi_linear.parallel.context import own_labels, total_over
 from kimi_linear.training.deferred_logits import DeferredLogits
@@ -54,11 +54,19 @@ def loss_and_logits(
     """
     x, group = outputs.last_hidden_state, model.model.context_group
     assert x is not None
-    _check_backend(model.loss_backend)
+    if model.loss_backend not in get_args(LossBackend):
+        raise ValueError(
+            f"loss_backend={model.loss_backend!r} is not allowed: it must be one of "
+            f"{get_args(LossBackend)}"
+        )
     if labels is None:
         return None, model.lm_head(_kept_states(x, logits_to_keep, attention_mask))
-    if isinstance(logits_to_keep, int) and logits_to_keep == 0 and group is None:
-        _check_labels(labels, x.shape[:2])
+    keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    if keeps_all and group is None and labels.shape != x.shape[:2]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, which is not allowed: it must be "
+            f"[batch, tokens] = {list(x.shape[:2])}"
+        )
     layout = sequence_layout(
         *labels.shape, attention_mask=attention_mask, **boundaries, device=labels.device
     )
@@ -66,54 +74,45 @@ def loss_and_logits(
         loss_kwargs = {"shift_labels": _next_labels(labels, layout), **loss_kwargs}
     if group is not None:
         labels, loss_kwargs = own_labels(labels, loss_kwargs, group)
-    loss, logits = _cross_entropy(model, x, labels, logits_to_keep, loss_kwargs)
-    counts = _targets(labels, **loss_kwargs) != loss_kwargs.get("ignore_index", IGNORED)
-    num_items = loss_kwargs.get("num_items_in_batch")
-    loss = add_router_losses(model, loss, outputs.router_losses_by_place, counts, num_items)
+    loss, logits = _whole_loss(model, outputs, labels, logits_to_keep, loss_kwargs)
     return total_over(loss, group), logits
 
 
-def _cross_entropy(
+def _whole_loss(
     model: Any,
-    x: Tensor,
+    outputs: KimiLinearModelOutput,
     labels: Tensor,
     logits_to_keep: int | Tensor,
     loss_kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """The loss without and with its logits [B, T, V]."""
+    """Cross entropy and router's losses of this process' labels, and the logits [B, T, V]."""
+    x: Any = outputs.last_hidden_state
+    num_items = loss_kwargs.get("num_items_in_batch")
+    ignored, shifted = loss_kwargs.get("ignore_index", IGNORED), loss_kwargs.get("shift_labels")
+    if shifted is None:
+        shifted = F.pad(labels[:, 1:], (0, 1), value=ignored)
     if _is_fused(model, x, labels, logits_to_keep):
-        loss = _fused_loss(x, model.lm_head.weight, labels, **loss_kwargs)
-        return loss, DeferredLogits.of(model.lm_head, x)
-    kept = _kept_states(x, logits_to_keep)
-    if kept.shape[:2] != labels.shape:
-        raise ValueError(
-            f"logits_to_keep={logits_to_keep!r} is not allowed with labels: it must be 0"
+        logits: Tensor = DeferredLogits.of(model.lm_head, x)
+        loss = linear_cross_entropy(
+            x.flatten(0, -2),
+            model.lm_head.weight,
+            shifted.flatten().to(x.device),
+            num_items=num_items,
+            ignore_index=ignored,
         )
-    logits = model.lm_head(kept)
-    loss = model.loss_function(
-        logits=logits, labels=labels, vocab_size=model.config.vocab_size, **loss_kwargs
-    )
+    else:
+        kept = _kept_states(x, logits_to_keep)
+        if kept.shape[:2] != labels.shape:
+            raise ValueError(
+                f"logits_to_keep={logits_to_keep!r} is not allowed with labels: it must be 0"
+            )
+        logits = model.lm_head(kept)
+        loss = model.loss_function(
+            logits=logits, labels=labels, vocab_size=model.config.vocab_size, **loss_kwargs
+        )
+    counts = shifted != ignored
+    loss = add_router_losses(model, loss, outputs.router_losses_by_place, counts, num_items)
     return loss, logits
-
-
-def _fused_loss(
-    x: Tensor,
-    weight_VD: Tensor,
-    labels: Tensor,
-    *,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = IGNORED,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """Transformers' `ForCausalLMLoss` without the logits; it ignores other arguments too."""
-    return linear_cross_entropy(
-        x.flatten(0, -2),
-        weight_VD,
-        _targets(labels, ignore_index, shift_labels).flatten().to(x.device),
-        num_items=num_items_in_batch,
-        ignore_index=ignore_index,
-    )
 
 
 def _kept_states(
@@ -131,16 +130,6 @@ def _kept_states(
     return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-# ------------------------------------------------------------------------------------------ labels
-def _check_labels(labels: Tensor, needed: torch.Size) -> None:
-    """ValueError unless there is a label for each token."""
-    if labels.shape != needed:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, which is not allowed: it must be "
-            f"[batch, tokens] = {list(needed)}"
-        )
-
-
 def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
     """[B, T]: at each real token the label of the next one of its sequence, -100 where none is."""
     following = F.pad(layout.pack(labels)[:, 1:], (0, 1), value=IGNORED)
@@ -152,27 +141,6 @@ def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
         following[:, ends[ends > 0] - 1] = IGNORED
     # `unpack` writes zeros at padding
     return layout.unpack(following - IGNORED, labels.shape[0]) + IGNORED
-
-
-def _targets(
-    labels: Tensor,
-    ignore_index: int = IGNORED,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """[B, T]: what each token has to predict."""
-    if shift_labels is not None:
-        return shift_labels
-    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-
-
-# ------------------------------------------------------------------------ with logits or without
-def _check_backend(backend: str) -> None:
-    """Raise ValueError unless it is one of `LossBackend`."""
-    if backend not in get_args(LossBackend):
-        raise ValueError(
-            f"loss_backend={backend!r} is not allowed: it must be one of {get_args(LossBackend)}"
-        )
 
 
 def _is_fused(model: Any, x: Tensor, labels: Tensor, logits_to_keep: int | Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from kimi_linear.ops.cross_entropy.kernels import loss_and_gradient, reference_loss_and_gradient
-from kimi_linear.ops.runtime import has_kernels, no_autocast
+from kimi_linear.ops.runtime import has_kernels, no_autocast, product_dtype
 from kimi_linear.ops.wide_product import add_wide_product, wide_product
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -54,14 +54,6 @@ def linear_cross_entropy(
         num_items = num_items.to(x_ND.device)
     scale = torch.ones((), dtype=wide, device=x_ND.device) / num_items
     return _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, scale.to(wide), ignore_index, dtype)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast, if it is on, gives to products with `x`."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) if x.dtype != torch.float64 else x.dtype
-    return x.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -140,4 +132,4 @@ def chunk_tokens(vocab_size: int) -> int:
     return max(MIN_CHUNK_TOKENS, 1 << max(0, (CHUNK_ELEMENTS // vocab_size).bit_length() - 1))
 
 
-__all__ = ["chunk_tokens", "linear_cross_entropy", "product_dtype"]
+__all__ = ["chunk_tokens", "linear_cross_entropy"]

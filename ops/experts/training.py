@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.experts.pair_sort import sort_pairs
 from kimi_linear.ops.experts.quantized import QuantizedExperts, plain_experts
-from kimi_linear.ops.experts.training_kernels import sum_of_rows
+from kimi_linear.ops.experts.row_sums import sum_of_rows
+from kimi_linear.ops.experts.sort import sort_pairs
 from kimi_linear.ops.gated_silu import gated_silu, gated_silu_backward
 from kimi_linear.ops.runtime import is_plain_silu, is_traced, no_autocast, product_dtype
 from torch import Tensor, nn

@@ -15,13 +15,13 @@ g = -exp(A_log) softplus(g_raw + dt_bias) and beta = sigmoid(beta_raw) itself.
 Shapes: B batch, T tokens, H heads, K key size, V value size, N sequences.
 """
 
+from kimi_linear.ops.fla.backend import resolve_backend
 from kimi_linear.ops.kda.chunked import chunked_kda
-from kimi_linear.ops.kda.fla import fla_kda, fla_layout, resolve_backend
+from kimi_linear.ops.kda.fla import fla_kda
 from kimi_linear.ops.kda.recurrent import (
     L2NORM_EPS,
     KDAInputs,
     can_step_in_place,
-    check_cu_seqlens,
     l2norm,
     log_decay,
     recurrent_kda,
@@ -98,10 +98,7 @@ def kda_attention(
 __all__ = [
     "CHUNK_SIZE",
     "L2NORM_EPS",
-    "check_cu_seqlens",
-    "fla_layout",
     "kda_attention",
     "l2norm",
     "log_decay",
-    "resolve_backend",
 ]

@@ -24,7 +24,7 @@ def chunked_kda(x: KDAInputs, output_final_state: bool) -> tuple[Tensor, Tensor 
     state per segment.
     """
     segments = plan_segments(x.q, x.cu_seqlens, max(x.q.shape[-1], x.v.shape[-1]))
-    return _ChunkedKDA.apply(*x[:8], output_final_state, segments, x.num_sequences)
+    return _ChunkedKDA.apply(output_final_state, segments, x.num_sequences, x.initial_state, *x[:7])
 
 
 class _ChunkedKDA(torch.autograd.Function):
@@ -33,18 +33,13 @@ class _ChunkedKDA(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        A_log: Tensor,
-        dt_bias: Tensor,
-        initial_state: Tensor | None,
         output_final_state: bool,
         segments: list[Segment],
         num_sequences: int,
+        initial_state: Tensor | None,
+        *inputs: Tensor,  # q, k, v, g, beta, A_log, dt_bias
     ) -> tuple[Tensor, Tensor | None]:
+        q, v = inputs[0], inputs[2]
         dtype = compute_dtype(q)
         keep = any(ctx.needs_input_grad)
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -60,15 +55,15 @@ class _ChunkedKDA(torch.autograd.Function):
                 state = states[segment.rows]
                 if keep and isinstance(segment.rows, slice):
                     state = state.clone()
-            raw = [segment.pick(x) for x in (q, k, v, g, beta)]
+            picked = [segment.pick(x) for x in inputs[:5]]
             want = output_final_state or not segment.is_last
             with no_autocast(q.device):
-                piece, state_out = _run_segment((*raw, A_log, dt_bias), state, segment, want)
+                piece, state_out = _run_segment((*picked, *inputs[5:]), state, segment, want)
             segment.put(out, piece)
             if states is not None and state_out is not None:
                 states[segment.rows] = state_out
             saved.append(state if keep else None)
-        ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, *saved)
+        ctx.save_for_backward(*inputs, *saved)
         ctx.segments, ctx.output_final_state = segments, output_final_state
         ctx.state_shape = None if states is None else states.shape
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
@@ -100,7 +95,7 @@ class _ChunkedKDA(torch.autograd.Function):
         grad_initial = None
         if grad_states is not None and ctx.initial_dtype is not None:
             grad_initial = grad_states.to(ctx.initial_dtype)
-        return *grads, grad_initial, None, None, None
+        return None, None, None, grad_initial, *grads
 
 
 def _segment_grads(

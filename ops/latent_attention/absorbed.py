@@ -44,7 +44,7 @@ def absorbed_attention(
         tile = query[:, first : first + step]
         places = range(past + first, past + first + tile.shape[1])
         merged = MergedBlocks()
-        for keys, latent in key_blocks(segments, size, places.stop, query.device):
+        for keys, latent in key_blocks(segments, size, places.stop):
             unseen = unseen_mask(keys, places, real_BS, query.device)
             merged.add(*_absorbed_block(tile, latent, unseen, key_HNL.shape[2]))
         outputs.append(head_values(merged.result(), value_HVL, query_BTHK.dtype))
@@ -57,7 +57,7 @@ def _absorbed_block(
     """Mixed latents [B, T, H, L] and log-sum-exp [B, T, H] of one block, for a scaled query."""
     B, T, H, R = query_BTHR.shape
     rows = latent_BnR.shape[0]
-    latent = latent_BnR.to(query_BTHR.dtype)
+    latent = latent_BnR.to(query_BTHR.device, non_blocking=True).to(query_BTHR.dtype)
     # a single row of latents serves all rows in one product
     query = query_BTHR.reshape(rows, B // rows * T * H, R)
     scores = wide_bmm(query, latent.transpose(1, 2)).view(B, T, H, -1)

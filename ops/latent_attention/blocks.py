@@ -6,6 +6,7 @@ n tokens of a block.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from kimi_linear.ops.runtime import needs_grad
@@ -28,38 +29,27 @@ def first_tokens(segments: Sequence[Tensor], count: int) -> list[Tensor]:
     return found
 
 
-def query_tiles(segments: Sequence[Tensor], size: int, past: int) -> list[range]:
-    """Places of the queries, at most `size` at a time and none beyond its segment."""
-    tiles, start = [], 0
-    for segment in segments:
-        end = start + segment.shape[1]
-        first = max(start, past)
-        tiles += [range(a, min(a + size, end)) for a in range(first, end, size)]
-        start = end
-    return tiles
-
-
 def key_blocks(
-    segments: Sequence[Tensor],
-    size: int,
-    stop: int,
-    device: torch.device,
-    cuts: Sequence[int] = (),
+    segments: Sequence[Tensor], size: int, stop: int, cuts: Sequence[int] = ()
 ) -> Iterator[tuple[range, Tensor]]:
     """Places and latents of blocks of at most `size` tokens, up to place `stop`.
 
-    No block goes beyond its segment, nor across a place in `cuts`.
+    No block goes beyond its segment, nor across a place in `cuts`, which rise.
     """
     start = 0
     for segment in segments:
         end = min(start + segment.shape[1], stop)
-        inside = [cut for cut in cuts if start < cut < end]
-        for a, b in zip([start, *inside], [*inside, end], strict=True):
+        for a, b in pairwise([start, *(cut for cut in cuts if start < cut < end), end]):
             for first in range(a, b, size):
                 last = min(first + size, b)
-                latent = segment[:, first - start : last - start]
-                yield range(first, last), latent.to(device, non_blocking=True)
+                yield range(first, last), segment[:, first - start : last - start]
         start += segment.shape[1]
+
+
+def query_tiles(segments: Sequence[Tensor], size: int, past: int) -> list[range]:
+    """Places of the queries, at most `size` at a time and none beyond its segment."""
+    blocks = key_blocks(segments, size, num_tokens(segments), (past,))
+    return [places for places, _ in blocks if places.start >= past]
 
 
 # ----------------------------------------------------------------------------- masking and softmax

@@ -11,59 +11,11 @@ Shapes: B batch, T tokens, D channels, W taps, N sequences.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.fla.tuning import use_known_configs
-from kimi_linear.ops.kda import check_cu_seqlens, fla_layout, resolve_backend
+from kimi_linear.ops.fla.backend import convolution_kernels, fla_layout, resolve_backend
 from kimi_linear.ops.runtime import compute_dtype, needs_grad, no_autocast
 from torch import Tensor
-
-
-@functools.cache
-def _fla_convolution() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(causal_conv1d, causal_conv1d_update); they moved between fla 0.5 and 0.6."""
-    try:
-        from fla.modules.causal_conv1d import causal_conv1d, causal_conv1d_update
-    except ImportError:
-        try:
-            from fla.modules.conv.causal_conv1d import causal_conv1d
-            from fla.modules.conv.triton.ops import causal_conv1d_update
-        except ImportError as error:
-            raise ValueError(
-                f"backend is 'fla', but this fla has no causal_conv1d ({error}); "
-                "fla-core 0.5.1 or newer is needed, or backend='torch'"
-            ) from error
-    use_known_configs()
-    return causal_conv1d, causal_conv1d_update
-
-
-def _check_inputs(
-    x: Tensor,
-    weight: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raise ValueError on the first argument that does not fit."""
-    if x.dim() != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D]")
-    B, T, D = x.shape
-    if weight.dim() != 2 or weight.shape[0] != D:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; it must be [{D}, W] or [{D}, 1, W]"
-        )
-    num_sequences = B
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T)
-        num_sequences = cu_seqlens.numel() - 1
-    expected = (num_sequences, D, weight.shape[1] - 1)
-    if initial_state is not None and tuple(initial_state.shape) != expected:
-        raise ValueError(
-            f"initial_state has shape {tuple(initial_state.shape)}; it must be {expected}"
-        )
 
 
 def _packed_places(cu_seqlens: Tensor, num_tokens: int, history: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +90,7 @@ def _fla_short_convolution(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """FLA's kernels; their caches are W wide, the oldest column is never read."""
-    causal_conv1d, causal_conv1d_update = _fla_convolution()
+    causal_conv1d, causal_conv1d_update = convolution_kernels()
     weight_DW = weight_DW.contiguous()
     x = x.contiguous()
     state = None if initial_state is None else F.pad(initial_state.to(x.dtype), (1, 0))
@@ -221,10 +173,9 @@ def short_convolution(
         in fp32, or float64 for float64.
 
     Raises:
-        ValueError: for shapes that do not fit, or a backend that cannot run.
+        ValueError: for a backend that cannot run.
     """
     weight_DW = weight.squeeze(1) if weight.dim() == 3 and weight.shape[1] == 1 else weight
-    _check_inputs(x, weight_DW, initial_state, cu_seqlens)
     continues = initial_state is not None and needs_grad(x, weight, initial_state)
     if resolve_backend(x, backend) == "fla" and x.shape[1] > 0 and not continues:
         return _fla_short_convolution(x, weight_DW, initial_state, output_final_state, cu_seqlens)

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
-from kimi_linear.ops.kda import kda_attention, resolve_backend
+from kimi_linear.ops.fla.backend import resolve_backend
+from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import no_autocast
 from torch import Tensor, nn
 

@@ -85,7 +85,7 @@ def _native_model(config: KimiLinearConfig, device: torch.device) -> PreTrainedM
         raise ValueError(
             f"moe_layer_freq={config.moe_layer_freq} is not allowed: the native model knows 1 only"
         )
-    module = _native_module(device)
+    module = native_module(device)
     native_config = module.KimiLinearConfig(
         **{field: getattr(config, field) for field in SHARED_FIELDS},
         linear_attn_config=dict(config.linear_attn_config),
@@ -94,7 +94,7 @@ def _native_model(config: KimiLinearConfig, device: torch.device) -> PreTrainedM
     return module.KimiLinearForCausalLM(native_config)
 
 
-def _native_module(device: torch.device) -> Any:
+def native_module(device: torch.device) -> Any:
     """Transformers' module, bound to its torch operators where there is no GPU.
 
     It binds its operators when it is imported, to FLA's if there is such a package, and then calls

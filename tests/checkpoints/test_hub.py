@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hub import TOKEN, Hub
+from kimi_linear.checkpoints.flat_copy import package_code
 from safetensors import safe_open
 
 pytestmark = pytest.mark.transformers
@@ -82,6 +83,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 LOAD = """
+import copy
 import json
 import sys
 from importlib.abc import MetaPathFinder
@@ -113,6 +115,7 @@ def load(name):
     with torch.no_grad():
         logits[name] = model(**inputs).logits.float()
         generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    check_training(copy.deepcopy(model), inputs["input_ids"], logits[name])
     report[name] = {
         "config_module": type(config).__module__,
         "model_module": type(model).__module__,
@@ -122,6 +125,16 @@ def load(name):
         "new_tokens": generated.shape[1] - inputs["input_ids"].shape[1],
     }
     return model
+
+def check_training(model, ids, before):
+    model.train()(ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.eval().save_pretrained(f"{folder}/trained")
+    again = AutoModelForCausalLM.from_pretrained(
+        f"{folder}/trained", dtype="auto", trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+        assert (again(ids).logits - before).abs().max() > 1e-3
 
 for name in names:
     model = load(name)
@@ -232,10 +245,8 @@ def test_repositories_hold_code_weights_and_tokenizer_and_nothing_else(
     published: Published, name: str
 ) -> None:
     files = published.files(name)
-    code = {path for path in files if path.endswith(".py")}
-    assert {"configuration_kimi_linear.py", "modeling_kimi_linear.py", "kda.py"} <= code
-    root = SCRIPT.parents[1]
-    assert all(files[path] == (root / path).read_bytes() for path in code)
+    code = {path: text.decode() for path, text in files.items() if path.endswith(".py")}
+    assert code == package_code()
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= set(files)
     allowed = (".py", ".json", ".jinja", ".md", ".safetensors", ".gitattributes", "tiktoken.model")
     others = {path for path in files if not path.endswith(allowed)}

@@ -144,14 +144,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "modeling_kimi_linear.py").unlink(),
         r"modeling_kimi_linear\.py is missing; auto_map",
     ),
-    "no sibling": (lambda f: (f / "kda.py").unlink(), r"kda\.py is missing; .*\.py needs it"),
+    "no sibling": (
+        lambda f: (f / "ops_kda.py").unlink(),
+        r"ops_kda\.py is missing; .*\.py needs it",
+    ),
     "no class": (
         lambda f: (f / "configuration_kimi_linear.py").write_text("x = 1\n"),
         r"defines no class KimiLinearConfig",
     ),
     "bad code": (
-        lambda f: (f / "kda.py").write_text("def broken(:\n"),
-        r"kda\.py is not Python",
+        lambda f: (f / "ops_kda.py").write_text("def broken(:\n"),
+        r"ops_kda\.py is not Python",
     ),
     "no weights": (lambda f: (f / INDEX).unlink(), r"one is needed, and both are missing"),
     "two kinds": (

@@ -9,8 +9,10 @@ import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kda_forms import chunked_kda, recurrent_kda
+from kimi_linear.ops.fla import backend as fla_backend
+from kimi_linear.ops.fla.backend import resolve_backend
 from kimi_linear.ops.kda import fla as kda_fla
-from kimi_linear.ops.kda import kda_attention, log_decay, resolve_backend, segments
+from kimi_linear.ops.kda import kda_attention, log_decay, segments
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -498,7 +500,7 @@ def test_cpu_tensors_never_reach_fla(monkeypatch):
     def fail():
         raise AssertionError("fla was looked for")
 
-    monkeypatch.setattr(kda_fla, "_fla_kernels", fail)
+    monkeypatch.setattr(fla_backend, "kda_kernels", fail)
     assert resolve_backend(torch.zeros(1)) == "torch"
     kda_attention(**make_inputs(T=3))
 
@@ -524,8 +526,9 @@ def pretend_fla(monkeypatch):
         return recurrent_kda(**arguments)
 
     kernels = tuple(functools.partial(kernel, name) for name in ("chunk", "step"))
-    monkeypatch.setattr(kda_fla, "_fla_kernels", lambda: (*kernels, ""))
-    monkeypatch.setattr(kda_fla, "FLA_DEVICES", ("cpu",))
+    for module in (fla_backend, kda_fla):
+        monkeypatch.setattr(module, "kda_kernels", lambda: (*kernels, ""))
+    monkeypatch.setattr(fla_backend, "FLA_DEVICES", ("cpu",))
     return calls
 
 
@@ -592,8 +595,8 @@ def test_what_fla_cannot_take_goes_to_torch(pretend_fla, dtype, K, reason):
 
 
 def test_missing_fla_says_why(monkeypatch):
-    monkeypatch.setattr(kda_fla, "FLA_DEVICES", ("cpu",))
-    monkeypatch.setattr(kda_fla, "_fla_kernels", lambda: (None, None, "ImportError: no triton"))
+    monkeypatch.setattr(fla_backend, "FLA_DEVICES", ("cpu",))
+    monkeypatch.setattr(fla_backend, "kda_kernels", lambda: (None, None, "ImportError: no triton"))
     assert resolve_backend(torch.zeros(1)) == "torch"
     with pytest.raises(ValueError, match="cannot be imported .ImportError: no triton"):
         resolve_backend(torch.zeros(1), "fla")

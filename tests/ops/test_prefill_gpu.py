@@ -7,9 +7,9 @@ from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
 from kimi_linear.cache import pieces
 from kimi_linear.layers import latent_attention as latent_layer
-from kimi_linear.ops import experts as experts_module
 from kimi_linear.ops import gated_mlp
-from kimi_linear.ops.latent_attention import expanded, fused, latent_attention
+from kimi_linear.ops.experts import prefill
+from kimi_linear.ops.latent_attention import expanded, latent_attention
 from latent_reference import SCALING, B, H, L, N, P, V, reference
 from tolerance import assert_kernel_close
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -33,15 +33,15 @@ def error(x, expected):
 @torch.no_grad()
 def test_cudnn_with_merged_blocks_equals_plain_softmax(monkeypatch, num_queries, num_keys, dtype):
     calls = []
-    cudnn = fused._cudnn
+    cudnn = expanded._cudnn
 
     def spy(*args):
         calls.append(cudnn(*args))
         return calls[-1]
 
-    monkeypatch.setattr(fused, "_cudnn", spy)
+    monkeypatch.setattr(expanded, "_cudnn", spy)
     for name in ("CUDNN_PAIRS", "CUDNN_OWN_PAIRS"):
-        monkeypatch.setattr(fused, name, 1)
+        monkeypatch.setattr(expanded, name, 1)
     monkeypatch.setattr(expanded, "EXPANDED_TOKENS", 1)
     monkeypatch.setattr(expanded, "FUSED_QUERY_TOKENS", B * 600)
     monkeypatch.setattr(expanded, "FUSED_EXPANDED_TOKENS", B * 400)
@@ -66,8 +66,8 @@ def test_lean_experts_are_as_exact_as_the_grouped_ones(monkeypatch):
     index = torch.rand(301, 12, device="cuda").topk(3, dim=-1).indices
     index[index == 5] = 4  # an expert without tokens, and tokens that choose one twice
     weights = torch.rand(301, 3, device="cuda")
-    assert experts_module.is_lean(experts, x)
-    monkeypatch.setattr(experts_module, "PIECE_TOKENS", 100)
+    assert prefill.can_prefill(experts, x)
+    monkeypatch.setattr(prefill, "PIECE_TOKENS", 100)
     out = experts(x, index, weights)
     assert torch.equal(out, experts(x, index, weights))
     old = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, x, index, weights)

@@ -15,7 +15,7 @@ from measuring.limits import Limits
 from measuring.long_text import LongText
 from measuring.models import MODELS, build
 from measuring.plot import plot_lines
-from measuring.settings import numbers
+from options.settings import numbers
 from tolerance import assert_close
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"

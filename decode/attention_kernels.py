@@ -1,218 +1,21 @@
-"""Triton kernels of the decode step: one new token for each of a few rows.
+"""Triton kernels of the decode step's attention: KDA, and MLA on absorbed latents.
 
-At so few tokens a step is a walk through the weights, and its time is the time to read them. Each
-kernel here reads its weights once, in long rows, and does around it what would otherwise be
-kernels of its own: norms before, activations and residuals after. Where tensors lie is told by
-tables of addresses on the device, so that a recorded graph serves any cache. `decode_step.py` says
-in which order they run; `tests/test_decode_step.py` compares each with torch.
+See `projection_kernels.py`, also for IS_LINKED.
 
-Sums are in float32. What passes from kernel to kernel is in the buffers' dtype.
-
-With IS_LINKED, kernels are launched before the ones before them have ended (programmatic dependent
-launch, from compute capability 9.0): they load weights, then `wait`, then touch all else. Since
-each lets the next one start before it waits itself, weights of several kernels to come are loaded
-while a small one runs; after its wait a kernel sees what all before it have written.
-
-Shapes: B rows (one token each), D hidden size, N output columns, H heads, K key and value size of
-KDA, W taps, L latent rank, P shared key part, R = L + P, E experts, I expert width, S slots: the
-chosen experts of a row and then its shared ones.
+Shapes: B rows (one token each), D hidden size, H heads, K key and value size of KDA, W taps,
+N key size without the shared part, V value size, L latent rank, P shared key part, R = L + P.
 """
 
 # mypy: disable-error-code="no-untyped-def,union-attr,operator"
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
+from kimi_linear.decode.addresses import KDAAddresses, LatentAddresses, columns
+from kimi_linear.decode.projection_kernels import norm_scale, pointer_to, wait
 from kimi_linear.ops.runtime import jit, tl
 
-LOG2_E = 1.4426950408889634
-
-
-@jit
-def _at(address, like):
-    """A pointer to `address`, of the type of the pointer `like`, aligned to 16 bytes."""
-    return tl.multiple_of(tl.multiple_of(address, 16).to(like.dtype), 16)
-
-
-@jit
-def wait(IS_LINKED: tl.constexpr):
-    """Let the next kernel start, which may load its weights; wait for all kernels before."""
-    if IS_LINKED:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@jit
-def wait_first(IS_LINKED: tl.constexpr):
-    """Wait for all kernels before; then let the next one start, which may at once read what those
-    have written."""
-    if IS_LINKED:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@jit
-def norm_scale(square, size, eps):
-    """1 / root mean square, from a sum of squares."""
-    return 1.0 / tl.sqrt(square / size + eps)
-
-
-@jit
-def project_kernel(
-    x,  # [B, D], rows of x_stride
-    norm,  # [D], or anything without HAS_NORM
-    tiles,  # int64 [tiles, 4]: address of the first weight, rows, column of out, 0
-    weights,  # [N, D] without HAS_TILES, else any tensor of the weights' dtype
-    residual,  # [B, N], rows of out_stride, or anything without HAS_RESIDUAL
-    out,  # [B, N], rows of out_stride
-    table,  # int64 [6], see `kda_kernel`; its log takes the normed x
-    counters,  # int64 [2]: cached tokens, logged tokens
-    x_stride,
-    out_stride,
-    eps,
-    N,
-    D: tl.constexpr,
-    LARGE: tl.constexpr,  # the first so many columns, a power of two
-    SMALL: tl.constexpr,  # the others, in a power of two of places; 0: none
-    ROWS: tl.constexpr,  # B
-    BLOCK: tl.constexpr,
-    HAS_TILES: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_LOG: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """out = norm(x) @ weights^T + residual, a tile of `BLOCK` columns by program."""
-    n, d = tl.arange(0, BLOCK), tl.arange(0, LARGE)
-    if HAS_TILES:
-        tile = tiles + tl.program_id(0) * 4
-        weight = _at(tl.load(tile), weights)
-        inside = n < tl.load(tile + 1)
-        column = tl.load(tile + 2)
-    else:
-        column = tl.program_id(0).to(tl.int64) * BLOCK
-        weight = weights + column * D
-        inside = n < N - column
-    w = tl.load(weight + n[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-    if SMALL > 0:
-        e = LARGE + tl.arange(0, SMALL)
-        rest = e < D
-        w_e = tl.load(
-            weight + n[:, None] * D + e[None, :], mask=inside[:, None] & rest[None, :], other=0.0
-        )
-    if HAS_NORM:
-        norm_d = tl.load(norm + d).to(tl.float32)
-        if SMALL > 0:
-            norm_e = tl.load(norm + e, mask=rest, other=0.0).to(tl.float32)
-    wait(IS_LINKED)
-    for i in tl.static_range(ROWS):
-        row = i
-        x_d = tl.load(x + row * x_stride + d).to(tl.float32)
-        if SMALL > 0:
-            x_e = tl.load(x + row * x_stride + e, mask=rest, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            square = tl.sum(x_d * x_d)
-            x_d *= norm_d
-            if SMALL > 0:
-                square += tl.sum(x_e * x_e)
-                x_e *= norm_e
-            scale = norm_scale(square, D, eps)
-            if HAS_LOG:
-                if tl.program_id(0) == 0:
-                    if tl.load(table + 2) != 0:
-                        entry = tl.load(table + 2).to(weights.dtype) + row * tl.load(table + 3)
-                        entry += tl.load(counters + 1) * D
-                        tl.store(entry + d, x_d * scale)
-                        if SMALL > 0:
-                            tl.store(entry + e, x_e * scale, mask=rest)
-        y = tl.sum(w.to(tl.float32) * x_d[None, :], axis=1)
-        if SMALL > 0:
-            y += tl.sum(w_e.to(tl.float32) * x_e[None, :], axis=1)
-        if HAS_NORM:
-            y *= scale
-        place = row * out_stride + column + n
-        if HAS_RESIDUAL:
-            y += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + place, y, mask=inside)
-
-
-@jit
-def project_many_kernel(
-    x,  # [B, D], rows of x_stride
-    tiles,  # int64 [tiles, 4]: address of the first weight, rows, column of out, column of x
-    ups,  # int64 [tiles]: addresses of a second matrix's weights, with IS_GATED
-    weights,  # any tensor of the weights' dtype
-    out,  # [B, N], rows of out_stride
-    num_rows,
-    x_stride,
-    out_stride,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,  # B, or more, a power of two of at least 16
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """out = x @ weights^T, or silu(x @ weights^T) * (x @ ups^T); a tile of columns by program."""
-    n, d, row = tl.arange(0, BLOCK), tl.arange(0, STEP), tl.arange(0, ROWS)
-    tile = tiles + tl.program_id(0) * 4
-    weight = _at(tl.load(tile), weights) + n[None, :] * D
-    up = _at(tl.load(ups + tl.program_id(0)), weights) + n[None, :] * D if IS_GATED else weight
-    inside = n < tl.load(tile + 1)
-    column = tl.load(tile + 2)
-    x += tl.multiple_of(tl.load(tile + 3), 8)
-    wait(IS_LINKED)
-    y = tl.zeros([ROWS, BLOCK], tl.float32)
-    up_y = tl.zeros([ROWS, BLOCK], tl.float32)
-    live = row < num_rows
-    for start in range(0, D, STEP):
-        k = start + d
-        a = x + row[:, None] * x_stride + k[None, :]
-        a = tl.load(a, mask=live[:, None] & (k < D)[None, :], other=0.0)
-        both = (k < D)[:, None] & inside[None, :]
-        y = tl.dot(a, tl.load(weight + k[:, None], mask=both, other=0.0), y)
-        if IS_GATED:
-            up_y = tl.dot(a, tl.load(up + k[:, None], mask=both, other=0.0), up_y)
-    if IS_GATED:
-        y = y * tl.sigmoid(y) * up_y
-    place = row[:, None].to(tl.int64) * out_stride + column + n[None, :]
-    tl.store(out + place, y, mask=live[:, None] & inside[None, :])
-
-
-@jit
-def add_norm_kernel(
-    hidden,  # [B, D], added to
-    parts,  # [B, PARTS, D]
-    norm,  # [D]
-    out,  # [B, D], to be written
-    table,  # int64 [6], see `kda_kernel`; its log takes the normed rows
-    counters,  # int64 [2]: cached tokens, logged tokens
-    eps,
-    D: tl.constexpr,
-    PLACES: tl.constexpr,  # D, or more, a power of two
-    PARTS: tl.constexpr,
-    HAS_LOG: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """hidden += sum of parts; out = norm(hidden); a row by program."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, PLACES)
-    inside = d < D
-    wait(IS_LINKED)
-    x = tl.load(hidden + row * D + d, mask=inside, other=0.0).to(tl.float32)
-    for i in tl.static_range(PARTS):
-        part = tl.load(parts + (row * PARTS + i) * D + d, mask=inside, other=0.0)
-        x += part.to(tl.float32)
-    if PARTS > 0:
-        tl.debug_barrier()  # small rows are held by several threads, all of which must have read
-        tl.store(hidden + row * D + d, x, mask=inside)
-    x *= norm_scale(tl.sum(x * x), D, eps)
-    x *= tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * D + d, x, mask=inside)
-    if HAS_LOG:
-        entry = tl.load(table + 2).to(out.dtype) + row * tl.load(table + 3)
-        entry += tl.load(counters + 1) * D
-        if tl.load(table + 2) != 0:
-            tl.store(entry + d, x, mask=inside)
+CONV_STATE, RECURRENT_STATE, *_ = columns(KDAAddresses)
+PREFIX, PREFIX_TOKENS, PREFIX_STRIDE, TAIL, TAIL_STRIDE = columns(LatentAddresses)
 
 
 # ---------------------------------------------------------------------------- Kimi Delta Attention
@@ -245,8 +48,7 @@ def kda_kernel(
     f_b,  # [H * K, K]
     A_log,  # float32 [H]
     dt_bias,  # float32 [H * K]
-    table,  # int64 [6]: addresses of the conv state [B, 3, H * K, W - 1] and the float32 state
-    # [B, H, K, K]; address (or 0) of the log [B, .., D] of `rollback.py`, and its row stride
+    table,  # int64, columns of `KDAAddresses`
     out,  # float32 [B, H, K], to be written
     x_stride,
     H: tl.constexpr,
@@ -265,10 +67,10 @@ def kda_kernel(
     inner: tl.constexpr = H * K
     x += row * x_stride
     # everything that the kernels before this one do not write
-    state = _at(tl.load(table + 1), A_log) + (row * H + head) * K * K
+    state = pointer_to(tl.load(table + RECURRENT_STATE), A_log) + (row * H + head) * K * K
     place = state + i[:, None] * K + value[None, :]
     state_KV = tl.load(place)
-    conv = _at(tl.load(table), x) + row * 3 * inner * (WIDTH - 1)
+    conv = pointer_to(tl.load(table + CONV_STATE), x) + row * 3 * inner * (WIDTH - 1)
     past: tl.constexpr = inner * (WIDTH - 1)
     q_past, q_tap = _window(conv, q_taps, channel, WIDTH, TAPS)
     k_past, k_tap = _window(conv + past, k_taps, channel, WIDTH, TAPS)
@@ -325,7 +127,7 @@ def kda_out_kernel(
     channel = head * K + i
     inner: tl.constexpr = H * K
     x += row * x_stride
-    conv = _at(tl.load(table), x) + row * 3 * inner * (WIDTH - 1)
+    conv = pointer_to(tl.load(table + CONV_STATE), x) + row * 3 * inner * (WIDTH - 1)
     weight = tl.load(norm + i).to(tl.float32)
     if not HAS_GATES:
         g_w = tl.load(g_b + channel[:, None] * K + i[None, :])
@@ -354,7 +156,7 @@ def absorb_kernel(
     x,  # [B, x_stride]: the projections of the query [H, N + P], of the latent [L] and [P]
     kv_b,  # [H, N + V, L]
     norm,  # [L]
-    table,  # int64 [6], see `attend_kernel`
+    table,  # int64, columns of `LatentAddresses`
     length,  # int64 [1], cached tokens
     query,  # [B, H, L + P], to be written
     x_stride,
@@ -379,8 +181,8 @@ def absorb_kernel(
     wait(IS_LINKED)
     x += row * x_stride
     if head == H:
-        new = _at(tl.load(table + 3), x) + row * tl.load(table + 4)
-        new += (tl.load(length) - tl.load(table + 1)) * R
+        new = pointer_to(tl.load(table + TAIL), x) + row * tl.load(table + TAIL_STRIDE)
+        new += (tl.load(length) - tl.load(table + PREFIX_TOKENS)) * R
         latent = tl.load(x + H * (N + P) + all_m).to(tl.float32)
         latent *= norm_scale(tl.sum(latent * latent), L, eps)
         tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
@@ -396,7 +198,7 @@ def absorb_kernel(
 @jit
 def attend_kernel(
     query,  # [B, H, R]
-    table,  # int64 [6]: prefix address, tokens, row stride; tail address, row stride; unused
+    table,  # int64, columns of `LatentAddresses`
     length,  # int64 [1], tokens cached before this step; its own are cached by now
     real,  # int64 [2]: address of uint8 [B, ..], 0 at padding, and its row stride
     mixed,  # float32 [B, SPLITS, H, L], to be written
@@ -415,7 +217,7 @@ def attend_kernel(
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     R: tl.constexpr = L + P
     wait(IS_LINKED)
-    prefix_tokens = tl.load(table + 1)
+    prefix_tokens = tl.load(table + PREFIX_TOKENS)
     tail_tokens = tl.load(length) + 1 - prefix_tokens
     prefix_blocks = tl.cdiv(prefix_tokens, BLOCK)
     blocks = prefix_blocks + tl.cdiv(tail_tokens, BLOCK)
@@ -428,8 +230,8 @@ def attend_kernel(
     q_m = tl.load(query + m[:, None], mask=head[None, :], other=0.0)
     q_p = tl.load(query + L + p[:, None], mask=head[None, :], other=0.0)
     size: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
-    prefix = tl.load(table) + row * tl.load(table + 2) * size
-    tail = tl.load(table + 3) + row * tl.load(table + 4) * size
+    prefix = tl.load(table + PREFIX) + row * tl.load(table + PREFIX_STRIDE) * size
+    tail = tl.load(table + TAIL) + row * tl.load(table + TAIL_STRIDE) * size
     largest = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     sums = tl.zeros([L, HEADS], tl.float32)
@@ -437,7 +239,7 @@ def attend_kernel(
         in_prefix = block < prefix_blocks
         start = tl.where(in_prefix, block, block - prefix_blocks) * BLOCK
         tokens = tl.where(in_prefix, prefix_tokens, tail_tokens)
-        base = _at(tl.where(in_prefix, prefix, tail), query) + start * R
+        base = pointer_to(tl.where(in_prefix, prefix, tail), query) + start * R
         seen = start + t < tokens
         latent = tl.load(base + t[:, None] * R + m[None, :], mask=seen[:, None], other=0.0)
         shared = tl.load(base + t[:, None] * R + L + p[None, :], mask=seen[:, None], other=0.0)
@@ -511,17 +313,4 @@ def mix_kernel(
         tl.store(out + (row * H + head) * L + m, latent)
 
 
-__all__ = [
-    "LOG2_E",
-    "norm_scale",
-    "wait",
-    "wait_first",
-    "absorb_kernel",
-    "add_norm_kernel",
-    "attend_kernel",
-    "kda_kernel",
-    "kda_out_kernel",
-    "mix_kernel",
-    "project_kernel",
-    "project_many_kernel",
-]
+__all__ = ["absorb_kernel", "attend_kernel", "kda_kernel", "kda_out_kernel", "mix_kernel"]
