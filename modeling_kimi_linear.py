@@ -35,13 +35,14 @@ from kimi_linear.outputs_kimi_linear import (
     one_cache,
 )
 from kimi_linear.parallel.context import ContextPlanner
+from kimi_linear.training.expert_loads import ExpertLoads
 from kimi_linear.training.loss import (
     LossBackend,
     loss_and_logits,
     sequence_label_loss,
     token_label_loss,
 )
-from kimi_linear.training.router import ExpertLoads, RouterNotes, take_notes
+from kimi_linear.training.router_losses import RouterNotes, take_notes
 from kimi_linear.upstream.arguments import (
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
@@ -179,7 +180,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         hidden_states = plan.without_padding(hidden_states)
         kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
-        notes, losses = take_notes(self, plan.layout, hidden_states, wants_logits), []
+        notes, losses = take_notes(self, plan, hidden_states, wants_logits), []
         # `assistant_early_exit` lowers the number while the model makes its own draft
         layers = list(self.layers)[: self.config.num_hidden_layers]
         plan.begin_call()

@@ -48,6 +48,7 @@ NOTES = {
     "ops": "one entry an operation, torch reference and kernels beside it",
     "upstream": "what Transformers does not document, in one place",
     "configuration_kimi_linear": "official field names and their defaults",
+    "configuration_plans": "how Transformers divides the model among processes",
     "configuration_rules": "what each field may be",
     "outputs_kimi_linear": "what a call returns",
     "presets": "named sizes, 2M to 48B",

@@ -18,7 +18,7 @@ from kimi_linear.ops.runtime import is_transformed, plain_weight, product_dtype
 from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
 from kimi_linear.parallel.context import own_labels, total_over
 from kimi_linear.training.deferred_logits import DeferredLogits
-from kimi_linear.training.router import add_router_losses
+from kimi_linear.training.router_losses import add_router_losses
 from kimi_linear.upstream.interfaces import ForCausalLMLoss
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def loss_and_logits(
     if group is not None:
         labels, loss_kwargs = own_labels(labels, loss_kwargs, group)
     loss, logits = _whole_loss(model, outputs, labels, logits_to_keep, loss_kwargs)
-    return (loss if group is None else total_over(loss, group)), logits
+    return total_over(loss, group), logits
 
 
 def _whole_loss(
