@@ -137,9 +137,21 @@ class Planner:
     `parallel/context.py` has one for processes that divide the tokens of a row.
     """
 
+    has_all_tokens = True
+
     def own(self, source: Tensor) -> Tensor:
         """The part of ids or embeddings [B, T, ...] that this process reads."""
         return source
+
+    def own_labels(
+        self, labels: Tensor, loss_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The part of labels [B, T] and of the loss' arguments that this process' loss is of."""
+        return labels, loss_kwargs
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of the processes' tensors."""
+        return x
 
     def plan(
         self,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from kimi_linear.inputs.sequences import TokenSequences
-from kimi_linear.parallel.context import total_over
 from kimi_linear.training.expert_loads import ExpertLoads
 from torch import Tensor
 
@@ -157,7 +156,7 @@ def add_router_losses(
     losses_N2, number_N, lengths_S = by_place
     counts_N = counts.flatten().to(number_N.device, torch.int64)
     labels_S = counts_N.new_zeros(lengths_S.numel() + 1).index_add(0, number_N, counts_N)
-    labels_S = total_over(labels_S, getattr(model.model, "context_group", None))
+    labels_S = model.model.planner.total(labels_S)
     if num_items_in_batch is None:
         num_items_in_batch = labels_S[:-1].sum().clamp(min=1)  # padding's are the last
     elif isinstance(num_items_in_batch, Tensor):
