@@ -18,6 +18,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
         f"{transformers.__version__}: pip install --upgrade transformers"
     )
 
+from kimi_linear.configuration_plans import EP_PLAN, PP_PLAN, TP_PLAN
 from kimi_linear.configuration_rules import (
     LAYER_LISTS,
     LINEAR_ATTN_KEYS,
@@ -32,7 +33,6 @@ from kimi_linear.configuration_rules import (
     require,
     shown,
 )
-from kimi_linear.parallel.plans import EP_PLAN, PP_PLAN, TP_PLAN
 from kimi_linear.presets import PRESETS
 from kimi_linear.upstream.remote_code import SavesCode
 from transformers.configuration_utils import PreTrainedConfig

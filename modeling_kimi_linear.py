@@ -35,13 +35,14 @@ from kimi_linear.outputs_kimi_linear import (
     one_cache,
 )
 from kimi_linear.parallel.context import ContextPlanner
+from kimi_linear.training.expert_loads import ExpertLoads
 from kimi_linear.training.loss import (
     LossBackend,
     loss_and_logits,
     sequence_label_loss,
     token_label_loss,
 )
-from kimi_linear.training.router import ExpertLoads, RouterNotes, take_notes
+from kimi_linear.training.router_losses import RouterNotes, take_notes
 from kimi_linear.upstream.arguments import (
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
@@ -135,7 +136,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             input_ids: [B, T] int64; either this or `inputs_embeds`.
             attention_mask: [B, S], non-zero at real tokens, cached ones included. Padding may stand
                 anywhere. Or [B or 1, 1, T, T], what each token sees, if that is a tree: texts that
-                share beginnings, see `tree_mask.py`; `position_ids` say nothing then.
+                share beginnings, see `inputs/trees.py`; `position_ids` say nothing then.
             position_ids: [B or 1, T]. There are no positional encodings; only restarts matter,
                 which begin a new sequence within a row (packing).
             cache: A `KimiLinearCache`, or an empty `DynamicCache`.
@@ -179,7 +180,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         hidden_states = plan.without_padding(hidden_states)
         kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
-        notes, losses = take_notes(self, plan.layout, hidden_states, wants_logits), []
+        notes, losses = take_notes(self, plan, hidden_states, wants_logits), []
         # `assistant_early_exit` lowers the number while the model makes its own draft
         layers = list(self.layers)[: self.config.num_hidden_layers]
         plan.begin_call()
@@ -199,7 +200,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
     def set_context_parallel(self, group: Any) -> None:
         """Divide the tokens of each call's one row among the processes of `group`; None: not any
         more. Every process is given the whole row, and returns the hidden states of its own
-        tokens, an equal part in the order of the ranks. See `context_parallel.py`.
+        tokens, an equal part in the order of the ranks. See `parallel/context.py`.
         """
         self.context_group = group
         self.planner = Planner() if group is None else ContextPlanner(self.config, group)
@@ -279,42 +280,25 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         cache = one_cache(cache, past_key_values)
         if labels is not None and use_cache is None and cache is None:
             use_cache = False
-        given = {
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": cache,
             "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "logits_to_keep": logits_to_keep,
+            "use_cache": use_cache,
             "cu_seq_lens_q": cu_seq_lens_q,
             "seq_idx": seq_idx,
-            **kwargs,
         }
-        logits = try_decode(self, input_ids, attention_mask, cache, given)
+        others = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        logits = try_decode(self, inputs, others)
         if logits is not None:
             return KimiLinearCausalLMOutput(logits=logits, cache=cache)
         kwargs.pop("skip_logits", None)
-        inner = {name: x for name, x in kwargs.items() if name in PASSED_ON}
+        passed = {name: x for name, x in kwargs.items() if name in PASSED_ON}
         loss_kwargs = {name: x for name, x in kwargs.items() if name not in PASSED_ON}
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cu_seq_lens_q=cu_seq_lens_q,
-            seq_idx=seq_idx,
-            **inner,
-        )
-        loss, logits = loss_and_logits(
-            self,
-            outputs,
-            labels,
-            logits_to_keep,
-            loss_kwargs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            cu_seq_lens=cu_seq_lens_q,
-        )
+        outputs = self.model(**inputs, **passed)
+        loss, logits = loss_and_logits(self, outputs, inputs, labels, logits_to_keep, loss_kwargs)
         return KimiLinearCausalLMOutput(
             loss=loss,
             aux_loss=None if outputs.router_losses is None else outputs.router_losses[0],

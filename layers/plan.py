@@ -19,6 +19,7 @@ from kimi_linear.inputs.layout import (
     sequence_layout,
     traced_layout,
 )
+from kimi_linear.inputs.sequences import TokenSequences, token_sequences
 from kimi_linear.ops.runtime import is_exporting
 from kimi_linear.upstream.interfaces import (
     attention_backend,
@@ -101,6 +102,11 @@ class ForwardPlan:
             return [latent]
         cache: Any = self.cache.layers[layer_idx]
         return cache.update(latent)
+
+    def sequences(self, hidden_states: Tensor) -> TokenSequences:
+        """The sequences of its places [B, T, ...]."""
+        batch_size, num_tokens = hidden_states.shape[:2]
+        return token_sequences(self.layout, batch_size, num_tokens, like=hidden_states)
 
     def visible(self, latent: Tensor) -> Tensor:
         """The latents that this call's packed sequences attend to: their own."""

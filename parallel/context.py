@@ -26,6 +26,7 @@ from kimi_linear.cache.pieces import plan_pieces
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, check_attention_mask, sequence_layout
+from kimi_linear.inputs.sequences import TokenSequences, token_sequences
 from kimi_linear.layers.plan import ForwardPlan, Planner
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import compute_dtype, no_autocast
@@ -152,6 +153,16 @@ class ContextState(KDAState):
 
 
 @dataclass(frozen=True)
+class ContextSequences(TokenSequences):
+    """Sequences that the processes of a group have places of; see `TokenSequences`."""
+
+    group: Any
+
+    def total(self, x: Tensor) -> Tensor:
+        return total_over(x, self.group)
+
+
+@dataclass(frozen=True)
 class ContextPlan(ForwardPlan):
     """The plan of a call whose tokens other processes read too."""
 
@@ -163,6 +174,14 @@ class ContextPlan(ForwardPlan):
         conv = torch.stack([proj(before).transpose(1, 2) for proj in projections], dim=1)
         state = ContextState(conv, shard=shard, attention=attention, layout=self.layout)
         return attention.read(hidden_states, self.layout, state)[0]
+
+    def sequences(self, hidden_states: Tensor) -> TokenSequences:
+        """The whole row's sequences at the own places."""
+        shard = self.layout.context
+        num_tokens = hidden_states.shape[1] * dist.get_world_size(shard.group)
+        row = token_sequences(shard.whole, 1, num_tokens, like=hidden_states)
+        number, weight = row.number_N[shard.own], row.weight_N[shard.own]
+        return ContextSequences(number, weight, row.lengths_S, shard.group)
 
     def visible(self, latent: Tensor) -> Tensor:
         """[1, n + t, R]: the own latents [1, t, R] behind the n of their first sequence that other
@@ -279,8 +298,8 @@ def own_labels(labels: Tensor, kwargs: dict[str, Any], group: Any) -> tuple[Tens
 
 
 def total_over(x: Tensor, group: Any) -> Tensor:
-    """The sum of the tensors of the group's processes, on each of them."""
-    return _Total.apply(x, group)
+    """The sum of the tensors of the group's processes, on each of them; `x` without a group."""
+    return x if group is None else _Total.apply(x, group)
 
 
 __all__ = [
