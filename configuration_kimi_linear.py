@@ -75,7 +75,7 @@ class KimiLinearConfig(SavesCode, PreTrainedConfig):
         moe_renormalize: Whether the weights of the chosen experts are divided by their sum.
         routed_scaling_factor: Factor on the routed experts' weights.
         use_grouped_topk, num_expert_group, topk_group: The experts stand in `num_expert_group`
-            groups, of which the best `topk_group` take part in the choice.
+            groups, and only the best `topk_group` groups take part in the choice.
         rms_norm_eps: Epsilon of the layer norms and of KDA's output norm.
         model_max_length: Longest context the model is meant for, in tokens. It may read more: there
             are no positions to run out of.

@@ -44,9 +44,9 @@ class ForwardPlan:
         cache: What it reads and writes, or None.
         route: How MLA layers attend.
             "rows": to the call's own keys and values, by the configured backend and `mask`;
-            "flash": likewise within sequences that lie end to end, by flash attention;
+            "flash": as "rows", within sequences that lie end to end, by flash attention;
             "sequences": within packed sequences, one after another;
-            "latents": to cached and own latents, by our own operation.
+            "latents": to cached and own latents, by `ops/latent_attention`.
         pieces: How KDA layers read it.
         mask: The backend's, in "rows"; None if it needs none.
         real_tokens: [B, S] bool, False at padding; None if all are real.

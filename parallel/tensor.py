@@ -54,7 +54,7 @@ class SumOutputs(torch.autograd.Function):
 
 
 class SplitParameter(TensorParallelLayer):
-    """Parameters of which each process has an equal part of one dimension."""
+    """Parameters split evenly along one dimension over the processes."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
