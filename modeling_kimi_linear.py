@@ -10,6 +10,11 @@ I expert width, E experts, k experts of one token.
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.utils import logging
+
 from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.decode.graph import DecodeBackend, try_decode
@@ -55,10 +60,6 @@ from kimi_linear.upstream.interfaces import (
     can_return_tuple,
     capture_outputs,
 )
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import TokenClassifierOutput
-from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
@@ -452,11 +453,3 @@ KimiLinearBackbone.register_for_auto_class("AutoModel")
 KimiLinearForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 KimiLinearForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 KimiLinearForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-
-__all__ = [
-    "KimiLinearBackbone",
-    "KimiLinearForCausalLM",
-    "KimiLinearForSequenceClassification",
-    "KimiLinearForTokenClassification",
-    "KimiLinearPreTrainedModel",
-]

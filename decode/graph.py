@@ -17,15 +17,16 @@ from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
 from kimi_linear.cache.hybrid import prepare_cache
 from kimi_linear.decode.addresses import AddressTable, is_kda, prepare
 from kimi_linear.decode.obstacles import Snapshot, call_obstacle, model_obstacle
 from kimi_linear.decode.recording import Recording
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.ops.runtime import TritonError
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
@@ -194,6 +195,3 @@ def has_recording(model: nn.Module, num_rows: int) -> bool:
     """Whether calls of one token for each of `num_rows` rows, without padding, ran as a graph."""
     decoder = _decoders.get(model)
     return decoder is not None and decoder.has_recorded(num_rows)
-
-
-__all__ = ["DecodeBackend", "has_recording", "try_decode"]

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.runtime import is_exporting
 from torch import Tensor
+
+from kimi_linear.ops.runtime import is_exporting
 
 # A raw gate whose softplus and whose sigmoid are 0 in every dtype.
 SILENT = -1e4
@@ -333,12 +334,3 @@ def _sequence_numbers(
         )
     place = torch.arange(places, device=device)
     return torch.searchsorted(ends, place, right=True).reshape(batch_size, num_tokens)
-
-
-__all__ = [
-    "SequenceLayout",
-    "check_attention_mask",
-    "last_real_columns",
-    "sequence_layout",
-    "traced_layout",
-]

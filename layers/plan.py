@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
 from kimi_linear.cache.calls import cache_for_call
 from kimi_linear.cache.pieces import KDAPieces, Piece, plan_pieces, read_pieces
 from kimi_linear.cache.static import is_static_call, without_room
@@ -26,8 +29,6 @@ from kimi_linear.upstream.interfaces import (
     create_causal_mask,
     packed_sequence_mask_function,
 )
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 # Longest call without a past that goes to the "sdpa" backend when no graph is recorded.
 BACKEND_TOKENS = 1024
@@ -283,6 +284,3 @@ def static_plan(cache: Any, attention_mask: Tensor | None, hidden_states: Tensor
         seen, layout = seen & real[:, None], traced_layout(own)
     pieces = KDAPieces((Piece(0, T, layout),))
     return ForwardPlan(layout, cache, "latents", pieces, own_real=own, seen=seen)
-
-
-__all__ = ["ForwardPlan", "Planner", "static_plan"]

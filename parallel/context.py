@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist  # whose collectives of one tensor have new names since 2.13
 import torch.nn.functional as F
+from torch import Tensor
+
 from kimi_linear.cache.pieces import plan_pieces
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.checks import unless_all_real
@@ -31,7 +33,6 @@ from kimi_linear.layers.plan import ForwardPlan, Planner
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import compute_dtype, no_autocast
 from kimi_linear.upstream.interfaces import attention_backend
-from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
@@ -309,11 +310,3 @@ def own_tokens(num_tokens: int, group: Any) -> slice:
     size = num_tokens // dist.get_world_size(group)
     start = size * dist.get_rank(group)
     return slice(start, start + size)
-
-
-__all__ = [
-    "ContextPlanner",
-    "ContextShard",
-    "own_tokens",
-    "shard_layout",
-]

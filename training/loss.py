@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, last_real_columns, sequence_layout
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
@@ -19,7 +21,6 @@ from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
 from kimi_linear.training.deferred_logits import DeferredLogits
 from kimi_linear.training.router_losses import add_router_losses
 from kimi_linear.upstream.interfaces import ForCausalLMLoss
-from torch import Tensor
 
 LossBackend = Literal["auto", "fused", "logits"]
 IGNORED = -100  # the label of tokens without a loss
@@ -225,6 +226,3 @@ def token_label_loss(
     loss = model.loss_function(logits, labels, model.config, num_items_in_batch=num_items)
     counts = labels != IGNORED
     return add_router_losses(model, loss, outputs.router_losses_by_place, counts, num_items)
-
-
-__all__ = ["LossBackend", "loss_and_logits", "sequence_label_loss", "token_label_loss"]

@@ -13,9 +13,10 @@ Shapes: N = B * T places of a call, S sequences in them, E experts, k experts of
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from kimi_linear.inputs.sequences import TokenSequences
 from kimi_linear.training.expert_loads import ExpertLoads
-from torch import Tensor
 
 
 def take_notes(
@@ -164,6 +165,3 @@ def add_router_losses(
     losses_N = (losses_N2 * losses_N2.new_tensor(coefficients)).sum(dim=1)
     added = (losses_N * labels_S[number_N]).sum() / num_items_in_batch
     return loss + added.to(loss.device, loss.dtype)
-
-
-__all__ = ["RouterNotes", "add_router_losses", "place_losses", "take_notes"]

@@ -16,12 +16,13 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from kimi_linear.checkpoints.atomic import UNFINISHED, publish, recover_all, remove, sync_folder
-from kimi_linear.training.finite import not_finite_gradients, not_finite_states, not_finite_weights
-from kimi_linear.upstream.trainer import CheckpointHooks, rotate_checkpoints
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
+
+from kimi_linear.checkpoints.atomic import UNFINISHED, publish, recover_all, remove, sync_folder
+from kimi_linear.training.finite import not_finite_gradients, not_finite_states, not_finite_weights
+from kimi_linear.upstream.trainer import CheckpointHooks, rotate_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -221,10 +222,3 @@ class SafeTrainingMixin(CheckpointHooks):
 
 class SafeTrainer(SafeTrainingMixin, Trainer):
     """Transformers' Trainer with `SafeTrainingMixin`'s checks and checkpoints."""
-
-
-__all__ = [
-    "BadStep",
-    "SafeTrainer",
-    "SafeTrainingMixin",
-]

@@ -15,9 +15,10 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl, triton
-from torch import Tensor
 
 PAIRS = 256  # of a program
 
@@ -121,6 +122,3 @@ def _place_pairs(
         last = (number + 1) * tl.num_programs(0) - 1
         mask = number < num_experts
         tl.store(ends + number, tl.load(begins + last, mask=mask, other=0), mask=mask)
-
-
-__all__ = ["SortedPairs", "launch_sort_pairs", "reference_sort_pairs", "sort_pairs"]

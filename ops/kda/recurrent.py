@@ -10,8 +10,9 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.runtime import compute_dtype, no_autocast
 from torch import Tensor
+
+from kimi_linear.ops.runtime import compute_dtype, no_autocast
 
 L2NORM_EPS = 1e-6
 
@@ -158,15 +159,3 @@ def _activated(x: KDAInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q_BTHK = l2norm(x.q.to(dtype)) * x.q.shape[-1] ** -0.5
     decay_BTHK = log_decay(x.g.to(dtype), x.A_log, x.dt_bias).exp()
     return q_BTHK, l2norm(x.k.to(dtype)), x.v.to(dtype), decay_BTHK, x.beta.to(dtype).sigmoid()
-
-
-__all__ = [
-    "L2NORM_EPS",
-    "KDAInputs",
-    "can_step_in_place",
-    "check_cu_seqlens",
-    "l2norm",
-    "log_decay",
-    "recurrent_kda",
-    "step_in_place",
-]
