@@ -6,7 +6,8 @@
 #   make test                           the tests, but those that take minutes
 #   make test-slow                      these
 #   make test ARGS="-k kda"             the same with flags of pytest
-#   make lint format typecheck          ruff and mypy
+#   make lint format typecheck          ruff, import-linter and mypy
+#   make drawing                        docs/rooms.svg, of the present imports
 #   make gpu-test                       the tests that need a CUDA device, in .venv-gpu
 #   make clean                          remove the environments and caches
 #
@@ -22,11 +23,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INPUTS := setup.cfg pyproject.toml constraints.txt
 # Folders of the package.
 ROOMS := cache checkpoints decode generation inputs layers ops parallel tokenizer training upstream
+LINK := build/checked/kimi_linear
 ARGS ?=
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-slow lint format typecheck gpu-test clean
+.PHONY: demo test test-slow lint format typecheck drawing gpu-test clean
 
 # glibc gives memory back that the next operation asks for again, which takes an eighth of a step;
 # and threads that spin for long while they wait take the time of whoever else is there.
@@ -42,20 +44,26 @@ test: $(VENV)/test.stamp
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/dev.stamp $(LINK)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd $(dir $(LINK)) && ../../$(BIN)/lint-imports --no-logo --no-cache ../../setup.cfg
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# mypy sees the package under its import name through a link, wherever the checkout lies and
-# whatever its folder is called.
-typecheck: $(VENV)/dev.stamp
-	mkdir -p build/mypy && ln -sfn ../.. build/mypy/kimi_linear
-	cd build/mypy && ../../$(BIN)/mypy --config-file ../../setup.cfg --explicit-package-bases \
+typecheck: $(VENV)/dev.stamp $(LINK)
+	cd $(dir $(LINK)) && ../../$(BIN)/mypy --config-file ../../setup.cfg --explicit-package-bases \
 		kimi_linear/*.py $(addprefix kimi_linear/,$(ROOMS))
+
+# mypy and import-linter see the package under its import name through this link, wherever the
+# checkout lies and whatever its folder is called.
+$(LINK):
+	mkdir -p $(@D) && ln -sfn ../.. $@
+
+drawing: | $(BIN)/python
+	$(BIN)/python scripts/draw_rooms.py
 
 gpu-test: .venv-gpu/gpu.stamp
 	.venv-gpu/bin/python -m pytest -m gpu $(ARGS)

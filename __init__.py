@@ -12,7 +12,8 @@ from kimi_linear.cache.sessions import (
     read_session,
     save_session,
 )
-from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
+from kimi_linear.checkpoints.flat_copy import write_flat_copy
+from kimi_linear.checkpoints.pretrained import AUTO_MAP, KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.modeling_kimi_linear import (
     KimiLinearBackbone,
@@ -22,6 +23,7 @@ from kimi_linear.modeling_kimi_linear import (
 )
 from kimi_linear.presets import PRESETS
 from kimi_linear.training.lora import LORA_GROUPS, lora_targets
+from kimi_linear.upstream.remote_code import SavesCode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,6 +33,9 @@ from transformers import (
 )
 
 __version__ = "0.1.0"
+
+# The package's modules stand in folders. Beside weights there is no room for these: a flat copy.
+SavesCode.write_code, SavesCode.code_classes = staticmethod(write_flat_copy), AUTO_MAP
 
 AutoConfig.register(KimiLinearConfig.model_type, KimiLinearConfig, exist_ok=True)
 for _auto, _model in (

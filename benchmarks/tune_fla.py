@@ -137,9 +137,9 @@ def main(*, preset: str, layers: int, tokens: int, threads: int, record: Path | 
 
 def import_fla() -> None:
     """Everything of FLA that the package reaches, so that no kernel is tuned unseen."""
-    from kimi_linear.ops import gated_norm, kda, short_conv
+    from kimi_linear.ops.fla.backend import convolution_kernels, kda_kernels, norm_kernel
 
-    kda._fla_kernels(), gated_norm._fla_norm(), short_conv._fla_convolution()
+    kda_kernels(), norm_kernel(), convolution_kernels()
 
 
 if __name__ == "__main__":

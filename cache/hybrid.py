@@ -11,24 +11,27 @@ size, D = H * K, W convolution width, X hidden size.
 """
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
+import torch
 from kimi_linear.cache.kda import ROLLBACK_TOKENS, KDALayerCache
 from kimi_linear.cache.latents import LatentLayerCache
 from kimi_linear.cache.layer import LayerCache
-from kimi_linear.upstream import holds_tokens, is_offloading, put_layers
-from torch import Tensor
+from kimi_linear.upstream.caches import holds_tokens, is_offloading, put_layers
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 
 class KimiLinearCache(Cache):
-    """Cache of a Kimi Linear model, one layer of the fitting kind per decoder layer.
+    """Cache of a Kimi Linear model, one layer of the right kind per decoder layer.
 
     Args:
         config: A `KimiLinearConfig`; only its `layer_types` are read.
-        rollback_tokens: At least so many of the last tokens can be taken back by `crop`;
-            `rollback.py` says what that costs. 0: none, and no cost.
-        reserve_tokens: Room for the latents of so many tokens is made at once.
+        rollback_tokens: Minimum number of trailing tokens `crop` can remove; `rollback.py` says
+            what that costs. 0 disables it, and costs nothing.
+        reserve_tokens: Room for the latents of this many tokens is made at once.
         offload: Keep latents in the CPU's memory; attention fetches them block by block.
 
     Raises:
@@ -63,7 +66,7 @@ class KimiLinearCache(Cache):
         return cache_memory(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back, in all layers or in none.
+        """Remove the last tokens, in all layers or in none.
 
         Args:
             tokens_to_remove: -n removes n tokens, as in Transformers; a positive number is how many
@@ -79,6 +82,43 @@ class KimiLinearCache(Cache):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
+    def note_padding(self, attention_mask: Tensor | None, mask: Tensor | None) -> None:
+        """Record whether the cache holds padding; ValueError if the mask contradicts it.
+
+        Args:
+            attention_mask: [B, S], as it was given.
+            mask: The same, or None if it has no zeros.
+        """
+        past, had_padding = self.get_seq_length(), self.layers[0].has_padding
+        if had_padding and attention_mask is None:
+            raise ValueError(
+                "attention_mask=None is not allowed here: cache holds padding, so that it "
+                "must be [batch, tokens] with a column for each cached and each new token"
+            )
+        if mask is None:
+            return
+        is_looking = not torch.compiler.is_compiling()
+        if is_looking and not had_padding and bool((mask[:, :past] == 0).any()):
+            raise ValueError(
+                "attention_mask has zeros among the cached tokens, which is not allowed: they were "
+                "read as real tokens, and KDA states cannot leave them out any more (generate() "
+                "takes pad tokens for padding where it is given no mask)"
+            )
+        for layer in self.layers:
+            layer.has_padding = True
+
+    def begin_call(self) -> None:
+        """Until `end_call`, some layers may have read tokens that others have not."""
+        self.is_torn = True
+
+    def end_call(self, modules: Iterable[nn.Module]) -> None:
+        """All layers have read the call; in a pipeline, the caches of layers that other processes
+        have (`nn.Identity` here) count its tokens too."""
+        for module, layer in zip(modules, self.layers, strict=False):
+            if isinstance(module, nn.Identity):
+                layer.num_tokens = max(each.num_tokens for each in self.layers)
+        self.is_torn = False
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
@@ -89,7 +129,7 @@ class KimiLinearCache(Cache):
         return copy.deepcopy(self)
 
     def fork(self) -> "KimiLinearCache":
-        """A cache that goes on from here by itself.
+        """An independent cache that continues from here and shares the latents so far.
 
         KDA states are copied; the latents up to here are shared, and copied by whoever crops into
         them and goes on.
@@ -105,7 +145,7 @@ class KimiLinearDynamicCache(KimiLinearCache, DynamicCache):
 
 
 def cache_memory(cache: Cache) -> dict[str, int]:
-    """Bytes that a cache of ours holds, by purpose.
+    """Bytes that a Kimi Linear cache holds, by purpose.
 
     Returns:
         "linear_attention": KDA states (fixed); "full_attention": latents (growing by token);
@@ -119,7 +159,7 @@ def cache_memory(cache: Cache) -> dict[str, int]:
 
 
 def check_whole(cache: Cache) -> None:
-    """ValueError if a call that an exception ended has written to the cache."""
+    """Raise ValueError if an exception ended a call that has written to the cache."""
     if getattr(cache, "is_torn", False):
         raise ValueError(
             "cache holds a part of a call that an error ended, which is not allowed: start from a "
@@ -128,7 +168,7 @@ def check_whole(cache: Cache) -> None:
 
 
 def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
-    """ValueError unless a cache of ours has a layer of the right kind for each of the model's."""
+    """Raise ValueError unless the cache has a layer of the right kind for each of the model's."""
     kinds, needed = [layer.kind for layer in cache.layers], config.layer_types
     if kinds == needed:
         return
@@ -144,8 +184,8 @@ def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
     )
 
 
-def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Cache:
-    """A cache with layers of ours: a new one for None, the given one if it is ours or still empty.
+def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Any:
+    """A Kimi Linear cache: a new one for None, the given one if it is one or still empty.
 
     Raises:
         ValueError: If another cache already holds tokens, or is of a kind that our layers cannot

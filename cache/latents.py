@@ -12,7 +12,7 @@ from kimi_linear.ops.runtime import needs_grad
 from torch import Tensor
 
 BLOCK_TOKENS = 256
-# A buffer of at least so many tokens is never copied to grow: the next one goes beside it.
+# A buffer of at least this many tokens is never copied to grow: the next one goes beside it.
 SEGMENT_TOKENS = 1 << 16
 
 
@@ -23,18 +23,17 @@ class LatentLayerCache(LayerCache):
     other caches may read them too; one with a single row serves all rows.
 
     Args:
-        reserve_tokens: Room for so many tokens is made at once; more is made when it is needed.
+        reserve_tokens: Room for this many tokens is made at once; more is made when it is needed.
         offload: Keep the latents in the CPU's memory; attention fetches them block by block.
 
     Attributes:
         full: [B or 1, n, R] each.
         tail: [B, capacity, R], the last segment, used up to `num_tokens`; None if there is none.
-        num_shared: Of the first so many tokens none may be written again in place.
+        num_shared: The first tokens, this many, may not be written again in place.
     """
 
     is_croppable = True
     kind = "full_attention"
-    _tensors = ("tail",)
 
     def __init__(self, reserve_tokens: int = 0, offload: bool = False) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class LatentLayerCache(LayerCache):
 
     def reset(self) -> None:
         super().reset()
-        self.full, self.num_shared, self._num_rows = [], 0, None
+        self.full, self.tail, self.num_shared, self._num_rows = [], None, 0, None
 
     def segments(self) -> list[Tensor]:
         """All tokens' latents, [B or 1, n, R] each."""
@@ -84,15 +83,13 @@ class LatentLayerCache(LayerCache):
         self.is_initialized = True
         return self.segments()
 
-    def step_table(self, num_rows: int, dtype: torch.dtype) -> list[int] | None:
-        """Where a decode step finds this layer: address, tokens and row stride of all but the last
-        segment, which are made one, then address and row stride of the last one, which has room.
-        None if the layer is not ready for a step in place.
-        """
+    def prepare_step(self, num_rows: int, dtype: torch.dtype) -> bool:
+        """Make ready for a decode step that writes one token in place: all but the last segment
+        become one, and the last one has room. False if that cannot be."""
         if self._num_rows != num_rows or self.offload_latents:
-            return None
+            return False
         if any(x.dtype != dtype for x in (*self.full, self.tail) if x is not None):
-            return None
+            return False
         used = self.num_tokens - self.num_full
         if self.tail is not None and used == self.tail.shape[1] >= SEGMENT_TOKENS:
             self.full, self.tail, used = self.segments(), None, 0
@@ -101,15 +98,11 @@ class LatentLayerCache(LayerCache):
             self.full = [torch.cat([x.expand(rows, -1, -1) for x in self.full], dim=1)]
         last = self.full[-1] if self.tail is None else self.tail
         self.tail = self._reserved(last[:, :1].expand(num_rows, -1, -1), used)
-        row = [0, 0, 0, self.tail.data_ptr(), self.tail.stride(0)]
-        if self.full:
-            prefix = self.full[0]
-            stride = prefix.stride(0) if prefix.shape[0] == num_rows else 0
-            row[:3] = [prefix.data_ptr(), prefix.shape[1], stride]
-        return row
+        return True
 
     def step_tensors(self, num_rows: int) -> list[Tensor | None] | None:
-        """What `step_table` depends on; None if another step in place cannot follow the last."""
+        """What a decode step reads and writes; None if another step in place cannot follow the
+        last."""
         tail = self.tail
         if tail is None or num_rows != self._num_rows or self.num_tokens < self.num_shared:
             return None
@@ -127,7 +120,7 @@ class LatentLayerCache(LayerCache):
         self.num_tokens = self.num_full
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back: -n removes n, a positive number is how many stay."""
+        """Remove the last tokens: -n removes n, a positive number is how many stay."""
         self.num_tokens = self.check_crop(tokens_to_remove)
         while self.full and self.num_full >= self.num_tokens:
             last = self.full.pop()
@@ -140,7 +133,7 @@ class LatentLayerCache(LayerCache):
         self._select(lambda x: x.repeat_interleave(repeats, dim=0), (self._num_rows or 0) * repeats)
 
     def fork(self) -> "LatentLayerCache":
-        """A cache that goes on from here by itself and reads the same memory up to here."""
+        """An independent cache that continues from here and shares the memory up to here."""
         other = copy.copy(self)
         other.full, other.tail = list(self.segments()), None
         self.num_shared = other.num_shared = self.num_tokens
@@ -152,7 +145,7 @@ class LatentLayerCache(LayerCache):
         return {"full_attention": sum(x.numel() * x.element_size() for x in tensors)}
 
     def _select(self, function: Callable[[Tensor], Tensor], num_rows: int) -> None:
-        """Make `num_rows` rows. A single one is not copied: all others go on from it."""
+        """Make `num_rows` rows. A single one is not copied: all rows continue from it."""
         if self._num_rows is None or self._num_rows == num_rows == 1:
             return
         if self._num_rows == 1:
@@ -164,6 +157,10 @@ class LatentLayerCache(LayerCache):
                 self.tail = function(self.tail.expand(self._num_rows, -1, -1))
                 self.num_shared = min(self.num_shared, self.num_full)
         self._num_rows = num_rows
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.full = [function(x) for x in self.full]
+        self.tail = None if self.tail is None else function(self.tail)
 
     def _used(self, used: int) -> Tensor:
         assert self.tail is not None and self._num_rows is not None

@@ -19,7 +19,6 @@ class LayerCache(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
     kind = ""
-    _tensors: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +38,6 @@ class LayerCache(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        for name in self._tensors:
-            setattr(self, name, None)
         self.num_tokens = 0
         self.has_padding = False
         self.is_initialized = False
@@ -73,19 +70,15 @@ class LayerCache(CacheLayerMixin):
     @property
     def num_rows(self) -> int | None:
         """B, or None while empty."""
-        return next((x.shape[0] for x in self._present().values()), None)
+        raise NotImplementedError
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of the tensors that this layer holds, by purpose."""
         raise NotImplementedError
 
-    def _present(self) -> dict[str, Tensor]:
-        tensors = {name: getattr(self, name) for name in self._tensors}
-        return {name: x for name, x in tensors.items() if x is not None}
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        for name, x in self._present().items():
-            setattr(self, name, function(x))
+        """Replace each tensor by what `function` makes of it."""
+        raise NotImplementedError
 
 
 def may_write(x: Tensor) -> bool:

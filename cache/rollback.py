@@ -1,107 +1,127 @@
-"""How a KDA layer reads one call's tokens so that its cache can take the last ones back.
+"""Rollback: how a KDA layer's last tokens are removed.
 
 A KDA state is a running sum and has no inverse. A cache that can be cropped therefore keeps an
-anchor, the states as they were some tokens ago, and a log of the layer's inputs since then. `crop`
-shortens the log and declares the states stale; the next call reads what is left of the log again,
-from the anchor, in front of its own tokens. At least the last `rollback_tokens` tokens can be taken
-back, at most twice as many are logged.
+anchor, the state as it was some tokens ago, and a log of the layer's inputs since then. `crop`
+shortens the log and declares the state stale; the next call reads what is left of the log again,
+from the anchor, in front of its own tokens (`pieces.py`).
 
-The cost, per KDA layer and row: one more copy of the states and 2 * `rollback_tokens` inputs of the
-layer in memory; one more run of the layer's attention over the log every `rollback_tokens` steps of
-decoding, and over what is left of it after a crop. Steps by the decode graph keep a second copy of
-the states instead of running over the log (`KDALayerCache.move_anchor`).
+The cost, per KDA layer and row: one more copy of the state and 2 * `tokens` inputs of the layer in
+memory; one more run of the layer's attention over the log every `tokens` steps of decoding, and
+over what is left of it after a crop. Steps by the decode graph keep a second copy of the state
+instead of running over the log (`move_anchor`).
 
-Shapes: B batch, T tokens of this call, S tokens of cache and call, W rollback tokens.
+Shapes: B batch, X hidden size.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
+from kimi_linear.cache.layer import may_write
+from kimi_linear.cache.state import KDAState
+from kimi_linear.ops.runtime import needs_grad
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class KDARun:
-    """Tokens that a KDA layer reads at once.
-
-    Attributes:
-        start, stop: Their columns; may be none.
-        layout: Their padding.
-        makes_anchor: Whether the states after them become the anchor.
-    """
-
-    start: int
-    stop: int
-    layout: SequenceLayout
-    makes_anchor: bool = False
-
-
-@dataclass(frozen=True)
-class KDAPlan:
-    """The runs of one call, the same for all KDA layers of a model.
-
-    Attributes:
-        runs: In order. Their columns count from the log's first token if `replays`, else from the
-            call's.
-        replays: Whether the log is read again in front of the call's tokens, from the anchor.
-    """
-
-    runs: tuple[KDARun, ...]
-    replays: bool = False
-
-    def to(self, device: torch.device, **kwargs: Any) -> "KDAPlan":
-        """A copy on another device; accelerate moves inputs to the next layers' with this."""
-        runs = (replace(run, layout=run.layout.to(device, **kwargs)) for run in self.runs)
-        return replace(self, runs=tuple(runs))
-
-
-def plan_call(
-    num_tokens: int,
-    layout: SequenceLayout,
-    *,
-    rollback_tokens: int,
-    num_logged: int | None,
-    is_stale: bool,
-    batch_size: int,
-    attention_mask: Tensor | None,
-    device: torch.device,
-) -> KDAPlan:
-    """Decide what a call of `num_tokens` reads, and where the anchor moves.
+class Rollback:
+    """Anchor and log of one KDA layer.
 
     Args:
-        num_tokens: T.
-        layout: Padding of the call's tokens.
-        rollback_tokens: W; 0 keeps nothing.
-        num_logged: Tokens in the log; None if there is no anchor.
-        is_stale: Whether the states are those of tokens that were taken back.
-        batch_size: B.
-        attention_mask: [B, S], non-zero at real tokens; None if all are real.
-        device: Where the layouts' tensors live.
+        tokens: Minimum number of trailing tokens `crop` can remove; 0 disables it.
+
+    Attributes:
+        anchor: The state `num_logged` tokens ago.
+        log: [B, capacity, X], the layer's inputs since the anchor in its first `num_logged` places.
+        num_logged: None without an anchor.
+        next: The anchor to come, between decode steps: the state after the log's first `num_next`
+            tokens.
+        num_next: None without one.
     """
-    logged = num_logged or 0
-    moves = rollback_tokens > 0 and (
-        num_logged is None or logged + num_tokens > 2 * rollback_tokens
-    )
-    replays = is_stale or (moves and num_logged is not None and num_tokens < rollback_tokens)
-    length = num_tokens + (logged if replays else 0)
-    if not moves and not replays:
-        return KDAPlan((KDARun(0, length, layout),))
-    cut = max(length - rollback_tokens, 0) if moves else 0
 
-    def run(start: int, stop: int, makes_anchor: bool) -> KDARun:
-        mask = attention_mask
-        if mask is not None:
-            first = mask.shape[1] - length
-            mask = mask[:, first + start : first + stop]
-        if start == stop:
-            return KDARun(start, stop, SequenceLayout(), makes_anchor)
-        inner = sequence_layout(batch_size, stop - start, attention_mask=mask, device=device)
-        return KDARun(start, stop, inner, makes_anchor)
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.reset()
 
-    first = (run(0, cut, True),) if moves else ()
-    return KDAPlan((*first, run(cut, length, False)), replays)
+    def reset(self) -> None:
+        """Start a text, with its beginning as anchor."""
+        self.anchor, self.next = KDAState(), KDAState()
+        self.log: Tensor | None = None
+        self.num_logged: int | None = 0
+        self.num_next: int | None = None
 
+    def drop(self) -> None:
+        """Keep nothing: no token can be removed."""
+        self.reset()
+        self.num_logged = None
 
-__all__ = ["KDAPlan", "KDARun", "plan_call"]
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens of the log."""
+        assert self.num_logged is not None
+        self.num_logged -= count
+        if self.num_next is not None and self.num_next > self.num_logged:
+            self.next, self.num_next = KDAState(), None
+
+    def keep(self, state: KDAState) -> None:
+        """Make a copy of `state` the anchor, with an empty log."""
+        self.anchor, self.num_logged = state.map(Tensor.clone), 0
+        self.next, self.num_next = KDAState(), None
+
+    def logged(self) -> Tensor | None:
+        """[B, num_logged, X], or None if there is none."""
+        return self.log[:, : self.num_logged] if self.log is not None and self.num_logged else None
+
+    def append(self, x: Tensor) -> None:
+        """Put inputs [B, .., X] behind the log."""
+        old, log = self.logged(), self.log
+        start = self.num_logged or 0
+        self.num_logged = end = start + x.shape[1]
+        if needs_grad(x, old):
+            self.log = x if old is None else torch.cat([old, x], dim=1)
+            return
+        shape = (x.shape[0], max(end, 2 * self.tokens), x.shape[2])
+        if log is None or log.shape != shape or log.dtype != x.dtype or not may_write(log):
+            log = x.new_zeros(shape)
+            if old is not None:
+                log[:, :start] = old
+        log[:, start:end] = x.detach()
+        self.log = log
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the log takes another token in place."""
+        if self.log is None or self.num_logged is None:
+            return False
+        return self.num_logged < min(self.log.shape[1], 2 * self.tokens)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `move_anchor` has work before the next decode step."""
+        if not self.tokens:
+            return False
+        is_full = self.log is not None and not self.has_room
+        return is_full or (self.num_next is None and self.num_logged == self.tokens)
+
+    def move_anchor(self, state: KDAState) -> None:
+        """Between decode steps, which read no log again: keep a copy of the state where half of the
+        log is used, and make it the anchor where all of it is."""
+        logged, kept = self.num_logged or 0, self.num_next
+        if self.log is not None and not self.has_room:
+            if kept is None or logged - kept < self.tokens:
+                return  # the layers themselves have to read the log again
+            rest = self.log[:, kept:logged].clone()
+            if not may_write(self.log):
+                self.log = torch.empty_like(self.log)
+            self.log[:, : logged - kept] = rest
+            self.anchor, self.num_logged = self.next, logged - kept
+            self.next, self.num_next = KDAState(), None
+        if self.num_logged == self.tokens:
+            self.next, self.num_next = state.map(Tensor.clone), self.num_logged
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace each tensor by what `function` makes of it."""
+        self.anchor, self.next = self.anchor.map(function), self.next.map(function)
+        self.log = None if self.log is None else function(self.log)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are not None."""
+        own = self.anchor.tensors() + self.next.tensors()
+        return own if self.log is None else [*own, self.log]

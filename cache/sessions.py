@@ -20,6 +20,7 @@ import torch
 from kimi_linear.cache.hybrid import KimiLinearCache, check_kinds, check_whole
 from kimi_linear.cache.kda import KDALayerCache
 from kimi_linear.cache.latents import LatentLayerCache
+from kimi_linear.cache.state import KDAState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -293,15 +294,16 @@ def _check_numbers(prefix: str, is_kda: bool, values: Any, total: Any, config: A
 
 
 def _layer_content(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A layer's tensors and numbers."""
-    if hasattr(layer, "num_logged"):
-        tensors = {name: getattr(layer, name) for name in KDA_TENSORS}
-        tensors["log"] = None if layer.log is None else layer.log[:, : layer.num_logged or 0]
+    """A layer's tensors and numbers, by the names that a file has for them."""
+    if isinstance(layer, KDALayerCache):
+        own, rollback = layer.state, layer.rollback
+        states = (own.conv, own.recurrent, rollback.anchor.conv, rollback.anchor.recurrent)
+        tensors = {**dict(zip(KDA_TENSORS, states, strict=True)), "log": rollback.logged()}
+        numbers = (layer.num_tokens, layer.has_padding, rollback.tokens, rollback.num_logged)
         found = {name: x for name, x in tensors.items() if x is not None}
-        return found, {name: getattr(layer, name) for name in KDA_NUMBERS}
+        return found, dict(zip(KDA_NUMBERS, (*numbers, layer.is_stale), strict=True))
     found = {f"latents.{i}": x for i, x in enumerate(layer.segments())}
-    numbers = {name: getattr(layer, name) for name in LATENT_NUMBERS}
-    return found, {**numbers, "num_rows": layer.num_rows}
+    return found, {name: getattr(layer, name) for name in (*LATENT_NUMBERS, "num_rows")}
 
 
 def _fill_layer(
@@ -309,18 +311,20 @@ def _fill_layer(
 ) -> None:
     """The inverse of `_layer_content`."""
     if isinstance(layer, KDALayerCache):
-        for name, x in tensors.items():
-            setattr(layer, name, x.to(device))
+        x = {name: tensor.to(device) for name, tensor in tensors.items()}
+        rollback = layer.rollback
+        layer.state = KDAState(x["conv_state"], x["recurrent_state"])
+        rollback.anchor = KDAState(x.get("anchor_conv_state"), x.get("anchor_recurrent_state"))
+        rollback.log, rollback.num_logged = x.get("log"), numbers["num_logged"]
+        rollback.tokens, layer.is_stale = numbers["rollback_tokens"], numbers["is_stale"]
     else:
         assert isinstance(layer, LatentLayerCache)
-        numbers = dict(numbers)
         target = torch.device("cpu") if numbers["offload_latents"] else device
-        layer.fill(
-            [tensors[f"latents.{i}"].to(target) for i in range(len(tensors))],
-            numbers.pop("num_rows"),
-        )
-    for name, value in numbers.items():
-        setattr(layer, name, value)
+        latents = [tensors[f"latents.{i}"].to(target) for i in range(len(tensors))]
+        layer.fill(latents, numbers["num_rows"])
+        layer.reserve_tokens = numbers["reserve_tokens"]
+        layer.offload_latents = numbers["offload_latents"]
+    layer.num_tokens, layer.has_padding = numbers["num_tokens"], numbers["has_padding"]
     layer.is_initialized = True
 
 
@@ -334,7 +338,7 @@ def common_prefix(cached_ids: Tensor, input_ids: Tensor) -> int:
 
 
 def keep_prefix(cache: Cache, cached_ids: Tensor, input_ids: Tensor) -> int:
-    """Take back what `input_ids` does not begin with; all of it if the cache can't go back so far.
+    """Crop the cache to its common prefix with `input_ids`, or empty it if it cannot.
 
     At least one column of `input_ids` is left to be read.
 

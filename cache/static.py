@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear.cache.hybrid import KimiLinearCache
-from kimi_linear.cache.kda import KDALayerCache, States
+from kimi_linear.cache.kda import KDALayerCache
 from kimi_linear.cache.latents import BLOCK_TOKENS, LatentLayerCache
-from kimi_linear.cache.rollback import KDAPlan, KDARun
-from kimi_linear.inputs.layout import SequenceLayout, traced_layout
-from kimi_linear.upstream import attention_backend
+from kimi_linear.cache.state import KDAState
+from kimi_linear.upstream.interfaces import attention_backend
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 
@@ -46,7 +45,7 @@ class _CountsInTensor:
 
 
 def _room(max_tokens: int) -> int:
-    """Tokens that a buffer for so many has room for."""
+    """Tokens that the buffer for `max_tokens` has room for."""
     return -(-max_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
@@ -58,25 +57,26 @@ class CompiledKDALayer(_CountsInTensor, KDALayerCache):
         other.length = self.length.clone()  # steps count in place
         return other
 
-    def writable_state(self, batch_size: int) -> Tensor | None:
+    def _writable_state(self, num_rows: int) -> Tensor | None:
         """The recurrent state's tensor, which a compiled step always writes over."""
         if torch.compiler.is_compiling():
-            return self.recurrent_state
-        return super().writable_state(batch_size)
+            return self.state.recurrent
+        return super()._writable_state(num_rows)
 
-    def update(  # type: ignore[override]
-        self, states: States, hidden_states: Tensor, plan: KDAPlan, logged: Tensor
-    ) -> None:
-        """Take the states after a call, see `KDALayerCache.update`."""
-        self.place = hidden_states.device
+    def _take(self, state: KDAState, logged: Tensor) -> None:
+        self.place = logged.device
         if not torch.compiler.is_compiling():
-            super().update(states, hidden_states, plan, logged)
+            super()._take(state, logged)
             return
-        for kept, new in zip((self.conv_state, self.recurrent_state), states, strict=True):
-            assert kept is not None and new is not None
+        for kept, new in zip(self.state.tensors(), state.tensors(), strict=True):
             if kept is not new:
                 kept.copy_(new)
-        self.length.add_(hidden_states.shape[1])
+
+    def _count(self, num_tokens: int) -> None:
+        if torch.compiler.is_compiling():
+            self.length.add_(num_tokens)
+        else:
+            super()._count(num_tokens)
 
 
 class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
@@ -88,7 +88,7 @@ class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
     get_max_cache_shape = get_max_length  # its older name
 
     def fork(self) -> "CompiledLatentLayer":
-        """A copy that goes on from here by itself: there is one buffer, which nobody shares."""
+        """An independent copy that continues from here; it shares no memory."""
         other = copy.copy(self)
         other._map(Tensor.clone)
         other.length = self.length.clone()
@@ -114,7 +114,7 @@ class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
 
 
 class KimiLinearStaticCache(KimiLinearCache, StaticCache):
-    """A `KimiLinearCache` that has its room from the start.
+    """A `KimiLinearCache` that allocates all of its memory at the start.
 
     Args:
         config: A `KimiLinearConfig`.
@@ -186,36 +186,4 @@ def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> 
     return attention_mask[:, : cache.get_seq_length() + num_tokens]
 
 
-def static_inputs(
-    cache: KimiLinearStaticCache, attention_mask: Tensor | None, hidden_states: Tensor
-) -> dict[str, Any]:
-    """The call's hidden states [B, T, D], zeros at padding, and what all layers are given.
-
-    Args:
-        cache: The cache, with tokens.
-        attention_mask: [B, S or fewer], non-zero at real tokens up to the last of this call.
-        hidden_states: [B, T, D], the embeddings.
-    """
-    B, T = hidden_states.shape[:2]
-    device = hidden_states.device
-    columns = cache.layers[0].length.to(device) + torch.arange(T, device=device)
-    seen = (torch.arange(cache.room, device=device) <= columns[:, None]).expand(B, -1, -1)
-    layout = SequenceLayout()
-    if attention_mask is not None:
-        real = attention_mask.to(device) != 0
-        own = real.index_select(1, columns)
-        real = F.pad(real, (0, cache.room - real.shape[1]))
-        seen, layout = seen & real[:, None], traced_layout(own)
-        hidden_states = hidden_states.masked_fill(~own[..., None], 0)
-    return {
-        "hidden_states": hidden_states,
-        "layout": layout,
-        "cache": cache,
-        "attention_mask": seen,  # [B, T, S]
-        "real_tokens": None,
-        "by_blocks": True,
-        "kda_plan": KDAPlan((KDARun(0, T, layout),)),
-    }
-
-
-__all__ = ["KimiLinearStaticCache", "is_static_call", "static_inputs", "without_room"]
+__all__ = ["KimiLinearStaticCache", "is_static_call", "without_room"]

@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kimi_linear.upstream import (
+from kimi_linear.upstream.interfaces import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
-    is_divided,
-    is_quantized,
     register_checkpoint_conversion_mapping,
 )
+from kimi_linear.upstream.models import is_divided, is_quantized
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -24,17 +24,16 @@ from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.parallel.decay_sharding import decays_apart
 from kimi_linear.parallel.tensor import joined, register_styles
 from kimi_linear.training.quantized_experts import (
-    is_packed,
-    packing_experts,
+    dequantize_experts,
+    has_quantized_experts,
+    quantizing_experts,
     saved_bytes,
-    unpack_experts,
 )
-from kimi_linear.upstream import (
+from kimi_linear.upstream.interfaces import OutputRecorder, init
+from kimi_linear.upstream.models import (
     Loading,
-    OutputRecorder,
     PreTrainedModelHooks,
     has_own_adapters,
-    init,
     is_quantized,
     save_by_registered_names,
 )
@@ -125,7 +124,7 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         Raises:
             ValueError: For a model whose experts are quantised; its adapters can be saved.
         """
-        if is_packed(self) and not has_own_adapters(self):
+        if has_quantized_experts(self) and not has_own_adapters(self):
             raise ValueError(
                 "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
                 "for them; save its adapters, and merge them into the model without quantisation, "
@@ -145,7 +144,7 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         """Make wide what bitsandbytes has quantised, experts too, in place; see Transformers'
         method. The model saves under the official names again."""
         model = super().dequantize(dtype=dtype)
-        unpack_experts(self, dtype)
+        dequantize_experts(self, dtype)
         return model
 
     def prepared_for_fsdp(self) -> AbstractContextManager[None]:
@@ -195,7 +194,7 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
                 )
             if not loading.is_divided:
                 state_dict = stored_tensors(files, self)
-        with packing_experts(
+        with quantizing_experts(
             self, KimiLinearExperts, loading.quantization, loading.is_quantized_file
         ):
             return loading.read(state_dict, other_spellings())

@@ -1,7 +1,7 @@
 """Triton kernels of the decode step's experts: their choice, and their two products.
 
 A few rows read the experts that each of them chose. For more rows the choices are sorted, and each
-expert is read once for all that chose it. See `decode_kernels.py`, also for IS_LINKED.
+expert is read once for all that chose it. See `projection_kernels.py`, also for IS_LINKED.
 
 Shapes: B rows (one token each), D hidden size, E experts, I expert width, S slots of a row: its
 chosen experts and then its shared ones.
@@ -11,7 +11,7 @@ chosen experts and then its shared ones.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.decode.kernels import norm_scale, wait, wait_first
+from kimi_linear.decode.projection_kernels import norm_scale, wait, wait_first
 from kimi_linear.ops.runtime import jit, tl
 
 

@@ -8,10 +8,11 @@ from kimi_linear.cache.hybrid import KimiLinearCache, KimiLinearDynamicCache
 from kimi_linear.cache.kda import ROLLBACK_TOKENS
 from kimi_linear.cache.sessions import Session, load_session, read_session, save_session
 from kimi_linear.cache.static import KimiLinearStaticCache
+from kimi_linear.inputs.checks import check_source
 from kimi_linear.inputs.layout import last_real_columns
-from kimi_linear.inputs.plan import check_source
 from kimi_linear.outputs_kimi_linear import one_cache
-from kimi_linear.upstream import CACHE_NAME, LOOP_ARGUMENTS, GenerationHooks
+from kimi_linear.upstream.caches import CACHE_NAME
+from kimi_linear.upstream.generation import LOOP_ARGUMENTS, GenerationHooks
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import logging

@@ -69,6 +69,14 @@ class SequenceLayout:
         return self.cu_seqlens.tolist()
 
     @functools.cached_property
+    def flash_lengths(self) -> dict[str, Any]:
+        """What Transformers' flash attention takes for sequences that lie end to end."""
+        assert self.cu_seqlens is not None
+        longest = int(self.cu_seqlens.diff().max())
+        lengths = {f"max_length_{x}": longest for x in "qk"}
+        return {**{f"cu_seq_lens_{x}": self.cu_seqlens for x in "qk"}, **lengths}
+
+    @functools.cached_property
     def token_starts(self) -> Tensor | None:
         """[R] int32, of each real token the first one of its sequence; None for plain rows."""
         if self.cu_seqlens is None:

@@ -12,9 +12,47 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kimi_linear.upstream.arguments import OUTPUT_ARGUMENTS
 from torch import Tensor
 
+# What gives sequences losses of the router.
+LOSS_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef")
 HIDDEN = -1e4  # what an additive mask has at most where a token is not seen
+
+
+def read_trees(
+    model: Any, source: Tensor, attention_mask: Tensor, wanted: dict[str, Any]
+) -> dict[str, Any]:
+    """Run the backbone with a mask of four dimensions.
+
+    Args:
+        model: The backbone.
+        source: Ids [B, T] or embeddings [B, T, D].
+        attention_mask: See `tree_texts`.
+        wanted: What else the call asks for, by name.
+
+    Returns:
+        `last_hidden_state` [B, T, D] and `router_losses`.
+
+    Raises:
+        ValueError: If the mask is no mask of trees, or comes with what cannot be combined with it.
+    """
+    config = model.config
+    wanted = {**{name: getattr(config, name) for name in OUTPUT_ARGUMENTS}, **wanted}
+    obstacles = [name for name, is_wanted in wanted.items() if is_wanted]
+    if model.training:
+        obstacles += [name for name in LOSS_COEFFICIENTS if getattr(config, name)]
+    if obstacles:
+        raise ValueError(
+            f"attention_mask has four dimensions, which is not allowed with {obstacles[0]}"
+        )
+    texts = tree_texts(attention_mask, *source.shape[:2])
+    x = source if source.is_floating_point() else model.embed_tokens(source)
+    out = model(inputs_embeds=texts.pack(x), use_cache=False, cu_seq_lens_q=texts.ends)
+    return {
+        "last_hidden_state": texts.unpack(out.last_hidden_state, source.shape[0]),
+        "router_losses": out.router_losses,
+    }
 
 
 @dataclass(frozen=True)
@@ -110,4 +148,4 @@ def _leaves(visible: Tensor) -> list[int]:
     return [token for token in tokens if token not in inner]
 
 
-__all__ = ["TreeTexts", "tree_texts"]
+__all__ = ["TreeTexts", "read_trees", "tree_texts"]

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops.experts import EXPERTS
-from kimi_linear.ops.experts.prefill_kernels import choose_experts
-from kimi_linear.ops.experts.training_kernels import choose_experts_in_training
-from kimi_linear.ops.runtime import has_kernels
+from kimi_linear.ops.experts.choice import choose_experts
+from kimi_linear.ops.experts.quantized import plain_experts
 from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.parallel.tensor import is_dtensor, replicated
-from kimi_linear.training.quantized_experts import EXPERT_TENSORS, plain_experts
 from kimi_linear.training.router import RouterNotes
-from kimi_linear.upstream import use_experts_implementation
+from kimi_linear.upstream.interfaces import use_experts_implementation
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -42,34 +40,21 @@ class KimiLinearRouter(nn.Module):
 
     def forward(self, x: Tensor, notes: RouterNotes | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
-        logits, weights, experts = self._choose(x)
+        config = self.config
+        logits = wide_linear(x, self.weight)
+        weights, experts = choose_experts(
+            logits,
+            self.e_score_correction_bias,
+            config.num_experts_per_token,
+            renormalize=config.moe_renormalize,
+            factor=config.routed_scaling_factor,
+            is_sigmoid=config.moe_router_activation_func == "sigmoid",
+            num_groups=config.num_expert_group,
+            num_kept_groups=config.topk_group,
+        )
         if notes is not None:
             notes.count(experts)
         return logits, weights, experts
-
-    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        logits = wide_linear(x, self.weight)
-        bias = self.e_score_correction_bias.to(logits.dtype)
-        renormalize = config.moe_renormalize and config.num_experts_per_token > 1  # as released
-        is_sigmoid = config.moe_router_activation_func == "sigmoid"
-        in_groups = config.num_expert_group != config.topk_group
-        if is_sigmoid and not in_groups and has_kernels(logits.detach(), bias):
-            choose = choose_experts_in_training if logits.requires_grad else choose_experts
-            return logits, *choose(
-                logits,
-                bias,
-                config.num_experts_per_token,
-                renormalize,
-                config.routed_scaling_factor,
-            )
-        scores = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
-        choice = self._within_best_groups(scores + bias)
-        experts = choice.topk(config.num_experts_per_token, dim=-1, sorted=False).indices
-        weights = scores.gather(1, experts)
-        if renormalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return logits, weights * config.routed_scaling_factor, experts
 
     # accelerate's loading for FSDP2 by one process takes all of a state for DTensors, buffers too
     def _save_to_state_dict(
@@ -87,16 +72,6 @@ class KimiLinearRouter(nn.Module):
         if is_dtensor(state_dict.get(name)):
             state_dict[name] = state_dict[name].full_tensor()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _within_best_groups(self, scores: Tensor) -> Tensor:
-        """[tokens, E], -inf outside the `topk_group` groups whose two best scores sum highest."""
-        groups, kept = self.config.num_expert_group, self.config.topk_group
-        if kept == groups:
-            return scores
-        grouped = scores.unflatten(-1, (groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1, sorted=False).indices
-        outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
-        return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 @use_experts_implementation(experts_interface=EXPERTS)
@@ -131,12 +106,6 @@ class KimiLinearExperts(nn.Module):
     def split_size(self) -> tuple[str, int, int]:
         """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "moe_intermediate_size", self.down_proj.shape[2], 8
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        pack = self.__dict__.get("pack_arriving")  # while a quantised model is loaded
-        if pack is not None and name in EXPERT_TENSORS and not value.is_meta:
-            value = pack(value)
-        super().__setattr__(name, value)
 
     def _load_from_state_dict(
         self,

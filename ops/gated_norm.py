@@ -9,40 +9,19 @@ Shapes: H heads, V value size; leading dimensions are free. N rows: all dimensio
 # mypy: disable-error-code=no-untyped-def
 # (a kernel's arguments are Triton's)
 
-import functools
-from collections.abc import Callable
+from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
+
 from typing import Any
 
 import torch
-from kimi_linear.ops.fla.tuning import use_known_configs
-from kimi_linear.ops.kda import resolve_backend
+from kimi_linear.ops.fla.backend import norm_kernel, resolve_backend
 from kimi_linear.ops.launch import launch_directly
-from kimi_linear.ops.runtime import needs_grad
+from kimi_linear.ops.runtime import ceil_div, jit, needs_grad, power_of_two, tl, triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
 ROWS = 16  # at once
 STEPS = 8  # of a program of the backward pass, of so many rows each
-
-
-@functools.cache
-def _fla_norm() -> Callable[..., Tensor]:
-    """FLA's kernel, imported on first use."""
-    try:
-        from fla.modules.fused_norm_gate import rms_norm_gated
-    except ImportError as error:
-        raise ValueError(
-            f"backend is 'fla', but this fla has no rms_norm_gated ({error}); "
-            "fla-core 0.5.1 or newer is needed, or backend='torch'"
-        ) from error
-    use_known_configs()
-    return rms_norm_gated
 
 
 def gated_rms_norm(
@@ -63,7 +42,7 @@ def gated_rms_norm(
     if resolve_backend(x, backend) == "fla":
         if x.is_cuda and triton is not None and needs_grad(x, gate, weight):
             return _GatedNorm.apply(x.contiguous(), gate.contiguous(), weight, eps)
-        return _fla_norm()(x, gate, weight, None, activation="sigmoid", eps=eps)
+        return norm_kernel()(x, gate, weight, None, activation="sigmoid", eps=eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = torch.nn.functional.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
     return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
@@ -89,11 +68,9 @@ def launch_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Te
     out, size = torch.empty_like(x), weight.shape[0]
     num_rows = x.numel() // size
     if num_rows:
-        grid = (triton.cdiv(num_rows, ROWS),)
+        grid = (ceil_div(num_rows, ROWS),)
         with torch.cuda.device_of(x):
-            _gated_norm[grid](
-                x, gate, weight, out, num_rows, size, eps, ROWS, triton.next_power_of_2(size)
-            )
+            _gated_norm[grid](x, gate, weight, out, num_rows, size, eps, ROWS, power_of_two(size))
     return out
 
 
@@ -104,7 +81,7 @@ def launch_gated_norm_backward(
     that of the output; all contiguous."""
     dx, dgate, size = torch.empty_like(x), torch.empty_like(gate), weight.shape[0]
     num_rows = x.numel() // size
-    programs = triton.cdiv(num_rows, ROWS * STEPS)
+    programs = ceil_div(num_rows, ROWS * STEPS)
     partial = x.new_empty(programs, size, dtype=torch.float32)
     if num_rows:
         with torch.cuda.device_of(x):
@@ -121,76 +98,75 @@ def launch_gated_norm_backward(
                 eps,
                 ROWS,
                 STEPS,
-                triton.next_power_of_2(size),
+                power_of_two(size),
             )
     return dx, dgate, partial.sum(dim=0)
 
 
-if triton is not None:
+@jit
+def _normed(x, place, inside, size, eps):
+    """A tile's rows divided by their root mean squares, and the factors that did it."""
+    own = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(own * own, axis=1)[:, None] / size + eps)
+    return own * scale, scale
 
-    @triton.jit
-    def _normed(x, place, inside, size, eps):
-        """A tile's rows divided by their root mean squares, and the factors that did it."""
-        own = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(own * own, axis=1)[:, None] / size + eps)
-        return own * scale, scale
 
-    @triton.jit
-    def _opened(gate, place, inside):
-        return tl.sigmoid(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
+@jit
+def _opened(gate, place, inside):
+    return tl.sigmoid(tl.load(gate + place, mask=inside, other=0.0).to(tl.float32))
 
-    @launch_directly
-    @triton.jit
-    def _gated_norm(
-        x, gate, weight, out, num_rows, size, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-        column = tl.arange(0, BLOCK)[None, :]
+
+@launch_directly
+@jit
+def _gated_norm(x, gate, weight, out, num_rows, size, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < num_rows) & (column < size)
+    place = row * size + column
+    normed, _ = _normed(x, place, inside, size, eps)
+    factor = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
+    value = normed * factor * _opened(gate, place, inside)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@launch_directly
+@jit
+def _gated_norm_backward(
+    grad,
+    x,
+    gate,
+    weight,
+    dx,
+    dgate,
+    partial,
+    num_rows,
+    size,
+    eps,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)[None, :]
+    factor = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    first = tl.program_id(0).to(tl.int64) * ROWS * STEPS
+    for step in range(STEPS):
+        row = (first + step * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (row < num_rows) & (column < size)
         place = row * size + column
-        normed, _ = _normed(x, place, inside, size, eps)
-        factor = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
-        value = normed * factor * _opened(gate, place, inside)
-        tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
-
-    @launch_directly
-    @triton.jit
-    def _gated_norm_backward(
-        grad,
-        x,
-        gate,
-        weight,
-        dx,
-        dgate,
-        partial,
-        num_rows,
-        size,
-        eps,
-        ROWS: tl.constexpr,
-        STEPS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        column = tl.arange(0, BLOCK)[None, :]
-        factor = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        first = tl.program_id(0).to(tl.int64) * ROWS * STEPS
-        for step in range(STEPS):
-            row = (first + step * ROWS + tl.arange(0, ROWS))[:, None]
-            inside = (row < num_rows) & (column < size)
-            place = row * size + column
-            normed, scale = _normed(x, place, inside, size, eps)
-            opened = _opened(gate, place, inside)
-            slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(slope * opened * normed, axis=0)
-            slope *= factor
-            of_gate = slope * normed * opened * (1.0 - opened)
-            tl.store(dgate + place, of_gate.to(dgate.dtype.element_ty), mask=inside)
-            slope *= opened
-            mean = tl.sum(slope * normed, axis=1)[:, None] / size
-            of_x = scale * (slope - normed * mean)
-            tl.store(dx + place, of_x.to(dx.dtype.element_ty), mask=inside)
-        own_place = partial + tl.program_id(0) * size + tl.arange(0, BLOCK)
-        tl.store(own_place, total, mask=tl.arange(0, BLOCK) < size)
+        normed, scale = _normed(x, place, inside, size, eps)
+        opened = _opened(gate, place, inside)
+        slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(slope * opened * normed, axis=0)
+        slope *= factor
+        of_gate = slope * normed * opened * (1.0 - opened)
+        tl.store(dgate + place, of_gate.to(dgate.dtype.element_ty), mask=inside)
+        slope *= opened
+        mean = tl.sum(slope * normed, axis=1)[:, None] / size
+        of_x = scale * (slope - normed * mean)
+        tl.store(dx + place, of_x.to(dx.dtype.element_ty), mask=inside)
+    own_place = partial + tl.program_id(0) * size + tl.arange(0, BLOCK)
+    tl.store(own_place, total, mask=tl.arange(0, BLOCK) < size)
 
 
 __all__ = ["gated_rms_norm", "launch_gated_norm", "launch_gated_norm_backward"]

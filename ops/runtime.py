@@ -1,5 +1,6 @@
 """What every operation asks of its surroundings: triton, autocast, autograd, compilers, modules."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,6 +42,18 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def product_dtype(factor: Tensor) -> torch.dtype:
+    """The dtype of products with `factor`: autocast's where it is on, else the factor's own.
+
+    Autocast leaves float64 alone. Where two factors may differ, the caller passes the one whose
+    dtype counts: an MLP's or expert's weight, the loss's hidden states.
+    """
+    kind = factor.device.type
+    is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    is_cast = is_cast and factor.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if is_cast else factor.dtype
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a graph is being recorded through any of the tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -62,9 +75,34 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or is_transformed()
 
 
+def in_pieces(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, for memory's sake at most `size` tokens at a time where no graph is
+    recorded.
+
+    Args:
+        function: treats each token by itself; its result has the first tensor's shape and dtype.
+        size: tokens of a piece.
+        tensors: [.., X]; all dimensions but the last count tokens.
+    """
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    num_tokens = flat[0].shape[0]
+    if is_exporting() or torch.is_grad_enabled() or num_tokens <= size:
+        return function(*tensors)
+    out = torch.empty_like(flat[0])
+    for start in range(0, num_tokens, size):
+        piece = slice(start, start + size)
+        out[piece] = function(*[tensor[piece] for tensor in flat])
+    return out.view_as(tensors[0])
+
+
 def power_of_two(size: int) -> int:
     """The smallest one that is at least `size`."""
     return 1 << (size - 1).bit_length()
+
+
+def ceil_div(size: int, block: int) -> int:
+    """The number of blocks that hold `size`."""
+    return -(-size // block)
 
 
 def has_kernels(*tensors: Tensor) -> bool:

@@ -25,7 +25,7 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_wide_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, likewise."""
+    """total += a @ b, summed in `total`'s dtype where there is a product for that."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():

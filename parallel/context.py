@@ -22,10 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist  # whose collectives of one tensor have new names since 2.13
 import torch.nn.functional as F
-from kimi_linear.inputs.layout import SequenceLayout
+from kimi_linear.cache.pieces import plan_pieces
+from kimi_linear.cache.state import KDAState
+from kimi_linear.inputs.checks import unless_all_real
+from kimi_linear.inputs.layout import SequenceLayout, check_attention_mask, sequence_layout
+from kimi_linear.layers.plan import ForwardPlan, Planner
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import compute_dtype, no_autocast
-from kimi_linear.upstream import attention_backend
+from kimi_linear.upstream.interfaces import attention_backend
 from torch import Tensor
 
 
@@ -98,11 +102,6 @@ class ContextShard:
         places = torch.arange(self.start - count, self.start, device=x.device)
         return tails[rank - 1] * (places >= self.begin).to(x.dtype)[:, None]
 
-    def latents(self, own: Tensor) -> Tensor:
-        """[1, n + t, R]: the own latents [1, t, R] behind the n of their first sequence that other
-        processes have."""
-        return self.gather(own).flatten(0, 2)[None, self.begin : self.stop]
-
     def entering_state(
         self,
         inputs: tuple[Tensor, ...],
@@ -139,6 +138,101 @@ class ContextShard:
         return torch.stack(states)[dist.get_rank(self.group)] * float(self.begin < self.start)
 
 
+@dataclass
+class ContextState(KDAState):
+    """The state before a process' tokens, which the processes before it have; see `KDAState`."""
+
+    shard: Any = None
+    attention: Any = None
+    layout: Any = None
+
+    def entering(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        attention = self.attention
+        return self.shard.entering_state(inputs, attention.A_log, attention.dt_bias, self.layout)
+
+
+@dataclass(frozen=True)
+class ContextPlan(ForwardPlan):
+    """The plan of a call whose tokens other processes read too."""
+
+    def read_kda(self, attention: Any, hidden_states: Tensor) -> Tensor:
+        """The own tokens [1, t, D], from the states that the processes before have come to."""
+        shard = self.layout.context
+        before = shard.previous_tokens(hidden_states, attention.q_conv1d.weight.shape[2] - 1)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        conv = torch.stack([proj(before).transpose(1, 2) for proj in projections], dim=1)
+        state = ContextState(conv, shard=shard, attention=attention, layout=self.layout)
+        return attention.read(hidden_states, self.layout, state)[0]
+
+    def visible(self, latent: Tensor) -> Tensor:
+        """[1, n + t, R]: the own latents [1, t, R] behind the n of their first sequence that other
+        processes have."""
+        shard = self.layout.context
+        return shard.gather(latent).flatten(0, 2)[None, shard.begin : shard.stop]
+
+    @property
+    def ends(self) -> list[int]:
+        """Where the own packed sequences end, from 0 on."""
+        shard = self.layout.context
+        return [0, shard.stop - shard.start] if self.layout.cu_seqlens is None else self.layout.ends
+
+
+class ContextPlanner(Planner):
+    """Plans calls with one row whose tokens the processes of `group` divide.
+
+    Args:
+        config: The model's.
+        group: The process group.
+    """
+
+    def __init__(self, config: Any, group: Any) -> None:
+        self.config, self.group = config, group
+
+    def own(self, source: Tensor) -> Tensor:
+        """This process' part of the row [1, T, ...]."""
+        (batch_size, num_tokens), world = source.shape[:2], dist.get_world_size(self.group)
+        least = self.config.linear_attn_config["short_conv_kernel_size"] - 1
+        _check(batch_size == 1, f"the batch size is {batch_size}", "1: pack sequences into one row")
+        _check(
+            num_tokens % world == 0 and num_tokens // world >= least,
+            f"the row has {num_tokens} tokens",
+            f"a multiple of {world} processes with at least {least} tokens for each: add a "
+            "sequence whose labels are -100",
+        )
+        return source[:, own_tokens(num_tokens, self.group)]
+
+    def plan(
+        self,
+        model: Any,
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        cache: Any,
+        use_cache: bool | None,
+        **boundaries: Tensor | None,
+    ) -> ForwardPlan:
+        num_tokens = hidden_states.shape[1] * dist.get_world_size(self.group)
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, 1, num_tokens)
+        has_padding = unless_all_real(attention_mask) is not None
+        _check(not has_padding, "attention_mask has zeros", "all ones: pack sequences")
+        has_cache = cache is not None or bool(use_cache)
+        _check(not has_cache, "cache or use_cache is given", "left out")
+        backend = attention_backend(self.config)
+        _check(backend == "sdpa", f"attn_implementation={backend!r}", "'sdpa'")
+        whole = sequence_layout(1, num_tokens, **boundaries, device=hidden_states.device)
+        layout = shard_layout(whole, num_tokens, self.group)
+        pieces = plan_pieces((1, hidden_states.shape[1]), layout)
+        return ContextPlan(layout, None, "sequences", pieces)
+
+
+def _check(is_right: bool, what: str, allowed: str) -> None:
+    if not is_right:
+        raise ValueError(
+            f"{what}, which is not allowed in context parallelism: it must be {allowed}"
+        )
+
+
 def shard_layout(whole: SequenceLayout, num_tokens: int, group: Any) -> SequenceLayout:
     """The layout of this process' part of a row of `num_tokens` without padding."""
     own = own_tokens(num_tokens, group)
@@ -161,43 +255,6 @@ def shard_layout(whole: SequenceLayout, num_tokens: int, group: Any) -> Sequence
         sequence_ids=numbers.repeat_interleave(cu_seqlens.diff().long())[None],
         num_places=size,
     )
-
-
-def check_context_call(
-    config: Any, group: Any, shape: tuple[int, int], attention_mask: Tensor | None, has_cache: bool
-) -> None:
-    """Raise ValueError unless a call with a row [B, T] can be divided.
-
-    Args:
-        config: The model's.
-        group: The process group.
-        shape: B and T.
-        attention_mask: None where it says nothing.
-        has_cache: Whether the call has a `cache` or wants some.
-    """
-    (batch_size, num_tokens), world = shape, dist.get_world_size(group)
-    least = config.linear_attn_config["short_conv_kernel_size"] - 1
-    found = [
-        (batch_size != 1, f"the batch size is {batch_size}", "1: pack sequences into one row"),
-        (
-            num_tokens % world != 0 or num_tokens // world < least,
-            f"the row has {num_tokens} tokens",
-            f"a multiple of {world} processes with at least {least} tokens for each: add a "
-            "sequence whose labels are -100",
-        ),
-        (attention_mask is not None, "attention_mask has zeros", "all ones: pack sequences"),
-        (has_cache, "cache or use_cache is given", "left out"),
-        (
-            attention_backend(config) != "sdpa",
-            f"attn_implementation={attention_backend(config)!r}",
-            "'sdpa'",
-        ),
-    ]
-    for is_wrong, what, allowed in found:
-        if is_wrong:
-            raise ValueError(
-                f"{what}, which is not allowed in context parallelism: it must be {allowed}"
-            )
 
 
 def own_tokens(num_tokens: int, group: Any) -> slice:
@@ -227,8 +284,8 @@ def total_over(x: Tensor, group: Any) -> Tensor:
 
 
 __all__ = [
+    "ContextPlanner",
     "ContextShard",
-    "check_context_call",
     "own_labels",
     "own_tokens",
     "shard_layout",

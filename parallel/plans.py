@@ -2,7 +2,7 @@
 
 `from_pretrained(..., distributed_config=DistributedConfig(tp_size=N))` applies the first one,
 `ep_size=N` (Transformers 5.17: `enable_expert_parallel=True`) the second, `pp_size=N` the third.
-The styles "kimi_linear_*" are in `tensor_parallel.py`; `upstream.py` says the second plan in the
+The styles "kimi_linear_*" are in `tensor.py`; `upstream/models.py` says the second plan in the
 words of 5.17.
 """
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from kimi_linear.parallel.plans import REGION, SPLIT
-from kimi_linear.upstream import ALL_PARALLEL_STYLES, TensorParallelLayer
+from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES, TensorParallelLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 

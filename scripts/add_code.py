@@ -1,7 +1,7 @@
 """Put this package's code beside weights that are already on disk, without rewriting them.
 
 OUTPUT becomes a folder that loads with `trust_remote_code=True`: links to the snapshot's files, a
-copy of this package's modelling code, and the snapshot's `config.json` with this package's
+flat copy of this package's modelling code, and the snapshot's `config.json` with this package's
 `auto_map`. Modelling code of another implementation is left out; code that the tokenizer names
 stays. The weights are checked by their headers first, every tensor of them. SNAPSHOT itself, for
 instance a folder of the Hugging Face cache, is not changed, and must stay where it is: the links
@@ -9,10 +9,15 @@ lead there. OUTPUT takes its name when all of it is there: after a kill, the sam
 anew. Small files that saving would write in place are copies, so that no later
 `save_pretrained` into OUTPUT reaches the snapshot.
 
+With --preset or --config instead of SNAPSHOT, OUTPUT has a `config.json` and code but no weights,
+for `AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output, trust_remote_code=True),
+trust_remote_code=True)`.
+
 Examples:
     hf download moonshotai/Kimi-Linear-48B-A3B-Instruct --local-dir official
     python scripts/add_code.py official --output kimi-linear-48b
     python scripts/add_code.py ~/models/snapshots/main --output ~/models/ours --copy
+    python scripts/add_code.py --preset 20m --output empty-20m
 """
 
 import argparse
@@ -23,15 +28,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import kimi_linear
-from kimi_linear import KimiLinearConfig
+from kimi_linear import PRESETS, KimiLinearConfig
+from kimi_linear.checkpoints.atomic import atomic_folder
+from kimi_linear.checkpoints.flat_copy import package_code, write_flat_copy
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
-from kimi_linear.training.safe_trainer import atomic_folder
 from push_to_hub import check_weight_values, check_weights, class_names, parse_python
 
 CONFIG = "config.json"
-ENTRY_FILES = ("configuration_kimi_linear.py", "modeling_kimi_linear.py")
 # Written in place, through a link, by save_pretrained and push_to_hub: always copied.
 REWRITTEN = (".json", ".jinja", ".md")
 # Never copied, whatever --copy says. Saving replaces a link to weights by a file.
@@ -43,16 +47,21 @@ ARCHITECTURES = sorted(
 
 def main(
     *,
-    snapshot: str | os.PathLike[str],
     output: str | os.PathLike[str],
+    snapshot: str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    config: str | os.PathLike[str] | None = None,
     copy: bool = False,
     check_values: bool = False,
 ) -> Path:
-    """Make `output` a folder of links to `snapshot` that loads with this package's code.
+    """Make `output` a folder that loads with this package's code.
 
     Args:
-        snapshot: Folder with `config.json` and safetensors weights in the released layout.
         output: Folder to make; it may exist if it is empty.
+        snapshot: Folder with `config.json` and safetensors weights in the released layout, to which
+            `output` gets links. Either this or one of the next two.
+        preset: A key of `PRESETS`, for a folder without weights.
+        config: Folder with a `config.json`, for a folder without weights.
         copy: Copy all files that are no weights instead of linking them.
         check_values: Read all weights and refuse NaN and Inf.
 
@@ -63,14 +72,22 @@ def main(
         ValueError: The snapshot is no Kimi Linear model, is incomplete or does not fit its config,
             or `output` is in use; the message names the file, and the tensor if there is one.
     """
-    source, target = Path(snapshot).expanduser().absolute(), Path(output).expanduser().absolute()
+    if sum(given is not None for given in (snapshot, preset, config)) != 1:
+        raise ValueError("give exactly one of snapshot, --preset and --config")
+    target = Path(output).expanduser().absolute()
+    if snapshot is None:
+        return _without_weights(target, _read_model(preset, config))
+    source = Path(snapshot).expanduser().absolute()
     fields = read_config(source)
     check_snapshot(source, fields)
     if check_values:
         check_weight_values(source)
-    check_output(source, target)
-    code = code_files()
-    kept = [path for path in sorted(source.iterdir()) if _is_kept(path, source, code)]
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise ValueError(
+            f"output={target} is in the snapshot, which must not change: choose another"
+        )
+    check_output(target)
+    kept = [path for path in sorted(source.iterdir()) if _is_kept(path, source)]
     for path in kept:
         if not path.exists():
             raise ValueError(f"{path} is a link to {os.readlink(path)}, which is missing")
@@ -79,35 +96,29 @@ def main(
     with atomic_folder(target) as draft:
         for path in kept:
             _place(path, draft / path.name, copy=copy)
-        for path in code:
-            shutil.copyfile(path, draft / path.name)
+        write_flat_copy(draft)
         (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
-    print(f"{target}: {len(kept)} files of {source}, {len(code)} files of code")
+    print(f"{target}: {len(kept)} files of {source}, {len(package_code())} files of code")
     return target
 
 
-def code_files() -> list[Path]:
-    """This package's files that `trust_remote_code` needs: the two entries and what they import."""
-    root = Path(kimi_linear.__file__).parent
-    entries = [root / name for name in ENTRY_FILES]
-    return entries + sorted(_siblings(*entries) - set(entries))
+def _read_model(preset: str | None, config: str | os.PathLike[str] | None) -> KimiLinearConfig:
+    """The configuration of a model without weights."""
+    if config is None:
+        return KimiLinearConfig.from_preset(str(preset))
+    fields = read_config(Path(config).expanduser().absolute())
+    return KimiLinearConfig.from_dict({k: x for k, x in fields.items() if k != "auto_map"})
 
 
-def _siblings(*files: Path) -> set[Path]:
-    """What files import from beside themselves, directly or not; ValueError if one is missing."""
-    found: set[Path] = set()
-    pending = list(files)
-    while pending:
-        file = pending.pop()
-        for node in ast.walk(parse_python(file)):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                path = file.with_name(f"{node.module}.py")
-                if path not in found:
-                    if not path.is_file():
-                        raise ValueError(f"{file} imports {path}, which is missing")
-                    found.add(path)
-                    pending.append(path)
-    return found
+def _without_weights(target: Path, config: KimiLinearConfig) -> Path:
+    check_output(target)
+    if not config.architectures:
+        config.architectures = [AUTO_MAP["AutoModelForCausalLM"].rpartition(".")[2]]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as draft:
+        config.save_pretrained(draft)
+    print(f"{target}: {CONFIG} and {len(package_code())} files of code, no weights")
+    return target
 
 
 def read_config(snapshot: Path) -> dict[str, Any]:
@@ -147,28 +158,21 @@ def check_snapshot(snapshot: Path, fields: dict[str, Any]) -> None:
     check_weights(snapshot, KimiLinearConfig.from_dict(own), names[0])
 
 
-def check_output(snapshot: Path, output: Path) -> None:
-    """Check that `output` can be written and is not in the snapshot.
+def check_output(output: Path) -> None:
+    """Check that `output` can be written.
 
     Raises:
-        ValueError: It cannot, or is.
+        ValueError: It is a file, or a folder with something in it.
     """
-    inside = output.resolve()
-    if snapshot.resolve() in (inside, *inside.parents):
-        raise ValueError(
-            f"output={output} is in the snapshot, which must not change: choose another"
-        )
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={output} is a file; allowed: a new or an empty folder")
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"output={output} is not empty; allowed: a new or an empty folder")
 
 
-def _is_kept(path: Path, snapshot: Path, code: list[Path]) -> bool:
+def _is_kept(path: Path, snapshot: Path) -> bool:
     """Whether a file or folder of the snapshot belongs into the output."""
-    if path.name == CONFIG or path.name in {file.name for file in code}:
-        return False
-    if path.name in (".git", ".cache", "__pycache__"):
+    if path.name in (CONFIG, ".git", ".cache", "__pycache__") or path.name in package_code():
         return False
     return path.suffix != ".py" or path.name in _tokenizer_code(snapshot)
 
@@ -183,6 +187,23 @@ def _tokenizer_code(snapshot: Path) -> set[str]:
             if not file.is_file():
                 raise ValueError(f"{path}: auto_map names {name!r}, but {file} is missing")
             found |= {file.name, *(path.name for path in _siblings(file))}
+    return found
+
+
+def _siblings(file: Path) -> set[Path]:
+    """What a file imports from beside itself, directly or not; ValueError if one is missing."""
+    found: set[Path] = set()
+    pending = [file]
+    while pending:
+        file = pending.pop()
+        for node in ast.walk(parse_python(file)):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                path = file.with_name(f"{node.module}.py")
+                if path not in found:
+                    if not path.is_file():
+                        raise ValueError(f"{file} imports {path}, which is missing")
+                    found.add(path)
+                    pending.append(path)
     return found
 
 
@@ -202,7 +223,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("snapshot", help="folder with config.json and safetensors weights")
+    parser.add_argument(
+        "snapshot", nargs="?", help="folder with config.json and safetensors weights"
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="instead of SNAPSHOT: without weights")
+    parser.add_argument("--config", help="instead of SNAPSHOT: config.json's folder, no weights")
     parser.add_argument("--output", required=True, help="folder to make: a new or an empty one")
     parser.add_argument(
         "--copy", action="store_true", help="copy all files that are no weights, don't link them"

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from experiments.runs import Lines, RunSettings
 from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
-from kimi_linear.decode import graph as decode_graph
+from kimi_linear.decode.graph import has_recording
 from measuring.device import collect_garbage, measure_rates, synchronise
 from measuring.limits import Limits
 from measuring.models import build
@@ -168,8 +168,7 @@ class Subject:
 
     def _backend(self, rows: int) -> str:
         """How the steps ran: a cache that is not ready for the graph is no error to the model."""
-        decoder = decode_graph._decoders.get(self.model)
-        if decoder is not None and (rows, False) in decoder._steps and not self.graph_error:
+        if has_recording(self.model, rows) and not self.graph_error:
             return "graph"
         return f"layer by layer: {self.graph_error or 'no CUDA'}"
 

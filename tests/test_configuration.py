@@ -8,6 +8,7 @@ import time
 import pytest
 from builders import tiny_config
 from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM, configuration_kimi_linear
+from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from official import CONFIG as OFFICIAL
 
 pytestmark = pytest.mark.core
@@ -30,7 +31,7 @@ def test_official_file_round_trip(tmp_path):
 
 def test_auto_map_of_another_implementation_is_not_carried_over(tmp_path):
     again = saved(KimiLinearConfig(**OFFICIAL), tmp_path)
-    assert again["auto_map"] == {"AutoConfig": "configuration_kimi_linear.KimiLinearConfig"}
+    assert again["auto_map"] == AUTO_MAP
 
 
 def test_defaults_are_the_48b_model(tmp_path):

@@ -3,11 +3,11 @@
 import textwrap
 from pathlib import Path
 
-import kimi_linear.ops.kda as kda
 import pytest
 import torch
 from builders import tiny_model, token_ids
 from decode_models import decode_model
+from kimi_linear.ops.fla import backend as fla_backend
 from native import native_like
 from tolerance import assert_kernel_close
 
@@ -32,7 +32,7 @@ def torch_path(monkeypatch):
 
     def use(function):
         with monkeypatch.context() as patch:
-            patch.setattr(kda, "FLA_DEVICES", ())
+            patch.setattr(fla_backend, "FLA_DEVICES", ())
             return function()
 
     return use

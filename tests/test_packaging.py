@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("setuptools", minversion="77")
 ROOT = Path(__file__).parent.parent
+ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 COPIED = ("*.py", "*.md", "*.txt", "*.toml", "*.cfg", "*.in", "LICENSE")
 BUILD = (
     "import os, sys; from setuptools import build_meta as b; out = sys.argv[1]; "
@@ -26,7 +27,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for pattern in COPIED:
         for file in ROOT.glob(pattern):
             shutil.copy(file, tree)
-    for folder in ("tokenizer", "scripts", "tests"):
+    for folder in (*ROOMS, "scripts", "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "-c", BUILD, str(tree / "out")], cwd=tree, check=True, capture_output=True
@@ -36,7 +37,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sources() -> set[str]:
     """The package's Python files, under their installed names."""
-    modules = [*ROOT.glob("*.py"), *(ROOT / "tokenizer").glob("*.py")]
+    modules = [
+        *ROOT.glob("*.py"),
+        *(path for room in ROOMS for path in (ROOT / room).rglob("*.py")),
+    ]
     return {f"kimi_linear/{path.relative_to(ROOT).as_posix()}" for path in modules}
 
 

@@ -134,7 +134,7 @@ def assistant_tokens_mask(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[in
 
 
 def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts as text only: whatever they spell, no special token comes out.
+    """Encode texts as text only: no special token comes out, whatever they spell.
 
     Args:
         tokenizer: A fast tokenizer. Its `split_special_tokens` would still find the tool call

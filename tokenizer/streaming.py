@@ -1,4 +1,4 @@
-"""Text out of ids that come one at a time, without ever showing half a character.
+"""Text from ids that come one at a time, never showing half a character.
 
 `transformers.TextStreamer` decodes the whole line again for every id and holds back the last word.
 This decoder keeps the bytes of at most one unfinished character, and nothing else.

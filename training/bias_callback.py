@@ -8,7 +8,7 @@ trainer.train()
 from typing import Any
 
 from kimi_linear.training.router import ExpertLoads, check_rate, load_statistics
-from kimi_linear.upstream import put_callback_first
+from kimi_linear.upstream.trainer import put_callback_first
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 

@@ -5,89 +5,29 @@
 `SafeTrainer` is Transformers' Trainer; `SafeTrainingMixin` does the same for any subclass of it
 (`class SafeSFTTrainer(SafeTrainingMixin, SFTTrainer)`). What Trainer itself does, in 5.17 as in
 5.23: it leaves NaN out of the logged loss, but applies the update, and it writes a checkpoint's
-files into the folder that resuming looks for, one after another. The functions here are for loops
-of one's own.
+files into the folder that resuming looks for, one after another. For loops of one's own there are
+`finite.py` and `checkpoints/atomic.py`.
 """
 
-import ctypes
-import errno
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from kimi_linear.upstream import CheckpointHooks, rotate_checkpoints
+from kimi_linear.checkpoints.atomic import UNFINISHED, publish, recover_all, remove, sync_folder
+from kimi_linear.training.finite import not_finite_gradients, not_finite_states, not_finite_weights
+from kimi_linear.upstream.trainer import CheckpointHooks, rotate_checkpoints
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from transformers import Trainer
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 BadStep = Literal["stop", "skip"]
-# Trainer neither resumes from folders of such a name, nor counts them among its checkpoints, nor
-# pushes them.
-UNFINISHED = "_unfinished"
-REPLACED = f"{UNFINISHED}-replaced"
-# Linux' arguments of renameat2.
-AT_FDCWD, RENAME_EXCHANGE = -100, 2
 # Names in a message.
 MAX_NAMES = 8
-
-
-# ---- finding what is not finite ------------------------------------------------------------------
-
-
-def not_finite_gradients(model: nn.Module) -> list[str]:
-    """Names of the parameters whose gradient, as far as it is on this process, has NaN or Inf."""
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return [] if _are_finite(gradients.values()) else _not_finite(gradients)
-
-
-def not_finite_weights(model: nn.Module) -> list[str]:
-    """Names of the parameters and saved buffers that have NaN or Inf, on this process."""
-    weights: dict[str, Tensor] = dict(model.named_parameters())
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                weights[f"{prefix}.{name}" if prefix else name] = buffer
-    return [] if _are_finite(weights.values()) else _not_finite(weights)
-
-
-def not_finite_states(optimizer: Any, model: nn.Module) -> list[str]:
-    """Names of the optimizer's states that have NaN or Inf, as "parameter: state"."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    states = {
-        f"{names.get(id(parameter), '?')}: {key}": value
-        for parameter, state in dict(getattr(optimizer, "state", None) or {}).items()
-        if isinstance(state, dict)
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    return [] if _are_finite(states.values()) else _not_finite(states)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that is here."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-@torch.no_grad()
-def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are, by few kernels and one wait for the device. The largest value says it; a sum
-    of squares could overflow without any NaN or Inf."""
-    local = [_local(tensor) for tensor in tensors]
-    local = [each for each in local if each.numel() and each.is_floating_point()]
-    return not local or bool(torch.isfinite(get_total_norm(local, norm_type=float("inf"))))
-
-
-@torch.no_grad()
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, each in tensors.items() if not bool(_local(each).isfinite().all())]
 
 
 def _list(names: list[str]) -> str:
@@ -101,149 +41,6 @@ def _on_any_process(is_so: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(is_so), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
-
-
-# ---- folders that are there as a whole or not at all ---------------------------------------------
-
-
-@contextmanager
-def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write to, which takes its name when everything in it is on the disk.
-
-    Whatever goes wrong before, `final` is what it was: absent, or the whole older folder. An error
-    removes what was written; after a kill it stays as "_unfinished-...", for the next to clear.
-
-    Args:
-        final: Its folder must exist; older contents are replaced. A link is followed. An empty
-            mount point cannot be replaced: its files come at the end, one after another.
-
-    Yields:
-        An empty folder beside it.
-    """
-    final = Path(os.path.realpath(final))
-    recover(final.parent)
-    draft = final.parent / f"{UNFINISHED}-{final.name}"
-    _remove(draft)
-    draft.mkdir()
-    try:
-        yield draft
-        sync_folder(draft)
-        publish(draft, final)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until all files of a folder are on the disk.
-
-    Raises:
-        OSError: For instance if there is no room for them, which some systems say only now.
-    """
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file() or os.name == "posix":  # only there a folder can be opened
-            descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def publish(draft: Path, final: Path) -> None:
-    """Give a folder its final name, in place of an older one of that name, in one step where the
-    system can; elsewhere `recover` puts the older one back after a kill between two."""
-    older = None
-    if not os.path.lexists(final):
-        draft.rename(final)
-    elif exchange(draft, final):
-        older = draft
-    else:
-        older = _replace(draft, final)
-    if os.name == "posix":
-        descriptor = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    if older is not None:
-        _remove(older)
-
-
-def _replace(draft: Path, final: Path) -> Path:
-    """Put a folder in an older one's place, in two steps; returns what is left to remove."""
-    older = _aside(final)
-    _remove(older)
-    try:
-        final.rename(older)
-    except OSError as error:
-        if error.errno != errno.EBUSY or any(final.iterdir()):
-            raise
-        _fill(draft, final)
-        return draft
-    try:
-        draft.rename(final)
-    except BaseException:
-        older.rename(final)
-        raise
-    return older
-
-
-def _fill(draft: Path, final: Path) -> None:
-    """Copy a folder into an empty mount point, which keeps its name; an error empties it again."""
-    try:
-        shutil.copytree(draft, final, symlinks=True, dirs_exist_ok=True)
-        sync_folder(final)
-    except BaseException:
-        for path in final.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
-        raise
-
-
-def exchange(one: Path, two: Path) -> bool:
-    """Let two files or folders swap their names in one step; False where the system, or the file
-    system, has no call for that, and for mount points.
-
-    Raises:
-        OSError: The call failed.
-    """
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # only Linux has it
-        return False
-    names = os.fsencode(one), os.fsencode(two)
-    if renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY):
-        return False
-    raise OSError(code, os.strerror(code), str(two))
-
-
-def recover(folder: Path) -> None:
-    """Give folders their names back that a kill has kept from being replaced."""
-    for older in folder.glob(f"{REPLACED}-*"):
-        final = folder / older.name.removeprefix(f"{REPLACED}-")
-        if not os.path.lexists(final):
-            older.rename(final)
-
-
-def _aside(final: Path) -> Path:
-    """Where an older folder is while the new one takes its name."""
-    return final.with_name(f"{REPLACED}-{final.name}")
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or the link to one, if it is there."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-# ---- Trainer -------------------------------------------------------------------------------------
 
 
 class SafeTrainingMixin(CheckpointHooks):
@@ -283,7 +80,9 @@ class SafeTrainingMixin(CheckpointHooks):
         if bad_step == "skip" and self.is_deepspeed_enabled:
             raise ValueError("bad_step='skip' is not allowed with DeepSpeed: it must be 'stop'")
         if self.args.should_save:
-            recover(Path(self.args.output_dir))  # before a checkpoint to go on from is looked for
+            recover_all(
+                Path(self.args.output_dir)
+            )  # before a checkpoint to go on from is looked for
         self.bad_step, self.max_skipped = bad_step, max_skipped
         self.skipped_steps: list[int] = []
         self._skipped_in_a_row = 0
@@ -406,9 +205,9 @@ class SafeTrainingMixin(CheckpointHooks):
     def _clear_drafts(self, folder: Path) -> None:
         """What a run that was killed has left, which may be why the disk is full."""
         if self.args.should_save:
-            recover(folder)
+            recover_all(folder)
             for path in folder.glob(f"{UNFINISHED}-*"):
-                _remove(path)
+                remove(path)
         self.accelerator.wait_for_everyone()
 
     def output_folder(self, folder: str) -> str:
@@ -428,8 +227,4 @@ __all__ = [
     "BadStep",
     "SafeTrainer",
     "SafeTrainingMixin",
-    "atomic_folder",
-    "not_finite_gradients",
-    "not_finite_states",
-    "not_finite_weights",
 ]

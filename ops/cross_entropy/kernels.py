@@ -6,15 +6,12 @@ Sums are in float32, in a fixed order. Shapes: C tokens of a chunk, V vocabulary
 # mypy: disable-error-code=no-untyped-def
 # (a kernel's arguments are Triton's)
 
+from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
+
 import torch
 from kimi_linear.ops.launch import launch_directly
+from kimi_linear.ops.runtime import jit, power_of_two, tl
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 
 def reference_loss_and_gradient(
@@ -35,12 +32,11 @@ def reference_loss_and_gradient(
 def loss_and_gradient(
     logits_CV: Tensor, labels_C: Tensor, scale: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The same, one program a token. The loss of a label outside the vocabulary is NaN."""
+    """Triton version, one program a token; the loss of a label outside the vocabulary is NaN."""
     C, V = logits_CV.shape
     losses_C = logits_CV.new_empty(C, dtype=torch.float32)
     grad_CV = logits_CV if logits_CV.dtype == dtype else logits_CV.new_empty(C, V, dtype=dtype)
     if C:
-        block = min(8192, triton.next_power_of_2(V))
         with torch.cuda.device_of(logits_CV):
             _loss_and_gradient[(C,)](
                 logits_CV,
@@ -50,47 +46,45 @@ def loss_and_gradient(
                 grad_CV,
                 V,
                 ignore_index,
-                BLOCK=block,
+                BLOCK=min(8192, power_of_two(V)),
                 num_warps=8,
             )
     return losses_C, grad_CV
 
 
-if triton is not None:
-
-    @launch_directly
-    @triton.jit
-    def _loss_and_gradient(
-        logits, labels, scale, losses, grads, size, ignore_index, BLOCK: tl.constexpr
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * size
-        grads += row * size
-        label = tl.load(labels + row)
-        counts = label != ignore_index
-        length = tl.where(counts, size, 0)  # ignored rows are not read
-        block = tl.arange(0, BLOCK)
-        largest = float("-inf")
-        total = 0.0
-        for start in range(0, length, BLOCK):
-            inside = start + block < length
-            x = tl.load(logits + start + block, mask=inside, other=float("-inf")).to(tl.float32)
-            before = largest
-            largest = tl.maximum(largest, tl.max(x, axis=0))
-            total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), axis=0)
-        log_total = largest + tl.log(total)
-        is_known = (label >= 0) & (label < size)
-        own = tl.load(logits + label, mask=counts & is_known, other=0.0).to(tl.float32)
-        loss = tl.where(is_known, log_total - own, float("nan"))
-        tl.store(losses + row, tl.where(counts, loss, 0.0))
-        tl.debug_barrier()  # the label's logit is read before its gradient takes its place
-        factor = tl.load(scale)
-        for start in range(0, size, BLOCK):
-            column = start + block
-            x = tl.load(logits + column, mask=column < length, other=float("-inf")).to(tl.float32)
-            grad = (tl.exp(x - log_total) - tl.where(column == label, 1.0, 0.0)) * factor
-            grad = tl.where(counts, grad, 0.0)
-            tl.store(grads + column, grad.to(grads.dtype.element_ty), mask=column < size)
+@launch_directly
+@jit
+def _loss_and_gradient(
+    logits, labels, scale, losses, grads, size, ignore_index, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * size
+    grads += row * size
+    label = tl.load(labels + row)
+    counts = label != ignore_index
+    length = tl.where(counts, size, 0)  # ignored rows are not read
+    block = tl.arange(0, BLOCK)
+    largest = float("-inf")
+    total = 0.0
+    for start in range(0, length, BLOCK):
+        inside = start + block < length
+        x = tl.load(logits + start + block, mask=inside, other=float("-inf")).to(tl.float32)
+        before = largest
+        largest = tl.maximum(largest, tl.max(x, axis=0))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), axis=0)
+    log_total = largest + tl.log(total)
+    is_known = (label >= 0) & (label < size)
+    own = tl.load(logits + label, mask=counts & is_known, other=0.0).to(tl.float32)
+    loss = tl.where(is_known, log_total - own, float("nan"))
+    tl.store(losses + row, tl.where(counts, loss, 0.0))
+    tl.debug_barrier()  # the label's logit is read before its gradient takes its place
+    factor = tl.load(scale)
+    for start in range(0, size, BLOCK):
+        column = start + block
+        x = tl.load(logits + column, mask=column < length, other=float("-inf")).to(tl.float32)
+        grad = (tl.exp(x - log_total) - tl.where(column == label, 1.0, 0.0)) * factor
+        grad = tl.where(counts, grad, 0.0)
+        tl.store(grads + column, grad.to(grads.dtype.element_ty), mask=column < size)
 
 
 __all__ = ["loss_and_gradient", "reference_loss_and_gradient"]

@@ -1,192 +1,168 @@
-"""Triton kernels of the feed-forward layers, where no graph is recorded: choice of experts, gated
-SiLU, and the weighted sum of what a token's experts say.
+"""Triton kernels of the routed experts, where no graph is recorded: two products in which every
+expert's rows meet its own matrices, with what stands around them inside.
 
-Each reads its inputs once and writes its output once; the chains of torch operators that they take
-the place of are beside them, as `reference_...`. Sums are in float32, in a fixed order.
+`gate_up` takes the tokens' rows by expert and ends with the gated SiLU; `down` puts its rows back
+in the pairs' order. On an H200 both together, at 16 to 1,024 rows an expert, are faster than
+`torch._grouped_mm` alone, and nothing is gathered, split or scattered through memory.
 
-Shapes: M rows, T tokens, D hidden size, I expert width, E experts, k experts of one token,
-P = T * k pairs of a token and one of its experts.
+A program makes one tile of one expert. How many tiles an expert has is read from `ends` by every
+program, so that the host never waits for it; programs beyond the last tile do nothing.
+
+Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs
+of a token and one of its experts, sorted by expert.
 """
 
 # mypy: disable-error-code=no-untyped-def
 # (a kernel's arguments are Triton's)
 
+from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
+
 import torch
-import torch.nn.functional as F
-from kimi_linear.ops.launch import launch_directly
-from kimi_linear.ops.runtime import has_kernels
+from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
 from torch import Tensor
 
 try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no triton, or an old one
+    TensorDescriptor = None
+
+# rows, columns and summands of a tile; columns count twice in `gate_up`
+GATE_UP_TILE = (128, 128, 64)
+DOWN_TILE = (128, 256, 64)
+LAUNCH = {"num_warps": 8, "num_stages": 4}
 
 
-# ------------------------------------------------------------------------------------ gated SiLU
-def reference_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """[M, I]: silu(gate) * up in float32."""
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [M, I]; rows may be strided."""
-    M, size = gate.shape
-    out = gate.new_empty(M, size)
-    block = 1024
-    grid = (M, triton.cdiv(size, block))
-    if M:
-        with torch.cuda.device_of(gate):
-            _silu_mul[grid](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=block)
+def gate_up(x: Tensor, order: Tensor, ends: Tensor, weight: Tensor, k: int) -> Tensor:
+    """[P, I], by expert: silu(gate) * up of the tokens' rows x [T, D], for weight [E, 2 I, D].
+    Rows with an out-of-range expert are left uninitialised."""
+    P, (E, width, D) = order.numel(), weight.shape
+    rows, columns, summands = GATE_UP_TILE
+    out = x.new_empty(P, width // 2)
+    matrices = TensorDescriptor.from_tensor(weight.view(E * width, D), [columns, summands])
+    grid = ((ceil_div(P, rows) + E) * ceil_div(width // 2, columns),)
+    with torch.cuda.device_of(x):
+        _gate_up[grid](
+            x, order, matrices, out, ends, K=k, D=D, I=width // 2, E=E, **_tile(E, GATE_UP_TILE)
+        )
     return out
 
 
-# ---------------------------------------------------------------------------------- weighted sum
-def reference_weighted_sum(
-    pairs: Tensor, weights: Tensor, experts: Tensor, num_experts: int
-) -> Tensor:
-    """[T, D] from the pairs' rows [P, D], weights [T, k] and experts [T, k].
-
-    Rows of experts that there are not, of number `num_experts` or more, do not count.
-    """
-    counts = (experts < num_experts)[..., None]
-    rows = (pairs.float().unflatten(0, weights.shape) * weights.float()[..., None]).where(counts, 0)
-    return rows.sum(dim=1).to(pairs.dtype)
-
-
-def weighted_sum(pairs: Tensor, weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
-    """The same, one program a token; rows that do not count are not read."""
-    (T, k), D = weights.shape, pairs.shape[1]
-    out = pairs.new_empty(T, D)
-    if T:
-        block = triton.next_power_of_2(D)
-        with torch.cuda.device_of(pairs):
-            _weighted_sum[(T,)](
-                pairs, weights, experts, out, D, num_experts, NUM=k, BLOCK=block, num_warps=8
-            )
+def down(inner: Tensor, order: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+    """[P, D], in the pairs' order, from inner [P, I] by expert and weight [E, D, I].
+    Rows with an out-of-range expert are left uninitialised."""
+    P, (E, D, width) = order.numel(), weight.shape
+    rows, columns, summands = DOWN_TILE
+    out = inner.new_empty(P, D)
+    matrices = TensorDescriptor.from_tensor(weight.view(E * D, width), [columns, summands])
+    grid = ((ceil_div(P, rows) + E) * ceil_div(D, columns),)
+    with torch.cuda.device_of(inner):
+        _down[grid](inner, order, matrices, out, ends, D=D, I=width, E=E, **_tile(E, DOWN_TILE))
     return out
 
 
-# ---------------------------------------------------------------------------- choice of experts
-def reference_choose_experts(
-    logits: Tensor, bias: Tensor, num_chosen: int, renormalize: bool, factor: float
-) -> tuple[Tensor, Tensor]:
-    """Weights [T, k] float32 and experts [T, k] int64 by sigmoid; `bias` [E] moves the choice."""
-    scores = logits.sigmoid()
-    experts = (scores + bias).topk(num_chosen, dim=-1).indices
-    weights = scores.gather(1, experts)
-    if renormalize and num_chosen > 1:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights * factor, experts
+def _tile(num_experts: int, sizes: tuple[int, int, int]) -> dict[str, int]:
+    """What both kernels are compiled for."""
+    rows, columns, summands = sizes
+    experts = max(16, power_of_two(num_experts))
+    return {"ROWS": rows, "COLUMNS": columns, "SUMMANDS": summands, "EXPERTS": experts, **LAUNCH}
 
 
-def choose_experts(
-    logits: Tensor, bias: Tensor, num_chosen: int, renormalize: bool, factor: float
-) -> tuple[Tensor, Tensor]:
-    """The same; of equal scores the lower number is chosen."""
-    T, E = logits.shape
-    weights = logits.new_empty(T, num_chosen)
-    experts = torch.empty(T, num_chosen, dtype=torch.int64, device=logits.device)
-    if T:
-        rows = 8
-        with torch.cuda.device_of(logits):
-            _choose_experts[(triton.cdiv(T, rows),)](
-                logits,
-                bias,
-                weights,
-                experts,
-                T,
-                E,
-                factor,
-                NUM=num_chosen,
-                NUM_BLOCK=triton.next_power_of_2(num_chosen),
-                RENORMALIZE=renormalize and num_chosen > 1,
-                ROWS=rows,
-                BLOCK=triton.next_power_of_2(E),
-            )
-    return weights, experts
+@jit
+def _find(ends, tile, E: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """A tile's expert (E if there is none), its first row, and the end of the expert's rows."""
+    expert = tl.arange(0, EXPERTS)
+    end = tl.load(ends + expert, mask=expert < E, other=0)
+    start = tl.load(ends + expert - 1, mask=(expert > 0) & (expert < E), other=0)
+    tiles = tl.where(expert < E, (end - start + ROWS - 1) // ROWS, 0)
+    upto = tl.cumsum(tiles)
+    found = tl.sum((upto <= tile).to(tl.int32))
+    here = expert == found
+    first = tl.sum(tl.where(here, start + (tile - upto + tiles) * ROWS, 0))
+    return tl.minimum(found, E), first, tl.sum(tl.where(here, end, 0))
 
 
-# --------------------------------------------------------------------------------------- kernels
-if triton is not None:
-
-    @launch_directly
-    @triton.jit
-    def _silu_mul(gate, up, out, gate_stride, up_stride, size, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < size
-        x = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
-        y = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
-        y = x * tl.sigmoid(x) * y
-        tl.store(out + row * size + column, y.to(out.dtype.element_ty), mask=inside)
-
-    @launch_directly
-    @triton.jit
-    def _weighted_sum(
-        pairs, weights, experts, out, size, num_experts, NUM: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        token = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for slot in tl.static_range(NUM):
-            pair = token * NUM + slot
-            weight = tl.load(weights + pair).to(tl.float32)
-            length = tl.where(tl.load(experts + pair) < num_experts, size, 0)
-            values = tl.load(pairs + pair * size + column, mask=column < length, other=0.0)
-            total += weight * values.to(tl.float32)
-        tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=column < size)
-
-    @launch_directly
-    @triton.jit
-    def _choose_experts(
-        logits,
-        bias,
-        weights,
-        experts,
-        num_tokens,
-        num_experts,
-        factor,
-        NUM: tl.constexpr,
-        NUM_BLOCK: tl.constexpr,
-        RENORMALIZE: tl.constexpr,
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        expert = tl.arange(0, BLOCK)
-        slot = tl.arange(0, NUM_BLOCK)
-        real = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
-        score = tl.load(logits + token[:, None] * num_experts + expert[None, :], mask=real, other=0)
-        score = tl.sigmoid(score.to(tl.float32))
-        moved = score + tl.load(bias + expert, mask=expert < num_experts, other=0)[None, :]
-        moved = tl.where(expert[None, :] < num_experts, moved, float("-inf"))
-        chosen = tl.zeros((ROWS, NUM_BLOCK), dtype=tl.int32)
-        weight = tl.zeros((ROWS, NUM_BLOCK), dtype=tl.float32)
-        for i in range(NUM):
-            best = tl.argmax(moved, axis=1)
-            is_best = expert[None, :] == best[:, None]
-            here = slot[None, :] == i
-            chosen = tl.where(here, best[:, None], chosen)
-            own = tl.sum(tl.where(is_best, score, 0.0), axis=1)
-            weight = tl.where(here, own[:, None], weight)
-            moved = tl.where(is_best, float("-inf"), moved)
-        if RENORMALIZE:
-            weight = weight / (tl.sum(weight, axis=1)[:, None] + 1e-20)
-        chosen = tl.minimum(tl.maximum(chosen, 0), num_experts - 1)  # also where logits are NaN
-        place = token[:, None] * NUM + slot[None, :]
-        inside = (token < num_tokens)[:, None] & (slot < NUM)[None, :]
-        tl.store(weights + place, weight * factor, mask=inside)
-        tl.store(experts + place, chosen.to(tl.int64), mask=inside)
+@jit
+def _gate_up(
+    x,
+    order,
+    matrices,
+    out,
+    ends,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMANDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    across = tl.cdiv(I, COLUMNS)
+    expert, first, end = _find(ends, tl.program_id(0) // across, E, EXPERTS, ROWS)
+    if expert >= E:
+        return
+    column = tl.program_id(0) % across * COLUMNS
+    row = first + tl.arange(0, ROWS)
+    token = tl.load(order + row, mask=row < end, other=0) // K
+    summand = tl.arange(0, SUMMANDS)
+    rows = x + token[:, None] * D + summand[None, :]
+    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    matrix = expert * 2 * I + column
+    for done in range(0, D, SUMMANDS):
+        if D % SUMMANDS == 0:
+            value = tl.load(rows + done)
+        else:
+            value = tl.load(rows + done, mask=(summand < D - done)[None, :], other=0.0)
+        gate = tl.dot(value, matrices.load([matrix, done]).T, gate)
+        up = tl.dot(value, matrices.load([matrix + I, done]).T, up)
+    inner = gate * tl.sigmoid(gate) * up
+    place = column + tl.arange(0, COLUMNS)
+    tl.store(
+        out + row.to(tl.int64)[:, None] * I + place[None, :],
+        inner.to(out.dtype.element_ty),
+        mask=(row < end)[:, None] & (place < I)[None, :],
+    )
 
 
-__all__ = [
-    "choose_experts",
-    "has_kernels",
-    "reference_choose_experts",
-    "reference_silu_mul",
-    "reference_weighted_sum",
-    "silu_mul",
-    "weighted_sum",
-]
+@jit
+def _down(
+    inner,
+    order,
+    matrices,
+    out,
+    ends,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMANDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    across = tl.cdiv(D, COLUMNS)
+    expert, first, end = _find(ends, tl.program_id(0) // across, E, EXPERTS, ROWS)
+    if expert >= E:
+        return
+    column = tl.program_id(0) % across * COLUMNS
+    row = first + tl.arange(0, ROWS)
+    summand = tl.arange(0, SUMMANDS)
+    rows = inner + tl.minimum(row, end - 1).to(tl.int64)[:, None] * I + summand[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    matrix = expert * D + column
+    for done in range(0, I, SUMMANDS):
+        if I % SUMMANDS == 0:
+            value = tl.load(rows + done)
+        else:
+            value = tl.load(rows + done, mask=(summand < I - done)[None, :], other=0.0)
+        total = tl.dot(value, matrices.load([matrix, done]).T, total)
+    pair = tl.load(order + row, mask=row < end, other=0)
+    place = column + tl.arange(0, COLUMNS)
+    tl.store(
+        out + pair[:, None] * D + place[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(row < end)[:, None] & (place < D)[None, :],
+    )
+
+
+__all__ = ["TensorDescriptor", "down", "gate_up"]

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.experts.pair_sort import sort_pairs
-from kimi_linear.ops.experts.training_kernels import gated_silu, sum_of_rows, weighted_silu_backward
-from kimi_linear.ops.runtime import is_plain_silu, is_traced, no_autocast
-from kimi_linear.training.quantized_experts import PackedExperts, plain_experts
+from kimi_linear.ops.experts.quantized import QuantizedExperts, plain_experts
+from kimi_linear.ops.experts.row_sums import sum_of_rows
+from kimi_linear.ops.experts.sort import sort_pairs
+from kimi_linear.ops.gated_silu import gated_silu, gated_silu_backward
+from kimi_linear.ops.runtime import is_plain_silu, is_traced, no_autocast, product_dtype
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -48,7 +49,7 @@ def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
     return (
         is_plain_silu(experts.act_fn)
         and matrices[0].shape[0] == experts.config.num_experts  # no expert parallelism
-        and all(type(each) in (nn.Parameter, Tensor, PackedExperts) for each in matrices)
+        and all(type(each) in (nn.Parameter, Tensor, QuantizedExperts) for each in matrices)
         and all(each.device == x.device and each.dtype == matrices[0].dtype for each in matrices)
         and weights.dtype == torch.promote_types(x.dtype, torch.float32)
         and _has_products(x, *matrices)
@@ -59,7 +60,7 @@ def _has_products(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     """On a CPU, of any dtype; on a GPU, what torch's grouped products take."""
     if x.device.type == "cpu":
         return True
-    if not x.is_cuda or grouped_mm() is None or product_dtype(x, gate_up) != torch.bfloat16:
+    if not x.is_cuda or grouped_mm() is None or product_dtype(gate_up) != torch.bfloat16:
         return False
     capability = torch.cuda.get_device_capability(x.device)
     is_able = capability >= (8, 0) if hasattr(F, "grouped_mm") else capability[0] == 9
@@ -67,18 +68,10 @@ def _has_products(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     return is_able and is_aligned and gate_up.shape[2] % 8 == down.shape[2] % 8 == 0
 
 
-def product_dtype(x: Tensor, matrix: Tensor) -> torch.dtype:
-    """That of products of x and the matrix: autocast's, else the matrix's."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind) if matrix.dtype != torch.float64 else matrix.dtype
-    return matrix.dtype
-
-
 def train_experts(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """[T, D], experts and weights [T, k] to [T, D]."""
     gate_up, down = experts.gate_up_proj, experts.down_proj
-    return _Experts.apply(x, weights, gate_up, down, index, product_dtype(x, gate_up))
+    return _Experts.apply(x, weights, gate_up, down, index, product_dtype(gate_up))
 
 
 class _Experts(torch.autograd.Function):
@@ -95,7 +88,9 @@ class _Experts(torch.autograd.Function):
         with no_autocast(x_TD.device):
             order, ends, tokens, places = sort_pairs(index_Tk, gate_up_EID.shape[0])
             gate_up = _products(x_TD.to(dtype)[tokens], plain_experts(gate_up_EID, dtype).mT, ends)
-            pairs = _products(gated_silu(gate_up), plain_experts(down_EDI, dtype).mT, ends)
+            pairs = _products(
+                gated_silu(*gate_up.chunk(2, dim=1)), plain_experts(down_EDI, dtype).mT, ends
+            )
             out = sum_of_rows(pairs, places, weights_Tk)
         ctx.save_for_backward(
             x_TD, weights_Tk, gate_up_EID, down_EDI, gate_up, tokens, order, places, ends
@@ -114,7 +109,7 @@ class _Experts(torch.autograd.Function):
         with no_autocast(grad_TD.device):
             grad = grad_TD.to(dtype)[tokens]
             dinner = _products(grad, plain_experts(down_EDI, dtype), ends)
-            dgate_up, dweights, inner = weighted_silu_backward(gate_up, dinner, weights, order)
+            dgate_up, dweights, inner = gated_silu_backward(gate_up, dinner, weights, order)
             del dinner
             if wants[3]:
                 ddown_EDI = _outer_products(grad, inner, ends).to(down_EDI.dtype)
@@ -154,7 +149,6 @@ def _outer_products(left_PM: Tensor, right_PN: Tensor, ends: Tensor) -> Tensor:
 
 
 __all__ = [
-    "product_dtype",
     "train_experts",
     "trains_lean",
 ]

@@ -1,247 +1,120 @@
-"""Short convolution: depthwise, causal, a few taps wide, with a state that continues sequences.
+"""A KDA layer's projections, and the short convolutions that q, k and v pass.
 
-Technical report (arXiv 2510.26692), section 3: q, k, v pass a convolution of 4 taps and SiLU.
+Technical report (arXiv 2510.26692), section 3: q, k and v pass a causal depthwise convolution of a
+few taps and SiLU. `convolved_projections` is the entry; it chooses among three forms:
 
-    y_t = act(sum_j weight[:, j] * x_{t - (W - 1) + j})
+- training on a GPU: all projections as one product, and one kernel behind it (`training.py`);
+- no graph on a GPU, plain rows: one kernel for the three convolutions (`prefill_kernels.py`);
+- else the modules one by one (`convolution.py`), in FLA or in torch, which is the reference.
 
-The state is the last W - 1 inputs, oldest first, [N, D, W - 1] in x's dtype: on both backends.
-
-Shapes: B batch, T tokens, D channels, W taps, N sequences.
+Shapes: B batch, T tokens, D hidden size, H heads, K head size, W taps, N sequences.
 """
 
-from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from kimi_linear.ops.fla.tuning import use_known_configs
-from kimi_linear.ops.kda import check_cu_seqlens, fla_layout, resolve_backend
-from kimi_linear.ops.runtime import compute_dtype, needs_grad, no_autocast
-from torch import Tensor
-
-ACTIVATIONS = ("silu", None)
+from kimi_linear.ops.joint_products import joint_weights
+from kimi_linear.ops.runtime import has_kernels
+from kimi_linear.ops.short_conv.prefill_kernels import convolve_three
+from kimi_linear.ops.short_conv.training import project_jointly
+from torch import Tensor, nn
 
 
-@functools.cache
-def _fla_convolution() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(causal_conv1d, causal_conv1d_update); they moved between fla 0.5 and 0.6."""
-    try:
-        from fla.modules.causal_conv1d import causal_conv1d, causal_conv1d_update
-    except ImportError:
-        try:
-            from fla.modules.conv.causal_conv1d import causal_conv1d
-            from fla.modules.conv.triton.ops import causal_conv1d_update
-        except ImportError as error:
-            raise ValueError(
-                f"backend is 'fla', but this fla has no causal_conv1d ({error}); "
-                "fla-core 0.5.1 or newer is needed, or backend='torch'"
-            ) from error
-    use_known_configs()
-    return causal_conv1d, causal_conv1d_update
+class ConvolvedProjections(NamedTuple):
+    """What a KDA layer reads from its input.
 
-
-def _check_inputs(
-    x: Tensor,
-    weight: Tensor,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raise ValueError on the first argument that does not fit."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; allowed are {ACTIVATIONS}")
-    if x.dim() != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, T, D]")
-    B, T, D = x.shape
-    if weight.dim() != 2 or weight.shape[0] != D:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; it must be [{D}, W] or [{D}, 1, W]"
-        )
-    num_sequences = B
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T)
-        num_sequences = cu_seqlens.numel() - 1
-    expected = (num_sequences, D, weight.shape[1] - 1)
-    if initial_state is not None and tuple(initial_state.shape) != expected:
-        raise ValueError(
-            f"initial_state has shape {tuple(initial_state.shape)}; it must be {expected}"
-        )
-
-
-def _packed_places(cu_seqlens: Tensor, num_tokens: int, history: int) -> tuple[Tensor, Tensor]:
-    """Where everything goes when each packed sequence gets `history` places in front of it.
-
-    Returns:
-        starts [N], the first place of each sequence's history, and tokens [T], each token's place.
+    Attributes:
+        q, k, v: [B, T, H, K], after convolution and SiLU.
+        others: products of the other projections, [B, T, .].
+        conv_state: [N, 3, H * K, W - 1], the last inputs of the three convolutions, oldest first;
+            None unless it was asked for.
+        is_normalised: whether each head of q and k has an L2 norm of 1 already.
     """
-    ends = cu_seqlens.to(torch.int64)
-    starts = ends[:-1] + history * torch.arange(ends.numel() - 1, device=ends.device)
-    token = torch.arange(num_tokens, device=ends.device)
-    sequence = torch.searchsorted(ends[1:], token, right=True)
-    return starts, token + history * (sequence + 1)
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    others: tuple[Tensor, ...]
+    conv_state: Tensor | None
+    is_normalised: bool
 
 
-def _with_history(
-    x: Tensor, initial_state: Tensor | None, history: int, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Put the state, or zeros, in front of every sequence.
-
-    Returns:
-        the extended inputs [B, T', D]; the places of the tokens' windows in it, [T], or None where
-        they simply are the first T; and the new state [N, D, history], a copy.
-    """
-    B, T, D = x.shape
-    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial_state is None:
-        past = x.new_zeros(N, history, D)
-    else:
-        past = initial_state.to(x.dtype).transpose(1, 2)
-    if cu_seqlens is None:
-        extended = torch.cat((past, x), dim=1)
-        state = extended[:, T:].transpose(1, 2)
-        return extended, None, state.clone(memory_format=torch.contiguous_format)
-    starts, tokens = _packed_places(cu_seqlens, T, history)
-    offsets = torch.arange(history, device=x.device)
-    source = torch.empty(T + N * history, dtype=torch.int64, device=x.device)
-    source[(starts[:, None] + offsets).flatten()] = torch.arange(N * history, device=x.device)
-    source[tokens] = torch.arange(T, device=x.device) + N * history
-    extended = torch.cat((past.reshape(N * history, D), x[0])).index_select(0, source)
-    lengths = cu_seqlens.to(torch.int64).diff()
-    last = (starts + lengths)[:, None] + offsets
-    state = extended.index_select(0, last.flatten()).view(N, history, D).transpose(1, 2)
-    return extended[None], tokens - history, state.contiguous()
-
-
-def _torch_convolution(
+def convolved_projections(
     x: Tensor,
-    weight_DW: Tensor,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Shifts and adds in [B, T, D]: twice as fast as a grouped F.conv1d on a CPU."""
-    dtype = compute_dtype(x)
-    taps = weight_DW.to(dtype).unbind(1)
-    extended, windows, state = _with_history(x, initial_state, len(taps) - 1, cu_seqlens)
-    wide = extended.to(dtype)
-    length = wide.shape[1] - len(taps) + 1
-    y = wide[:, :length] * taps[0]
-    for j, tap in enumerate(taps[1:], start=1):
-        y = torch.addcmul(y, wide[:, j : j + length], tap)
-    if windows is not None:
-        y = y.index_select(1, windows)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype), state
-
-
-def _fla_short_convolution(
-    x: Tensor,
-    weight_DW: Tensor,
-    activation: str | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """FLA's kernels; their caches are W wide, the oldest column is never read."""
-    causal_conv1d, causal_conv1d_update = _fla_convolution()
-    weight_DW = weight_DW.contiguous()
-    x = x.contiguous()
-    state = None if initial_state is None else F.pad(initial_state.to(x.dtype), (1, 0))
-    if (
-        x.shape[1] == 1
-        and state is not None
-        and cu_seqlens is None
-        and not needs_grad(x, weight_DW)
-    ):
-        y, state = causal_conv1d_update(x, state, weight=weight_DW, activation=activation)
-        return y, (state[:, :, 1:].contiguous() if output_final_state else None)
-    y, _ = causal_conv1d(
-        x,
-        weight_DW,
-        initial_state=state,
-        output_final_state=False,
-        activation=activation,
-        backend="triton",
-        cu_seqlens=None if cu_seqlens is None else fla_layout(cu_seqlens).all_ends,
-    )
-    if not output_final_state:
-        return y, None
-    return y, convolution_state(x, initial_state, weight_DW.shape[1] - 1, cu_seqlens)
-
-
-def convolution_state(
-    x: Tensor, initial_state: Tensor | None, history: int, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """The last `history` inputs of each sequence, without touching the others.
-
-    Args:
-        x: inputs [B, T, D].
-        initial_state: those before them, [N, D, history]; None for zeros.
-        history: W - 1.
-        cu_seqlens: ends of packed sequences, with B = 1.
-
-    Returns:
-        [N, D, history], a copy.
-    """
-    B, T, D = x.shape
-    if cu_seqlens is None:
-        if history <= T:
-            return x[:, T - history :].transpose(1, 2).contiguous()
-        return _with_history(x, initial_state, history, None)[2]
-    ends = cu_seqlens.to(torch.int64)
-    lengths, offsets = ends.diff(), torch.arange(history, device=x.device)
-    age = lengths[:, None] - history + offsets  # [N, history]: place in the sequence, < 0 is older
-    state = x[0].index_select(0, (ends[:-1, None] + age).clamp(0, T - 1).flatten())
-    state = state.view(-1, history, D).transpose(1, 2)
-    older = age.lt(0)[:, None]
-    if initial_state is None:
-        return state.masked_fill(older, 0)
-    place = (age + history).clamp(max=history - 1)[:, None].expand_as(state)
-    return torch.where(older, initial_state.to(x.dtype).gather(2, place), state)
-
-
-def short_convolution(
-    x: Tensor,
-    weight: Tensor,
+    projections: Sequence[nn.Module],
+    convolutions: Sequence[Any],
+    others: Sequence[nn.Module],
+    head_dim: int,
     *,
-    activation: str | None = "silu",
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
+    conv_state: Tensor | None = None,
+    output_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
-    """Causal depthwise convolution over each sequence, and the state to continue it with.
+    token_starts: Callable[[], Tensor | None] = lambda: None,
+    last_inputs: Callable[[Tensor, Tensor | None, int], Tensor] | None = None,
+) -> ConvolvedProjections:
+    """Project x; convolve the products that are q, k and v.
 
     Args:
-        x: inputs [B, T, D].
-        weight: taps [D, W] or [D, 1, W], oldest first.
-        activation: "silu" or None.
-        initial_state: last inputs before x, [N, D, W - 1], oldest first, or None for zeros; N is B,
-            or the number of packed sequences. Gradients through it are computed in torch.
-        output_final_state: return the new state too.
-        cu_seqlens: int32 or int64 [N + 1], ends of packed sequences, with B = 1; empty ones are
-            allowed and hand their state through.
-        backend: "auto", "fla" or "torch", see `resolve_backend`.
-
-    Returns:
-        (y, state): y [B, T, D] and state [N, D, W - 1] or None, both in x's dtype; sums are
-        in fp32, or float64 for float64.
-
-    Raises:
-        ValueError: for shapes that do not fit, an unknown activation, or a backend that cannot run.
+        x: [B, T, D], or [1, T, D] with `cu_seqlens`.
+        projections: linear layers of q, k and v.
+        convolutions: modules that hold the taps of q, k and v as `weight` [H * K, 1, W], oldest
+            first, and take what `short_convolution` takes behind the weight.
+        others: linear layers whose products are returned as they are.
+        head_dim: K.
+        conv_state: inputs of the three convolutions before x, [N, 3, H * K, W - 1]; None for zeros.
+        output_state: return that state after the last token too.
+        cu_seqlens: [N + 1] int32, ends of packed sequences.
+        token_starts: returns [T] int32, the first token of each token's sequence, or None for
+            plain rows; asked in training with `cu_seqlens` only.
+        last_inputs: makes a convolution's new state of its inputs [B, T, H * K], its old state
+            and W - 1, where padding lies behind the rows' last tokens.
     """
-    weight_DW = weight.squeeze(1) if weight.dim() == 3 and weight.shape[1] == 1 else weight
-    _check_inputs(x, weight_DW, activation, initial_state, cu_seqlens)
-    continues = initial_state is not None and needs_grad(x, weight, initial_state)
-    if resolve_backend(x, backend) == "fla" and x.shape[1] > 0 and not continues:
-        return _fla_short_convolution(
-            x, weight_DW, activation, initial_state, output_final_state, cu_seqlens
+    heads = (-1, head_dim)
+    if conv_state is None and not output_state:
+        taps = [convolution.weight for convolution in convolutions]
+        weights = joint_weights(x, (*projections, *others), *taps)
+        if weights is not None:
+            q, k, v, *rest = project_jointly(x, weights, taps, token_starts(), head_dim)
+            q, k, v = (each.unflatten(-1, heads) for each in (q, k, v))
+            return ConvolvedProjections(q, k, v, tuple(rest), None, is_normalised=True)
+    inputs = [projection(x) for projection in projections]
+    taps = [convolution.weight for convolution in convolutions]
+    state: Tensor | None
+    if cu_seqlens is None and last_inputs is None and has_kernels(*inputs, *taps):
+        outputs, state = convolve_three(inputs, taps, conv_state)
+    else:
+        outputs, state = _one_by_one(
+            inputs, convolutions, conv_state, output_state, cu_seqlens, last_inputs
         )
-    with no_autocast(x.device):
-        y, state = _torch_convolution(x, weight_DW, activation, initial_state, cu_seqlens)
-    return y, (state if output_final_state else None)
+    q, k, v = (out.unflatten(-1, heads) for out in outputs)
+    rest = [other(x) for other in others]
+    state = state if output_state else None
+    return ConvolvedProjections(q, k, v, tuple(rest), state, is_normalised=False)
 
 
-__all__ = ["convolution_state", "short_convolution"]
+def _one_by_one(
+    inputs: Sequence[Tensor],
+    convolutions: Sequence[Any],
+    states: Tensor | None,
+    output_state: bool,
+    cu_seqlens: Tensor | None,
+    last_inputs: Callable[[Tensor, Tensor | None, int], Tensor] | None,
+) -> tuple[list[Tensor], Tensor | None]:
+    outputs, tails = [], []
+    for i, convolution in enumerate(convolutions):
+        before = None if states is None else states[:, i]
+        out, tail = convolution(
+            inputs[i],
+            initial_state=before,
+            output_final_state=output_state and last_inputs is None,
+            cu_seqlens=cu_seqlens,
+        )
+        if output_state and last_inputs is not None:
+            tail = last_inputs(inputs[i], before, convolution.weight.shape[2] - 1)
+        outputs.append(out)
+        tails.append(tail)
+    return outputs, torch.stack(tails, dim=1) if output_state else None
+
+
+__all__ = ["ConvolvedProjections", "convolved_projections"]

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
-from kimi_linear.ops.kda import kda_attention, resolve_backend
+from kimi_linear.ops.fla.backend import resolve_backend
+from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import no_autocast
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class GatedDeltaNet(KimiLinearDeltaAttention):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         q, k, v = (
-            self._heads(conv(proj(x), None, False, SequenceLayout())[0])
+            self._heads(conv(proj(x))[0])
             for proj, conv in zip(projections, convolutions, strict=True)
         )
         out = gated_delta_rule(
@@ -107,7 +107,7 @@ class Mamba2(nn.Module):
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         inner = self.num_heads * self.head_dim
         gate, mixed, dt = self.in_proj(hidden_states).split([inner, 3 * inner, self.num_heads], -1)
-        mixed = self.conv1d(mixed, None, False, SequenceLayout())[0]
+        mixed = self.conv1d(mixed)[0]
         x, k, q = mixed.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         step = F.softplus(dt.float() + self.dt_bias)
         g = -self.A_log.exp() * step

@@ -98,10 +98,10 @@ def test_latents_are_not_copied_to_append(hybrid):
     read(hybrid, cache, token_ids(1, 5))
     latents = next(layer for layer in cache.layers if isinstance(layer, LatentLayerCache))
     states = cache.layers[0]
-    pointers = latents.tail.data_ptr(), states.recurrent_state.data_ptr()
+    pointers = latents.tail.data_ptr(), states.state.recurrent.data_ptr()
     for _ in range(4):
         read(hybrid, cache, token_ids(1, 1))
-    assert (latents.tail.data_ptr(), states.recurrent_state.data_ptr()) == pointers
+    assert (latents.tail.data_ptr(), states.state.recurrent.data_ptr()) == pointers
 
 
 def test_reserved_room_is_made_once(hybrid):
@@ -232,7 +232,7 @@ def test_all_that_was_promised_can_be_taken_back(hybrid):
     for _ in range(60):
         count = int(torch.randint(1, 20, (1,), generator=generator))
         read(hybrid, cache, token_ids(1, count if count < 15 else 1))
-        kept = cache.layers[0].num_logged
+        kept = cache.layers[0].rollback.num_logged
         assert min(7, cache.get_seq_length()) <= kept <= 14
 
 

@@ -122,7 +122,9 @@ class CacheMachine(RuleBasedStateMachine):
     def crop(self, share):
         """To any length that was kept; beyond it, an error that changes nothing."""
         length = self.ids.shape[1]
-        kept = [layer.num_logged for layer in self.cache.layers if hasattr(layer, "num_logged")]
+        kept = [
+            layer.rollback.num_logged for layer in self.cache.layers if hasattr(layer, "rollback")
+        ]
         most = length if not kept else kept[0] or 0
         if most < length:
             try:
@@ -186,8 +188,8 @@ class CacheMachine(RuleBasedStateMachine):
     def record_from_now_on(self, tokens):
         self.cache.activate_past_recording()
         for layer in self.cache.layers:  # few enough that an anchor moves now and then
-            if hasattr(layer, "rollback_tokens"):
-                layer.rollback_tokens = min(layer.num_logged or 0, tokens)
+            if hasattr(layer, "rollback"):
+                layer.rollback.tokens = min(layer.rollback.num_logged or 0, tokens)
 
     @rule(rows=st.integers(1, MAX_ROWS))
     def reset(self, rows):

@@ -11,11 +11,12 @@ import commands
 import official
 import pytest
 import torch
-from builders import tiny_model, token_ids
+from builders import tiny_config, tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.checkpoints.flat_copy import package_code
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
+from remote_code import LOGITS, code_in, run_stranger
 from safetensors.torch import load_file, save_file
-from test_remote_code import CODE, LOGITS, run_stranger
 
 pytestmark = pytest.mark.transformers
 
@@ -112,7 +113,7 @@ def test_links_code_and_config(original, tmp_path, copy):
     kept = {*TEXTS, "tokenization_kimi.py", "tool_declaration.py"}
     folders = {"figures", "additional_chat_templates"}
     kept.add("model.safetensors.index.json")
-    made = {*folders, *shards, *CODE, "config.json"}
+    made = {*folders, *shards, *package_code(), "config.json"}
     assert {path.name for path in output.iterdir()} == kept | made
     assert len(shards) > 3
     for name in shards:
@@ -357,3 +358,19 @@ def test_a_missing_file_of_the_tokenizers_code_is_named(tmp_path):
     (tmp_path / "tokenization.py").write_text("from .pieces import cut\n")
     with pytest.raises(ValueError, match="tokenization.py imports .*pieces.py, which is missing"):
         add_code._siblings(tmp_path / "tokenization.py")
+
+
+def test_a_folder_without_weights(original, tmp_path):
+    """`from_config` builds a model from it in one line."""
+    sizes = [add_code.main(preset="20m", output=tmp_path / "preset")]
+    sizes += [add_code.main(config=original, output=tmp_path / "config")]
+    for folder in sizes:
+        assert code_in(folder) == package_code()
+        fields = json.loads((folder / "config.json").read_text())
+        assert fields["auto_map"] == AUTO_MAP
+        assert fields["architectures"] == ["KimiLinearForCausalLM"]
+    assert fields["hidden_size"] == tiny_config().hidden_size
+    with pytest.raises(ValueError, match="exactly one of snapshot, --preset and --config"):
+        add_code.main(preset="20m", snapshot=original, output=tmp_path / "both")
+    with pytest.raises(ValueError, match="output=.*preset is not empty"):
+        add_code.main(preset="20m", output=tmp_path / "preset")

@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import HubServer
-from hub_store import User
+from hub import TOKEN, Hub
+from kimi_linear.checkpoints.flat_copy import package_code
 from safetensors import safe_open
 
 pytestmark = pytest.mark.transformers
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
-TOKEN = "hf_me"
 
 PUSH = """
 import runpy
@@ -84,6 +83,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 LOAD = """
+import copy
 import json
 import sys
 from importlib.abc import MetaPathFinder
@@ -115,6 +115,7 @@ def load(name):
     with torch.no_grad():
         logits[name] = model(**inputs).logits.float()
         generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    check_training(copy.deepcopy(model), inputs["input_ids"], logits[name])
     report[name] = {
         "config_module": type(config).__module__,
         "model_module": type(model).__module__,
@@ -124,6 +125,16 @@ def load(name):
         "new_tokens": generated.shape[1] - inputs["input_ids"].shape[1],
     }
     return model
+
+def check_training(model, ids, before):
+    model.train()(ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.eval().save_pretrained(f"{folder}/trained")
+    again = AutoModelForCausalLM.from_pretrained(
+        f"{folder}/trained", dtype="auto", trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+        assert (again(ids).logits - before).abs().max() > 1e-3
 
 for name in names:
     model = load(name)
@@ -143,7 +154,7 @@ NAMES = ["me/model@main", "me/model@other", "me/scripted@main", "me/trained@main
 class Published:
     """What the two processes left behind."""
 
-    server: HubServer
+    server: Hub
     folder: Path
     report: dict[str, Any]
     expected: dict[str, torch.Tensor]
@@ -151,13 +162,10 @@ class Published:
 
     def files(self, name: str) -> dict[str, bytes]:
         """A repository's files as the server stores them."""
-        repo, revision = name.split("@")
-        entries = self.server.store.repos["model", repo].commit_at(revision).files
-        store = self.server.store
-        return {path: store.blob(entry.sha256).read_bytes() for path, entry in entries.items()}
+        return self.server.files(*name.split("@"))
 
 
-def environment(server: HubServer, home: Path, **more: str) -> dict[str, str]:
+def environment(server: Hub, home: Path, **more: str) -> dict[str, str]:
     """An environment whose only Hub is `server`, with an empty cache."""
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))
@@ -188,7 +196,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     folder = tmp_path_factory.mktemp("hub")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     path = os.pathsep.join(filter(None, sys.path))
-    with HubServer(folder / "hub", {TOKEN: User("me")}, part_bytes=60_000) as server:
+    with Hub(part_bytes=60_000) as server:
         pushing = environment(server, folder / "home", PYTHONPATH=path)
         run(["-c", PUSH, str(folder), str(SCRIPT)], pushing, elsewhere)
         card = (folder / "local" / "README.md").read_text()
@@ -237,10 +245,8 @@ def test_repositories_hold_code_weights_and_tokenizer_and_nothing_else(
     published: Published, name: str
 ) -> None:
     files = published.files(name)
-    code = {path for path in files if path.endswith(".py")}
-    assert {"configuration_kimi_linear.py", "modeling_kimi_linear.py", "kda.py"} <= code
-    root = SCRIPT.parents[1]
-    assert all(files[path] == (root / path).read_bytes() for path in code)
+    code = {path: text.decode() for path, text in files.items() if path.endswith(".py")}
+    assert code == package_code()
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= set(files)
     allowed = (".py", ".json", ".jinja", ".md", ".safetensors", ".gitattributes", "tiktoken.model")
     others = {path for path in files if not path.endswith(allowed)}
@@ -253,7 +259,7 @@ def test_shards_are_stored_as_lfs_files_with_the_official_names(
     files = published.files("me/model@main")
     index = json.loads(files["model.safetensors.index.json"])["weight_map"]
     assert len(set(index.values())) > 1
-    entries = published.server.store.repos["model", "me/model"].commit_at("main").files
+    entries = published.server.repos["me/model"].commit_at("main").files
     found = {}
     for shard in set(index.values()):
         assert entries[shard].is_lfs
@@ -267,10 +273,10 @@ def test_shards_are_stored_as_lfs_files_with_the_official_names(
 
 
 def test_the_trainer_pushed_at_every_save_and_privately(published: Published) -> None:
-    repo = published.server.store.repos["model", "me/trained"]
+    repo = published.server.repos["me/trained"]
     assert repo.private
-    assert not published.server.store.repos["model", "me/model"].private
-    titles = [commit.title for commit in repo.history(repo.commit_at("main"))]
+    assert not published.server.repos["me/model"].private
+    titles = [commit.title for commit in repo.branches["main"]]
     assert any("step 1" in title for title in titles), titles
 
 

@@ -15,8 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from builders import tiny_model
-from hub_server import HubServer
-from hub_store import User
+from hub import TOKEN, Hub
 from huggingface_hub import ModelCard
 from kimi_linear import KimiLinearConfig
 from kimi_linear.tokenizer.convert import convert_tiktoken
@@ -66,17 +65,15 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    with HubServer(tmp_path / "hub", {"hf_me": User("me")}) as running:
+    with Hub() as running:
         yield running
 
 
-def stored(server: HubServer, revision: str = "main") -> dict[str, bytes]:
-    """What the server holds."""
-    entries = server.store.repos["model", REPO].commit_at(revision).files
-    return {path: server.store.blob(entry.sha256).read_bytes() for path, entry in entries.items()}
+def stored(server: Hub, revision: str = "main") -> dict[str, bytes]:
+    return server.files(REPO, revision)
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -147,14 +144,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "modeling_kimi_linear.py").unlink(),
         r"modeling_kimi_linear\.py is missing; auto_map",
     ),
-    "no sibling": (lambda f: (f / "kda.py").unlink(), r"kda\.py is missing; .*\.py needs it"),
+    "no sibling": (
+        lambda f: (f / "ops_kda.py").unlink(),
+        r"ops_kda\.py is missing; .*\.py needs it",
+    ),
     "no class": (
         lambda f: (f / "configuration_kimi_linear.py").write_text("x = 1\n"),
         r"defines no class KimiLinearConfig",
     ),
     "bad code": (
-        lambda f: (f / "kda.py").write_text("def broken(:\n"),
-        r"kda\.py is not Python",
+        lambda f: (f / "ops_kda.py").write_text("def broken(:\n"),
+        r"ops_kda\.py is not Python",
     ),
     "no weights": (lambda f: (f / INDEX).unlink(), r"one is needed, and both are missing"),
     "two kinds": (
@@ -415,14 +415,12 @@ def test_a_trainers_results_are_metrics(cards: ModuleType, tmp_path: Path) -> No
     assert found == [("epoch", 1.0, None), ("eval_loss", 2.5, None)]
 
 
-def push(script: ModuleType, server: HubServer, folder: Path, **options: Any) -> str:
-    return script.main(
-        path=folder, repo_id=REPO, endpoint=server.endpoint, token="hf_me", **options
-    )
+def push(script: ModuleType, server: Hub, folder: Path, **options: Any) -> str:
+    return script.main(path=folder, repo_id=REPO, endpoint=server.endpoint, token=TOKEN, **options)
 
 
 def test_what_is_pushed_is_the_model(
-    script: ModuleType, server: HubServer, folder: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, server: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Bug: what training, killed runs and other tools leave in a folder was pushed with it."""
     wanted = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -456,7 +454,7 @@ def test_what_is_pushed_is_the_model(
     url = push(script, server, folder, private=True, license="mit", message="My model")
     printed = capsys.readouterr().out
     assert url == f"{server.endpoint}/{REPO}" == printed.splitlines()[-1]
-    repo = server.store.repos["model", REPO]
+    repo = server.repos[REPO]
     assert repo.private and repo.commit_at("main").title == "My model"
     files = stored(server)
     del files[".gitattributes"]
@@ -467,7 +465,7 @@ def test_what_is_pushed_is_the_model(
     assert set(named) == tops
 
 
-def test_more_is_pushed_on_request(script: ModuleType, server: HubServer, folder: Path) -> None:
+def test_more_is_pushed_on_request(script: ModuleType, server: Hub, folder: Path) -> None:
     (folder / "figures").mkdir()
     (folder / "figures" / "[1].png").write_bytes(b"x")
     (folder / "figures" / "1.svg").write_bytes(b"x")
@@ -561,7 +559,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_failed_push_is_one_line(
     script: ModuleType,
-    server: HubServer,
+    server: Hub,
     folder: Path,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -593,11 +591,11 @@ def test_servers_and_file_names_cannot_command_the_terminal(
 
 def test_a_server_that_is_not_there_is_one_line(script: ModuleType, folder: Path) -> None:
     with pytest.raises(script.PushError, match=f"^{REPO} was not pushed: ConnectError: "):
-        script.main(path=folder, repo_id=REPO, endpoint="http://127.0.0.1:9", token="hf_me")
+        script.main(path=folder, repo_id=REPO, endpoint="http://127.0.0.1:9", token=TOKEN)
 
 
 def test_a_card_is_kept_here_and_there_unless_told_otherwise(
-    script: ModuleType, server: HubServer, folder: Path
+    script: ModuleType, server: Hub, folder: Path
 ) -> None:
     card = folder / "README.md"
     card.write_text("---\nlicense: mit\n---\nmine\n")
@@ -612,7 +610,7 @@ def test_a_card_is_kept_here_and_there_unless_told_otherwise(
 
 
 def test_shards_of_an_earlier_push_do_not_stay(
-    script: ModuleType, server: HubServer, folder: Path
+    script: ModuleType, server: Hub, folder: Path
 ) -> None:
     push(script, server, folder)
     before = {name for name in stored(server) if name.startswith("model")}
@@ -625,9 +623,7 @@ def test_shards_of_an_earlier_push_do_not_stay(
     assert after == {"model.safetensors", "modeling_kimi_linear.py"}
 
 
-def test_a_revision_is_a_branch_of_its_own(
-    script: ModuleType, server: HubServer, folder: Path
-) -> None:
+def test_a_revision_is_a_branch_of_its_own(script: ModuleType, server: Hub, folder: Path) -> None:
     url = push(script, server, folder, revision="step-500")
     assert url == f"{server.endpoint}/{REPO}/tree/step-500"
     assert set(stored(server)) == {".gitattributes"}
@@ -636,7 +632,7 @@ def test_a_revision_is_a_branch_of_its_own(
 
 
 def test_a_dry_run_writes_nothing_and_asks_nobody(
-    script: ModuleType, server: HubServer, folder: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, server: Hub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert push(script, server, folder, dry_run=True) is None
@@ -647,7 +643,7 @@ def test_a_dry_run_writes_nothing_and_asks_nobody(
 
 
 def test_wrong_arguments_are_refused_before_any_request(
-    script: ModuleType, server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="Repo id"):
         script.main(path=folder, repo_id="a/b/c", endpoint=server.endpoint)

@@ -1,51 +1,21 @@
 """Saved folders as strangers use them: `trust_remote_code=True`, nothing of ours installed."""
 
-import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import kimi_linear
 import official
 import pytest
 import torch
-from builders import tiny_model, token_ids
+from builders import tiny_config, tiny_model, token_ids
+from kimi_linear.checkpoints.flat_copy import package_code
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
-from safetensors.torch import load_file, save_file
+from remote_code import LOGITS, code_in, run_stranger
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 
-# Even an installed copy cannot be imported.
-HIDE = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "kimi_linear":
-            raise ModuleNotFoundError(f"{name} is hidden")
-
-sys.meta_path.insert(0, Hidden())
-"""
-
-STRANGER = """
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-*folders, out = sys.argv[1:]
-ids = load_file(f"{out}/ids.safetensors")["ids"]
-torch.set_num_threads(1)
-def load(auto, path, **kwargs):
-    loaded, info = auto.from_pretrained(
-        path, trust_remote_code=True, output_loading_info=True, **kwargs)
-    assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
-    assert not info["mismatched_keys"], info
-    return loaded.eval(), info
-"""
+PACKAGE = Path(kimi_linear.__file__).parent
+CODE = set(package_code())
 
 EVERYTHING = """
 for number, folder in enumerate(folders):
@@ -70,54 +40,27 @@ for number, folder in enumerate(folders):
         }
     model.save_pretrained(f"{out}/again-{number}")
     save_file(results, f"{out}/results-{number}.safetensors")
-"""
 
-LOGITS = """
-for number, folder in enumerate(folders):
-    model, info = load(AutoModelForCausalLM, folder)
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    model.train()(ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.eval().save_pretrained(f"{out}/trained-{number}")
+    trained, info = load(AutoModelForCausalLM, f"{out}/trained-{number}")
     with torch.no_grad():
-        save_file({"logits": model(ids).logits}, f"{out}/results-{number}.safetensors")
+        torch.testing.assert_close(trained(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+        assert (trained(ids).logits - results["logits"]).abs().max() > 1e-3
 """
 
+FROM_CONFIG = """
+config = AutoConfig.from_pretrained(folders[0], trust_remote_code=True)
+model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+save_file({"logits": model(ids).logits}, f"{out}/results-0.safetensors")
+"""
 
-def run_stranger(script: str, folders: list[Path], out: Path) -> list[dict[str, torch.Tensor]]:
-    """Run `script` where the package cannot be imported; the tensors that it saves by folder.
-
-    `-I` leaves out the working directory and PYTHONPATH, `HIDE` an installed copy.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({"ids": token_ids(2, 13)}, out / "ids.safetensors")
-    environment = {key: os.environ[key] for key in ("PATH", "TMPDIR", "HOME") if key in os.environ}
-    environment |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", HIDE + STRANGER + script, *map(str, folders), str(out)],
-        cwd=out,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return [load_file(out / f"results-{number}.safetensors") for number in range(len(folders))]
-
-
-def siblings(file: Path) -> set[str]:
-    """Names of all files that `file` imports relatively, directly or not."""
-    found: set[str] = set()
-    pending = [file]
-    while pending:
-        for node in ast.walk(ast.parse(pending.pop().read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                name = f"{node.module}.py"
-                if name not in found:
-                    found.add(name)
-                    pending.append(file.parent / name)
-    return found
-
-
-PACKAGE = Path(kimi_linear.__file__).parent
-CODE = siblings(PACKAGE / "modeling_kimi_linear.py") | {"modeling_kimi_linear.py"}
+SAVE = """
+model.save_pretrained(f"{out}/again")
+model.config.save_pretrained(f"{out}/config")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +88,9 @@ def test_saved_folders_work_for_strangers(model, expected, tmp_path):
             torch.testing.assert_close(results[key], value, rtol=1e-5, atol=1e-5)
     # what the stranger saved is as good as what we saved
     again = [tmp_path / "first" / f"again-{number}" for number in range(2)]
-    for ours, theirs in zip(folders, again, strict=True):
-        assert {path.name for path in theirs.glob("*.py")} == CODE
+    trained = [tmp_path / "first" / f"trained-{number}" for number in range(2)]
+    for ours, theirs in zip(folders * 2, [*again, *trained], strict=True):
+        assert code_in(theirs) == package_code()
         assert read_config(theirs) == read_config(ours)
     for results in run_stranger(LOGITS, again, tmp_path / "second"):
         torch.testing.assert_close(results["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
@@ -156,12 +100,54 @@ def read_config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_every_sibling_is_saved(model, tmp_path):
+def test_a_saved_folder_has_a_flat_copy_of_the_code(model, tmp_path):
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.glob("*.py")} == CODE
-    assert {"configuration_kimi_linear.py", "weight_conversion.py", "kda.py"} <= CODE
+    assert code_in(tmp_path) == package_code()
+    assert {"configuration_kimi_linear.py", "checkpoints_names.py", "ops_kda.py"} <= set(CODE)
+
+
+def test_a_configuration_alone_brings_all_code(tmp_path):
+    """`from_config` builds a model from such a folder, without weights."""
+    tiny_config().save_pretrained(tmp_path / "empty")
+    assert code_in(tmp_path / "empty") == package_code()
+    assert read_config(tmp_path / "empty")["auto_map"] == AUTO_MAP
+    assert run_stranger(FROM_CONFIG, [tmp_path / "empty"], tmp_path / "out")
+
+
+def test_code_of_an_earlier_version_stays_beside(model, expected, tmp_path):
+    """Nothing imports it; whether a file that is none of ours may go, nobody knows."""
+    (tmp_path / "kda.py").write_text("raise ImportError\n")
+    model.save_pretrained(tmp_path)
+    assert code_in(tmp_path) == {**package_code(), "kda.py": "raise ImportError\n"}
+    (results,) = run_stranger(LOGITS, [tmp_path], tmp_path / "out")
+    torch.testing.assert_close(results["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def repository(model, tmp_path) -> Path:
+    """The package's own folder with a model in it: the entry files import the installed package."""
+    folder = tmp_path / "repository"
+    model.save_pretrained(folder)
     for name in CODE:
-        assert (tmp_path / name).read_bytes() == (PACKAGE / name).read_bytes()
+        (folder / name).unlink()
+    for name in ("configuration_kimi_linear.py", "modeling_kimi_linear.py"):
+        (folder / name).symlink_to(PACKAGE / name)
+    return folder
+
+
+def test_the_repository_is_a_model_folder_where_the_package_is_installed(
+    repository, expected, tmp_path
+):
+    (results,) = run_stranger(LOGITS + SAVE, [repository], tmp_path / "out", installed=True)
+    torch.testing.assert_close(results["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+    for name in ("again", "config"):
+        assert code_in(tmp_path / "out" / name) == package_code()
+        assert read_config(tmp_path / "out" / name)["auto_map"] == AUTO_MAP
+
+
+def test_elsewhere_the_repository_names_the_package(repository, tmp_path):
+    with pytest.raises(AssertionError, match="were not found in your environment: kimi_linear"):
+        run_stranger(LOGITS, [repository], tmp_path / "out")
 
 
 def test_config_has_every_official_key_and_all_classes(model, tmp_path):
@@ -187,14 +173,3 @@ def test_auto_map_is_complete_after_saving_another_head(model, tmp_path):
     config = read_config(tmp_path)
     assert config["auto_map"] == AUTO_MAP
     assert config["architectures"] == [AUTO_MAP["AutoModel"].rpartition(".")[2]]
-
-
-def test_modules_import_only_as_remote_code_can():
-    """Sub-packages and `from . import name` do not survive the Hub."""
-    for name in CODE:
-        for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1 and node.module and "." not in node.module, (
-                    name,
-                    node.module,
-                )

@@ -1,14 +1,17 @@
 """Decoding by the recorded step beside decoding layer by layer: logits, caches, `generate()`."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 from builders import TWO_LAYERS, token_ids
 from decode_models import DEVICES, INTERPRETED, decode_model, small_grids  # noqa: F401
 from kimi_linear import KimiLinearCache
-from kimi_linear.decode import graph as decode_graph
-from kimi_linear.decode import projection as decode_projection
+from kimi_linear.decode import graph as graph_module
+from kimi_linear.decode import many_rows, obstacles, recording
+from kimi_linear.ops.runtime import TritonError
 from tolerance import assert_close, assert_kernel_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
@@ -54,7 +57,8 @@ def test_steps_equal_the_layers(num_rows, device):
     assert graph.get_seq_length() == eager.get_seq_length() == 10
     for own, other in zip(graph.layers, eager.layers, strict=True):
         assert own.num_tokens == other.num_tokens
-        assert getattr(own, "num_logged", None) == getattr(other, "num_logged", None)
+        if own.kind == "linear_attention":
+            assert own.rollback.num_logged == other.rollback.num_logged
 
 
 @each_device
@@ -73,7 +77,7 @@ def test_models_of_one_kind_of_attention(num_rows, full_layers, device):
 @torch.no_grad()
 def test_many_rows_equal_the_layers(device, monkeypatch):
     """As beyond `SOME_ROWS`: each weight by a product of its own."""
-    monkeypatch.setattr(decode_projection, "SOME_ROWS", 4)
+    monkeypatch.setattr(many_rows, "SOME_ROWS", 4)
     model = decode_model(device)
     cache, ids = KimiLinearCache(model.config), token_ids(6, 7)
     call(model, "eager", ids, cache)
@@ -136,8 +140,8 @@ def test_prefix_shared_by_forks_and_rows(device):
 @torch.no_grad()
 def test_long_texts_grow_beyond_a_block(device, monkeypatch):
     """Buffers that move while a recording is in use, and segments that are joined."""
-    monkeypatch.setattr("kimi_linear.cache.hybrid.BLOCK_TOKENS", 4)
-    monkeypatch.setattr("kimi_linear.cache.hybrid.SEGMENT_TOKENS", 8)
+    monkeypatch.setattr("kimi_linear.cache.latents.BLOCK_TOKENS", 4)
+    monkeypatch.setattr("kimi_linear.cache.latents.SEGMENT_TOKENS", 8)
     model = decode_model(device)
     cache, ids = KimiLinearCache(model.config, rollback_tokens=0), token_ids(1, 11)
     for part in ids.split(3, dim=1):
@@ -156,7 +160,7 @@ def test_crop_takes_back_what_a_step_has_written(device):
         each.crop(-2)
     both(model, graph, ids, steps=2)
     both(model, eager, ids, steps=2)
-    check(graph.layers[0].recurrent_state, eager.layers[0].recurrent_state)
+    check(graph.layers[0].state.recurrent, eager.layers[0].state.recurrent)
 
 
 @each_device
@@ -164,8 +168,8 @@ def test_crop_takes_back_what_a_step_has_written(device):
 @torch.no_grad()
 def test_anchors_move_under_steps(num_read, device, monkeypatch):
     """Steps far beyond what the log holds, and back: no step runs layer by layer."""
-    model, steps, run = decode_model(device), [], decode_graph._Recording.run
-    monkeypatch.setattr(decode_graph._Recording, "run", lambda *args: steps.append(0) or run(*args))
+    model, steps, run = decode_model(device), [], recording.Recording.run
+    monkeypatch.setattr(recording.Recording, "run", lambda *args: steps.append(0) or run(*args))
     caches, ids = [KimiLinearCache(model.config, rollback_tokens=2) for _ in "ab"], token_ids(1, 20)
     for cache in caches:
         call(model, "eager", ids[:, :num_read], cache)
@@ -174,10 +178,10 @@ def test_anchors_move_under_steps(num_read, device, monkeypatch):
     _decode(model, "eager", ids[:, num_read : num_read + 2], eager)
     for i in range(num_read + 2, num_read + 9):
         expected = call(model, "eager", ids[:, i : i + 1], eager)
-        fork = graph.fork() if graph.layers[0].num_logged >= 2 else None
+        fork = graph.fork() if graph.layers[0].rollback.num_logged >= 2 else None
         steps.clear()
         check(call(model, "graph", ids[:, i : i + 1], graph), expected, f"token {i}")
-        assert len(steps) == 1 and min(i, 2) <= graph.layers[0].num_logged <= 4
+        assert len(steps) == 1 and min(i, 2) <= graph.layers[0].rollback.num_logged <= 4
         if fork is not None:  # both tokens back, and the same two again
             fork.crop(-2)
             call(model, "eager", ids[:, i - 2 : i], fork)
@@ -192,14 +196,14 @@ def test_anchor_to_come_is_dropped_with_its_tokens(device):
     call(model, "eager", ids[:, :1], cache)
     _decode(model, "graph", ids[:, 1:6], cache)
     kda = cache.layers[0]
-    assert kda.num_next == 3 and cache.fork().layers[0].num_next == 3
+    assert kda.rollback.num_next == 3 and cache.fork().layers[0].rollback.num_next == 3
     rows = cache.copy()
     rows.batch_repeat_interleave(2)
-    assert rows.layers[0].next_recurrent_state.shape[0] == 2
+    assert rows.layers[0].rollback.next.recurrent.shape[0] == 2
     cache.crop(-2)  # four tokens stay
-    assert kda.num_next == 3
+    assert kda.rollback.num_next == 3
     cache.crop(-2)
-    assert kda.num_next is None and kda.next_recurrent_state is None
+    assert kda.rollback.num_next is None and kda.rollback.next.recurrent is None
     plain = KimiLinearCache(model.config)
     expected = call(model, "eager", ids[:, :3], plain)
     check(call(model, "eager", ids[:, 2:3], cache)[:, -1], expected[:, -1])
@@ -269,24 +273,109 @@ def test_generate_takes_padded_prompts(device):
     assert torch.equal(*results)
 
 
+def scale_in_place(model, weight):
+    weight.data.mul_(-2)
+
+
+def load(model, weight):
+    model.load_weights([("model.layers.1.self_attn.o_proj.weight", weight.cpu() * -2)])
+
+
+def replace_data(model, weight):
+    weight.data = weight.data * -2
+
+
+def replace_parameter(model, weight):
+    model.model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(weight * -2)
+
+
+def replace_module(model, weight):
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False, device=weight.device)
+    linear.weight.data = weight * -2
+    model.set_submodule("model.layers.1.self_attn.o_proj", linear)
+
+
+def move(model, weight):
+    dtype = weight.dtype
+    model.to(torch.float64).to(dtype)
+    weight.data.mul_(-2)
+
+
+def change_constant(model, weight):
+    model.config.routed_scaling_factor *= 0.5
+
+
+@each_device
+@pytest.mark.parametrize(
+    "change",
+    [scale_in_place, load, replace_data, replace_parameter, replace_module, move, change_constant],
+)
+@torch.no_grad()
+def test_changes_in_the_middle_of_a_text_are_seen(change, device):
+    model = decode_model(device)
+    cache, ids = KimiLinearCache(model.config), token_ids(1, 5)
+    call(model, "eager", ids, cache)
+    _, cache = both(model, cache, ids, steps=1)
+    change(model, model.model.layers[1].self_attn.o_proj.weight)
+    token, plain = token_ids(1, 1, seed=3), cache.copy()
+    check(call(model, "graph", token, cache), call(model, "eager", token, plain))
+
+
 @each_device
 @torch.no_grad()
-def test_new_weights_are_seen(device):
-    """In place at once; elsewhere when the next text begins."""
+def test_caches_that_take_turns_see_new_weights(device, monkeypatch):
+    """Each keeps its table of addresses, and the model is walked through once per text."""
+    model, walks = decode_model(device), []
+    look = graph_module.model_obstacle
+    monkeypatch.setattr(
+        graph_module, "model_obstacle", lambda model: walks.append(0) or look(model)
+    )
+    caches = [KimiLinearCache(model.config) for _ in range(2)]
+    for i, cache in enumerate(caches):
+        call(model, "eager", token_ids(1, 5 + i), cache)
+    plain = [cache.copy() for cache in caches]
+    for i in range(6):
+        if i == 4:
+            assert len(walks) == 2
+            replace_data(model, model.model.layers[1].self_attn.o_proj.weight)
+        token = token_ids(1, 1, seed=20 + i)
+        a = call(model, "graph", token, caches[i % 2])
+        check(a, call(model, "eager", token, plain[i % 2]))
+    assert len(walks) == 3
+
+
+@each_device
+@torch.no_grad()
+def test_obstacles_in_the_middle_of_a_text_are_seen(device):
+    """An adapter in a linear's place, an early exit; and they go again."""
     model = decode_model(device)
-    ids, name = token_ids(1, 5), "model.layers.1.self_attn.o_proj.weight"
-    for change in (
-        lambda weight: weight.data.mul_(-2),
-        lambda weight: model.load_weights([(name, weight.cpu() * -2)]),
-        lambda weight: setattr(weight, "data", weight.data * -2),
-    ):
-        cache = KimiLinearCache(model.config)
-        call(model, "eager", ids, cache)
-        both(model, cache, ids, steps=1)
-        change(model.get_parameter(name))
-        cache = KimiLinearCache(model.config)
-        call(model, "eager", ids, cache)
-        both(model, cache, ids, steps=1)
+    cache = KimiLinearCache(model.config)
+    call(model, "eager", token_ids(1, 5), cache)
+    _, cache = both(model, cache, token_ids(1, 5), steps=1)
+    attention, token = model.model.layers[1].self_attn, token_ids(1, 1)
+    linear = attention.o_proj
+    attention.o_proj = torch.nn.Sequential(linear)
+    with pytest.raises(ValueError, match="o_proj is a Sequential"):
+        call(model, "graph", token, cache)
+    attention.o_proj = linear
+    handle = linear.register_forward_pre_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="a module has hooks"):
+        call(model, "graph", token, cache)
+    handle.remove()
+    both(model, cache, token, steps=1)
+
+
+@each_device
+@torch.no_grad()
+def test_models_that_have_decoded_are_freed(device):
+    model = decode_model(device)
+    cache = KimiLinearCache(model.config)
+    call(model, "eager", token_ids(1, 5), cache)
+    call(model, "graph", token_ids(1, 1), cache)
+    found = weakref.ref(model)
+    del model
+    gc.collect()
+    assert found() is None
 
 
 @each_device
@@ -311,10 +400,10 @@ def test_kernels_that_cannot_be_built_leave_the_layers(device, monkeypatch):
     call(model, "eager", token_ids(1, 5), cache)
 
     def fail(self, *args):
-        raise decode_graph.TritonError("out of resources")
+        raise TritonError("out of resources")
 
-    monkeypatch.setattr(decode_graph.DecodeStep, "__init__", fail)
-    with pytest.raises(decode_graph.TritonError):
+    monkeypatch.setattr(recording.FewRowsStep, "__init__", fail)
+    with pytest.raises(TritonError):
         call(model, "graph", token_ids(1, 1), cache.copy())
     a = call(model, "auto", token_ids(1, 1), cache.copy())
     assert torch.equal(a, call(model, "eager", token_ids(1, 1), cache.copy()))
@@ -368,7 +457,7 @@ def test_gradients_run_layer_by_layer(device):
     ],
 )
 def test_sizes_that_the_kernels_do_not_take(fields, message):
-    reason = decode_graph._size_obstacle(decode_model("cpu", **fields).config)
+    reason = obstacles.size_obstacle(decode_model("cpu", **fields).config)
     assert reason.startswith(message)
 
 
@@ -380,33 +469,31 @@ def test_chips_that_the_kernels_are_not_made_for(monkeypatch):
         ((9, 0), ""),
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert message in decode_graph._chip_obstacle(device)
-        assert bool(message) == bool(decode_graph._chip_obstacle(device))
+        assert message in obstacles.chip_obstacle(device)
+        assert bool(message) == bool(obstacles.chip_obstacle(device))
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert decode_graph._chip_obstacle(device) == "this torch is not made for CUDA"
+    assert obstacles.chip_obstacle(device) == "this torch is not made for CUDA"
 
 
 def test_weights_that_the_kernels_do_not_take(monkeypatch):
-    monkeypatch.setattr(decode_graph, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(obstacles, "DTYPES", (torch.float32,))
     model = decode_model("cpu")
-    assert decode_graph._weight_obstacle(model) == ""
+    assert obstacles.weight_obstacle(model) == ""
     linear = model.model.layers[1].self_attn.o_proj
     weight = linear.weight
     linear.weight = torch.nn.Parameter(weight.t().contiguous().t())
-    assert "layers.1.self_attn.o_proj.weight is not contiguous" in decode_graph._weight_obstacle(
-        model
-    )
+    assert "layers.1.self_attn.o_proj.weight is not contiguous" in obstacles.weight_obstacle(model)
     linear.weight = torch.nn.Parameter(weight.double())
-    assert "is torch.float64, others are torch.float32" in decode_graph._weight_obstacle(model)
+    assert "is torch.float64, others are torch.float32" in obstacles.weight_obstacle(model)
     linear.weight = weight
     linear.register_parameter("bias", torch.nn.Parameter(torch.zeros(weight.shape[0])))
-    assert "o_proj has a bias" in decode_graph._weight_obstacle(model)
+    assert "o_proj has a bias" in obstacles.weight_obstacle(model)
     linear.bias = None
     model.model.layers[1].self_attn.o_proj = torch.nn.Sequential(linear)
-    assert "o_proj is a Sequential" in decode_graph._weight_obstacle(model)
+    assert "o_proj is a Sequential" in obstacles.weight_obstacle(model)
     model = decode_model("cpu")
     model.model.layers[1].block_sparse_moe.experts.act_fn = torch.nn.GELU()
-    assert "experts.act_fn is a GELU" in decode_graph._weight_obstacle(model)
+    assert "experts.act_fn is a GELU" in obstacles.weight_obstacle(model)
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ import torch
 from builders import token_ids
 from decode_models import DEVICES, decode_model, small_grids  # noqa: F401
 from kimi_linear import KimiLinearCache
-from kimi_linear.decode.step import TABLE_COLUMNS, DecodeStep
-from kimi_linear.inputs.layout import SequenceLayout
-from kimi_linear.inputs.plan import plan_kda
+from kimi_linear.decode.addresses import prepare
+from kimi_linear.decode.recording import decode_step
+from kimi_linear.layers.plan import Planner
 from tolerance import assert_close, assert_kernel_close
 
 pytestmark = [
@@ -32,18 +32,17 @@ def prepared(model, num_rows, *, num_tokens=9, rollback_tokens=0):
     cache = KimiLinearCache(model.config, rollback_tokens=rollback_tokens)
     ids = token_ids(num_rows, num_tokens).to(model.device)
     model(ids, cache=cache)
-    step = DecodeStep(model, num_rows, has_padding=False)
-    rows = [layer.step_table(num_rows, model.dtype) for layer in cache.layers]
-    rows = [row + [0] * (TABLE_COLUMNS - len(row)) for row in rows]
-    step.table.copy_(torch.tensor(rows))
-    logged = getattr(cache.layers[0], "num_logged", 0) or 0
+    step = decode_step(model, num_rows, has_padding=False)
+    step.table.copy_(torch.tensor(prepare(cache, num_rows, model.dtype).rows))
+    logged = cache.layers[0].rollback.num_logged or 0
     step.counters.copy_(torch.tensor([num_tokens, logged]))
     step.hidden.copy_(torch.randn(step.hidden.shape))
     return step, cache
 
 
-def finish(step, added):
-    """The residual stream after a branch, whoever adds to it."""
+def finish(step):
+    """The residual stream after a branch, with what many rows have yet to add."""
+    added = getattr(step, "to_add", None)
     return step.hidden if added is None else step.hidden + added.float().sum(dim=1)
 
 
@@ -57,21 +56,16 @@ def test_attention_equals_the_layers(num_rows, index, device):
     hidden = step.hidden.clone().to(model.dtype)[:, None]
     step.hidden.copy_(hidden[:, 0])
     branch = step._kda if index == 0 else step._latent
-    out = finish(step, branch(index, layer, None)) - hidden[:, 0]
+    branch(index)
+    out = finish(step) - hidden[:, 0]
 
-    arguments = {} if index else {"kda_plan": plan_kda(hidden, None, other, SequenceLayout())}
-    expected = layer.self_attn(
-        layer.input_layernorm(hidden),
-        layout=SequenceLayout(),
-        cache=other,
-        by_blocks=True,
-        **arguments,
-    )[0][:, 0]
+    plan = Planner().plan(model.model, hidden, attention_mask=None, cache=other, use_cache=None)
+    expected = layer.self_attn(layer.input_layernorm(hidden), plan)[0][:, 0]
     check(out, expected)
     own, theirs = cache.layers[index], other.layers[index]
     if index == 0:
-        check(own.recurrent_state, theirs.recurrent_state, "state")
-        check(own.conv_state, theirs.conv_state, "convolution's state")
+        check(own.state.recurrent, theirs.state.recurrent, "state")
+        check(own.state.conv, theirs.state.conv, "convolution's state")
     else:
         own.count_step()
         check(own.segments()[-1], theirs.segments()[-1], "latents")
@@ -97,7 +91,8 @@ def test_experts_equal_the_layers(num_rows, fields, device):
     layer = model.model.layers[1]
     hidden = step.hidden.clone().to(model.dtype)
     step.hidden.copy_(hidden)
-    out = finish(step, step._experts(1, layer, None)) - hidden
+    step._experts(1)
+    out = finish(step) - hidden
     check(out, layer.block_sparse_moe(layer.post_attention_layernorm(hidden)))
 
 
@@ -109,7 +104,8 @@ def test_dense_mlp_equals_the_layers(num_rows, device):
     layer = model.model.layers[0]
     hidden = step.hidden.clone().to(model.dtype)
     step.hidden.copy_(hidden)
-    out = finish(step, step._dense(0, layer, None)) - hidden
+    step._dense(0)
+    out = finish(step) - hidden
     check(out, layer.mlp(layer.post_attention_layernorm(hidden)))
 
 
@@ -123,7 +119,8 @@ def test_all_rows_on_one_expert(num_rows, device):
     step, _ = prepared(model, num_rows)
     hidden = step.hidden.clone().to(model.dtype)
     step.hidden.copy_(hidden)
-    out = finish(step, step._experts(1, layer, None)) - hidden
+    step._experts(1)
+    out = finish(step) - hidden
     assert set(step.experts.flatten().tolist()) == {1, 4}
     check(out, layer.block_sparse_moe(layer.post_attention_layernorm(hidden)))
 
@@ -150,6 +147,6 @@ def test_nan_does_not_reach_beyond_the_experts(device):
     model = decode_model(device)
     step, _ = prepared(model, 2)
     step.hidden[1] = float("nan")
-    step._experts(1, model.model.layers[1], None)
+    step._experts(1)
     assert int(step.experts.min()) >= 0 and int(step.experts.max()) < model.config.num_experts
     assert step.hidden[0].isfinite().all() and step.hidden[1].isnan().all()

@@ -17,11 +17,13 @@ from kimi_linear import (
     KimiLinearCache,
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
-    upstream,
 )
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.outputs_kimi_linear import CACHE_NAMES
-from kimi_linear.upstream import LoopWatch
+from kimi_linear.upstream import generation
+from kimi_linear.upstream.caches import CACHE_NAME
+from kimi_linear.upstream.generation import LoopWatch
+from kimi_linear.upstream.late_stop import late_sample
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
@@ -241,7 +243,7 @@ def test_another_model_driven_from_inside_is_not_watched(model):
 @pytest.fixture
 def renamed_loop(monkeypatch):
     """`generate()` of a later Transformers that has renamed the cache, in all of its loop."""
-    name, other = upstream.CACHE_NAME, "kv_store"
+    name, other = CACHE_NAME, "kv_store"
     source = inspect.getsource(generation_utils)
     source = re.sub(rf"(?<![.\w]){name}(?=\W)(?! import)|(?<=outputs\.){name}\b", other, source)
     spec = importlib.util.spec_from_loader("transformers.generation.renamed", loader=None)
@@ -252,10 +254,10 @@ def renamed_loop(monkeypatch):
     for key, value in vars(module.GenerationMixin).items():
         if key in vars(GenerationMixin) and inspect.isfunction(value):
             monkeypatch.setattr(GenerationMixin, key, value)
-    monkeypatch.setattr(upstream, "CACHE_NAME", "cache")
-    upstream.late_sample.cache_clear()
+    monkeypatch.setattr(generation, "CACHE_NAME", "cache")
+    late_sample.cache_clear()
     yield other
-    upstream.late_sample.cache_clear()
+    late_sample.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_a_loop_that_drops_the_cache_is_an_error(model, monkeypatch):
 
     def forgetful(self, *args, **kwargs):
         kept = update(self, *args, **kwargs)
-        kept.pop(upstream.CACHE_NAME)
+        kept.pop(CACHE_NAME)
         return kept
 
     monkeypatch.setattr(GenerationMixin, "_update_model_kwargs_for_generation", forgetful)
@@ -306,7 +308,7 @@ def test_a_loop_with_a_cache_that_has_not_seen_the_prompt_is_an_error(model, mon
 
     def swapped(self, *args, **kwargs):
         kept = update(self, *args, **kwargs)
-        kept[upstream.CACHE_NAME] = KimiLinearCache(self.config)
+        kept[CACHE_NAME] = KimiLinearCache(self.config)
         return kept
 
     monkeypatch.setattr(GenerationMixin, "_update_model_kwargs_for_generation", swapped)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
-from kimi_linear.decode.graph import _depth_obstacle
+from kimi_linear.decode.obstacles import call_obstacle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tolerance import assert_close
 from transformers import (
@@ -432,10 +432,10 @@ def test_drafts_of_its_own_first_layers_give_the_greedy_text(model, layers):
     model.config.num_hidden_layers = layers  # as it is while a draft is made
     try:
         assert len(model(ids, output_hidden_states=True).hidden_states) == layers + 1
-        assert f"num_hidden_layers={layers}" in _depth_obstacle(model)
+        assert f"num_hidden_layers={layers}" in call_obstacle(model, 1)
     finally:
         model.config.num_hidden_layers = len(model.model.layers)
-    assert _depth_obstacle(model) == ""
+    assert call_obstacle(model, 1) == ""
 
 
 def test_a_draft_of_ours_for_another_architecture():
@@ -564,4 +564,4 @@ def test_memory_for_rollback_is_kept_only_for_those_who_can_use_it(hybrid, monke
     run(hybrid, token_ids(1, 5))
     hybrid.generate(token_ids(1, 5), **COMMON, return_dict_in_generate=True)
     hybrid.generate(token_ids(1, 5), **COMMON, prompt_lookup_num_tokens=3)
-    assert [cache.layers[0].rollback_tokens for cache in made] == [0, 64, 256]
+    assert [cache.layers[0].rollback.tokens for cache in made] == [0, 64, 256]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearCache, upstream
+from kimi_linear import KimiLinearCache
+from kimi_linear.upstream import late_stop
 from tolerance import assert_close
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
@@ -56,7 +57,7 @@ def model(request, monkeypatch):
     model = tiny_model()
     if request.param == "cuda":
         return model.to("cuda", torch.bfloat16)
-    monkeypatch.setattr(upstream, "LATE_DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(late_stop, "LATE_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(torch, "Event", Event)
     return model
 
@@ -85,7 +86,7 @@ def generate(model, lengths, **kwargs):
 
 def on_time(monkeypatch, model, lengths, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(upstream, "LATE_DEVICE_TYPES", ())
+        patch.setattr(late_stop, "LATE_DEVICE_TYPES", ())
         return generate(model, lengths, **kwargs)
 
 
@@ -117,7 +118,7 @@ def test_returned_cache_has_the_same_tokens(model, monkeypatch, lengths):
     assert len(out.logits) == len(expected.logits)
     cache, old = out.cache, expected.cache
     assert cache.get_seq_length() == old.get_seq_length() == out.sequences.shape[1] - 1
-    assert cache.layers[0].rollback_tokens == old.layers[0].rollback_tokens
+    assert cache.layers[0].rollback.tokens == old.layers[0].rollback.tokens
     with torch.no_grad():
         last = out.sequences[:, -1:]
         logits, wanted = (model(last, cache=each).logits for each in (cache, old))
@@ -138,8 +139,8 @@ def test_several_gpus_are_asked_on_time(model, monkeypatch):
 
 
 def test_only_on_devices_that_are_named():
-    assert upstream.LATE_DEVICE_TYPES == ("cuda",)
-    check = upstream.LateStopCheck.is_supported
+    assert late_stop.LATE_DEVICE_TYPES == ("cuda",)
+    check = late_stop.LateStopCheck.is_supported
     cache = KimiLinearCache(tiny_model().config)
     assert check(torch.device("cuda"), cache, True, False)
     assert not check(torch.device("cuda"), cache, True, True)
@@ -154,11 +155,11 @@ def test_loop_of_another_form_is_left_alone(monkeypatch):
         return "theirs"
 
     model = tiny_model()
-    upstream.late_sample.cache_clear()
+    late_stop.late_sample.cache_clear()
     monkeypatch.setattr(GenerationMixin, "_sample", other)
     try:
-        assert upstream.late_sample() is None and model._sample() == "theirs"
+        assert late_stop.late_sample() is None and model._sample() == "theirs"
     finally:
-        upstream.late_sample.cache_clear()
+        late_stop.late_sample.cache_clear()
     monkeypatch.undo()
-    assert upstream.late_sample() is not None
+    assert late_stop.late_sample() is not None

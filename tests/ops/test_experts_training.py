@@ -6,7 +6,6 @@ from builders import tiny_config, tiny_model, token_ids
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops import experts as experts_kimi_linear
 from kimi_linear.ops.experts.training import train_experts, trains_lean
-from kimi_linear.ops.experts.training_kernels import reference_weighted_silu_backward
 from tolerance import TOLERANCE, assert_close
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
@@ -87,24 +86,6 @@ def test_only_wanted_gradients():
     assert_close(out, expected["out"], torch.float32)
     out.sum().backward()
     assert experts.gate_up_proj.grad is not None
-
-
-def test_backward_of_the_weighted_gated_silu():
-    gate_up, weights = torch.randn(5, 14).double(), torch.randn(5).double()
-    gate_up.requires_grad_(), weights.requires_grad_()
-    grad = torch.randn(5, 7).double()
-    gate, up = gate_up.chunk(2, dim=1)
-    product = weights[:, None] * torch.nn.functional.silu(gate) * up
-    expected = torch.autograd.grad(product, (gate_up, weights), grad)
-    order = torch.tensor([2, 0, 4, 1, 3])
-    stored = torch.empty(5, dtype=torch.float64).scatter(0, order, weights.detach())
-    gate_up_grad, stored_grad, inner = reference_weighted_silu_backward(
-        gate_up.detach(), grad, stored, order
-    )
-    actual = gate_up_grad, stored_grad[order], inner
-    names = ("gate_up", "weights", "product")
-    for name, each, wanted in zip(names, actual, (*expected, product), strict=True):
-        assert_close(each, wanted, torch.float64, name)
 
 
 def test_model_trains_with_them(monkeypatch):

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from kimi_linear.ops import gated_norm, kda, short_conv
+from kimi_linear.ops.fla import backend
 from kimi_linear.ops.fla import configs as fla_configs
 from kimi_linear.ops.fla import tuning as fla_tuning
 
@@ -101,7 +101,7 @@ def test_switch_and_other_gpus(tuner, monkeypatch, obstacle):
 def test_the_table_names_kernels_of_this_fla():
     """With parameters that they have, and shapes with every size that their key has."""
     pytest.importorskip("fla")
-    kda._fla_kernels(), gated_norm._fla_norm(), short_conv._fla_convolution()
+    backend.kda_kernels(), backend.norm_kernel(), backend.convolution_kernels()
     tuners = {fla_tuning.name_of(tuner): tuner for tuner in fla_tuning.autotuners()}
     for name, table in fla_configs.CONFIGS.items():
         chosen = tuners[name].configs[0].kwargs.keys()

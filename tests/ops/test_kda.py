@@ -3,19 +3,16 @@
 import functools
 import itertools
 
-import kimi_linear.ops.kda as kda_module
 import pytest
 import torch
 import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kimi_linear.ops.kda import (
-    chunked_kda,
-    kda_attention,
-    log_decay,
-    recurrent_kda,
-    resolve_backend,
-)
+from kda_forms import chunked_kda, recurrent_kda
+from kimi_linear.ops.fla import backend as fla_backend
+from kimi_linear.ops.fla.backend import resolve_backend
+from kimi_linear.ops.kda import fla as kda_fla
+from kimi_linear.ops.kda import kda_attention, log_decay, segments
 from tolerance import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,7 +128,7 @@ def test_chunk_gradients_are_the_recurrence_s(T):
 
 def test_many_segments(monkeypatch):
     """Segment borders in tokens and rows: gradients and states pass them."""
-    monkeypatch.setattr(kda_module, "SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr(segments, "SEGMENT_ELEMENTS", 1)
     inputs = make_inputs(B=3, T=150, H=2)
     assert_all_close(
         run_with_grads(chunked_kda, inputs), run_with_grads(recurrent_kda, inputs), torch.float64
@@ -243,7 +240,7 @@ def test_packed_is_separate(lengths, dtype):
 
 @pytest.mark.parametrize("elements", [1, 1 << 19])
 def test_packed_without_states(monkeypatch, elements):
-    monkeypatch.setattr(kda_module, "SEGMENT_ELEMENTS", elements)
+    monkeypatch.setattr(segments, "SEGMENT_ELEMENTS", elements)
     lengths = PACKINGS["mixed"]
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     inputs = make_inputs(B=1, T=sum(lengths))
@@ -451,7 +448,7 @@ class _LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("grads", [False, True])
 def test_no_chunk_by_chunk_by_key_tensor(monkeypatch, grads):
     """The largest tensor is that of the inputs or two of a segment, never 64 of them."""
-    monkeypatch.setattr(kda_module, "SEGMENT_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(segments, "SEGMENT_ELEMENTS", 1 << 14)
     inputs = make_inputs(B=1, T=1024, H=2, K=32, V=24)
     with _LargestTensor() as mode:
         (run_with_grads if grads else run)(chunked_kda, inputs)
@@ -503,7 +500,7 @@ def test_cpu_tensors_never_reach_fla(monkeypatch):
     def fail():
         raise AssertionError("fla was looked for")
 
-    monkeypatch.setattr(kda_module, "_fla_kernels", fail)
+    monkeypatch.setattr(fla_backend, "kda_kernels", fail)
     assert resolve_backend(torch.zeros(1)) == "torch"
     kda_attention(**make_inputs(T=3))
 
@@ -529,15 +526,16 @@ def pretend_fla(monkeypatch):
         return recurrent_kda(**arguments)
 
     kernels = tuple(functools.partial(kernel, name) for name in ("chunk", "step"))
-    monkeypatch.setattr(kda_module, "_fla_kernels", lambda: (*kernels, ""))
-    monkeypatch.setattr(kda_module, "FLA_DEVICES", ("cpu",))
+    for module in (fla_backend, kda_fla):
+        monkeypatch.setattr(module, "kda_kernels", lambda: (*kernels, ""))
+    monkeypatch.setattr(fla_backend, "FLA_DEVICES", ("cpu",))
     return calls
 
 
 @pytest.mark.parametrize("kernel", ["step", "chunk"])
 @pytest.mark.parametrize("with_state", [True, False])
 def test_fla_gets_no_empty_sequences(pretend_fla, with_state, kernel):
-    T = kda_module.RECURRENT_TOKENS + (kernel == "chunk")
+    T = kda_fla.RECURRENT_TOKENS + (kernel == "chunk")
     cu_seqlens = torch.tensor([0, 0, 5, 5, T, T], dtype=torch.int32)
     inputs = make_inputs(B=1, T=T, V=24, num_states=5, dtype=torch.float32)
     if not with_state:
@@ -559,7 +557,7 @@ def test_fla_state_gradients_around_empty_sequences(pretend_fla):
 
 
 def test_fla_kernel_by_length_and_gradients(pretend_fla):
-    short = kda_module.RECURRENT_TOKENS
+    short = kda_fla.RECURRENT_TOKENS
     one, few, more = (make_inputs(T=T, V=24, dtype=torch.float32) for T in (1, short, short + 1))
     for inputs in (one, few, more):
         run(kda_attention, inputs)
@@ -597,8 +595,8 @@ def test_what_fla_cannot_take_goes_to_torch(pretend_fla, dtype, K, reason):
 
 
 def test_missing_fla_says_why(monkeypatch):
-    monkeypatch.setattr(kda_module, "FLA_DEVICES", ("cpu",))
-    monkeypatch.setattr(kda_module, "_fla_kernels", lambda: (None, None, "ImportError: no triton"))
+    monkeypatch.setattr(fla_backend, "FLA_DEVICES", ("cpu",))
+    monkeypatch.setattr(fla_backend, "kda_kernels", lambda: (None, None, "ImportError: no triton"))
     assert resolve_backend(torch.zeros(1)) == "torch"
     with pytest.raises(ValueError, match="cannot be imported .ImportError: no triton"):
         resolve_backend(torch.zeros(1), "fla")

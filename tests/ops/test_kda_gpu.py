@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
-from kimi_linear.ops.kda import chunked_kda, kda_attention, recurrent_kda, resolve_backend
-from kimi_linear.ops.short_conv import short_convolution
+from kda_forms import chunked_kda, recurrent_kda
+from kimi_linear.ops.fla.backend import resolve_backend
+from kimi_linear.ops.kda import kda_attention
+from kimi_linear.ops.short_conv.convolution import short_convolution
 from tolerance import assert_close, assert_kernel_close
 
 pytestmark = [

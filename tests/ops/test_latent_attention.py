@@ -4,7 +4,9 @@ import kimi_linear.ops.latent_attention as module
 import pytest
 import torch
 from kimi_linear.ops.latent_attention import (
+    absorbed,
     absorbed_is_cheaper,
+    expanded,
     latent_attention,
     latent_attention_weights,
 )
@@ -63,9 +65,9 @@ def form(request, monkeypatch):
     """Both forms, in blocks so small that every merge and every edge is met."""
     is_absorbed = request.param == "absorbed"
     monkeypatch.setattr(module, "absorbed_is_cheaper", lambda *args, **kwargs: is_absorbed)
-    monkeypatch.setattr(module, "MIN_BLOCK_TOKENS", 4)
-    monkeypatch.setattr(module, "SCORE_ELEMENTS", {"cpu": B * H * 4 * 3})
-    monkeypatch.setattr(module, "EXPANDED_TOKENS", 8)
+    monkeypatch.setattr(absorbed, "MIN_BLOCK_TOKENS", 4)
+    monkeypatch.setattr(absorbed, "SCORE_ELEMENTS", {"cpu": B * H * 4 * 3})
+    monkeypatch.setattr(expanded, "EXPANDED_TOKENS", 8)
     return request.param
 
 

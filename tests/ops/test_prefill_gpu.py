@@ -5,9 +5,11 @@ import pytest
 import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearCache
-from kimi_linear.layers import delta_attention, latent_attention, mlp
-from kimi_linear.ops import experts as experts_module
-from kimi_linear.ops import latent_attention as attention_module
+from kimi_linear.cache import pieces
+from kimi_linear.layers import latent_attention as latent_layer
+from kimi_linear.ops import gated_mlp
+from kimi_linear.ops.experts import prefill
+from kimi_linear.ops.latent_attention import expanded, latent_attention
 from latent_reference import SCALING, B, H, L, N, P, V, reference
 from tolerance import assert_kernel_close
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -31,22 +33,22 @@ def error(x, expected):
 @torch.no_grad()
 def test_cudnn_with_merged_blocks_equals_plain_softmax(monkeypatch, num_queries, num_keys, dtype):
     calls = []
-    cudnn = attention_module._cudnn
+    cudnn = expanded._cudnn
 
     def spy(*args):
         calls.append(cudnn(*args))
         return calls[-1]
 
-    monkeypatch.setattr(attention_module, "_cudnn", spy)
+    monkeypatch.setattr(expanded, "_cudnn", spy)
     for name in ("CUDNN_PAIRS", "CUDNN_OWN_PAIRS"):
-        monkeypatch.setattr(attention_module, name, 1)
-    monkeypatch.setattr(attention_module, "EXPANDED_TOKENS", 1)
-    monkeypatch.setattr(attention_module, "FUSED_QUERY_TOKENS", B * 600)
-    monkeypatch.setattr(attention_module, "FUSED_EXPANDED_TOKENS", B * 400)
+        monkeypatch.setattr(expanded, name, 1)
+    monkeypatch.setattr(expanded, "EXPANDED_TOKENS", 1)
+    monkeypatch.setattr(expanded, "FUSED_QUERY_TOKENS", B * 600)
+    monkeypatch.setattr(expanded, "FUSED_EXPANDED_TOKENS", B * 400)
     query = torch.randn(B, num_queries, H, N + P, device="cuda", dtype=dtype)
     latent = torch.randn(B, num_keys, L + P, device="cuda", dtype=dtype)
     halves = [0.05 * torch.randn(H, size, L, device="cuda", dtype=dtype) for size in (N, V)]
-    out = attention_module.latent_attention(query, [latent], *halves, scaling=SCALING)
+    out = latent_attention(query, [latent], *halves, scaling=SCALING)
     assert len(calls) > 1
     assert all(call is not None for call in calls), "cuDNN was not used"
     assert_kernel_close(out, reference(query, latent, *halves, None), dtype)
@@ -64,8 +66,8 @@ def test_lean_experts_are_as_exact_as_the_grouped_ones(monkeypatch):
     index = torch.rand(301, 12, device="cuda").topk(3, dim=-1).indices
     index[index == 5] = 4  # an expert without tokens, and tokens that choose one twice
     weights = torch.rand(301, 3, device="cuda")
-    assert experts_module.is_lean(experts, x)
-    monkeypatch.setattr(experts_module, "PIECE_TOKENS", 100)
+    assert prefill.can_prefill(experts, x)
+    monkeypatch.setattr(prefill, "PIECE_TOKENS", 100)
     out = experts(x, index, weights)
     assert torch.equal(out, experts(x, index, weights))
     old = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, x, index, weights)
@@ -118,9 +120,9 @@ def test_pieces_of_tokens_equal_the_whole(monkeypatch):
         return torch.cat([*parts, model(more, cache=cache).logits], dim=1)
 
     expected = read()
-    monkeypatch.setattr(delta_attention, "PIECE_TOKENS", 2 * 256)
-    monkeypatch.setattr(mlp, "MLP_PIECE_TOKENS", 700)
-    monkeypatch.setattr(latent_attention, "FUSED_QUERY_TOKENS", 1024)
+    monkeypatch.setattr(pieces, "PIECE_TOKENS", 2 * 256)
+    monkeypatch.setattr(gated_mlp, "PIECE_TOKENS", 700)
+    monkeypatch.setattr(latent_layer, "FUSED_QUERY_TOKENS", 1024)
     assert_kernel_close(read(), expected, torch.float32)
 
 

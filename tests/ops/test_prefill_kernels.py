@@ -7,17 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from expert_references import reference_down, reference_gate_up, reference_weighted_sum
 from interpreter import DEVICE, DTYPES, IS_INTERPRETED, draw, triton, with_kernels
-from kimi_linear.ops.experts import grouped_kernels as grouped
-from kimi_linear.ops.experts import prefill_kernels as kernels
-from kimi_linear.ops.experts.pair_sort import (
+from kimi_linear.ops.experts import prefill_kernels
+from kimi_linear.ops.experts.row_sums import (
+    launch_sum_of_rows,
+    reference_sum_of_rows,
+    weighted_sum,
+)
+from kimi_linear.ops.experts.sort import (
     SortedPairs,
     launch_sort_pairs,
     reference_sort_pairs,
     sort_pairs,
 )
-from kimi_linear.ops.short_conv import convolution_state, short_convolution
-from kimi_linear.ops.short_conv.kernels import convolve_three
+from kimi_linear.ops.short_conv.convolution import short_convolution
+from kimi_linear.ops.short_conv.prefill_kernels import convolve_three
 from tolerance import assert_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
@@ -34,24 +39,12 @@ def test_all_compile_for_hopper(tmp_path):
 
 @with_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 24, 1024, 1030])
-def test_silu_mul(size, dtype):
-    both = draw(5, 2 * size, dtype=dtype)
-    for gate, up in (
-        both.chunk(2, dim=1),
-        (draw(3, size, dtype=dtype), draw(3, size, dtype=dtype)),
-    ):
-        assert_close(kernels.silu_mul(gate, up), kernels.reference_silu_mul(gate, up), dtype)
-
-
-@with_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_weighted_sum_leaves_out_experts_of_other_ranks(dtype):
     weights, experts = draw(11, 3), torch.randint(0, 6, (11, 3), device=DEVICE)
     pairs = draw(33, 20, dtype=dtype)
     pairs[experts.flatten() >= 5] = float("nan")  # what the products leave there
     args = (pairs, weights, experts, 5)
-    assert_close(kernels.weighted_sum(*args), kernels.reference_weighted_sum(*args), dtype)
+    assert_close(weighted_sum(*args), reference_weighted_sum(*args), dtype)
 
 
 @with_kernels
@@ -59,8 +52,8 @@ def test_weighted_sum_leaves_out_experts_of_other_ranks(dtype):
 @pytest.mark.parametrize(("tokens", "hidden", "width"), [(1, 64, 40), (50, 40, 64), (90, 72, 136)])
 def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
     if IS_INTERPRETED:
-        monkeypatch.setattr(grouped, "GATE_UP_TILE", (16, 32, 16))
-        monkeypatch.setattr(grouped, "DOWN_TILE", (16, 32, 16))
+        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
+        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (16, 32, 16))
     x = draw(tokens, hidden, dtype=dtype)
     up_weight = draw(6, 2 * width, hidden, dtype=dtype) * hidden**-0.5
     down_weight = draw(6, hidden, width, dtype=dtype) * width**-0.5
@@ -68,11 +61,11 @@ def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
     experts[experts == 2] = 4
     order, ends, *_ = sort_pairs(experts, 6)
     real = int(ends[-1])
-    inner = grouped.gate_up(x, order, ends, up_weight, 3)
-    expected_inner = grouped.reference_gate_up(x, order, ends, up_weight, 3)
+    inner = prefill_kernels.gate_up(x, order, ends, up_weight, 3)
+    expected_inner = reference_gate_up(x, order, ends, up_weight, 3)
     assert_close(inner[:real], expected_inner[:real], dtype)
-    pairs = grouped.down(expected_inner, order, ends, down_weight)
-    expected = grouped.reference_down(expected_inner, order, ends, down_weight)
+    pairs = prefill_kernels.down(expected_inner, order, ends, down_weight)
+    expected = reference_down(expected_inner, order, ends, down_weight)
     written = (experts < 6).flatten()
     assert_close(pairs[written], expected[written], dtype)
 
@@ -92,43 +85,23 @@ def test_sort_pairs(num_experts, tokens):
 
 
 @with_kernels
-@pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize(("num_experts", "num_chosen"), [(12, 3), (8, 8), (256, 8), (5, 1)])
-def test_choose_experts(num_experts, num_chosen, renormalize):
-    logits, bias = draw(21, num_experts), draw(num_experts)
-    args = (logits, bias, num_chosen, renormalize, 2.5)
-    weights, experts = kernels.choose_experts(*args)
-    expected_weights, expected = kernels.reference_choose_experts(*args)
-    assert torch.equal(experts, expected)
-    assert_close(weights, expected_weights, torch.float32)
-
-
-@with_kernels
-def test_choose_experts_stays_in_range_where_logits_are_not_numbers():
-    logits = draw(3, 12)
-    logits[1] = float("nan")
-    experts = kernels.choose_experts(logits, draw(12), 3, True, 1.0)[1]
-    assert bool(((experts >= 0) & (experts < 12)).all())
-
-
-@with_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "tokens", "channels", "width", "cut"),
+    ("rows", "tokens", "channels", "width"),
     [
-        (2, 50, 130, 4, 20),
-        (1, 1, 40, 4, 0),
-        (2, 2, 10, 4, 1),
-        (1, 33, 20, 3, 33),
-        (1, 70, 24, 4, 0),
+        (2, 50, 130, 4),
+        (1, 1, 40, 4),
+        (2, 2, 10, 4),
+        (1, 33, 20, 3),
+        (1, 70, 24, 4),
     ],
 )
-def test_three_convolutions_in_one(rows, tokens, channels, width, cut, has_state, dtype):
+def test_three_convolutions_in_one(rows, tokens, channels, width, has_state, dtype):
     inputs = [draw(rows, tokens, channels, dtype=dtype) for _ in range(3)]
     weights = [draw(channels, 1, width, dtype=dtype) for _ in range(3)]
     state = draw(rows, 3, channels, width - 1, dtype=dtype) if has_state else None
-    outputs, after, at_cut = convolve_three(inputs, weights, state, cut)
+    outputs, after = convolve_three(inputs, weights, state)
     for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
         initial = None if state is None else state[:, i]
         out, last = short_convolution(
@@ -136,6 +109,13 @@ def test_three_convolutions_in_one(rows, tokens, channels, width, cut, has_state
         )
         assert_close(outputs[i], out, dtype)
         assert torch.equal(after[:, i], last)
-        if cut:
-            expected = convolution_state(x[:, :cut], initial, width - 1)
-            assert torch.equal(at_cut[:, i], expected)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_weighted", [True, False])
+def test_sum_of_rows(is_weighted, dtype):
+    rows, weights = draw(33, 20, dtype=dtype), draw(11, 3) if is_weighted else None
+    places = torch.randperm(33, device=DEVICE).view(11, 3)
+    expected = reference_sum_of_rows(rows, places, weights)
+    assert_close(launch_sum_of_rows(rows, places, weights), expected, dtype)

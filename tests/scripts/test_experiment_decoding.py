@@ -8,7 +8,7 @@ import experiment_decoding
 import pytest
 import torch
 from experiment_decoding import Settings, Subject
-from kimi_linear.decode.graph import _size_obstacle
+from kimi_linear.decode.obstacles import size_obstacle
 from measuring.device import Rates
 from measuring.limits import Limits
 from one_thread import one_thread  # noqa: F401
@@ -38,7 +38,7 @@ def test_patterns_differ_in_attention_only() -> None:
 
 def test_decode_graph_takes_both() -> None:
     for pattern in ("kimi", "mla"):
-        assert _size_obstacle(Settings().config(pattern)) == ""
+        assert size_obstacle(Settings().config(pattern)) == ""
 
 
 def test_fewer_experts() -> None:

@@ -10,27 +10,27 @@ import torch
 import triton
 from decode_models import decode_model
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.decode import expert_kernels as decode_expert_kernels
-from kimi_linear.decode import kernels as decode_kernels
-from kimi_linear.decode import projection as decode_projection
-from kimi_linear.decode import step as decode_step
-from kimi_linear.ops import gated_norm
+from kimi_linear.decode import few_rows, many_rows
+from kimi_linear.decode import step as decode_steps
+from kimi_linear.decode.recording import decode_step
+from kimi_linear.ops import gated_norm, gated_silu
 from kimi_linear.ops.cross_entropy import kernels as loss_kernel
-from kimi_linear.ops.experts import grouped_kernels, pair_sort, prefill_kernels, training_kernels
-from kimi_linear.ops.short_conv import kernels as conv_kernel
+from kimi_linear.ops.experts import choice_kernels, prefill_kernels, row_sums, sort
+from kimi_linear.ops.short_conv import prefill_kernels as conv_kernel
 from kimi_linear.ops.short_conv import training_kernels as conv_training_kernels
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 KERNELS = {
+    choice_kernels: ["_choose_experts", "_choice_backward"],
     conv_kernel: ["_convolve"],
     conv_training_kernels: ["_convolve_columns", "_convolve_columns_backward"],
     gated_norm: ["_gated_norm", "_gated_norm_backward"],
-    grouped_kernels: ["_gate_up", "_down"],
+    gated_silu: ["_gated_silu", "_gated_silu_backward"],
     loss_kernel: ["_loss_and_gradient"],
-    pair_sort: ["_count_pairs", "_place_pairs"],
-    prefill_kernels: ["_silu_mul", "_weighted_sum", "_choose_experts"],
-    training_kernels: ["_weighted_silu_backward", "_sum_of_rows", "_choice_backward"],
+    prefill_kernels: ["_gate_up", "_down"],
+    row_sums: ["_weighted_sum", "_sum_of_rows"],
+    sort: ["_count_pairs", "_place_pairs"],
 }
 
 
@@ -62,28 +62,28 @@ def compile_all(dtype: torch.dtype) -> None:
     for D, I, E, k in ((2304, 1024, 256, 8), (40, 64, 6, 3)):  # noqa: E741
         x, inner = torch.zeros(2, D, dtype=dtype), torch.zeros(2 * k, I, dtype=dtype)
         order, ends = torch.zeros(2 * k, dtype=torch.int64), torch.zeros(E, dtype=torch.int32)
-        grouped_kernels.gate_up(x, order, ends, torch.zeros(E, 2 * I, D, dtype=dtype), k)
-        grouped_kernels.down(inner, order, ends, torch.zeros(E, D, I, dtype=dtype))
-        weights, experts = prefill_kernels.choose_experts(
+        prefill_kernels.gate_up(x, order, ends, torch.zeros(E, 2 * I, D, dtype=dtype), k)
+        prefill_kernels.down(inner, order, ends, torch.zeros(E, D, I, dtype=dtype))
+        weights, experts = choice_kernels.launch_choice(
             torch.zeros(2, E), torch.zeros(E), k, True, 2.4
         )
-        prefill_kernels.weighted_sum(torch.zeros(2 * k, D, dtype=dtype), weights, experts, E)
-        prefill_kernels.silu_mul(inner, inner)
+        row_sums.weighted_sum(torch.zeros(2 * k, D, dtype=dtype), weights, experts, E)
+        gated_silu.launch_gated_silu(inner, inner)
         both = torch.zeros(2 * k, 2 * I, dtype=dtype)
-        training_kernels.launch_weighted_silu_backward(both, inner, weights, order)
+        gated_silu.launch_gated_silu_backward(both, inner, weights, order)
         rows = torch.zeros(2 * k, D, dtype=dtype)
         for each in (weights, None):
-            training_kernels.launch_sum_of_rows(rows, experts, each)
+            row_sums.launch_sum_of_rows(rows, experts, each)
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
-            conv_kernel.convolve_three([x[None]] * 3, taps, state, 1)
-        training_kernels.launch_weighted_silu_backward(both, inner)
-        pair_sort.launch_sort_pairs(experts, E)
+            conv_kernel.convolve_three([x[None]] * 3, taps, state)
+        gated_silu.launch_gated_silu_backward(both, inner)
+        sort.launch_sort_pairs(experts, E)
         heads, weight = torch.zeros(2, 3, D // 8, dtype=dtype), torch.zeros(D // 8, dtype=dtype)
         gated_norm.launch_gated_norm(heads, heads, weight, 1e-5)
         gated_norm.launch_gated_norm_backward(heads, heads, heads, weight, 1e-5)
         logits = torch.zeros(2, E)
-        training_kernels.launch_choice_backward(logits, experts, weights, True, 2.4)
+        choice_kernels.launch_choice_backward(logits, experts, weights, True, 2.4)
         columns, taps = torch.zeros(2, 3 * D + 16, dtype=dtype), torch.zeros(3, D, 4, dtype=dtype)
         for starts in (None, torch.zeros(2, dtype=torch.int32)):
             parts = conv_training_kernels.convolve_columns(columns, taps, starts, 2, D // 8)
@@ -110,28 +110,20 @@ def real_sizes() -> KimiLinearForCausalLM:
 @torch.no_grad()
 def compile_decode_steps() -> None:
     """Few rows and more, with padding and without, for both kinds of sizes."""
-    replace_kernels(decode_step, KERNEL_NAMES)
-    replace_kernels(decode_projection, ["project_kernel", "project_many_kernel"])
-    decode_step.can_link = lambda device: True
+    for module in (decode_steps, few_rows, many_rows):
+        replace_kernels(module, [name for name in vars(module) if name.endswith("_kernel")])
+    decode_steps.can_link = lambda device: True
     # a product that only CUDA has
-    decode_step.DecodeStep._wide_router = lambda self, weight: None
+    many_rows.ManyRowsStep._wide_product = lambda self, weight, out: None
     small = decode_model("cpu", num_shared_experts=2).to(torch.bfloat16)
     for model in (small, real_sizes()):
         for num_rows in (1, 4, 6, 40):
-            decode_step.DecodeStep(model, num_rows, has_padding=num_rows == 6).run()
+            decode_step(model, num_rows, has_padding=num_rows == 6).run()
 
 
 def replace_kernels(module: Any, names: list[str]) -> None:
     for name in names:
         setattr(module, name, OnlyCompiled(getattr(module, name)))
-
-
-KERNEL_NAMES = [
-    name
-    for kernels in (decode_kernels, decode_expert_kernels)
-    for name in kernels.__all__
-    if name.endswith("_kernel") and hasattr(decode_step, name)
-]
 
 
 if __name__ == "__main__":

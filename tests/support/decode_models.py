@@ -3,7 +3,7 @@
 On a GPU they run in bfloat16. Elsewhere they run in float32 under Triton's interpreter, which must
 be asked for before triton is imported:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_decode_step.py tests/test_decode_graph.py
+    TRITON_INTERPRET=1 python -m pytest tests/decode
 """
 
 import importlib.util
@@ -14,9 +14,7 @@ import pytest
 import torch
 from builders import TWO_LAYERS, tiny_model
 from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.decode import graph as decode_graph
-from kimi_linear.decode import projection as decode_projection
-from kimi_linear.decode import step as decode_step
+from kimi_linear.decode import few_rows, obstacles, step
 
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -53,7 +51,7 @@ def decode_model(device: str, seed: int = 0, **fields: Any) -> KimiLinearForCaus
 def small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter, which runs program by program: fewer programs, and any device."""
     if INTERPRETED and not torch.cuda.is_available():
-        monkeypatch.setattr(decode_projection, "PROGRAMS", 4)
-        monkeypatch.setattr(decode_step, "SPLITS", 6)
-        monkeypatch.setattr(decode_graph, "DEVICE_TYPES", ("cpu",))
-        monkeypatch.setattr(decode_graph, "DTYPES", (torch.float32,))
+        monkeypatch.setattr(few_rows, "PROGRAMS", 4)
+        monkeypatch.setattr(step, "SPLITS", 6)
+        monkeypatch.setattr(obstacles, "DEVICE_TYPES", ("cpu",))
+        monkeypatch.setattr(obstacles, "DTYPES", (torch.float32,))

@@ -8,8 +8,10 @@ import pytest
 import torch
 from builders import tiny_model, token_ids
 from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.layers.moe import KimiLinearExperts
+from kimi_linear.ops.experts.quantized import QuantizedExperts, _moved
 from kimi_linear.training.lora import lora_targets
-from kimi_linear.training.quantized_experts import PackedExperts, _moved, is_packed
+from kimi_linear.training.quantized_experts import has_quantized_experts
 from safetensors import safe_open
 from tolerance import assert_close
 from torch import Tensor, nn
@@ -85,8 +87,8 @@ def unquantised(model: Any, folder: Path) -> KimiLinearForCausalLM:
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             plain.get_submodule(name).weight.copy_(weight)
     for name, weights in experts_of(model).items():
-        assert isinstance(weights, PackedExperts)
-        plain.get_parameter(name).copy_(weights.unpacked())
+        assert isinstance(weights, QuantizedExperts)
+        plain.get_parameter(name).copy_(weights.dequantized())
     return plain
 
 
@@ -108,14 +110,14 @@ def adapt(model: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_are_near_and_small(bits: int, dtype: torch.dtype) -> None:
     weights = torch.randn(6, 96, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed = PackedExperts.of(weights, bits, double_quant=True)
+    packed = QuantizedExperts.of(weights, bits, double_quant=True)
     assert (packed.shape, packed.dtype) == (weights.shape, dtype)
     blocks = weights.double().reshape(-1, 64)
-    errors = (packed.unpacked().double().reshape(-1, 64) - blocks).abs().amax(1)
+    errors = (packed.dequantized().double().reshape(-1, 64) - blocks).abs().amax(1)
     assert (errors / blocks.abs().amax(1)).max() < ERRORS[bits]
     state = [packed.state, getattr(packed.state, "state2", None)]
     scales = [each.absmax for each in state if each is not None]
-    taken = sum(x.numel() * x.element_size() for x in (packed.packed, *scales))
+    taken = sum(x.numel() * x.element_size() for x in (packed.codes, *scales))
     assert 8 * taken / weights.numel() < BITS[bits]
 
 
@@ -124,7 +126,7 @@ def test_rows_need_not_be_whole_blocks(shape: tuple[int, ...]) -> None:
     """bitsandbytes' kernel for CPUs with AVX512 took other blocks' scales for them."""
     weights = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     weights *= torch.logspace(-3, 3, weights.numel()).reshape(shape)  # no block's scale fits others
-    found = PackedExperts.of(weights, 4).unpacked()
+    found = QuantizedExperts.of(weights, 4).dequantized()
     for block, expected in zip(found.flatten().split(64), weights.flatten().split(64), strict=True):
         assert (block - expected).abs().max() < ERRORS[4] * expected.abs().max()
 
@@ -144,7 +146,7 @@ def test_linear_layers_of_any_size(folder: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_a_quantised_model_computes_what_its_weights_say(folder: Path, experts: str) -> None:
     model = load(folder, 4)
-    assert len(experts_of(model)) == 6 and is_packed(model)
+    assert len(experts_of(model)) == 6 and has_quantized_experts(model)
     plain = unquantised(model, folder)
     for each in (model, plain):
         each.set_experts_implementation(experts)
@@ -187,7 +189,7 @@ def test_adapters_over_quantised_experts_get_their_gradients(folder: Path, exper
             assert expected.abs().max() > 0, name
             torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-6, msg=name)
     assert all(
-        isinstance(p, PackedExperts) for n, p in experts_of(model).items() if "lora" not in n
+        isinstance(p, QuantizedExperts) for n, p in experts_of(model).items() if "lora" not in n
     )
 
 
@@ -205,7 +207,7 @@ def test_the_backward_pass_keeps_the_packed_form(folder: Path) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = layer.experts(x[0], *reversed(layer.gate(x[0])[1:]))
     fused = [tensor for tensor in kept if tensor.ndim == 3]
-    assert len(fused) == 2 and all(isinstance(tensor, PackedExperts) for tensor in fused)
+    assert len(fused) == 2 and all(isinstance(tensor, QuantizedExperts) for tensor in fused)
     out.sum().backward()
     assert x.grad is not None and x.grad.abs().max() > 0
 
@@ -213,8 +215,8 @@ def test_the_backward_pass_keeps_the_packed_form(folder: Path) -> None:
 def test_8_bits_are_near_the_model(folder: Path) -> None:
     model, plain = load(folder, 8), KimiLinearForCausalLM.from_pretrained(folder).eval()
     for name, weights in experts_of(model).items():
-        assert isinstance(weights, PackedExperts) and weights.bits == 8
-        error = (weights.unpacked() - plain.get_parameter(name)).norm()
+        assert isinstance(weights, QuantizedExperts) and weights.bits == 8
+        error = (weights.dequantized() - plain.get_parameter(name)).norm()
         assert error < 0.02 * plain.get_parameter(name).norm(), name
     with torch.no_grad():
         error = (model(IDS).logits - plain(IDS).logits).norm() / plain(IDS).logits.norm()
@@ -226,7 +228,7 @@ def test_8_bits_are_near_the_model(folder: Path) -> None:
 
 def test_experts_are_packed_as_they_arrive(folder: Path, monkeypatch: Any) -> None:
     """Never two tensors of experts in full at a time."""
-    original, full = PackedExperts.of.__func__, []
+    original, full = QuantizedExperts.of.__func__, []
     models: list[Any] = []
     init = KimiLinearForCausalLM.__init__
 
@@ -234,21 +236,21 @@ def test_experts_are_packed_as_they_arrive(folder: Path, monkeypatch: Any) -> No
         init(self, *args, **kwargs)
         models.append(self)
 
-    def noted(cls: Any, weights: Tensor, *args: Any) -> PackedExperts:
+    def noted(cls: Any, weights: Tensor, *args: Any) -> QuantizedExperts:
         arrived = [p for p in experts_of(models[0]).values() if not p.is_meta]
-        full.append(sum(not isinstance(p, PackedExperts) for p in arrived))
+        full.append(sum(not isinstance(p, QuantizedExperts) for p in arrived))
         return original(cls, weights, *args)
 
     monkeypatch.setattr(KimiLinearForCausalLM, "__init__", noted_init)
-    monkeypatch.setattr(PackedExperts, "of", classmethod(noted))
+    monkeypatch.setattr(QuantizedExperts, "of", classmethod(noted))
     model = load(folder, 4)
     assert full == [0] * 6
-    assert not any("pack_arriving" in vars(module) for module in model.modules())
+    assert sum(type(module) is KimiLinearExperts for module in model.modules()) == 3
 
 
 def test_experts_that_are_to_be_left_alone_are(folder: Path) -> None:
     model = load(folder, 4, llm_int8_skip_modules=["experts", "lm_head"])
-    assert not is_packed(model)
+    assert not has_quantized_experts(model)
     assert all(type(p) is nn.Parameter for p in experts_of(model).values())
 
 
@@ -276,9 +278,11 @@ def test_a_dequantised_model_is_plain_and_saves(
     model = load(folder, bits)
     with torch.no_grad():
         expected = model(IDS).logits
-    packed = {name: weights.unpacked() for name, weights in experts_of(model).items()}
+    packed = {name: weights.dequantized() for name, weights in experts_of(model).items()}
     assert model.dequantize(dtype=dtype) is model
-    assert not is_packed(model) and all(type(p) is nn.Parameter for p in model.parameters())
+    assert not has_quantized_experts(model) and all(
+        type(p) is nn.Parameter for p in model.parameters()
+    )
     for name, weights in experts_of(model).items():
         assert weights.dtype == (dtype or torch.float32) and weights.requires_grad
         assert torch.equal(weights, packed[name].to(weights.dtype))
@@ -300,19 +304,19 @@ def test_a_dequantised_model_is_plain_and_saves(
 
 def test_moves_keep_the_packed_form() -> None:
     weights = torch.randn(2, 32, 64)
-    packed = PackedExperts.of(weights, 4, double_quant=True)
+    packed = QuantizedExperts.of(weights, 4, double_quant=True)
     module = nn.Module()
     module.weight = nn.Parameter(packed, requires_grad=False)
     module.to(torch.bfloat16)
-    assert isinstance(module.weight, PackedExperts) and module.weight.dtype == torch.bfloat16
-    assert torch.equal(module.weight.unpacked(), packed.unpacked().bfloat16())
+    assert isinstance(module.weight, QuantizedExperts) and module.weight.dtype == torch.bfloat16
+    assert torch.equal(module.weight.dequantized(), packed.dequantized().bfloat16())
     state = _moved(packed.state, torch.device("cpu"))
     assert state is not packed.state and state.state2 is not packed.state.state2
-    again = PackedExperts(packed.packed, state, 4, packed.shape, packed.dtype)
-    assert torch.equal(again.unpacked(), packed.unpacked())
-    assert torch.equal(packed + 1, packed.unpacked() + 1)
+    again = QuantizedExperts(packed.codes, state, 4, packed.shape, packed.dtype)
+    assert torch.equal(again.dequantized(), packed.dequantized())
+    assert torch.equal(packed + 1, packed.dequantized() + 1)
     with pytest.raises(ValueError, match="bits=3 is not allowed"):
-        PackedExperts.of(weights, 3)
+        QuantizedExperts.of(weights, 3)
 
 
 @pytest.mark.parametrize("safe", [False, True])

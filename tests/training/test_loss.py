@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from builders import tiny_model, token_ids
 from kimi_linear.ops import cross_entropy as loss_kimi_linear
-from kimi_linear.ops.cross_entropy import DeferredLogits, chunk_tokens, linear_cross_entropy
+from kimi_linear.ops.cross_entropy import chunk_tokens, linear_cross_entropy
+from kimi_linear.training.deferred_logits import DeferredLogits
 from tolerance import TOLERANCE, assert_close
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

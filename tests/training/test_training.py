@@ -5,7 +5,7 @@ import torch
 from builders import tiny_model, token_ids
 from kimi_linear.layers import delta_attention
 from kimi_linear.ops import cross_entropy as loss_kimi_linear
-from kimi_linear.ops.cross_entropy import DeferredLogits
+from kimi_linear.training.deferred_logits import DeferredLogits
 from tolerance import assert_close
 from transformers import Trainer, TrainingArguments
 

@@ -9,7 +9,7 @@ from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops import cross_entropy as loss_kimi_linear
-from kimi_linear.ops import joint_training
+from kimi_linear.ops import joint_products
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 from kimi_linear.ops.experts.training import train_experts, trains_lean
 from tolerance import TOLERANCE, assert_close
@@ -148,7 +148,7 @@ def test_joint_products(monkeypatch, kind, mode):
 
     ours = run(x)
     with monkeypatch.context() as patch:
-        patch.setattr(joint_training, "DEVICES", ())
+        patch.setattr(joint_products, "DEVICES", ())
         theirs = run(x)
     assert not all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
     mode, layer = "float64", layer.double()

@@ -1,0 +1,158 @@
+"""The pieces in which KDA layers read a call.
+
+A call is one piece, but: a long one is cut for memory's sake; a cache that can be cropped reads the
+last tokens by themselves, so that the states before them become its anchor; and after a crop, or
+when its log is full, what is left of the log is read again in front of the call's tokens.
+
+Shapes: B batch, T tokens of this call, S tokens of cache and call, D hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from kimi_linear.cache.state import KDAState
+from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
+from kimi_linear.ops.kda import CHUNK_SIZE
+from kimi_linear.ops.runtime import is_exporting
+from torch import Tensor
+
+# Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
+# take 130 KB a token at the 48B model's sizes, and longer pieces are not faster.
+PIECE_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that a KDA layer reads at once.
+
+    Attributes:
+        start, stop: Their columns; a piece may be empty.
+        layout: Their padding and packing.
+        is_anchor: Whether the states after them become the cache's anchor.
+    """
+
+    start: int
+    stop: int
+    layout: SequenceLayout
+    is_anchor: bool = False
+
+
+@dataclass(frozen=True)
+class KDAPieces:
+    """The pieces of one call, the same for all KDA layers of a model.
+
+    Attributes:
+        pieces: In order. Columns count from the log's first token if `replays`, else from the
+            call's.
+        replays: Whether the log is read again in front of the call's tokens, from the anchor.
+    """
+
+    pieces: tuple[Piece, ...]
+    replays: bool = False
+
+    def to(self, device: torch.device, **kwargs: Any) -> "KDAPieces":
+        """A copy on another device; accelerate moves inputs to the next layers' with this."""
+        moved = (replace(piece, layout=piece.layout.to(device, **kwargs)) for piece in self.pieces)
+        return replace(self, pieces=tuple(moved))
+
+
+def plan_pieces(
+    shape: tuple[int, int],
+    layout: SequenceLayout,
+    *,
+    rollback_tokens: int = 0,
+    num_logged: int | None = None,
+    is_stale: bool = False,
+    attention_mask: Tensor | None = None,
+    device: torch.device | None = None,
+) -> KDAPieces:
+    """Decide what a call reads, and where the anchor moves.
+
+    Args:
+        shape: B and T.
+        layout: Padding and packing of the call's tokens.
+        rollback_tokens: Trailing tokens that `crop` must be able to remove afterwards.
+        num_logged: Tokens in the log; None without an anchor.
+        is_stale: Whether the states hold tokens that were taken back.
+        attention_mask: [B, S], non-zero at real tokens; None if all are real.
+        device: Where the layouts' tensors live.
+    """
+    (B, T), logged = shape, num_logged or 0
+    moves = rollback_tokens > 0 and (num_logged is None or logged + T > 2 * rollback_tokens)
+    replays = is_stale or (moves and num_logged is not None and rollback_tokens > T)
+    if not moves and not replays:
+        return KDAPieces(tuple(_cut(Piece(0, T, layout), B)))
+    length = T + (logged if replays else 0)
+
+    def piece(start: int, stop: int, is_anchor: bool) -> list[Piece]:
+        if start == stop:
+            return [Piece(start, stop, SequenceLayout(), is_anchor)]
+        mask = attention_mask
+        if mask is not None:
+            first = mask.shape[1] - length
+            mask = mask[:, first + start : first + stop]
+        own = sequence_layout(B, stop - start, attention_mask=mask, device=device)
+        return _cut(Piece(start, stop, own, is_anchor), B)
+
+    if not moves:
+        return KDAPieces(tuple(piece(0, length, False)), replays)
+    cut = max(length - rollback_tokens, 0)
+    return KDAPieces((*piece(0, cut, True), *piece(cut, length, False)), replays)
+
+
+def _cut(piece: Piece, num_rows: int) -> list[Piece]:
+    """The piece, in several where its rows are plain and long and no graph is recorded."""
+    if is_exporting() or torch.is_grad_enabled() or not piece.layout.is_plain:
+        return [piece]
+    size = max(CHUNK_SIZE, PIECE_TOKENS // num_rows // CHUNK_SIZE * CHUNK_SIZE)
+    stops = [*range(piece.start + size, piece.stop, size), piece.stop]
+    starts = [piece.start, *stops[:-1]]
+    parts = [Piece(a, b, piece.layout) for a, b in zip(starts, stops, strict=True)]
+    parts[-1] = replace(parts[-1], is_anchor=piece.is_anchor)
+    return parts
+
+
+def read_pieces(
+    attention: Any,
+    x: Tensor,
+    pieces: tuple[Piece, ...],
+    state: KDAState | None = None,
+    *,
+    state_out: Tensor | None = None,
+    keep_anchor: Callable[[KDAState], None] | None = None,
+) -> tuple[Tensor, KDAState | None]:
+    """Run a KDA layer over its input [B, T, D] piece by piece.
+
+    Args:
+        attention: The layer, whose `read` takes a piece, its layout and the state before it.
+        x: What the pieces' columns count in.
+        pieces: From `plan_pieces`.
+        state: Before the first piece; None keeps no state.
+        state_out: Where recurrent states may be written.
+        keep_anchor: Takes the state behind a piece that ends at the anchor.
+
+    Returns:
+        The layer's output [B, T, D], and the state after the last piece.
+    """
+    if len(pieces) == 1 and not pieces[0].is_anchor:
+        return attention.read(x, pieces[0].layout, state, state_out)
+    state, out = state or KDAState(), None
+    outputs = []
+    for piece in pieces:
+        if piece.start < piece.stop:
+            part = x[:, piece.start : piece.stop]
+            found, state = attention.read(part, piece.layout, state, state_out)
+            if torch.is_grad_enabled():
+                outputs.append(found)
+            else:  # gigabytes for a long text, which must not be there twice
+                out = (
+                    x.new_empty(*x.shape[:2], found.shape[2], dtype=found.dtype)
+                    if out is None
+                    else out
+                )
+                out[:, piece.start : piece.stop] = found
+        if piece.is_anchor and keep_anchor is not None:
+            keep_anchor(state)
+    return (torch.cat(outputs, dim=1) if out is None else out), state

@@ -1,0 +1,113 @@
+"""Where a cache's tensors lie, as the decode step's kernels read it from a table on the device.
+
+Shapes: B rows, H heads, K key and value size of KDA, W taps, R latent width, D hidden size.
+"""
+
+import weakref
+from operator import call, is_
+from typing import Any, NamedTuple
+
+import torch
+from kimi_linear.ops.runtime import tl
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+# Of a row, so that each begins at a multiple of 16 bytes: Triton compiles what does not anew.
+TABLE_COLUMNS = 6
+
+
+class KDAAddresses(NamedTuple):
+    """A KDA layer's row. Strides count numbers, not bytes."""
+
+    conv_state: int = 0  # [B, 3, H * K, W - 1]
+    recurrent_state: int = 0  # float32 [B, H, K, K]
+    log: int = 0  # [B, capacity, D], see `rollback.py`; 0: nothing is logged
+    log_stride: int = 0  # of a row
+
+
+class LatentAddresses(NamedTuple):
+    """An MLA layer's row: the latents of the first tokens, and those with room for new ones."""
+
+    prefix: int = 0  # [B or 1, prefix_tokens, R]
+    prefix_tokens: int = 0
+    prefix_stride: int = 0  # of a row; 0 if all rows share one
+    tail: int = 0  # [B, capacity, R]
+    tail_stride: int = 0
+
+
+def columns(kind: Any) -> list[Any]:
+    """The columns of a row's fields, for kernels to name them."""
+    places = range(len(kind._fields))
+    return [place if tl is None else tl.constexpr(place) for place in places]
+
+
+def is_kda(layer: Any) -> bool:
+    """Whether a cache layer is one of KDA."""
+    return layer.kind == "linear_attention"
+
+
+class AddressTable:
+    """A cache's rows [layers, TABLE_COLUMNS], good as long as it holds the same tensors."""
+
+    def __init__(self, cache: Cache, num_rows: int) -> None:
+        addresses = [_addresses(layer, num_rows) for layer in cache.layers]
+        self.rows = padded(addresses)
+        self._refs = [weakref.ref(x) for x in _step_tensors(cache, num_rows) or []]
+        self._is_inference = torch.is_inference_mode_enabled()  # decides what may be written to
+
+    def is_current(self, cache: Cache, num_rows: int) -> bool:
+        """Whether the next step may use it."""
+        if self._is_inference != torch.is_inference_mode_enabled():
+            return False
+        tensors = _step_tensors(cache, num_rows)
+        if tensors is None or len(tensors) != len(self._refs):
+            return False
+        return all(map(is_, tensors, map(call, self._refs)))
+
+
+def prepare(cache: Cache, num_rows: int, dtype: torch.dtype) -> AddressTable | None:
+    """The table of a cache made ready for a step in place; None if that cannot be."""
+    if all(layer.prepare_step(num_rows, dtype) for layer in cache.layers):
+        return AddressTable(cache, num_rows)
+    return None
+
+
+def padded(addresses: list[Any]) -> list[list[int]]:
+    """Rows of one length."""
+    return [[*row, *[0] * (TABLE_COLUMNS - len(row))] for row in addresses]
+
+
+def _step_tensors(cache: Cache, num_rows: int) -> list[Tensor] | None:
+    """What a table depends on; None if a step in place cannot follow the last one."""
+    found: list[Tensor] = []
+    for layer in cache.layers:
+        own = layer.step_tensors(num_rows)
+        if own is None:
+            return None
+        found += [x for x in own if x is not None]
+    return found
+
+
+def _addresses(layer: Any, num_rows: int) -> KDAAddresses | LatentAddresses:
+    if is_kda(layer):
+        states = layer.state.conv.data_ptr(), layer.state.recurrent.data_ptr()
+        log = layer.rollback.log
+        return KDAAddresses(*states, *(() if log is None else (log.data_ptr(), log.stride(0))))
+    prefix, tail = (0, 0, 0), layer.tail
+    if layer.full:
+        (first,) = layer.full
+        stride = first.stride(0) if first.shape[0] == num_rows else 0
+        prefix = first.data_ptr(), first.shape[1], stride
+    return LatentAddresses(*prefix, tail.data_ptr(), tail.stride(0))
+
+
+__all__ = [
+    "AddressTable",
+    "KDAAddresses",
+    "LatentAddresses",
+    "TABLE_COLUMNS",
+    "columns",
+    "is_kda",
+    "padded",
+    "prepare",
+]

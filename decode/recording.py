@@ -1,0 +1,123 @@
+"""A decode step recorded as a CUDA graph, and its inputs.
+
+Shapes: B rows, S tokens of cache and call.
+"""
+
+from typing import Any
+
+import torch
+from kimi_linear.decode.addresses import AddressTable, KDAAddresses, LatentAddresses, padded
+from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep
+from kimi_linear.decode.many_rows import ManyRowsStep
+from kimi_linear.decode.step import DecodeStep
+from torch import Tensor, nn
+
+
+def decode_step(model: nn.Module, num_rows: int, has_padding: bool) -> DecodeStep:
+    """The step for B = `num_rows` rows."""
+    kind = FewRowsStep if num_rows <= FEW_ROWS else ManyRowsStep
+    return kind(model, num_rows, has_padding)
+
+
+class Recording:
+    """A `DecodeStep` and its CUDA graph; on other devices it is launched each time."""
+
+    def __init__(self, model: nn.Module, num_rows: int, has_padding: bool) -> None:
+        self._table: AddressTable | None = None
+        self._counts: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None  # of the last run
+        # made in inference mode, buffers could not be written to outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            self._step = decode_step(model, num_rows, has_padding)
+            if self._step.device.type == "cuda":
+                with torch.cuda.device(self._step.device):
+                    self._record()
+
+    def _record(self) -> None:
+        """Run once, on scratch memory, so that all kernels are compiled; then record."""
+        step = self._step
+        scratch: list[Tensor] = []
+        self._load_rows(_scratch_rows(step, scratch))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            step.run()
+
+    def run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        table: AddressTable,
+        counts: tuple[int, int],
+    ) -> Tensor:
+        """Logits [B, vocab_size] behind a cache with `counts` of cached and logged tokens."""
+        step = self._step
+        if step.device.type != "cuda":
+            self._load(input_ids, attention_mask, table, counts)
+            step.run()
+            return step.logits.clone()
+        with torch.cuda.device(step.device):
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)  # which may still use the same buffers
+            self._stream = stream
+            self._load(input_ids, attention_mask, table, counts)
+            self._graph.replay()
+            return step.logits.clone()
+
+    def _load(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        table: AddressTable,
+        counts: tuple[int, int],
+    ) -> None:
+        """Put a step's inputs where the kernels look for them."""
+        step = self._step
+        if table is not self._table:
+            self._load_rows(table.rows)
+            self._table = table
+        if self._counts != counts:
+            for place, count in enumerate(counts):
+                step.counters[place].fill_(count)
+        self._counts = (counts[0] + 1, counts[1] + 1)  # as the step itself counts
+        if attention_mask is not None:
+            self._load_mask(attention_mask)
+        step.ids.copy_(input_ids)
+
+    def _load_rows(self, rows: list[list[int]]) -> None:
+        self._step.table.copy_(torch.tensor(rows, dtype=torch.int64))
+
+    def _load_mask(self, attention_mask: Tensor) -> None:
+        """Copy the mask [B, S] to where the kernels look for it."""
+        step, tokens = self._step, attention_mask.shape[1]
+        if step.real_tokens.shape[1] < tokens:
+            with torch.inference_mode(False):
+                step.reserve_mask(2 * tokens)
+        step.real_tokens[:, :tokens] = attention_mask != 0
+
+
+def _scratch_rows(step: DecodeStep, kept: list[Tensor]) -> list[list[int]]:
+    """Addresses of memory to write to while a step is tried out, one for all layers of a kind;
+    `kept` holds it."""
+    config, B = step.config, step.num_rows
+    linear = config.linear_attn_config
+    H, K, W = linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]
+    R = config.kv_lora_rank + config.qk_rope_head_dim
+
+    def address(*shape: int, dtype: torch.dtype = step.dtype) -> int:
+        kept.append(torch.zeros(*shape, dtype=dtype, device=step.device))
+        return kept[-1].data_ptr()
+
+    conv, state = address(B, 3, H * K, W - 1), address(B, H, K, K, dtype=torch.float32)
+    kda: Any = KDAAddresses(conv, state)
+    latent: Any = LatentAddresses(tail=address(B, 1, R), tail_stride=R)
+    return padded([kda if is_kda else latent for is_kda in step.is_kda])
+
+
+__all__ = ["Recording", "decode_step"]

@@ -1,0 +1,270 @@
+"""What all layers are told about one call, worked out once, before the first of them.
+
+Shapes: B batch, T tokens of this call, S tokens of cache and call, R real tokens of this call,
+D hidden size, L + P width of a latent.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from kimi_linear.cache.calls import cache_for_call
+from kimi_linear.cache.pieces import KDAPieces, Piece, plan_pieces, read_pieces
+from kimi_linear.cache.static import is_static_call, without_room
+from kimi_linear.inputs.checks import check_columns, unless_all_real
+from kimi_linear.inputs.layout import (
+    SequenceLayout,
+    check_attention_mask,
+    sequence_layout,
+    traced_layout,
+)
+from kimi_linear.ops.runtime import is_exporting
+from kimi_linear.upstream.interfaces import (
+    attention_backend,
+    create_causal_mask,
+    packed_sequence_mask_function,
+)
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+# Longest call without a past that goes to the "sdpa" backend when no graph is recorded.
+BACKEND_TOKENS = 1024
+# Packed sequences of this many tokens on average are attended to one by one: a call for each.
+SEQUENCE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """One call.
+
+    Attributes:
+        layout: Padding and packing of its tokens.
+        cache: What it reads and writes, or None.
+        route: How MLA layers attend.
+            "rows": to the call's own keys and values, by the configured backend and `mask`;
+            "flash": likewise within sequences that lie end to end, by flash attention;
+            "sequences": within packed sequences, one after another;
+            "latents": to cached and own latents, by our own operation.
+        pieces: How KDA layers read it.
+        mask: The backend's, in "rows"; None if it needs none.
+        real_tokens: [B, S] bool, False at padding; None if all are real.
+        own_real: [B, T] bool, its part of the call's own tokens; None if there is no padding.
+        seen: [B, T, S] bool, what each token attends to in "latents"; None: all before it.
+    """
+
+    layout: SequenceLayout
+    cache: Any
+    route: Literal["rows", "flash", "sequences", "latents"]
+    pieces: KDAPieces
+    mask: Any = None
+    real_tokens: Tensor | None = None
+    own_real: Tensor | None = None
+    seen: Tensor | None = None
+
+    def to(self, device: torch.device, **kwargs: Any) -> "ForwardPlan":
+        """A copy on another device; accelerate moves inputs to the next layers' with this."""
+        names = ("mask", "real_tokens", "own_real", "seen")
+        found = {name: x for name in names if isinstance(x := getattr(self, name), Tensor)}
+        moved: dict[str, Any] = {name: x.to(device, **kwargs) for name, x in found.items()}
+        moved |= {name: getattr(self, name).to(device, **kwargs) for name in ("layout", "pieces")}
+        if self.mask is not None and "mask" not in moved:  # flex attention's takes no more
+            moved["mask"] = self.mask.to(device)
+        return replace(self, **moved)
+
+    def without_padding(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, D] with zeros at padding: 0 * NaN is NaN, in every product."""
+        if self.own_real is None:
+            return hidden_states
+        return hidden_states.masked_fill(~self.own_real.unsqueeze(-1), 0)
+
+    def begin_call(self) -> None:
+        """Until `end_call`, the cache's layers may hold different numbers of tokens."""
+        if self.cache is not None:
+            self.cache.begin_call()
+
+    def end_call(self, modules: list[nn.Module]) -> None:
+        """All layers have read the call."""
+        if self.cache is not None:
+            self.cache.end_call(modules)
+
+    def read_kda(self, attention: Any, hidden_states: Tensor) -> Tensor:
+        """Have a KDA layer read [B, T, D]: piece by piece, its cache taking the states in."""
+        if self.cache is None:
+            return read_pieces(attention, hidden_states, self.pieces.pieces)[0]
+        cache: Any = self.cache.layers[attention.layer_idx]
+        return cache.read(attention, hidden_states, self.pieces)
+
+    def keep_latents(self, layer_idx: int, latent: Tensor) -> list[Tensor]:
+        """Latents [B or 1, .., L + P] up to the call's last token, its own [B, T, L + P] cached."""
+        if self.cache is None:
+            return [latent]
+        cache: Any = self.cache.layers[layer_idx]
+        return cache.update(latent)
+
+    def visible(self, latent: Tensor) -> Tensor:
+        """The latents that this call's packed sequences attend to: their own."""
+        return latent
+
+    @property
+    def ends(self) -> list[int]:
+        """Where packed sequences end, from 0 on."""
+        return self.layout.ends
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """What Transformers' flash attention takes for sequences that lie end to end."""
+        return self.layout.flash_lengths
+
+    def in_line(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [1, R, D] in the routes that read sequences end to end."""
+        return self.layout.pack(x) if self.route in ("flash", "sequences") else x
+
+    def in_rows(self, x: Tensor, num_rows: int) -> Tensor:
+        """The inverse of `in_line`, zeros at padding."""
+        return self.layout.unpack(x, num_rows) if self.route in ("flash", "sequences") else x
+
+
+class Planner:
+    """Plans the calls of a process that has all of their tokens; see `plan`.
+
+    `parallel/context.py` has one for processes that divide the tokens of a row.
+    """
+
+    def own(self, source: Tensor) -> Tensor:
+        """The part of ids or embeddings [B, T, ...] that this process reads."""
+        return source
+
+    def plan(
+        self,
+        model: Any,
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        **boundaries: Tensor | None,
+    ) -> ForwardPlan:
+        """Settle what a call's padding, packing and cache mean for its layers.
+
+        Args:
+            model: The backbone; its configuration and mode count.
+            hidden_states: [B, T, D], the embeddings.
+            attention_mask: [B, S], non-zero at real tokens, cached ones included.
+            cache, use_cache: As the backbone's.
+            **boundaries: `position_ids`, `seq_idx`, `cu_seq_lens`, see `sequence_layout`.
+
+        Raises:
+            ValueError: If they contradict each other; the message names the argument.
+        """
+        B, T = hidden_states.shape[:2]
+        device = hidden_states.device
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, B, T)
+        if torch.compiler.is_compiling() and is_static_call(cache):
+            return static_plan(cache, attention_mask, hidden_states)
+        attention_mask = without_room(cache, attention_mask, T)
+        mask = unless_all_real(attention_mask)
+        layout = sequence_layout(B, T, attention_mask=mask, **boundaries, device=device)
+        cache = cache_for_call(model, layout, cache, use_cache, B)
+        past = 0 if cache is None else cache.get_seq_length()
+        check_columns(attention_mask, past, T)
+        if cache is not None:
+            cache.note_padding(attention_mask, mask)
+        if is_static_call(cache):
+            return static_plan(cache, mask, hidden_states)
+        real = None if mask is None else mask.to(device) != 0
+        route = _route(model.config, layout, cache, past, T)
+        wants_mask = route == "rows" and "full_attention" in model.config.layer_types
+        return ForwardPlan(
+            layout,
+            cache,
+            route,
+            _pieces(cache, layout, mask, (B, T), device),
+            mask=_backend_mask(hidden_states, model.config, layout, mask, cache)
+            if wants_mask
+            else None,
+            real_tokens=real,
+            own_real=None if real is None or layout.is_plain else real[:, -T:],
+        )
+
+
+def _route(config: Any, layout: SequenceLayout, cache: Cache | None, past: int, T: int) -> Any:
+    """How MLA layers attend, see `ForwardPlan`."""
+    backend = attention_backend(config)
+    # where "sdpa" would need memory that grows with the square of the context
+    is_long = T > BACKEND_TOKENS and not layout.is_packed and not torch.is_grad_enabled()
+    if past or (is_long and backend == "sdpa" and not is_exporting()):
+        return "latents"
+    if layout.is_packed and backend == "sdpa" and not torch.compiler.is_compiling():
+        assert layout.cu_seqlens is not None
+        # in rows, a mask would grow with the square of their length
+        if layout.num_places >= (layout.cu_seqlens.numel() - 1) * SEQUENCE_TOKENS:
+            return "sequences"
+    is_flash = "flash" in backend and layout.cu_seqlens is not None and cache is None
+    return "flash" if is_flash else "rows"
+
+
+def _backend_mask(
+    hidden_states: Tensor,
+    config: Any,
+    layout: SequenceLayout,
+    mask: Tensor | None,
+    cache: Cache | None,
+) -> Any:
+    """The mask that the attention backend wants in "rows"; None if it needs none."""
+    if "flash" in attention_backend(config) and cache is None and layout.order is None:
+        return None
+    inside = packed_sequence_mask_function(layout.sequence_ids) if layout.is_packed else None
+    # the cache by its place: Transformers renamed it
+    return create_causal_mask(config, hidden_states, mask, cache, and_mask_function=inside)
+
+
+def _pieces(
+    cache: Cache | None,
+    layout: SequenceLayout,
+    mask: Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> KDAPieces:
+    """How KDA layers read the call; their caches all hold the same tokens."""
+    layers: list[Any] = [] if cache is None else cache.layers
+    layers = [layer for layer in layers if layer.kind == "linear_attention"]
+    if not layers:
+        return plan_pieces(shape, layout)
+    # in a pipeline, another process has the first ones
+    layer = next((layer for layer in layers if layer.num_rows is not None), layers[0])
+    return plan_pieces(
+        shape,
+        layout,
+        rollback_tokens=layer.rollback.tokens,
+        num_logged=layer.rollback.num_logged,
+        is_stale=layer.is_stale,
+        attention_mask=mask,
+        device=device,
+    )
+
+
+def static_plan(cache: Any, attention_mask: Tensor | None, hidden_states: Tensor) -> ForwardPlan:
+    """The plan of a compiled step, whose shapes are those of all steps.
+
+    Args:
+        cache: A `KimiLinearStaticCache`, with tokens.
+        attention_mask: [B, S or fewer], non-zero at real tokens up to the last of this call.
+        hidden_states: [B, T, D], the embeddings.
+    """
+    B, T = hidden_states.shape[:2]
+    device = hidden_states.device
+    columns = cache.layers[0].length.to(device) + torch.arange(T, device=device)
+    seen = (torch.arange(cache.room, device=device) <= columns[:, None]).expand(B, -1, -1)
+    layout, own = SequenceLayout(), None
+    if attention_mask is not None:
+        real = attention_mask.to(device) != 0
+        own = real.index_select(1, columns)
+        real = F.pad(real, (0, cache.room - real.shape[1]))
+        seen, layout = seen & real[:, None], traced_layout(own)
+    pieces = KDAPieces((Piece(0, T, layout),))
+    return ForwardPlan(layout, cache, "latents", pieces, own_real=own, seen=seen)
+
+
+__all__ = ["ForwardPlan", "Planner", "static_plan"]
