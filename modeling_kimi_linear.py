@@ -35,13 +35,14 @@ from kimi_linear.outputs_kimi_linear import (
     one_cache,
 )
 from kimi_linear.parallel.context import ContextPlanner
+from kimi_linear.training.expert_loads import ExpertLoads
 from kimi_linear.training.loss import (
     LossBackend,
     loss_and_logits,
     sequence_label_loss,
     token_label_loss,
 )
-from kimi_linear.training.router import ExpertLoads, RouterNotes, take_notes
+from kimi_linear.training.router_losses import RouterNotes, take_notes
 from kimi_linear.upstream.arguments import (
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
@@ -111,7 +112,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         self.norm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.expert_loads: ExpertLoads | None = None  # it sets itself here
-        self.context_group: Any = None
         self.planner = Planner()
         self.post_init()
 
@@ -160,7 +160,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         source = one_source(input_ids, inputs_embeds)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
             packing = {"seq_idx": seq_idx is not None, "cu_seq_lens_q": cu_seq_lens_q is not None}
-            others = {"context parallelism": self.context_group is not None, **packing, **kwargs}
+            others = {"context parallelism": not self.planner.has_all_tokens, **packing, **kwargs}
             others = {"a cache": cache is not None or use_cache, **others}
             return KimiLinearModelOutput(**read_trees(self, source, attention_mask, others))
         source = self.planner.own(source)
@@ -179,7 +179,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         hidden_states = plan.without_padding(hidden_states)
         kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
-        notes, losses = take_notes(self, plan.layout, hidden_states, wants_logits), []
+        notes, losses = take_notes(self, plan, hidden_states, wants_logits), []
         # `assistant_early_exit` lowers the number while the model makes its own draft
         layers = list(self.layers)[: self.config.num_hidden_layers]
         plan.begin_call()
@@ -201,7 +201,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         more. Every process is given the whole row, and returns the hidden states of its own
         tokens, an equal part in the order of the ranks. See `parallel/context.py`.
         """
-        self.context_group = group
         self.planner = Planner() if group is None else ContextPlanner(self.config, group)
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -22,6 +22,7 @@ from kimi_linear.layers.latent_attention import (
 from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.parallel.decay_sharding import decays_apart
+from kimi_linear.parallel.router_bias import carry_router_biases
 from kimi_linear.parallel.tensor import joined, register_styles
 from kimi_linear.training.quantized_experts import (
     dequantize_experts,
@@ -90,6 +91,11 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         config.fit_layer_lists()
         config.check()
         super().__init__(config, *args, **kwargs)
+
+    def post_init(self) -> None:
+        super().post_init()
+        if self.base_model is self:  # a head's routers are its backbone's
+            carry_router_biases(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -183,7 +183,7 @@ class _Decoder:
         return recording
 
     def has_recorded(self, num_rows: int) -> bool:
-        """Whether steps of so many rows without padding ran as a graph."""
+        """Whether steps of `num_rows` rows without padding ran as a graph."""
         return (num_rows, False) in self._steps
 
 

@@ -65,7 +65,7 @@ class Snapshot:
 
 
 def call_obstacle(model: nn.Module, num_rows: int) -> str:
-    """Why a call of so many rows cannot be a step of a model without other obstacles, or ""."""
+    """Why a call of `num_rows` rows cannot be a step of a model without other obstacles, or ""."""
     config: Any = model.config
     backbone: Any = model.model
     count, used = len(backbone.layers), config.num_hidden_layers

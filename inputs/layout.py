@@ -39,7 +39,6 @@ class SequenceLayout:
         order: [B, T] int64, each row's columns, real ones first; in place of `token_index` and
             `cu_seqlens` where a compiler traces the call, whose shapes cannot depend on values.
         counts: [B] int64, real tokens of each row, with `order`.
-        context: The `ContextShard` that this call's tokens are, if other processes have the rest.
     """
 
     token_index: Tensor | None = None
@@ -50,12 +49,11 @@ class SequenceLayout:
     num_places: int = 0
     order: Tensor | None = None
     counts: Tensor | None = None
-    context: Any = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether each row is one sequence, all real and all here."""
-        return self.cu_seqlens is None and self.order is None and self.context is None
+        """Whether each row is one sequence, all real."""
+        return self.cu_seqlens is None and self.order is None
 
     @property
     def is_packed(self) -> bool:

@@ -17,8 +17,6 @@ from kimi_linear.ops.experts import EXPERTS
 from kimi_linear.ops.experts.choice import choose_experts
 from kimi_linear.ops.experts.quantized import plain_experts
 from kimi_linear.ops.wide_product import wide_linear
-from kimi_linear.parallel.tensor import is_dtensor, replicated
-from kimi_linear.training.router import RouterNotes
 from kimi_linear.upstream.interfaces import use_experts_implementation
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -38,8 +36,11 @@ class KimiLinearRouter(nn.Module):
         # moves the choice only, and has no gradient; a buffer so that optimizers leave it alone
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor, notes: RouterNotes | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
+    def forward(self, x: Tensor, notes: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64.
+
+        `notes` are `training/router_losses.py`'s.
+        """
         config = self.config
         logits = wide_linear(x, self.weight)
         weights, experts = choose_experts(
@@ -55,23 +56,6 @@ class KimiLinearRouter(nn.Module):
         if notes is not None:
             notes.count(experts)
         return logits, weights, experts
-
-    # accelerate's loading for FSDP2 by one process takes all of a state for DTensors, buffers too
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if is_dtensor(self.weight) and self.e_score_correction_bias.is_meta:
-            name = prefix + "e_score_correction_bias"
-            destination[name] = replicated(destination[name], self.weight)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        name = prefix + "e_score_correction_bias"
-        if is_dtensor(state_dict.get(name)):
-            state_dict[name] = state_dict[name].full_tensor()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 @use_experts_implementation(experts_interface=EXPERTS)
@@ -183,9 +167,7 @@ class KimiLinearMoE(nn.Module):
                 config, config.moe_intermediate_size * config.num_shared_experts
             )
 
-    def forward(
-        self, x: Tensor, notes: RouterNotes | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, notes: Any = None) -> Tensor | tuple[Tensor, Tensor]:
         """[B, T, D] to [B, T, D], and with `notes` the router's losses [B * T, 2]."""
         tokens = x.flatten(0, -2)
         # by keyword: hooks of parallel plans put other positional arguments in place of these

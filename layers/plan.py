@@ -19,6 +19,7 @@ from kimi_linear.inputs.layout import (
     sequence_layout,
     traced_layout,
 )
+from kimi_linear.inputs.sequences import TokenSequences, token_sequences
 from kimi_linear.ops.runtime import is_exporting
 from kimi_linear.upstream.interfaces import (
     attention_backend,
@@ -43,9 +44,9 @@ class ForwardPlan:
         cache: What it reads and writes, or None.
         route: How MLA layers attend.
             "rows": to the call's own keys and values, by the configured backend and `mask`;
-            "flash": likewise within sequences that lie end to end, by flash attention;
+            "flash": as "rows", within sequences that lie end to end, by flash attention;
             "sequences": within packed sequences, one after another;
-            "latents": to cached and own latents, by our own operation.
+            "latents": to cached and own latents, by `ops/latent_attention`.
         pieces: How KDA layers read it.
         mask: The backend's, in "rows"; None if it needs none.
         real_tokens: [B, S] bool, False at padding; None if all are real.
@@ -102,6 +103,11 @@ class ForwardPlan:
         cache: Any = self.cache.layers[layer_idx]
         return cache.update(latent)
 
+    def sequences(self, hidden_states: Tensor) -> TokenSequences:
+        """The sequences of its places [B, T, ...]."""
+        batch_size, num_tokens = hidden_states.shape[:2]
+        return token_sequences(self.layout, batch_size, num_tokens, like=hidden_states)
+
     def visible(self, latent: Tensor) -> Tensor:
         """The latents that this call's packed sequences attend to: their own."""
         return latent
@@ -131,9 +137,21 @@ class Planner:
     `parallel/context.py` has one for processes that divide the tokens of a row.
     """
 
+    has_all_tokens = True
+
     def own(self, source: Tensor) -> Tensor:
         """The part of ids or embeddings [B, T, ...] that this process reads."""
         return source
+
+    def own_labels(
+        self, labels: Tensor, loss_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The part of labels [B, T] and of the loss' arguments that this process' loss is of."""
+        return labels, loss_kwargs
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of the processes' tensors."""
+        return x
 
     def plan(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ROWS = 16  # at once
-STEPS = 8  # of a program of the backward pass, of so many rows each
+STEPS = 8  # steps of a program of the backward pass, ROWS rows each
 
 
 def gated_rms_norm(

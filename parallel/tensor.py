@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kimi_linear.parallel.plans import REGION, SPLIT
+from kimi_linear.configuration_plans import REGION, SPLIT
 from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES, TensorParallelLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -54,7 +54,7 @@ class SumOutputs(torch.autograd.Function):
 
 
 class SplitParameter(TensorParallelLayer):
-    """Parameters of which each process has an equal part of one dimension."""
+    """Parameters split evenly along one dimension over the processes."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim

@@ -7,7 +7,7 @@ trainer.train()
 
 from typing import Any
 
-from kimi_linear.training.router import ExpertLoads, check_rate, load_statistics
+from kimi_linear.training.expert_loads import ExpertLoads, check_rate, load_statistics
 from kimi_linear.upstream.trainer import put_callback_first
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -16,9 +16,8 @@ from kimi_linear.inputs.layout import SequenceLayout, last_real_columns, sequenc
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 from kimi_linear.ops.runtime import is_transformed, plain_weight, product_dtype
 from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
-from kimi_linear.parallel.context import own_labels, total_over
 from kimi_linear.training.deferred_logits import DeferredLogits
-from kimi_linear.training.router import add_router_losses
+from kimi_linear.training.router_losses import add_router_losses
 from kimi_linear.upstream.interfaces import ForCausalLMLoss
 from torch import Tensor
 
@@ -49,7 +48,7 @@ def loss_and_logits(
         ValueError: for an unknown `model.loss_backend`, or "fused" in training where it is not
             possible; for labels of another shape, and `logits_to_keep` beside labels.
     """
-    x, group = outputs.last_hidden_state, model.model.context_group
+    x, planner = outputs.last_hidden_state, model.model.planner
     assert x is not None
     if model.loss_backend not in get_args(LossBackend):
         raise ValueError(
@@ -59,7 +58,7 @@ def loss_and_logits(
     if labels is None:
         return None, model.lm_head(_kept_states(x, logits_to_keep, inputs["attention_mask"]))
     keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    if keeps_all and group is None and labels.shape != x.shape[:2]:
+    if keeps_all and planner.has_all_tokens and labels.shape != x.shape[:2]:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, which is not allowed: it must be "
             f"[batch, tokens] = {list(x.shape[:2])}"
@@ -69,10 +68,9 @@ def loss_and_logits(
     layout = sequence_layout(*labels.shape, **boundaries, device=labels.device)
     if not layout.is_plain:
         loss_kwargs = {"shift_labels": _next_labels(labels, layout), **loss_kwargs}
-    if group is not None:
-        labels, loss_kwargs = own_labels(labels, loss_kwargs, group)
+    labels, loss_kwargs = planner.own_labels(labels, loss_kwargs)
     loss, logits = _whole_loss(model, outputs, labels, logits_to_keep, loss_kwargs)
-    return (loss if group is None else total_over(loss, group)), logits
+    return planner.total(loss), logits
 
 
 def _whole_loss(

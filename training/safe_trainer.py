@@ -124,8 +124,8 @@ class SafeTrainingMixin(CheckpointHooks):
                 loads.reset()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the number of steps that were skipped, if there were any; `train_loss`
-        is the mean of the whole run, of which Trainer knows the steps since it was resumed."""
+        """Add the number of skipped steps, if any; `train_loss` is the mean of the whole run, where
+        Trainer's is that of the steps since resuming."""
         if self.skipped_steps and "loss" in logs:
             logs["skipped_steps"] = len(self.skipped_steps)
         if "train_loss" in logs:

@@ -72,7 +72,7 @@ def launch_sort_pairs(experts: Tensor, num_experts: int) -> SortedPairs:
 
 @jit
 def _own_experts(experts, num_pairs, num_experts, PAIRS: tl.constexpr):
-    """This program's pairs and their experts; E for those that there are not."""
+    """Its pairs and their experts; E for pairs past the end and experts out of range."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     expert = tl.load(experts + pair, mask=pair < num_pairs, other=num_experts)
     return pair, tl.minimum(expert, num_experts).to(tl.int32)

@@ -88,7 +88,7 @@ def log_decay(g: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     KDA's decay is computed in three places. The torch paths, `recurrent_kda`, `step_in_place` and
     `chunked_kda`, call this function. FLA's kernels have their own copy, for training, prefill and
     steps on a GPU: `use_gate_in_kernel=True` in `ops/kda/fla.py` turns it on. The recorded decode
-    step has another in `decode/kernels.py`, where `decay = tl.exp(-A * softplus)`.
+    step has another in `decode/attention_kernels.py`, where `decay = tl.exp(-A * softplus)`.
 
     Args:
         g: raw gate [..., H, K].

@@ -16,7 +16,7 @@ from kimi_linear.modeling_kimi_linear import (
     KimiLinearForTokenClassification,
 )
 from kimi_linear.training.bias_callback import ExpertBalanceCallback, balance_experts
-from kimi_linear.training.router import ExpertLoads, load_statistics
+from kimi_linear.training.expert_loads import ExpertLoads, load_statistics
 from tolerance import assert_close
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
