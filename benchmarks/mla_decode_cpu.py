@@ -26,6 +26,7 @@ from kimi_linear import KimiLinearConfig
 from kimi_linear.cache.hybrid import KimiLinearCache
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
+from kimi_linear.layers.plan import ForwardPlan
 
 SPEED_TARGET = 50.0
 CHECKED_CONTEXT = 16384
@@ -52,9 +53,10 @@ def ours_step(config: KimiLinearConfig, latent: torch.Tensor, x: torch.Tensor) -
     layer = KimiLinearLatentAttention(config, LAYER).eval()
     cache = KimiLinearCache(config, reserve_tokens=latent.shape[1] + 256)
     cache.layers[LAYER].update(latent)
+    plan = ForwardPlan(SequenceLayout(), cache, "latents", pieces=[])  # pieces are KDA's
 
     def step() -> torch.Tensor:
-        out = layer(x, layout=SequenceLayout(), cache=cache, by_blocks=True)[0]
+        out = layer(x, plan)[0]
         cache.layers[LAYER].crop(-1)
         return out
 

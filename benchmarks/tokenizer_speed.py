@@ -178,6 +178,44 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def tell_throughput(
+    kinds: dict[str, dict[str, Any]], rounds: int, num_bytes: int, tell: Callable[[Any], None]
+) -> dict[str, float]:
+    """A line for every call; its throughput over tiktoken's, by kind and way."""
+    seconds = run_rounds(kinds, rounds, time.perf_counter, compare=True)
+    ratios = {}
+    for kind, ways in seconds.items():
+        for way, own in ways.items():
+            ratio = statistics.median(r / o for r, o in zip(ways["tiktoken"], own, strict=True))
+            median = statistics.median(own)
+            line = {
+                "kind": kind,
+                "way": way,
+                "seconds": round(median, 3),
+                "megabytes_per_second": round(num_bytes / 1e6 / median, 2),
+                "throughput_over_tiktoken": round(ratio, 3),
+            }
+            tell(line)
+            if way != "tiktoken":
+                ratios[f"{kind}, {way}"] = line["throughput_over_tiktoken"]
+    return ratios
+
+
+def tell_stages(
+    ranks: dict[bytes, int], documents: list[str], rounds: int, tell: Callable[[Any], None]
+) -> None:
+    """A line for every stage of encoding, on the first documents."""
+    few, size = [], 0
+    for document in documents:
+        if size < STAGE_MEGABYTES * 1e6:
+            few.append(document)
+            size += len(document.encode())
+    steps = {"stage": stages(ranks, few)}
+    for name, values in run_rounds(steps, rounds, time.process_time, False)["stage"].items():
+        cost = min(values) / size * 1e9
+        tell({"stage": name, "nanoseconds_per_byte": round(cost, 1)})
+
+
 def main(
     *, megabytes: float, vocab_size: int, rounds: int, record: Path | None = None
 ) -> dict[str, Any]:
@@ -209,31 +247,8 @@ def main(
         convert_tiktoken(ranks, folder)
         auto = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     kinds = measurements(auto, encoding, documents)
-    seconds = run_rounds(kinds, rounds, time.perf_counter, compare=True)
-    ratios = {}
-    for kind, ways in seconds.items():
-        for way, own in ways.items():
-            ratio = statistics.median(r / o for r, o in zip(ways["tiktoken"], own, strict=True))
-            median = statistics.median(own)
-            line = {
-                "kind": kind,
-                "way": way,
-                "seconds": round(median, 3),
-                "megabytes_per_second": round(num_bytes / 1e6 / median, 2),
-                "throughput_over_tiktoken": round(ratio, 3),
-            }
-            tell(line)
-            if way != "tiktoken":
-                ratios[f"{kind}, {way}"] = line["throughput_over_tiktoken"]
-    few, size = [], 0
-    for document in documents:
-        if size < STAGE_MEGABYTES * 1e6:
-            few.append(document)
-            size += len(document.encode())
-    steps = {"stage": stages(ranks, few)}
-    for name, values in run_rounds(steps, rounds, time.process_time, False)["stage"].items():
-        cost = min(values) / size * 1e9
-        tell({"stage": name, "nanoseconds_per_byte": round(cost, 1)})
+    ratios = tell_throughput(kinds, rounds, num_bytes, tell)
+    tell_stages(ranks, documents, rounds, tell)
     summary = {
         "summary": ratios,
         "megabytes": round(num_bytes / 1e6, 2),

@@ -82,7 +82,7 @@ class Settings(RunSettings):
     target: float = setting(0.99, "accuracy at which training ends", above=0, most=1)
     warmup: int = setting(100, "steps over which the learning rate rises", least=0)
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
-    record: bool = setting(True, "no CUDA graphs")
+    record: bool = setting(True, "steps as CUDA graphs")
     share: tuple[int, int] = setting(
         (0, 1), "groups I, I + N, ...", parse=parse_share, metavar="I/N", recorded=False
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from learning.optimizers import OPTIMIZERS, SCHEDULES
+from options.settings import setting
 
 from kimi_linear.training.lora import LORA_GROUPS
 
@@ -21,14 +22,6 @@ FREE_TO_CHANGE = ("output", "resume", "save_every", "keep_checkpoints", "merge")
 LOSS_TOKENS = ("assistant", "all")
 QUANTIZATIONS = ("4bit", "8bit")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge")
-
-
-def setting(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
-    """A field with its help and, if it has them, its allowed values."""
-    metadata = {"help": text, "choices": tuple(choices)}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

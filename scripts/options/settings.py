@@ -17,8 +17,8 @@ SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 def setting(
     default: Any,
     text: str = "",
-    *,
     choices: Iterable[str] = (),
+    *,
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
@@ -32,8 +32,9 @@ def setting(
         text: The flag's help.
         choices: Allowed names; of a sequence, of each entry.
         least, above, most, multiple: Allowed numbers; of a sequence, of each entry.
-        **metadata: "metavar" and "parse" for argparse, "group" of the help; "flag": False for a
-            field without a flag; "recorded": False for one that `recorded` leaves out.
+        **metadata: "metavar" and "parse" for argparse, "group" of the help; "name" of the flag if
+            it is not the field's; "flag": False for a field without one; "recorded": False for one
+            that `recorded` leaves out.
     """
     limits = {"least": least, "above": above, "most": most, "multiple": multiple}
     found = {"help": text, "choices": tuple(choices), **limits, **metadata}
@@ -121,17 +122,20 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         target = parser if not title else groups.get(title) or parser.add_argument_group(title)
         groups[title] = target
         options = _flag_options(field, kinds[field.name])
-        flag = options.pop("flag", flag_of(field.name))
-        target.add_argument(flag, dest=field.name, help=options.pop("help") or None, **options)
+        flag = field.metadata.get("name", flag_of(field.name))
+        target.add_argument(flag, dest=field.name, **{**options, "help": options["help"] or None})
 
 
 def _flag_options(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
     rules, text = field.metadata, field.metadata["help"].replace("%", "%%")
     kind = _without_none(kind)
     if kind is bool:
-        if field.default:
-            return {"action": "store_false", "flag": flag_of(f"no_{field.name}"), "help": text}
-        return {"action": "store_true", "help": text}
+        is_on = field.default
+        return {
+            "action": argparse.BooleanOptionalAction if is_on else "store_true",
+            "default": is_on,
+            "help": text,
+        }
     parse, metavar = _PARSERS.get(kind, (str, None))
     options = {"type": rules.get("parse", parse), "default": field.default}
     if rules["choices"] and metavar is None:
