@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from kimi_linear.configuration_plans import REGION, SPLIT
+from kimi_linear.ops.runtime import needs_grad
 from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES, TensorParallelLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -85,7 +86,7 @@ class Region(TensorParallelLayer):
 
 def _in_region(module: nn.Module, forward: Callable[..., Any], group: Any) -> Callable[..., Any]:
     def sum_gradients(x: Tensor) -> Tensor:
-        return SumGradients.apply(x, group) if _records(x) else x
+        return SumGradients.apply(x, group) if needs_grad(x) else x
 
     def region_forward(*args: Any, **kwargs: Any) -> Any:
         with _local_parameters(module, sum_gradients):
@@ -114,10 +115,6 @@ def _local_parameters(module: nn.Module, replicated: Callable[[Tensor], Tensor])
     finally:
         for parameters, name, x in found:
             parameters[name] = x
-
-
-def _records(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
 
 
 def is_dtensor(x: Any) -> bool:
