@@ -49,5 +49,3 @@ PP_PLAN = {
     "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
     "norm": (["hidden_states"], ["hidden_states"]),
 }
-
-__all__ = ["EP_PLAN", "PP_PLAN", "REGION", "SPLIT", "TP_PLAN"]

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from common import Recorder, make_parser, setting
+
 from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 
 ALLOWED_RATIO = 1.5

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from common import Recorder, make_parser, setting
-from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 from measuring.models import build
+
+from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 
 DECODED_TOKENS = 8
 

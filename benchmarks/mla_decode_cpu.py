@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import transformers
 from common import Recorder, make_parser, setting
+from transformers.models.kimi_linear import KimiLinearConfig as NativeConfig
+from transformers.models.kimi_linear import modeling_kimi_linear as native
+
 from kimi_linear import KimiLinearConfig
 from kimi_linear.cache.hybrid import KimiLinearCache
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
-from transformers.models.kimi_linear import KimiLinearConfig as NativeConfig
-from transformers.models.kimi_linear import modeling_kimi_linear as native
 
 SPEED_TARGET = 50.0
 CHECKED_CONTEXT = 16384

@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 from common import ROOT, Recorder, make_parser, setting
+from million_tokens import random_model
+
 from kimi_linear import KimiLinearCache
 from kimi_linear.ops.kda import fla as kda
-from million_tokens import random_model
 
 EXACTNESS_LAYERS, EXACTNESS_TOKENS = 4, 20000
 

@@ -118,11 +118,12 @@ def measurements(auto: Any, encoding: Any, documents: list[str]) -> dict[str, di
 
 def stages(ranks: dict[bytes, int], documents: list[str]) -> dict[str, Callable[[], Any]]:
     """Encoding with more and more of what it does, on one thread; the model comes last."""
-    from kimi_linear.tokenizer.convert import build_tokenizer, make_pre_tokenizer
-    from kimi_linear.tokenizer.special_tokens import PATTERN
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import PreTokenizer, Split
+
+    from kimi_linear.tokenizer.convert import build_tokenizer, make_pre_tokenizer
+    from kimi_linear.tokenizer.special_tokens import PATTERN
 
     def without_model(pre_tokenizer: PreTokenizer | None) -> Tokenizer:
         """Every piece is one unknown word."""
@@ -192,9 +193,10 @@ def main(
         The summary.
     """
     import tiktoken
+    from transformers import AutoTokenizer
+
     from kimi_linear.tokenizer import convert_tiktoken, special_token_ids, train_bpe
     from kimi_linear.tokenizer.special_tokens import PATTERN
-    from transformers import AutoTokenizer
 
     tell, documents = Recorder(record).tell, make_documents(megabytes)
     num_bytes = sum(len(document.encode()) for document in documents)

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from common import Recorder, make_parser, setting
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.ops.kda import fla as kda
 from measuring.models import build, official_parts
 from texts.corpus import split_by_file, standard_library
 from torch import Tensor
+
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.ops.kda import fla as kda
 
 WINDOW = 8192
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

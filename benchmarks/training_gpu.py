@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Recorder, make_parser, setting
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops import experts as experts_kimi_linear
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 from kimi_linear.ops.experts.training import train_experts
-from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 RUNS = 5
 

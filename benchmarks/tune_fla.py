@@ -19,11 +19,12 @@ os.environ.setdefault("FLA_CACHE_MODE", "disabled")  # the table of today is not
 
 import torch
 from common import ROOT, Recorder, make_parser, setting
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.ops.fla.tuning import KnownConfigs, autotuners, name_of, shape_of
 from torch import nn
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.autotuner import Autotuner
+
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.ops.fla.tuning import KnownConfigs, autotuners, name_of, shape_of
 
 OUTPUT = ROOT / "ops" / "fla" / "configs.py"
 TABLES: dict[str, dict[str, dict[str, Any]]] = {}

@@ -15,13 +15,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+
 from kimi_linear.cache.kda import ROLLBACK_TOKENS, KDALayerCache
 from kimi_linear.cache.latents import LatentLayerCache
 from kimi_linear.cache.layer import LayerCache
 from kimi_linear.upstream.caches import holds_tokens, is_offloading, put_layers
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.configuration_utils import PreTrainedConfig
 
 
 class KimiLinearCache(Cache):
@@ -232,13 +233,3 @@ def _layers_for(
         else LatentLayerCache(reserve_tokens, offload)
         for kind in config.layer_types
     ]
-
-
-__all__ = [
-    "KimiLinearCache",
-    "KimiLinearDynamicCache",
-    "cache_memory",
-    "check_kinds",
-    "check_whole",
-    "prepare_cache",
-]

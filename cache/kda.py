@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from kimi_linear.cache.layer import LayerCache, may_write
 from kimi_linear.cache.pieces import KDAPieces, read_pieces
 from kimi_linear.cache.rollback import Rollback
 from kimi_linear.cache.state import KDAState
-from torch import Tensor
 
 # What crop can take back, unless a cache is made for another number ...
 ROLLBACK_TOKENS = 64

@@ -7,9 +7,10 @@ import copy
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from kimi_linear.cache.layer import LayerCache, may_write
 from kimi_linear.ops.runtime import needs_grad
-from torch import Tensor
 
 BLOCK_TOKENS = 256
 # A buffer of at least this many tokens is never copied to grow: the next one goes beside it.

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
-from kimi_linear.ops.kda import CHUNK_SIZE
+from kimi_linear.ops.kda.segments import CHUNK_SIZE
 from kimi_linear.ops.runtime import is_exporting
-from torch import Tensor
 
 # Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
 # take 130 KB a token at the 48B model's sizes, and longer pieces are not faster.

@@ -16,10 +16,11 @@ Shapes: B batch, X hidden size.
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from kimi_linear.cache.layer import may_write
 from kimi_linear.cache.state import KDAState
 from kimi_linear.ops.runtime import needs_grad
-from torch import Tensor
 
 
 class Rollback:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import StaticCache
+
 from kimi_linear.cache.hybrid import KimiLinearCache
 from kimi_linear.cache.kda import KDALayerCache
 from kimi_linear.cache.latents import BLOCK_TOKENS, LatentLayerCache
 from kimi_linear.cache.state import KDAState
 from kimi_linear.upstream.interfaces import attention_backend
-from torch import Tensor
-from transformers.cache_utils import StaticCache
 
 
 class _CountsInTensor:
@@ -206,6 +207,3 @@ def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> 
     if attention_mask.shape[1] != cache.room:
         return attention_mask
     return attention_mask[:, : cache.get_seq_length() + num_tokens]
-
-
-__all__ = ["KimiLinearStaticCache", "is_compileable", "is_static_call", "without_room"]

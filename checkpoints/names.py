@@ -20,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from kimi_linear.upstream.interfaces import (
     Concatenate,
     MergeModulelist,
@@ -28,9 +32,6 @@ from kimi_linear.upstream.interfaces import (
     register_checkpoint_conversion_mapping,
 )
 from kimi_linear.upstream.models import is_divided, is_quantized
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -474,17 +475,3 @@ def _check_value(name: str, value: Any, place: Tensor) -> None:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-__all__ = [
-    "CheckpointError",
-    "check_checkpoint",
-    "check_finite",
-    "check_inside",
-    "official_shapes",
-    "other_spellings",
-    "read_header",
-    "register_conversion",
-    "stored_tensors",
-    "write_weights",
-]

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from kimi_linear.checkpoints.names import (
     check_checkpoint,
     check_inside,
@@ -38,7 +40,6 @@ from kimi_linear.upstream.models import (
     is_quantized,
     save_by_registered_names,
 )
-from torch import Tensor, nn
 
 BACKBONE = "KimiLinearBackbone"
 AUTO_MAP = {

@@ -6,8 +6,9 @@ Shapes: N = B * T places of a call, S sequences in them.
 from dataclasses import dataclass, replace
 
 import torch
-from kimi_linear.inputs.layout import SequenceLayout
 from torch import Tensor
+
+from kimi_linear.inputs.layout import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,3 @@ def token_sequences(
     weight = torch.zeros(places, dtype=dtype, device=device)
     weight = weight.index_copy(0, index, 1 / lengths[numbers].to(dtype))
     return TokenSequences(number, weight, lengths)
-
-
-__all__ = ["TokenSequences", "token_sequences"]

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops.experts import EXPERTS
@@ -18,8 +21,6 @@ from kimi_linear.ops.experts.choice import choose_experts
 from kimi_linear.ops.experts.quantized import plain_experts
 from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.upstream.interfaces import use_experts_implementation
-from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")
 
@@ -177,6 +178,3 @@ class KimiLinearMoE(nn.Module):
             shared = self.shared_experts(x)
             out = out + shared if torch.is_grad_enabled() else out.add_(shared)
         return out if notes is None else (out, notes.losses(logits))
-
-
-__all__ = ["KimiLinearExperts", "KimiLinearMoE", "KimiLinearRouter"]

@@ -7,9 +7,10 @@ becomes a plain tensor again.
 
 from typing import Any
 
+from torch import nn
+
 from kimi_linear.layers.moe import KimiLinearRouter
 from kimi_linear.parallel.tensor import is_dtensor, replicated
-from torch import nn
 
 NAME = "e_score_correction_bias"
 
@@ -30,6 +31,3 @@ def _replicate(router: Any, state_dict: dict[str, Any], prefix: str, *_: Any) ->
 def _gather(router: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if is_dtensor(state_dict.get(prefix + NAME)):
         state_dict[prefix + NAME] = state_dict[prefix + NAME].full_tensor()
-
-
-__all__ = ["carry_router_biases"]

@@ -54,7 +54,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kimi_linear import KimiLinearConfig
 from measuring.bench import Bench, Effort, TimeLimitError
 from measuring.device import collect_garbage, measure_rates
 from measuring.limits import Limits
@@ -64,6 +63,8 @@ from measuring.plot import plot_lines
 from measuring.report import Line, Recorder, environment, read_lines, say, table
 from measuring.settings import Settings
 from options.settings import command_parser, run_main
+
+from kimi_linear import KimiLinearConfig
 
 MESSAGE_LENGTH = 300
 # Where what is compiled is kept from one process to the next.

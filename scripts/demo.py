@@ -34,8 +34,6 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 from learning.budget import Budget, BudgetCallback
 from learning.optimizers import make_optimizer, schedule_factor
 from learning.plots import plot_training
@@ -45,6 +43,9 @@ from texts.corpus import SourceFile, split_by_file, standard_library, total_byte
 from texts.evaluation import bits_per_byte, encode_texts
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 
 GENERATE = Path(__file__).with_name("generate.py")
 PROMPT = 'class PriorityQueue:\n    """A queue that returns its smallest item first."""\n\n    def '

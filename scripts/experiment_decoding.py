@@ -31,14 +31,15 @@ from typing import Any
 
 import torch
 from experiments.runs import Lines, RunSettings
-from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
-from kimi_linear.decode.graph import has_recording
 from measuring.device import collect_garbage, measure_rates, synchronise
 from measuring.limits import Limits
 from measuring.models import build
 from measuring.report import say
 from options.settings import command_parser, run_main, setting
 from torch import Tensor
+
+from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
+from kimi_linear.decode.graph import has_recording
 
 PATTERNS = ("kimi", "mla")
 CONTEXTS = tuple(1 << n for n in (12, 15, 17, 18, 19, 20))

@@ -34,12 +34,13 @@ from typing import Any
 
 import torch
 from experiments.runs import Clock, Lines, RunSettings, parse_share
-from kimi_linear.ops.kda import kda_attention
 from measuring.autotuning import limit_autotuning
 from measuring.device import collect_garbage, synchronise
 from measuring.report import say
 from options.settings import command_parser, require, run_main, setting
 from torch import Tensor
+
+from kimi_linear.ops.kda import kda_attention
 
 OPERATORS = ("kda", "dplr", "kda-safe", "dplr-safe", "package")
 PASSES = ("forward", "forward+backward")

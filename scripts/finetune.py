@@ -56,10 +56,11 @@ from finetuning.settings import (
     read_yaml,
     write_yaml,
 )
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.tokenizer import save_tokenizer
 from learning.rows import hold_out
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.tokenizer import save_tokenizer
 
 CHAT_END = "<|im_end|>"
 

@@ -43,10 +43,6 @@ from typing import Any, get_args
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
-from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
-from kimi_linear.training.bias_callback import balance_experts
-from kimi_linear.training.safe_trainer import BadStep, SafeTrainer
 from learning.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, schedule_factor
 from learning.rows import collate, hold_out, pack
 from texts.evaluation import bits_per_byte, encode_texts
@@ -54,6 +50,11 @@ from texts.files import find_files, read_files
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
+from kimi_linear.training.bias_callback import balance_experts
+from kimi_linear.training.safe_trainer import BadStep, SafeTrainer
 
 Texts = Dataset | IterableDataset
 # Texts that a tokenizer is trained on, and held-out texts that bits per byte are measured on.

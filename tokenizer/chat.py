@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from kimi_linear.tokenizer.marks import (
     map_strings,
     mark_beginnings,
@@ -19,7 +21,6 @@ from kimi_linear.tokenizer.marks import (
 )
 from kimi_linear.tokenizer.special_tokens import ASSISTANT_TOKEN, CHAT_EOS_TOKEN, MIDDLE_TOKEN
 from kimi_linear.tokenizer.text import check_text
-from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase

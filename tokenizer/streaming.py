@@ -9,9 +9,10 @@ import operator
 import reprlib
 from typing import TYPE_CHECKING, Final
 
-from kimi_linear.tokenizer.byte_level import chars_to_bytes
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
+
+from kimi_linear.tokenizer.byte_level import chars_to_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

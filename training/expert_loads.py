@@ -156,6 +156,3 @@ def check_rate(field: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value < math.inf:
         raise ValueError(f"{field}={value!r} is not allowed: it must be a finite number >= 0")
-
-
-__all__ = ["ExpertLoads", "check_rate", "load_statistics"]

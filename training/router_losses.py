@@ -13,10 +13,10 @@ Shapes: N = B * T places of a call, S sequences in them, E experts, k experts of
 from typing import Any
 
 import torch
-from kimi_linear.inputs.sequences import TokenSequences
-from kimi_linear.parallel.context import total_over
-from kimi_linear.training.expert_loads import ExpertLoads
 from torch import Tensor
+
+from kimi_linear.inputs.sequences import TokenSequences
+from kimi_linear.training.expert_loads import ExpertLoads
 
 
 def take_notes(
@@ -157,7 +157,7 @@ def add_router_losses(
     losses_N2, number_N, lengths_S = by_place
     counts_N = counts.flatten().to(number_N.device, torch.int64)
     labels_S = counts_N.new_zeros(lengths_S.numel() + 1).index_add(0, number_N, counts_N)
-    labels_S = total_over(labels_S, getattr(model.model, "context_group", None))
+    labels_S = model.model.planner.total(labels_S)
     if num_items_in_batch is None:
         num_items_in_batch = labels_S[:-1].sum().clamp(min=1)  # padding's are the last
     elif isinstance(num_items_in_batch, Tensor):
@@ -165,6 +165,3 @@ def add_router_losses(
     losses_N = (losses_N2 * losses_N2.new_tensor(coefficients)).sum(dim=1)
     added = (losses_N * labels_S[number_N]).sum() / num_items_in_batch
     return loss + added.to(loss.device, loss.dtype)
-
-
-__all__ = ["RouterNotes", "add_router_losses", "place_losses", "take_notes"]

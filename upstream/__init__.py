@@ -10,6 +10,7 @@ on, so that a release that changes one is told by its name.
 | `releases.py` | the releases that all tests have run on |
 | `interfaces.py` | names that are used as they are |
 | `arguments.py` | what Transformers and its trainers hand to a forward |
+| `remote_code.py` | what is done with the code beside weights |
 | `models.py` | how a model is loaded, divided among processes and saved |
 | `caches.py` | Transformers' own caches, and what its loop calls one |
 | `generation.py` | `generate()`: its cache, and whether each step reads the right tokens |

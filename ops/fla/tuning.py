@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from kimi_linear.ops.fla.configs import CAPABILITY, CONFIGS
 from kimi_linear.ops.launch import DirectLaunch, is_jit_function
 
@@ -131,6 +132,3 @@ def _is_measured_gpu() -> bool:
     return all(
         torch.cuda.get_device_capability(i) == CAPABILITY for i in range(torch.cuda.device_count())
     )
-
-
-__all__ = ["use_known_configs"]

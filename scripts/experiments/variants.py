@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.layers import small_config
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from kimi_linear.layers.norm import KimiLinearRMSNorm
-from torch import Tensor, nn
-
-from experiments.layers import small_config
 
 # KDA layers to one MLA layer; all of a depth or none: one kind only.
 RATIOS: dict[str, tuple[int, int]] = {

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from kimi_linear.training.lora import LORA_GROUPS
 from learning.optimizers import OPTIMIZERS, SCHEDULES
+
+from kimi_linear.training.lora import LORA_GROUPS
 
 # May differ between a run and the one that goes on with it: none has a part in the loss curve.
 FREE_TO_CHANGE = ("output", "resume", "save_every", "keep_checkpoints", "merge")

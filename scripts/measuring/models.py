@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
+
+from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 
 MODELS = ("ours", "native")
 NATIVE_MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"

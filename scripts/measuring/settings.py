@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from generating.loading import DTYPES
-from kimi_linear import PRESETS
 from options.settings import check_settings, require, require_some, setting
 
+from kimi_linear import PRESETS
 from measuring.models import MODELS
 
 MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call")

@@ -25,11 +25,12 @@ from finetuning.settings import (
     read_yaml,
     write_yaml,
 )
-from kimi_linear.tokenizer import convert_tiktoken, encode_chat, encode_plain, train_bpe
 from learning.plots import plot_curves
 from learning.rows import hold_out
 from memorised_chat import CONVERSATIONS
 from transformers import PreTrainedTokenizerBase
+
+from kimi_linear.tokenizer import convert_tiktoken, encode_chat, encode_plain, train_bpe
 
 pytestmark = pytest.mark.finetune
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 import train
 from builders import SMALL_FIELDS
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

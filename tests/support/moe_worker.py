@@ -2,6 +2,7 @@
 
 import torch
 from builders import tiny_model, token_ids
+
 from kimi_linear.training.expert_loads import ExpertLoads
 
 ROWS, STEPS, RATE = 8, 3, 0.02

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kimi_linear.parallel.tensor import joined
 from measuring.autotuning import limit_autotuning
 from tolerance import assert_kernel_close
+
+from kimi_linear.parallel.tensor import joined
 
 IMPORTS = ["kimi_linear", "torch.distributed.fsdp", "torch.distributed.pipelining"]
 IMPORTS += ["transformers.trainer", "transformers.generation.utils"]

@@ -15,8 +15,9 @@ import torch
 from accelerate import state
 from accelerate.utils import DistributedType
 from builders import tiny_model, token_ids
-from kimi_linear.training.safe_trainer import SafeTrainer
 from transformers import TrainingArguments, set_seed
+
+from kimi_linear.training.safe_trainer import SafeTrainer
 
 ROWS, TOKENS, STEPS = 4, 64, 4
 

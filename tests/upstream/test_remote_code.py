@@ -1,11 +1,12 @@
-"""How Transformers finds and saves the code beside weights."""
+"""`upstream/remote_code.py`: how Transformers finds and saves the code beside weights."""
 
 import pytest
 import transformers
 from builders import tiny_model
-from kimi_linear.upstream.remote_code import SIBLING_IMPORT, SavesCode
 from touchpoints import CHANGED
 from transformers.dynamic_module_utils import get_relative_imports
+
+from kimi_linear.upstream.remote_code import SIBLING_IMPORT, SavesCode
 
 pytestmark = pytest.mark.core
 
@@ -16,9 +17,8 @@ def test_siblings_are_found_by_their_text(tmp_path):
     text += "import .e\n'''\nx = 1; from .f import g\nfrom . import h\n# from .i import j\n"
     (tmp_path / "module.py").write_text(text)
     found = {"".join(groups) for groups in SIBLING_IMPORT.findall(text)}
-    assert found == set(get_relative_imports(tmp_path / "module.py")) == {"a", "b", "c", "e"}, (
-        CHANGED
-    )
+    assert found == {"a", "b", "c", "e"}
+    assert found == set(get_relative_imports(tmp_path / "module.py")), CHANGED
 
 
 def test_a_model_saves_its_configuration_after_its_code(monkeypatch, tmp_path):
@@ -30,8 +30,6 @@ def test_a_model_saves_its_configuration_after_its_code(monkeypatch, tmp_path):
 
     for module in (transformers.modeling_utils, transformers.configuration_utils):
         monkeypatch.setattr(module, "custom_object_save", copied)
-    monkeypatch.setattr(
-        SavesCode, "write_code", staticmethod(lambda folder: order.append("flat copy"))
-    )
+    monkeypatch.setattr(SavesCode, "write_code", lambda folder: order.append("flat copy"))
     tiny_model().save_pretrained(tmp_path)
     assert order == ["KimiLinearForCausalLM", "KimiLinearConfig", "flat copy"], CHANGED
