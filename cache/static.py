@@ -152,6 +152,22 @@ class KimiLinearStaticCache(KimiLinearCache, StaticCache):
             for layer in self.layers:
                 layer.is_dense = self.is_dense
 
+    def fit_step(
+        self, inputs: dict[str, Any], attention_mask: Tensor | None, *, is_first: bool
+    ) -> None:
+        """Give a step of `generate()` its mask, whose shape all steps but the first have; of
+        Transformers, it would have four dimensions for a compiler.
+
+        Raises:
+            ValueError: If there is no room for the step's tokens.
+        """
+        if attention_mask is not None and not is_first:
+            attention_mask = self.with_room(attention_mask)
+        inputs["attention_mask"] = attention_mask
+        ids = inputs.get("input_ids")
+        source = inputs["inputs_embeds"] if ids is None else ids
+        self.check_room(self.get_seq_length() + source.shape[1])
+
     def with_room(self, attention_mask: Tensor) -> Tensor:
         """A mask of the tokens up to now [B, n] in the shape that all steps have: [B, S]."""
         self.check_room(attention_mask.shape[1])
@@ -174,6 +190,11 @@ class KimiLinearStaticCache(KimiLinearCache, StaticCache):
         return self.is_dense
 
 
+def is_compileable(cache: Any) -> bool:
+    """Whether `generate()` compiles the steps behind this cache."""
+    return isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
+
+
 def is_static_call(cache: Any) -> bool:
     """Whether a call behind this cache is planned by `static_inputs`."""
     return isinstance(cache, KimiLinearStaticCache) and cache.is_static_call
@@ -181,7 +202,8 @@ def is_static_call(cache: Any) -> bool:
 
 def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
     """The mask without the columns that `with_room` added, for a call that no compiler takes."""
-    is_static = isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
-    if attention_mask is None or not is_static or attention_mask.shape[1] != cache.room:
+    if attention_mask is None or not is_compileable(cache):
+        return attention_mask
+    if attention_mask.shape[1] != cache.room:
         return attention_mask
     return attention_mask[:, : cache.get_seq_length() + num_tokens]

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from kimi_linear.cache.hybrid import KimiLinearCache, KimiLinearDynamicCache
 from kimi_linear.cache.kda import ROLLBACK_TOKENS
 from kimi_linear.cache.sessions import Session, load_session, read_session, save_session
-from kimi_linear.cache.static import KimiLinearStaticCache
+from kimi_linear.cache.static import KimiLinearStaticCache, is_compileable
 from kimi_linear.inputs.checks import check_source
 from kimi_linear.inputs.layout import last_real_columns
 from kimi_linear.outputs_kimi_linear import one_cache
@@ -48,50 +48,44 @@ class KimiLinearGenerationMixin(GenerationHooks):
 
     def check_generation(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Refuse what this model cannot generate with."""
-        kind = generation_config.cache_implementation
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
-        is_compiled = generation_config.compile_config is not None
-        compiles_steps = self._compiles_steps("static" if _is_compileable(cache) else kind)
-        if is_compiled and not compiles_steps:
-            logger.warning_once(
-                "compile_config has no effect: it needs cache_implementation='static', and on a "
-                "GPU decode_backend='eager', since decoding replays one CUDA graph there"
-            )
-        past = 0 if cache is None else cache.get_seq_length()
-        if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
-            _check_rows(mask[:, past:])
-            positions = model_kwargs.get("position_ids")
-            if positions is not None:  # they go on from the last column: let it be a real token's
-                columns = last_real_columns(mask[:, -positions.shape[1] :] != 0)
-                model_kwargs["position_ids"] = positions.expand_as(columns).gather(1, columns)
-            # the last piece need not hold each row's last token
-            self._read_at_once(generation_config, "on right-padded prompts")
-        if compiles_steps and (
-            is_compiled or _is_compileable(cache)
-        ):  # of pieces, it would compile the first too
-            self._read_at_once(generation_config, "with compile_config")
+        _check_cache_implementation(generation_config.cache_implementation)
+        cache = model_kwargs.get(CACHE_NAME)
+        self._check_right_padding(generation_config, model_kwargs, cache)
+        self._check_compilation(generation_config, cache)
         if self.training and self.model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False
-        if kind == "quantized":
-            raise ValueError(
-                "cache_implementation='quantized' is not supported: Transformers' quantised caches "
-                "take keys and values of attention layers only"
-            )
-        if kind not in CACHE_IMPLEMENTATIONS:
-            raise ValueError(
-                f"cache_implementation={kind!r} is not supported: it must be one of "
-                f"{CACHE_IMPLEMENTATIONS}"
-            )
+
+    def _check_right_padding(
+        self, generation_config: Any, model_kwargs: dict[str, Any], cache: Any
+    ) -> None:
+        """Have rows whose last column is padding go on from their last real token."""
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        if mask is None or mask.ndim != 2 or not bool((mask[:, -1:] == 0).any()):
+            return
+        _check_rows(mask[:, 0 if cache is None else cache.get_seq_length() :])
+        if positions is not None:  # they go on from the last column: let it be a real token's
+            columns = last_real_columns(mask[:, -positions.shape[1] :] != 0)
+            model_kwargs["position_ids"] = positions.expand_as(columns).gather(1, columns)
+        # the last piece need not hold each row's last token
+        _read_at_once(generation_config, "on right-padded prompts")
+
+    def _check_compilation(self, generation_config: Any, cache: Any) -> None:
+        """Say where `compile_config` has no effect, and where pieces of prompts have none."""
+        kind = "static" if is_compileable(cache) else generation_config.cache_implementation
+        is_compiled = generation_config.compile_config is not None
+        if not self._compiles_steps(kind):
+            if is_compiled:
+                logger.warning_once(
+                    "compile_config has no effect: it needs cache_implementation='static', and on "
+                    "a GPU decode_backend='eager', since decoding replays one CUDA graph there"
+                )
+        elif is_compiled or is_compileable(cache):  # of pieces, it would compile the first too
+            _read_at_once(generation_config, "with compile_config")
 
     def _compiles_steps(self, kind: str | None) -> bool:
         """Whether `generate(compile_config=...)` compiles steps behind this kind of cache."""
         has_graph = self.device.type == "cuda" and self.decode_backend != "eager"
         return kind == "static" and not has_graph
-
-    def _read_at_once(self, generation_config: Any, where: str) -> None:
-        if generation_config.prefill_chunk_size is not None:
-            logger.warning_once(f"prefill_chunk_size has no effect {where}")
-            generation_config.prefill_chunk_size = None
 
     def new_cache(
         self,
@@ -141,34 +135,22 @@ class KimiLinearGenerationMixin(GenerationHooks):
             RuntimeError: In `generate()`, if the loop has lost its cache.
         """
         cache = one_cache(cache, past_key_values)
-        for name in LOOP_ARGUMENTS:
-            kwargs.pop(name, None)
-        name, prompt = "input_ids", input_ids
-        if inputs_embeds is not None:
-            name, prompt = "inputs_embeds", inputs_embeds
-        count, begun = prompt.shape[1], self.drafted_from()
-        if is_first_iteration and begun and name == "input_ids" and cache is not None:
-            past = cache.get_seq_length()
-            _check_unread(name, begun, past)
-            # Transformers would read the whole text, whatever the cache holds
-            next_sequence_length = count - past if past else next_sequence_length
-        elif is_first_iteration and next_sequence_length is not None:
-            # Transformers would take a slice of [-left:], which may be the whole prompt once more
-            _check_unread(name, count, count - next_sequence_length)
-        inputs: dict[str, Any] | None = None
-        mask, layers = attention_mask, getattr(cache, "layers", None)
-        is_static = _is_compileable(cache)
-        if layers and not is_first_iteration and getattr(layers[0], "has_padding", True) is False:
-            past = layers[0].num_tokens
-            # the last token of a text is real: the prompt's is checked, others were generated
-            if past and input_ids.shape[1] == past + 1:
-                attention_mask = mask = None
-                if DECODE_ARGUMENTS.issuperset(name for name, x in kwargs.items() if x is not None):
-                    # a single row would keep the strides of all the text without a copy, and a
-                    # compiler would make each step a graph of its own
-                    last = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
-                    inputs = {"input_ids": last, "cache": cache}
-        if inputs is None:
+        kwargs = {name: x for name, x in kwargs.items() if name not in LOOP_ARGUMENTS}
+        if is_first_iteration:
+            next_sequence_length = self._unread(
+                input_ids, inputs_embeds, cache, next_sequence_length
+            )
+        is_next_token = not is_first_iteration and _is_next_token(input_ids, cache)
+        if is_next_token:
+            attention_mask = None
+        if is_next_token and DECODE_ARGUMENTS.issuperset(
+            n for n, x in kwargs.items() if x is not None
+        ):
+            # a single row would keep the strides of all the text without a copy, and a compiler
+            # would make each step a graph of its own
+            last = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+            inputs: dict[str, Any] = {"input_ids": last, "cache": cache}
+        else:
             inputs = self.step_inputs(
                 input_ids,
                 cache,
@@ -178,13 +160,27 @@ class KimiLinearGenerationMixin(GenerationHooks):
                 is_first_iteration=is_first_iteration,
                 **kwargs,
             )
-        if is_static:  # Transformers makes masks of four dimensions for a compiler
-            is_step = mask is not None and not is_first_iteration
-            inputs["attention_mask"] = cache.with_room(mask) if is_step else mask
-            source = inputs.get("input_ids")
-            source = inputs["inputs_embeds"] if source is None else source
-            cache.check_room(cache.get_seq_length() + source.shape[1])
+        if is_compileable(cache):
+            cache.fit_step(inputs, attention_mask, is_first=bool(is_first_iteration))
         return self.watch_step(inputs, input_ids.shape[1])
+
+    def _unread(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None, cache: Any, count: int | None
+    ) -> int | None:
+        """How many tokens the first step of a loop reads; None: as Transformers thinks."""
+        name, prompt = "input_ids", input_ids
+        if inputs_embeds is not None:
+            name, prompt = "inputs_embeds", inputs_embeds
+        num_tokens, begun = prompt.shape[1], self.drafted_from()
+        if begun and name == "input_ids" and cache is not None:
+            past = cache.get_seq_length()
+            _check_unread(name, begun, past)
+            # Transformers would read the whole text, whatever the cache holds
+            return num_tokens - past if past else count
+        if count is not None:
+            # Transformers would take a slice of [-left:], which may be the whole prompt once more
+            _check_unread(name, num_tokens, num_tokens - count)
+        return count
 
     def save_session(
         self, path: str | os.PathLike[str], cache: Cache, input_ids: Tensor | None = None
@@ -203,7 +199,8 @@ class KimiLinearGenerationMixin(GenerationHooks):
 
     @property
     def init_continuous_batching(self) -> Any:
-        """Absent, as whoever looks for it sees: `transformers serve` then answers one by one."""
+        """Raises AttributeError so that `hasattr` is False: `transformers serve` then answers one
+        by one."""
         raise AttributeError("init_continuous_batching() is not supported: use generate()")
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,8 +211,33 @@ class KimiLinearGenerationMixin(GenerationHooks):
         )
 
 
-def _is_compileable(cache: Any) -> bool:
-    return isinstance(cache, KimiLinearStaticCache) and cache.is_compileable
+def _is_next_token(input_ids: Tensor, cache: Any) -> bool:
+    """Whether a step reads one token of each row behind a cache without padding. The last token of
+    a text is real: the prompt's is checked, others were generated."""
+    layers = getattr(cache, "layers", None)
+    if not layers or getattr(layers[0], "has_padding", True) is not False:
+        return False
+    past = layers[0].num_tokens
+    return bool(past) and input_ids.shape[1] == past + 1
+
+
+def _check_cache_implementation(kind: str | None) -> None:
+    if kind == "quantized":
+        raise ValueError(
+            "cache_implementation='quantized' is not supported: Transformers' quantised caches "
+            "take keys and values of attention layers only"
+        )
+    if kind not in CACHE_IMPLEMENTATIONS:
+        raise ValueError(
+            f"cache_implementation={kind!r} is not supported: it must be one of "
+            f"{CACHE_IMPLEMENTATIONS}"
+        )
+
+
+def _read_at_once(generation_config: Any, where: str) -> None:
+    if generation_config.prefill_chunk_size is not None:
+        logger.warning_once(f"prefill_chunk_size has no effect {where}")
+        generation_config.prefill_chunk_size = None
 
 
 def _check_unread(name: str, count: int, past: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from kimi_linear.configuration_plans import REGION, SPLIT
+from kimi_linear.ops.runtime import needs_grad
 from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 if dist.is_available():
@@ -86,7 +87,7 @@ class Region(TensorParallelLayer):
 
 def _in_region(module: nn.Module, forward: Callable[..., Any], group: Any) -> Callable[..., Any]:
     def sum_gradients(x: Tensor) -> Tensor:
-        return SumGradients.apply(x, group) if _records(x) else x
+        return SumGradients.apply(x, group) if needs_grad(x) else x
 
     def region_forward(*args: Any, **kwargs: Any) -> Any:
         with _local_parameters(module, sum_gradients):
@@ -115,10 +116,6 @@ def _local_parameters(module: nn.Module, replicated: Callable[[Tensor], Tensor])
     finally:
         for parameters, name, x in found:
             parameters[name] = x
-
-
-def _records(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
 
 
 def is_dtensor(x: Any) -> bool:
