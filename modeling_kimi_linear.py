@@ -91,7 +91,8 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, T, D] to [B, T, D], and with `router_notes` the router's losses [B * T, 2]."""
-        x = hidden_states + self.self_attn(self.input_layernorm(hidden_states), plan, **kwargs)[0]
+        normed = self.input_layernorm(hidden_states)
+        x = hidden_states + self.self_attn(normed, plan=plan, **kwargs)[0]
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(normed)
@@ -103,6 +104,11 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
 
 class KimiLinearBackbone(KimiLinearPreTrainedModel):
     """The decoder without a head."""
+
+    _can_record_outputs = {
+        "hidden_states": KimiLinearDecoderLayer,
+        **KimiLinearPreTrainedModel._can_record_outputs,
+    }
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__(config)

@@ -80,7 +80,6 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
     _is_stateful = False
     _can_record_outputs = {
         "router_logits": OutputRecorder(KimiLinearRouter, index=0),
-        "hidden_states": "KimiLinearDecoderLayer",
         "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
     }
 

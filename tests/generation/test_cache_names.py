@@ -23,7 +23,6 @@ from kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
-from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.outputs_kimi_linear import CACHE_NAMES
 from kimi_linear.upstream import generation
 from kimi_linear.upstream.caches import CACHE_NAME
@@ -163,7 +162,7 @@ def test_a_misspelt_argument_is_named(make):
 def test_a_layer_names_a_misspelt_argument(model, number):
     layer = model.model.layers[number]
     with pytest.raises(TypeError, match=f"{type(layer.self_attn).__name__}.* past_key_value:"):
-        layer(torch.zeros(1, 3, 40), layout=SequenceLayout(), past_key_value=None)
+        layer(torch.zeros(1, 3, 40), plan=None, past_key_value=None)
 
 
 def test_generate_names_a_misspelt_argument(model):

@@ -21,7 +21,6 @@ from tolerance import assert_close
 from torch import Tensor
 
 from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers import latent_attention as layers_kimi_linear
 
 SIZES: dict[str, int] = {"num_layers": 8, "num_heads": 2, "head_dim": 16}
@@ -100,7 +99,7 @@ def test_without_convolution_a_kda_layer_sees_single_tokens() -> None:
     model = build_variant("no-conv", 64, 0, num_layers=4, num_heads=2, head_dim=16)
     conv = model.model.layers[0].self_attn.q_conv1d
     x = torch.randn(2, 7, 32)
-    out, _ = conv(x, None, False, SequenceLayout())
+    out, _ = conv(x)
     assert_close(out, torch.nn.functional.silu(x), torch.float32)
     assert not conv.weight.requires_grad
 

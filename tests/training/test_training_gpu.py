@@ -113,27 +113,25 @@ def test_experts(mode):
 
 
 def draw_layer(kind):
-    """A layer in training mode, what it takes beside its input, and 300 tokens of input."""
+    """A layer in training mode, how it is called, and 300 tokens of input."""
     torch.manual_seed(0)
-    config, arguments = tiny_config(hidden_size=136), ()
-    if kind == "mlp":
-        layer = KimiLinearMLP(config, 72)
-    else:
-        layer, arguments = KimiLinearDeltaAttention(config, 0), (SequenceLayout(),)
+    config, layout = tiny_config(hidden_size=136), SequenceLayout()
+    layer = KimiLinearMLP(config, 72) if kind == "mlp" else KimiLinearDeltaAttention(config, 0)
     if kind == "packed":
         positions = torch.cat([torch.arange(n) for n in (1, 2, 130, 67, 100)])[None].cuda()
         device = torch.device("cuda")
-        arguments = (sequence_layout(1, 300, position_ids=positions, device=device),)
+        layout = sequence_layout(1, 300, position_ids=positions, device=device)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return layer.to("cuda").train(), arguments, torch.randn(1, 300, 136, device="cuda")
+    call = layer if kind == "mlp" else lambda x: layer.read(x, layout)[0]
+    return layer.to("cuda").train(), call, torch.randn(1, 300, 136, device="cuda")
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["mlp", "rows", "packed"])
 def test_joint_products(monkeypatch, kind, mode):
     """A layer's output and gradients, with its products at once and one by one."""
-    layer, arguments, x = draw_layer(kind)
+    layer, call, x = draw_layer(kind)
     names, wide = [name for name, _ in layer.named_parameters()], x.double().requires_grad_()
     if mode == "bfloat16":
         layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
@@ -143,8 +141,7 @@ def test_joint_products(monkeypatch, kind, mode):
 
     def run(x):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mode == "autocast"):
-            out = layer(x, *arguments)
-        out = out if kind == "mlp" else out[0]
+            out = call(x)
         return out, *torch.autograd.grad(out, [x, *layer.parameters()], seed.to(out.dtype))
 
     ours = run(x)
@@ -161,11 +158,11 @@ def test_joint_products(monkeypatch, kind, mode):
 @pytest.mark.parametrize("kind", ["mlp", "rows", "packed"])
 def test_without_a_graph_in_training_the_bits_are_the_same(kind):
     """As in the first pass of reentrant checkpointing."""
-    layer, arguments, x = draw_layer(kind)
+    layer, call, x = draw_layer(kind)
     layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
     with torch.no_grad():
-        first = layer(x, *arguments)
-    second = layer(x, *arguments)
+        first = call(x)
+    second = call(x)
     if kind != "mlp":
         first, second = first[0], second[0]
     assert second.requires_grad and torch.equal(first, second)
