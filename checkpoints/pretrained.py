@@ -6,22 +6,18 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from kimi_linear.checkpoints.names import (
-    check_checkpoint,
-    check_inside,
-    other_spellings,
-    register_conversion,
-    stored_tensors,
-    write_weights,
-)
+from kimi_linear.checkpoints.checks import check_checkpoint, check_inside
+from kimi_linear.checkpoints.experts import register_conversion, take_matrices_in_state_dicts
+from kimi_linear.checkpoints.files import stored_tensors
+from kimi_linear.checkpoints.live_weights import write_weights
+from kimi_linear.checkpoints.names import other_spellings
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
-from kimi_linear.layers.latent_attention import (
-    KimiLinearLatentAttention,
-)
+from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.parallel.decay_sharding import decays_apart
+from kimi_linear.parallel.router_bias import share_router_biases
 from kimi_linear.parallel.tensor import joined, register_styles
 from kimi_linear.training.quantized_experts import (
     dequantize_experts,
@@ -90,6 +86,13 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         config.fit_layer_lists()
         config.check()
         super().__init__(config, *args, **kwargs)
+
+    def post_init(self) -> None:
+        """Let the layers, all of which the backbone has made, load what checkpoints hold."""
+        super().post_init()
+        if self.base_model is self:
+            take_matrices_in_state_dicts(self)
+            share_router_biases(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -36,12 +36,8 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from kimi_linear import KimiLinearConfig
-from kimi_linear.checkpoints.names import (
-    check_checkpoint,
-    check_finite,
-    check_inside,
-    read_header,
-)
+from kimi_linear.checkpoints.checks import check_checkpoint, check_finite, check_inside
+from kimi_linear.checkpoints.files import read_header
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
 from publishing.model_card import TASKS, Statements, model_card, read_metrics

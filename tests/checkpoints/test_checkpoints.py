@@ -22,7 +22,8 @@ from kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
-from kimi_linear.checkpoints.names import official_shapes, stored_tensors
+from kimi_linear.checkpoints.files import stored_tensors
+from kimi_linear.checkpoints.names import official_shapes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
