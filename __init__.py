@@ -4,6 +4,14 @@ Importing the package registers its configuration and models with the Auto class
 classes that Transformers itself has for `model_type="kimi_linear"`; those keep working.
 """
 
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
 from kimi_linear.cache.hybrid import KimiLinearCache, cache_memory
 from kimi_linear.cache.sessions import (
     Session,
@@ -24,13 +32,6 @@ from kimi_linear.modeling_kimi_linear import (
 from kimi_linear.presets import PRESETS
 from kimi_linear.training.lora import LORA_GROUPS, lora_targets
 from kimi_linear.upstream.remote_code import SavesCode
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 
 __version__ = "0.1.0"
 

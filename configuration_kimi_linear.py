@@ -18,6 +18,9 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
         f"{transformers.__version__}: pip install --upgrade transformers"
     )
 
+from transformers.configuration_utils import PreTrainedConfig
+
+from kimi_linear.configuration_plans import EP_PLAN, PP_PLAN, TP_PLAN
 from kimi_linear.configuration_rules import (
     LAYER_LISTS,
     LINEAR_ATTN_KEYS,
@@ -32,10 +35,8 @@ from kimi_linear.configuration_rules import (
     require,
     shown,
 )
-from kimi_linear.parallel.plans import EP_PLAN, PP_PLAN, TP_PLAN
 from kimi_linear.presets import PRESETS
 from kimi_linear.upstream.remote_code import SavesCode
-from transformers.configuration_utils import PreTrainedConfig
 
 LAYER_TYPES = ("linear_attention", "full_attention")  # KDA and MLA
 LINEAR_ATTN_SIZES = {"head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4}
@@ -75,7 +76,7 @@ class KimiLinearConfig(SavesCode, PreTrainedConfig):
         moe_renormalize: Whether the weights of the chosen experts are divided by their sum.
         routed_scaling_factor: Factor on the routed experts' weights.
         use_grouped_topk, num_expert_group, topk_group: The experts stand in `num_expert_group`
-            groups, of which the best `topk_group` take part in the choice.
+            groups, and only the best `topk_group` groups take part in the choice.
         rms_norm_eps: Epsilon of the layer norms and of KDA's output norm.
         model_max_length: Longest context the model is meant for, in tokens. It may read more: there
             are no positions to run out of.
@@ -314,6 +315,3 @@ class KimiLinearConfig(SavesCode, PreTrainedConfig):
         )
         is_expected = list(mlp_layer_types) == expected
         require(is_expected, "mlp_layer_types", mlp_layer_types, allowed)
-
-
-__all__ = ["KimiLinearConfig"]

@@ -286,19 +286,3 @@ def _check_layers(config: Any) -> None:
     missing = sorted(set(range(1, count + 1)) - set(seen))
     allowed = f"every layer in one of the two lists; missing: {shown(missing)}"
     require(not missing, "linear_attn_config", linear, allowed)
-
-
-__all__ = [
-    "LAYER_LISTS",
-    "LINEAR_ATTN_KEYS",
-    "NATIVE_SIZES",
-    "SPECIAL_IDS",
-    "check_field",
-    "check_fields",
-    "check_further_fields",
-    "check_together",
-    "is_int",
-    "is_list",
-    "require",
-    "shown",
-]

@@ -10,6 +10,11 @@ I expert width, E experts, k experts of one token.
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.utils import logging
+
 from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.decode.graph import DecodeBackend, try_decode
@@ -35,13 +40,14 @@ from kimi_linear.outputs_kimi_linear import (
     one_cache,
 )
 from kimi_linear.parallel.context import ContextPlanner
+from kimi_linear.training.expert_loads import ExpertLoads
 from kimi_linear.training.loss import (
     LossBackend,
     loss_and_logits,
     sequence_label_loss,
     token_label_loss,
 )
-from kimi_linear.training.router import ExpertLoads, RouterNotes, take_notes
+from kimi_linear.training.router_losses import RouterNotes, take_notes
 from kimi_linear.upstream.arguments import (
     CAUSAL_LM_ARGUMENTS,
     CLASSIFIER_ARGUMENTS,
@@ -54,10 +60,6 @@ from kimi_linear.upstream.interfaces import (
     can_return_tuple,
     capture_outputs,
 )
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import TokenClassifierOutput
-from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +113,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         self.norm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.expert_loads: ExpertLoads | None = None  # it sets itself here
-        self.context_group: Any = None
         self.planner = Planner()
         self.post_init()
 
@@ -135,7 +136,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
             input_ids: [B, T] int64; either this or `inputs_embeds`.
             attention_mask: [B, S], non-zero at real tokens, cached ones included. Padding may stand
                 anywhere. Or [B or 1, 1, T, T], what each token sees, if that is a tree: texts that
-                share beginnings, see `tree_mask.py`; `position_ids` say nothing then.
+                share beginnings, see `inputs/trees.py`; `position_ids` say nothing then.
             position_ids: [B or 1, T]. There are no positional encodings; only restarts matter,
                 which begin a new sequence within a row (packing).
             cache: A `KimiLinearCache`, or an empty `DynamicCache`.
@@ -160,7 +161,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         source = one_source(input_ids, inputs_embeds)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
             packing = {"seq_idx": seq_idx is not None, "cu_seq_lens_q": cu_seq_lens_q is not None}
-            others = {"context parallelism": self.context_group is not None, **packing, **kwargs}
+            others = {"context parallelism": not self.planner.has_all_tokens, **packing, **kwargs}
             others = {"a cache": cache is not None or use_cache, **others}
             return KimiLinearModelOutput(**read_trees(self, source, attention_mask, others))
         source = self.planner.own(source)
@@ -179,7 +180,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         hidden_states = plan.without_padding(hidden_states)
         kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)
-        notes, losses = take_notes(self, plan.layout, hidden_states, wants_logits), []
+        notes, losses = take_notes(self, plan, hidden_states, wants_logits), []
         # `assistant_early_exit` lowers the number while the model makes its own draft
         layers = list(self.layers)[: self.config.num_hidden_layers]
         plan.begin_call()
@@ -199,9 +200,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
     def set_context_parallel(self, group: Any) -> None:
         """Divide the tokens of each call's one row among the processes of `group`; None: not any
         more. Every process is given the whole row, and returns the hidden states of its own
-        tokens, an equal part in the order of the ranks. See `context_parallel.py`.
+        tokens, an equal part in the order of the ranks. See `parallel/context.py`.
         """
-        self.context_group = group
         self.planner = Planner() if group is None else ContextPlanner(self.config, group)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -261,8 +261,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
             labels: [B, T] token ids, -100 where there is no loss. They are shifted here: each real
                 token predicts the next one of its sequence, across padding, never across packing.
             use_cache: None: as the backbone decides, but never together with labels.
-            logits_to_keep: Logits of only the last so many tokens; 0 for all; or the token indices
-                wanted.
+            logits_to_keep: Number of last tokens to compute logits for; 0 for all; or token
+                indices.
             **kwargs: The backbone's and the loss function's: `num_items_in_batch`, `shift_labels`,
                 `ignore_index`, and what a `loss_function` of your own names.
 
@@ -279,42 +279,25 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         cache = one_cache(cache, past_key_values)
         if labels is not None and use_cache is None and cache is None:
             use_cache = False
-        given = {
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": cache,
             "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "logits_to_keep": logits_to_keep,
+            "use_cache": use_cache,
             "cu_seq_lens_q": cu_seq_lens_q,
             "seq_idx": seq_idx,
-            **kwargs,
         }
-        logits = try_decode(self, input_ids, attention_mask, cache, given)
+        others = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        logits = try_decode(self, inputs, others)
         if logits is not None:
             return KimiLinearCausalLMOutput(logits=logits, cache=cache)
         kwargs.pop("skip_logits", None)
-        inner = {name: x for name, x in kwargs.items() if name in PASSED_ON}
+        passed = {name: x for name, x in kwargs.items() if name in PASSED_ON}
         loss_kwargs = {name: x for name, x in kwargs.items() if name not in PASSED_ON}
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cu_seq_lens_q=cu_seq_lens_q,
-            seq_idx=seq_idx,
-            **inner,
-        )
-        loss, logits = loss_and_logits(
-            self,
-            outputs,
-            labels,
-            logits_to_keep,
-            loss_kwargs,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            cu_seq_lens=cu_seq_lens_q,
-        )
+        outputs = self.model(**inputs, **passed)
+        loss, logits = loss_and_logits(self, outputs, inputs, labels, logits_to_keep, loss_kwargs)
         return KimiLinearCausalLMOutput(
             loss=loss,
             aux_loss=None if outputs.router_losses is None else outputs.router_losses[0],
@@ -470,11 +453,3 @@ KimiLinearBackbone.register_for_auto_class("AutoModel")
 KimiLinearForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 KimiLinearForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 KimiLinearForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-
-__all__ = [
-    "KimiLinearBackbone",
-    "KimiLinearForCausalLM",
-    "KimiLinearForSequenceClassification",
-    "KimiLinearForTokenClassification",
-    "KimiLinearPreTrainedModel",
-]

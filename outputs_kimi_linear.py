@@ -155,14 +155,3 @@ class KimiLinearSequenceClassifierOutput(OutputWithCache):
     cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-
-
-__all__ = [
-    "CACHE_NAMES",
-    "KimiLinearCausalLMOutput",
-    "KimiLinearModelOutput",
-    "KimiLinearSequenceClassifierOutput",
-    "OutputWithCache",
-    "answering_both",
-    "one_cache",
-]

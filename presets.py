@@ -73,5 +73,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "report-1.7b": _preset(1776, 24, 24, 1024, 64, 8),
     "48b-a3b": {},
 }
-
-__all__ = ["PRESETS"]

@@ -5,13 +5,12 @@ where the operation is short) and extra memory (growth of the peak resident size
 the call, from getrusage; on Linux in KiB). Prints one JSON object a line; the last one is the
 verdict. Progress goes to stderr.
 
-    python benchmarks/kda_cpu.py > benchmarks/results/kda_cpu.jsonl
+    python benchmarks/kda_cpu.py --record benchmarks/results/kda_cpu.jsonl
     python benchmarks/kda_cpu.py --num-tokens 512 --repeats 3
 """
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import Recorder, make_parser, setting
 
 CASES = ("ours_forward", "native_forward", "ours_forward_backward", "ours_decode")
 SPEED_TARGET = 30.0
@@ -89,8 +89,6 @@ def build(case: str, num_tokens: int, num_heads: int, head_dim: int) -> Callable
 
 def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one case here and now."""
-    import transformers
-
     torch.set_num_threads(args.threads)
     num_tokens = args.training_tokens if case == "ours_forward_backward" else args.num_tokens
     call = build(case, num_tokens, args.num_heads, args.head_dim)
@@ -111,10 +109,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(min(seconds), 6),
         "first_seconds": round(seconds[0], 6),
         "extra_bytes": peak_bytes() - before,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "processor": platform.machine(),
+        **setting(),
     }
 
 
@@ -139,7 +134,7 @@ def compare(results: dict[str, dict[str, Any]], check: bool) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every case in a fresh process and print the lines."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--num-tokens", type=int, default=2048, help="tokens of the forward cases")
     parser.add_argument("--training-tokens", type=int, default=4096)
     parser.add_argument("--num-heads", type=int, default=16)
@@ -152,15 +147,15 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(args.case, args)), flush=True)
         return
     arguments = list(sys.argv[1:] if argv is None else argv)
-    results = {}
+    results, tell = {}, Recorder(args.record).tell
     for number, case in enumerate(CASES, start=1):
         print(f"[{number}/{len(CASES)}] {case} ...", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, *arguments, "--case", case]
         line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         results[case] = json.loads(line.splitlines()[-1])
-        print(json.dumps(results[case]), flush=True)
+        tell(results[case])
     standard = (args.num_tokens, args.training_tokens, args.num_heads, args.head_dim)
-    print(json.dumps(compare(results, check=standard == (2048, 4096, 16, 128))), flush=True)
+    tell(compare(results, check=standard == (2048, 4096, 16, 128)))
 
 
 if __name__ == "__main__":

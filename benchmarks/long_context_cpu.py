@@ -11,10 +11,8 @@ which it would keep for later. Progress goes to stderr.
     python benchmarks/long_context_cpu.py --num-tokens 8192 --mark-tokens 2048
 """
 
-import argparse
 import ctypes
 import gc
-import json
 import resource
 import statistics
 import sys
@@ -23,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _environment import environment
+from common import Recorder, make_parser, setting
+
 from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 
 ALLOWED_RATIO = 1.5
@@ -125,12 +124,11 @@ def verdict(results: list[dict[str, Any]], config: KimiLinearConfig) -> dict[str
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and record the lines."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--num-tokens", type=int, default=200_000)
     parser.add_argument("--mark-tokens", type=int, default=20_000)
     parser.add_argument("--chunk-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--record", type=Path, help="write the lines to this file too")
     args = parser.parse_args(argv)
     if not DECODED_TOKENS < args.mark_tokens <= args.num_tokens:
         parser.error(
@@ -138,17 +136,15 @@ def main(argv: list[str] | None = None) -> None:
             "--num-tokens"
         )
     torch.set_num_threads(args.threads)
-    setting = environment()
+    where = setting()
     hand_freed_memory_back()
     model = small_model()
     with torch.inference_mode():
         results = read_and_decode(model, args.num_tokens, args.mark_tokens, args.chunk_tokens)
-    lines = [{**result, **setting} for result in results]
-    lines.append(verdict(results, model.config))
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    print(text, end="", flush=True)
-    if args.record is not None:
-        args.record.write_text(text)
+    tell = Recorder(args.record).tell
+    for result in results:
+        tell({**result, **where})
+    tell(verdict(results, model.config))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ verdict. A run of the full length takes several minutes on an H200; weights take
     python benchmarks/million_tokens.py --num-tokens 131072 --num-layers 8
 """
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from _environment import environment, line_writer
+from common import Recorder, make_parser, setting
+from measuring.models import build
+
 from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 
 DECODED_TOKENS = 8
@@ -25,30 +25,15 @@ DECODED_TOKENS = 8
 
 def random_model(num_layers: int | None) -> KimiLinearForCausalLM:
     """The 48B model, or its first layers, with random weights made on the GPU."""
-    fields = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    config = KimiLinearConfig.from_preset("48b-a3b")
     if num_layers is not None:
-        linear = dict(KimiLinearConfig.from_preset("48b-a3b").linear_attn_config)
+        linear = dict(config.linear_attn_config)
         for kind in ("full_attn_layers", "kda_layers"):
             linear[kind] = [layer for layer in linear[kind] if layer <= num_layers]
-        fields["linear_attn_config"] = linear
-    config = KimiLinearConfig.from_preset("48b-a3b", **fields)
-    with torch.device("meta"):
-        model = KimiLinearForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cuda").eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                parameter.uniform_(0, 2.7)
-            elif name.endswith("dt_bias"):
-                parameter.uniform_(-6, -2)
-            elif "norm" in name:
-                parameter.fill_(1)
-            else:
-                parameter.normal_(0, 0.02)
-        for buffer in model.buffers():
-            buffer.zero_()
-    return model
+        config = KimiLinearConfig.from_preset(
+            "48b-a3b", num_hidden_layers=num_layers, linear_attn_config=linear
+        )
+    return build("ours", config, device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
 class Run:
@@ -94,14 +79,13 @@ class Run:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and record the lines as they come."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--num-tokens", type=int, default=1 << 20)
     parser.add_argument("--mark-tokens", type=int, default=1 << 17)
     parser.add_argument("--chunk-tokens", type=int, default=16384)
     parser.add_argument("--num-layers", type=int, help="only so many layers, for a smaller GPU")
-    parser.add_argument("--record", type=Path, help="write the lines to this file too")
     args = parser.parse_args(argv)
-    setting, tell = environment(), line_writer(args.record)
+    where, tell = setting(), Recorder(args.record).tell
 
     start = time.perf_counter()
     model = random_model(args.num_layers)
@@ -122,13 +106,13 @@ def main(argv: list[str] | None = None) -> None:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "weight_bytes": run.weights,
                 "chunk_tokens": args.chunk_tokens,
-                **setting,
+                **where,
             }
         )
         results, start = [], time.perf_counter()
         for tokens in range(args.mark_tokens, args.num_tokens + 1, args.mark_tokens):
             results.append(run.mark(tokens, args.chunk_tokens))
-            tell({**results[-1], **setting})
+            tell({**results[-1], **where})
             print(f"{tokens} of {args.num_tokens} tokens", file=sys.stderr, flush=True)
     first, last = results[0], results[-1]
     tell(

@@ -10,24 +10,23 @@ the last one is the verdict. Progress goes to stderr.
     python benchmarks/mla_decode_cpu.py --contexts 1024 4096 --native-contexts 4096 --repeats 3
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from _environment import environment
+from common import Recorder, make_parser, setting
+from transformers.models.kimi_linear import KimiLinearConfig as NativeConfig
+from transformers.models.kimi_linear import modeling_kimi_linear as native
+
 from kimi_linear import KimiLinearConfig
 from kimi_linear.cache.hybrid import KimiLinearCache
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
-from transformers.models.kimi_linear import KimiLinearConfig as NativeConfig
-from transformers.models.kimi_linear import modeling_kimi_linear as native
+from kimi_linear.layers.plan import ForwardPlan
 
 SPEED_TARGET = 50.0
 CHECKED_CONTEXT = 16384
@@ -54,9 +53,10 @@ def ours_step(config: KimiLinearConfig, latent: torch.Tensor, x: torch.Tensor) -
     layer = KimiLinearLatentAttention(config, LAYER).eval()
     cache = KimiLinearCache(config, reserve_tokens=latent.shape[1] + 256)
     cache.layers[LAYER].update(latent)
+    plan = ForwardPlan(SequenceLayout(), cache, "latents", pieces=[])  # pieces are KDA's
 
     def step() -> torch.Tensor:
-        out = layer(x, layout=SequenceLayout(), cache=cache, by_blocks=True)[0]
+        out = layer(x, plan)[0]
         cache.layers[LAYER].crop(-1)
         return out
 
@@ -112,32 +112,27 @@ def measure(name: str, context: int, repeats: int, dtype: torch.dtype) -> dict[s
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every case, print and record the lines."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--native-contexts", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--native-repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--record", type=Path, help="write the lines to this file too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     cases = [("read", n, args.repeats) for n in args.contexts]
     cases += [("ours", n, args.repeats) for n in args.contexts]
     cases += [("native", n, args.native_repeats) for n in args.native_contexts]
-    setting = {"dtype": args.dtype, **environment()}
-    lines, found = [], {}
+    where, found = {"dtype": args.dtype, **setting()}, {}
+    tell = Recorder(args.record).tell
     for number, (name, context, repeats) in enumerate(cases, start=1):
         print(f"[{number}/{len(cases)}] {name} {context} ...", file=sys.stderr, flush=True)
         result = measure(name, context, repeats, dtype)
         found[name, context] = result
-        lines.append({**result, **setting})
-        print(json.dumps(lines[-1]), flush=True)
-    lines.append(verdict(found, args.contexts, args.native_contexts))
-    print(json.dumps(lines[-1]), flush=True)
-    if args.record is not None:
-        args.record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        tell({**result, **where})
+    tell(verdict(found, args.contexts, args.native_contexts))
 
 
 def verdict(

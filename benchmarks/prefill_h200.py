@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _environment import environment, line_writer
+from common import ROOT, Recorder, make_parser, setting
+from million_tokens import random_model
+
 from kimi_linear import KimiLinearCache
 from kimi_linear.ops.kda import fla as kda
-from million_tokens import random_model
 
 EXACTNESS_LAYERS, EXACTNESS_TOKENS = 4, 20000
 
@@ -112,8 +113,7 @@ def run_other(checkout: Path, flags: list[str], tell: Callable[[dict], None]) ->
 
 def compare(reference: Path | None, tell: Callable[[dict], None]) -> None:
     """Distances from the float32 run, of both checkouts."""
-    own = Path(__file__).parents[1]
-    runs = {"float32": own, "new": own, **({} if reference is None else {"old": reference})}
+    runs = {"float32": ROOT, "new": ROOT, **({} if reference is None else {"old": reference})}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, checkout in runs.items():
@@ -131,7 +131,7 @@ def compare(reference: Path | None, tell: Callable[[dict], None]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and record the lines as they come."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--lengths", default="4096,32768,131072")
     parser.add_argument("--chunks", type=int, default=0, help="length of a text read in chunks")
     parser.add_argument("--chunk-tokens", type=int, default=32768)
@@ -141,15 +141,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="new", help="what the lines call this checkout")
     parser.add_argument("--commit", help="where there is no history to ask")
     parser.add_argument("--states", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--record", type=Path, help="write the lines to this file too")
     args = parser.parse_args(argv)
-    write = line_writer(args.record)
-    setting = {**environment(), "command": " ".join(sys.argv)}
-    if args.commit:
-        setting["commit"] = args.commit
+    write, where = Recorder(args.record).tell, setting(args.commit)
 
     def tell(line: dict[str, Any]) -> None:
-        write({"name": args.name, **line, **(setting if "gpu" not in line else {})})
+        write({"name": args.name, **line, **({} if "gpu" in line else where)})
 
     with torch.inference_mode():
         if args.states:

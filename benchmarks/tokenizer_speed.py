@@ -7,17 +7,14 @@ machine does hits all of them alike; results of the first round are compared. Pr
 a line, the stages of encoding among them (processor time, the least of the rounds); the last one is
 the summary. Progress goes to stderr.
 
-    python benchmarks/tokenizer_speed.py > benchmarks/results/tokenizer_speed.jsonl
+    python benchmarks/tokenizer_speed.py --record benchmarks/results/tokenizer_speed.jsonl
     python benchmarks/tokenizer_speed.py --megabytes 1 --vocab-size 4096 --rounds 3
 """
 
-import argparse
-import json
 import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,12 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-THREADS = 2
-os.environ.setdefault("RAYON_NUM_THREADS", str(THREADS))
+os.environ.setdefault("RAYON_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+from common import Recorder, current_commit, make_parser
+
+THREADS = 2
 
 # Megabytes of the sample that the stages are measured on.
 STAGE_MEGABYTES = 1.0
@@ -121,11 +118,12 @@ def measurements(auto: Any, encoding: Any, documents: list[str]) -> dict[str, di
 
 def stages(ranks: dict[bytes, int], documents: list[str]) -> dict[str, Callable[[], Any]]:
     """Encoding with more and more of what it does, on one thread; the model comes last."""
-    from kimi_linear.tokenizer.convert import build_tokenizer, make_pre_tokenizer
-    from kimi_linear.tokenizer.special_tokens import PATTERN
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import PreTokenizer, Split
+
+    from kimi_linear.tokenizer.convert import build_tokenizer, make_pre_tokenizer
+    from kimi_linear.tokenizer.special_tokens import PATTERN
 
     def without_model(pre_tokenizer: PreTokenizer | None) -> Tokenizer:
         """Every piece is one unknown word."""
@@ -180,39 +178,10 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def commit() -> str:
-    """The checkout's commit."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def main(*, megabytes: float, vocab_size: int, rounds: int) -> dict[str, Any]:
-    """Train, convert, compare, measure; print the lines.
-
-    Args:
-        megabytes: size of the text in 10^6 bytes of UTF-8.
-        vocab_size: ids of the vocabulary, trained on the text itself.
-        rounds: how often everything is measured; the figures are medians.
-
-    Returns:
-        The summary.
-    """
-    import tiktoken
-    from kimi_linear.tokenizer import convert_tiktoken, special_token_ids, train_bpe
-    from kimi_linear.tokenizer.special_tokens import PATTERN
-    from transformers import AutoTokenizer
-
-    documents = make_documents(megabytes)
-    num_bytes = sum(len(document.encode()) for document in documents)
-    ranks = train_bpe(documents, vocab_size)
-    special = special_token_ids(len(ranks))
-    encoding = tiktoken.Encoding(
-        "speed", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        convert_tiktoken(ranks, folder)
-        auto = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    kinds = measurements(auto, encoding, documents)
+def tell_throughput(
+    kinds: dict[str, dict[str, Any]], rounds: int, num_bytes: int, tell: Callable[[Any], None]
+) -> dict[str, float]:
+    """A line for every call; its throughput over tiktoken's, by kind and way."""
     seconds = run_rounds(kinds, rounds, time.perf_counter, compare=True)
     ratios = {}
     for kind, ways in seconds.items():
@@ -226,9 +195,16 @@ def main(*, megabytes: float, vocab_size: int, rounds: int) -> dict[str, Any]:
                 "megabytes_per_second": round(num_bytes / 1e6 / median, 2),
                 "throughput_over_tiktoken": round(ratio, 3),
             }
-            print(json.dumps(line), flush=True)
+            tell(line)
             if way != "tiktoken":
                 ratios[f"{kind}, {way}"] = line["throughput_over_tiktoken"]
+    return ratios
+
+
+def tell_stages(
+    ranks: dict[bytes, int], documents: list[str], rounds: int, tell: Callable[[Any], None]
+) -> None:
+    """A line for every stage of encoding, on the first documents."""
     few, size = [], 0
     for document in documents:
         if size < STAGE_MEGABYTES * 1e6:
@@ -237,7 +213,42 @@ def main(*, megabytes: float, vocab_size: int, rounds: int) -> dict[str, Any]:
     steps = {"stage": stages(ranks, few)}
     for name, values in run_rounds(steps, rounds, time.process_time, False)["stage"].items():
         cost = min(values) / size * 1e9
-        print(json.dumps({"stage": name, "nanoseconds_per_byte": round(cost, 1)}), flush=True)
+        tell({"stage": name, "nanoseconds_per_byte": round(cost, 1)})
+
+
+def main(
+    *, megabytes: float, vocab_size: int, rounds: int, record: Path | None = None
+) -> dict[str, Any]:
+    """Train, convert, compare, measure; print the lines.
+
+    Args:
+        megabytes: size of the text in 10^6 bytes of UTF-8.
+        vocab_size: ids of the vocabulary, trained on the text itself.
+        rounds: how often everything is measured; the figures are medians.
+        record: file for the lines.
+
+    Returns:
+        The summary.
+    """
+    import tiktoken
+    from transformers import AutoTokenizer
+
+    from kimi_linear.tokenizer import convert_tiktoken, special_token_ids, train_bpe
+    from kimi_linear.tokenizer.special_tokens import PATTERN
+
+    tell, documents = Recorder(record).tell, make_documents(megabytes)
+    num_bytes = sum(len(document.encode()) for document in documents)
+    ranks = train_bpe(documents, vocab_size)
+    special = special_token_ids(len(ranks))
+    encoding = tiktoken.Encoding(
+        "speed", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        convert_tiktoken(ranks, folder)
+        auto = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    kinds = measurements(auto, encoding, documents)
+    ratios = tell_throughput(kinds, rounds, num_bytes, tell)
+    tell_stages(ranks, documents, rounds, tell)
     summary = {
         "summary": ratios,
         "megabytes": round(num_bytes / 1e6, 2),
@@ -248,20 +259,15 @@ def main(*, megabytes: float, vocab_size: int, rounds: int) -> dict[str, Any]:
         "versions": {n: version(n) for n in ("tokenizers", "transformers", "tiktoken")},
         "python": platform.python_version(),
         "processor": processor(),
-        "commit": commit(),
+        "commit": current_commit(),
     }
-    print(json.dumps(summary), flush=True)
+    tell(summary)
     return summary
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
     parser.add_argument("--megabytes", type=float, default=10.0)
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=5)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    main(**vars(parse_arguments()))
+    main(**vars(parser.parse_args()))

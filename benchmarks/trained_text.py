@@ -9,23 +9,19 @@ the float32 model finds its own byte, in nats: bfloat16 errs by some hundredths.
         --record benchmarks/results/trained_text_h100.jsonl
 """
 
-import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from _environment import environment, line_writer
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.ops.kda import fla as kda
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from common import Recorder, make_parser, setting
 from measuring.models import build, official_parts
 from texts.corpus import split_by_file, standard_library
+from torch import Tensor
+
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.ops.kda import fla as kda
 
 WINDOW = 8192
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,18 +97,16 @@ def compare(
 
 def main(argv: list[str] | None = None) -> None:
     """Train, generate, compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=90, help="of training")
     parser.add_argument("--preset", default="1b-a0.3b")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--prompt-bytes", type=int, default=512)
     parser.add_argument("--new-bytes", type=int, default=256)
     parser.add_argument("--commit", help="where there is no history to ask")
-    parser.add_argument("--record", type=Path, help="write the lines to this file too")
     args = parser.parse_args(argv)
-    tell = line_writer(args.record)
-    setting = {**environment(), "command": " ".join(sys.argv)}
-    tell({"case": "setting", **setting, **({"commit": args.commit} if args.commit else {})})
+    tell = Recorder(args.record).tell
+    tell({"case": "setting", **setting(args.commit)})
 
     kept, held_out = split_by_file(standard_library())
     config = KimiLinearConfig.from_preset(args.preset, vocab_size=256)

@@ -8,7 +8,6 @@ in bfloat16, median of five; a line of JSON each. `scripts/benchmark.py` has the
     python benchmarks/training_gpu.py --preset 1b-a0.3b --record benchmarks/results/training.jsonl
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,14 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _environment import environment, line_writer
+from common import Recorder, make_parser, setting
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops import experts as experts_kimi_linear
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 from kimi_linear.ops.experts.training import train_experts
-from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 RUNS = 5
 
@@ -117,19 +117,16 @@ CASES = {"loss": losses, "experts": experts, "step": steps}
 
 def main(*, preset: str, tokens: int, cases: list[str], record: Path | None) -> None:
     config = KimiLinearConfig.from_preset(preset)
-    tell = line_writer(record)
-    tell({"environment": environment()})
+    tell = Recorder(record).tell
+    tell({"environment": setting()})
     for case in cases:
         figures = CASES[case](config, tokens)
         tell({"case": case, "preset": preset, "tokens": tokens, **figures})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", default="1b-a0.3b")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--record", type=Path)
     main(**vars(parser.parse_args()))

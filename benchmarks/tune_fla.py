@@ -8,7 +8,6 @@ is done, and a line of JSON for each choice.
     python benchmarks/tune_fla.py --record benchmarks/results/fla_configs_h200.jsonl
 """
 
-import argparse
 import os
 import pprint
 import time
@@ -19,14 +18,15 @@ from typing import Any
 os.environ.setdefault("FLA_CACHE_MODE", "disabled")  # the table of today is not asked
 
 import torch
-from _environment import environment, line_writer
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.ops.fla.tuning import KnownConfigs, autotuners, name_of, shape_of
+from common import ROOT, Recorder, make_parser, setting
 from torch import nn
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.autotuner import Autotuner
 
-OUTPUT = Path(__file__).parents[1] / "ops" / "fla" / "configs.py"
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.ops.fla.tuning import KnownConfigs, autotuners, name_of, shape_of
+
+OUTPUT = ROOT / "ops" / "fla" / "configs.py"
 TABLES: dict[str, dict[str, dict[str, Any]]] = {}
 
 
@@ -45,7 +45,7 @@ def compile_in_threads(pool: ThreadPoolExecutor) -> None:
     Autotuner.prune_configs = prune_and_compile
 
 
-class Recorder(KnownConfigs):
+class ChosenConfigs(KnownConfigs):
     """An autotuner's memory that keeps each choice under its shape."""
 
     def __init__(self, tuner: Any) -> None:
@@ -60,8 +60,8 @@ class Recorder(KnownConfigs):
 
 def watch() -> None:
     for tuner in autotuners():
-        if not isinstance(tuner.cache, Recorder):
-            tuner.cache = Recorder(tuner)
+        if not isinstance(tuner.cache, ChosenConfigs):
+            tuner.cache = ChosenConfigs(tuner)
 
 
 def small_model(preset: str, layers: int) -> KimiLinearForCausalLM:
@@ -117,8 +117,8 @@ def source() -> str:
 
 
 def main(*, preset: str, layers: int, tokens: int, threads: int, record: Path | None) -> None:
-    tell = line_writer(record)
-    tell({"environment": environment()})
+    tell = Recorder(record).tell
+    tell({"environment": setting()})
     start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         compile_in_threads(pool)
@@ -144,12 +144,9 @@ def import_fla() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--preset", default="48b-a3b", choices=["48b-a3b", "1b-a0.3b", "300m"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=16)
-    parser.add_argument("--record", type=Path)
     main(**vars(parser.parse_args()))

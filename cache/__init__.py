@@ -1,1 +1,1 @@
-"""The hybrid cache: states of KDA layers, latents of MLA layers, taking back, sessions."""
+"""The hybrid cache: states of KDA layers, latents of MLA layers, rollback, sessions."""

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from kimi_linear.cache.hybrid import prepare_cache
-from kimi_linear.inputs.layout import SequenceLayout
 from transformers.cache_utils import Cache
 from transformers.utils import logging
+
+from kimi_linear.cache.hybrid import prepare_cache
+from kimi_linear.inputs.layout import SequenceLayout
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +56,3 @@ def cache_for_call(
             f"cache holds {rows} rows, which is not allowed: it must be the input's {batch_size}"
         )
     return cache
-
-
-__all__ = ["cache_for_call"]

@@ -15,17 +15,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from kimi_linear.cache.kda import ROLLBACK_TOKENS, KDALayerCache
-from kimi_linear.cache.latents import LatentLayerCache
-from kimi_linear.cache.layer import LayerCache
-from kimi_linear.upstream.caches import holds_tokens, is_offloading, put_layers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
+from kimi_linear.cache.kda import ROLLBACK_TOKENS, KDALayerCache
+from kimi_linear.cache.latents import LatentLayerCache
+from kimi_linear.cache.layer import LayerCache
+from kimi_linear.upstream.caches import holds_tokens, is_offloading, put_layers
+
 
 class KimiLinearCache(Cache):
-    """Cache of a Kimi Linear model, one layer of the fitting kind per decoder layer.
+    """Cache of a Kimi Linear model, one layer of the right kind per decoder layer.
 
     Args:
         config: A `KimiLinearConfig`; only its `layer_types` are read.
@@ -66,7 +67,7 @@ class KimiLinearCache(Cache):
         return cache_memory(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back, in all layers or in none.
+        """Remove the last tokens, in all layers or in none.
 
         Args:
             tokens_to_remove: -n removes n tokens, as in Transformers; a positive number is how many
@@ -83,7 +84,7 @@ class KimiLinearCache(Cache):
         super().crop(tokens_to_remove)
 
     def note_padding(self, attention_mask: Tensor | None, mask: Tensor | None) -> None:
-        """Know from now on whether padding is held; ValueError if the mask contradicts it.
+        """Record whether the cache holds padding; ValueError if the mask contradicts it.
 
         Args:
             attention_mask: [B, S], as it was given.
@@ -129,7 +130,7 @@ class KimiLinearCache(Cache):
         return copy.deepcopy(self)
 
     def fork(self) -> "KimiLinearCache":
-        """A cache that goes on from here by itself.
+        """An independent cache that continues from here and shares the latents so far.
 
         KDA states are copied; the latents up to here are shared, and copied by whoever crops into
         them and goes on.
@@ -145,7 +146,7 @@ class KimiLinearDynamicCache(KimiLinearCache, DynamicCache):
 
 
 def cache_memory(cache: Cache) -> dict[str, int]:
-    """Bytes that a cache of ours holds, by purpose.
+    """Bytes that a Kimi Linear cache holds, by purpose.
 
     Returns:
         "linear_attention": KDA states (fixed); "full_attention": latents (growing by token);
@@ -159,7 +160,7 @@ def cache_memory(cache: Cache) -> dict[str, int]:
 
 
 def check_whole(cache: Cache) -> None:
-    """ValueError if a call that an exception ended has written to the cache."""
+    """Raise ValueError if an exception ended a call that has written to the cache."""
     if getattr(cache, "is_torn", False):
         raise ValueError(
             "cache holds a part of a call that an error ended, which is not allowed: start from a "
@@ -168,7 +169,7 @@ def check_whole(cache: Cache) -> None:
 
 
 def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
-    """ValueError unless a cache of ours has a layer of the right kind for each of the model's."""
+    """Raise ValueError unless the cache has a layer of the right kind for each of the model's."""
     kinds, needed = [layer.kind for layer in cache.layers], config.layer_types
     if kinds == needed:
         return
@@ -185,7 +186,7 @@ def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
 
 
 def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Any:
-    """A cache with layers of ours: a new one for None, the given one if it is ours or still empty.
+    """A Kimi Linear cache: a new one for None, the given one if it is one or still empty.
 
     Raises:
         ValueError: If another cache already holds tokens, or is of a kind that our layers cannot
@@ -232,13 +233,3 @@ def _layers_for(
         else LatentLayerCache(reserve_tokens, offload)
         for kind in config.layer_types
     ]
-
-
-__all__ = [
-    "KimiLinearCache",
-    "KimiLinearDynamicCache",
-    "cache_memory",
-    "check_kinds",
-    "check_whole",
-    "prepare_cache",
-]

@@ -1,4 +1,4 @@
-"""The cache of one KDA layer: its state, and what is needed to take tokens back.
+"""The cache of one KDA layer: its state, and what rollback needs.
 
 Shapes: B batch, T tokens of a call, X hidden size.
 """
@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from kimi_linear.cache.layer import LayerCache, may_write
 from kimi_linear.cache.pieces import KDAPieces, read_pieces
 from kimi_linear.cache.rollback import Rollback
 from kimi_linear.cache.state import KDAState
-from torch import Tensor
 
 # What crop can take back, unless a cache is made for another number ...
 ROLLBACK_TOKENS = 64
@@ -58,7 +59,7 @@ class KDALayerCache(LayerCache):
         self.rollback.reset()
 
     def read(self, attention: Any, hidden_states: Tensor, plan: KDAPieces) -> Tensor:
-        """Have the layer's attention read a call behind this cache, and take its states in.
+        """Run the layer's attention over a call behind this cache, and keep its states.
 
         Args:
             attention: The KDA layer, see `read_pieces`.
@@ -126,21 +127,21 @@ class KDALayerCache(LayerCache):
         return left
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back: -n removes n, a positive number is how many stay."""
+        """Remove the last tokens: -n removes n, a positive number is how many stay."""
         left = self.check_crop(tokens_to_remove)
         if left < self.num_tokens:
             self.rollback.crop(self.num_tokens - left)
             self.num_tokens, self.is_stale = left, True
 
     def fork(self) -> "KDALayerCache":
-        """A copy that goes on from here by itself."""
+        """An independent copy that continues from here."""
         other = copy.copy(self)
         other.rollback = copy.copy(self.rollback)
         other._map(Tensor.clone)
         return other
 
     def prepare_step(self, num_rows: int, dtype: torch.dtype) -> bool:
-        """Make ready for a decode step that writes one token in place; False if that cannot be."""
+        """Prepare a decode step that writes one token in place; False if it is impossible."""
         conv, state, log = self.state.conv, self.state.recurrent, self.rollback.log
         if conv is None or state is None or self.is_stale:
             return False
@@ -164,7 +165,7 @@ class KDALayerCache(LayerCache):
 
     @property
     def is_anchor_due(self) -> bool:
-        """Whether `move_anchor` has to be called before the next decode step."""
+        """Whether `move_anchor` is due before the next decode step."""
         return not self.is_stale and self.state.recurrent is not None and self.rollback.is_due
 
     def move_anchor(self) -> None:

@@ -7,12 +7,13 @@ import copy
 from collections.abc import Callable
 
 import torch
-from kimi_linear.cache.layer import LayerCache, may_write
-from kimi_linear.ops.runtime import needs_grad
 from torch import Tensor
 
+from kimi_linear.cache.layer import LayerCache, may_write
+from kimi_linear.ops.runtime import needs_grad
+
 BLOCK_TOKENS = 256
-# A buffer of at least so many tokens is never copied to grow: the next one goes beside it.
+# A buffer of at least this many tokens is never copied to grow: the next one goes beside it.
 SEGMENT_TOKENS = 1 << 16
 
 
@@ -120,7 +121,7 @@ class LatentLayerCache(LayerCache):
         self.num_tokens = self.num_full
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back: -n removes n, a positive number is how many stay."""
+        """Remove the last tokens: -n removes n, a positive number is how many stay."""
         self.num_tokens = self.check_crop(tokens_to_remove)
         while self.full and self.num_full >= self.num_tokens:
             last = self.full.pop()
@@ -133,7 +134,7 @@ class LatentLayerCache(LayerCache):
         self._select(lambda x: x.repeat_interleave(repeats, dim=0), (self._num_rows or 0) * repeats)
 
     def fork(self) -> "LatentLayerCache":
-        """A cache that goes on from here by itself and reads the same memory up to here."""
+        """An independent cache that continues from here and shares the memory up to here."""
         other = copy.copy(self)
         other.full, other.tail = list(self.segments()), None
         self.num_shared = other.num_shared = self.num_tokens
@@ -145,7 +146,7 @@ class LatentLayerCache(LayerCache):
         return {"full_attention": sum(x.numel() * x.element_size() for x in tensors)}
 
     def _select(self, function: Callable[[Tensor], Tensor], num_rows: int) -> None:
-        """Make `num_rows` rows. A single one is not copied: all others go on from it."""
+        """Make `num_rows` rows. A single one is not copied: all rows continue from it."""
         if self._num_rows is None or self._num_rows == num_rows == 1:
             return
         if self._num_rows == 1:

@@ -1,4 +1,4 @@
-"""In which pieces KDA layers read a call.
+"""The pieces in which KDA layers read a call.
 
 A call is one piece, but: a long one is cut for memory's sake; a cache that can be cropped reads the
 last tokens by themselves, so that the states before them become its anchor; and after a crop, or
@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
-from kimi_linear.ops.kda import CHUNK_SIZE
+from kimi_linear.ops.kda.segments import CHUNK_SIZE
 from kimi_linear.ops.runtime import is_exporting
-from torch import Tensor
 
 # Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
 # take 130 KB a token at the 48B model's sizes, and longer pieces are not faster.
@@ -123,7 +124,7 @@ def read_pieces(
     state_out: Tensor | None = None,
     keep_anchor: Callable[[KDAState], None] | None = None,
 ) -> tuple[Tensor, KDAState | None]:
-    """Have a KDA layer read its input [B, T, D] piece by piece.
+    """Run a KDA layer over its input [B, T, D] piece by piece.
 
     Args:
         attention: The layer, whose `read` takes a piece, its layout and the state before it.

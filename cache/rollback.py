@@ -1,4 +1,4 @@
-"""How a KDA layer's last tokens are taken back.
+"""Rollback: how a KDA layer's last tokens are removed.
 
 A KDA state is a running sum and has no inverse. A cache that can be cropped therefore keeps an
 anchor, the state as it was some tokens ago, and a log of the layer's inputs since then. `crop`
@@ -16,10 +16,11 @@ Shapes: B batch, X hidden size.
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from kimi_linear.cache.layer import may_write
 from kimi_linear.cache.state import KDAState
 from kimi_linear.ops.runtime import needs_grad
-from torch import Tensor
 
 
 class Rollback:
@@ -42,14 +43,14 @@ class Rollback:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a text, whose anchor is its beginning."""
+        """Start a text, with its beginning as anchor."""
         self.anchor, self.next = KDAState(), KDAState()
         self.log: Tensor | None = None
         self.num_logged: int | None = 0
         self.num_next: int | None = None
 
     def drop(self) -> None:
-        """Keep nothing: no token can be taken back."""
+        """Keep nothing: no token can be removed."""
         self.reset()
         self.num_logged = None
 
@@ -122,6 +123,6 @@ class Rollback:
         self.log = None if self.log is None else function(self.log)
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
+        """The tensors that are not None."""
         own = self.anchor.tensors() + self.next.tensors()
         return own if self.log is None else [*own, self.log]

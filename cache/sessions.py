@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from kimi_linear.cache.hybrid import KimiLinearCache, check_kinds, check_whole
-from kimi_linear.cache.kda import KDALayerCache
-from kimi_linear.cache.latents import LatentLayerCache
-from kimi_linear.cache.state import KDAState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
+
+from kimi_linear.cache.hybrid import KimiLinearCache, check_kinds, check_whole
+from kimi_linear.cache.kda import KDALayerCache
+from kimi_linear.cache.latents import LatentLayerCache
+from kimi_linear.cache.state import KDAState
 
 logger = logging.get_logger(__name__)
 
@@ -338,7 +339,7 @@ def common_prefix(cached_ids: Tensor, input_ids: Tensor) -> int:
 
 
 def keep_prefix(cache: Cache, cached_ids: Tensor, input_ids: Tensor) -> int:
-    """Take back what `input_ids` does not begin with; all of it if the cache can't go back so far.
+    """Crop the cache to its common prefix with `input_ids`, or empty it if it cannot.
 
     At least one column of `input_ids` is left to be read.
 
@@ -360,13 +361,3 @@ def keep_prefix(cache: Cache, cached_ids: Tensor, input_ids: Tensor) -> int:
         pass  # the tokens to take back are more than it keeps
     cache.reset()
     return 0
-
-
-__all__ = [
-    "Session",
-    "keep_prefix",
-    "load_session",
-    "model_fingerprint",
-    "read_session",
-    "save_session",
-]

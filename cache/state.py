@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class KDAState:
-    """What a KDA layer carries from token to token; None stands for zeros, as before a text.
+    """What a KDA layer carries from token to token; None stands for zeros.
 
     Attributes:
         conv: [B, 3, D, W - 1], the last inputs of the q, k and v convolutions, oldest first.
@@ -26,7 +26,7 @@ class KDAState:
         return self.recurrent
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there."""
+        """The tensors that are not None."""
         return [x for x in (self.conv, self.recurrent) if x is not None]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "KDAState":

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import StaticCache
+
 from kimi_linear.cache.hybrid import KimiLinearCache
 from kimi_linear.cache.kda import KDALayerCache
 from kimi_linear.cache.latents import BLOCK_TOKENS, LatentLayerCache
 from kimi_linear.cache.state import KDAState
 from kimi_linear.upstream.interfaces import attention_backend
-from torch import Tensor
-from transformers.cache_utils import StaticCache
 
 
 class _CountsInTensor:
@@ -88,7 +89,7 @@ class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
     get_max_cache_shape = get_max_length  # its older name
 
     def fork(self) -> "CompiledLatentLayer":
-        """A copy that goes on from here by itself: there is one buffer, which nobody shares."""
+        """An independent copy that continues from here; it shares no memory."""
         other = copy.copy(self)
         other._map(Tensor.clone)
         other.length = self.length.clone()
@@ -114,7 +115,7 @@ class CompiledLatentLayer(_CountsInTensor, LatentLayerCache):
 
 
 class KimiLinearStaticCache(KimiLinearCache, StaticCache):
-    """A `KimiLinearCache` that has its room from the start.
+    """A `KimiLinearCache` that allocates all of its memory at the start.
 
     Args:
         config: A `KimiLinearConfig`.
@@ -184,6 +185,3 @@ def without_room(cache: Any, attention_mask: Tensor | None, num_tokens: int) -> 
     if attention_mask is None or not is_static or attention_mask.shape[1] != cache.room:
         return attention_mask
     return attention_mask[:, : cache.get_seq_length() + num_tokens]
-
-
-__all__ = ["KimiLinearStaticCache", "is_static_call", "without_room"]

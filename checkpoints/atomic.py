@@ -158,15 +158,3 @@ def remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-__all__ = [
-    "UNFINISHED",
-    "atomic_folder",
-    "exchange",
-    "publish",
-    "recover",
-    "recover_all",
-    "remove",
-    "sync_folder",
-]

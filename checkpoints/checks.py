@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
 from kimi_linear.checkpoints.experts import ExpertMatrix, split_names
 from kimi_linear.checkpoints.files import read_blocks
 from kimi_linear.checkpoints.names import official_shapes, own_name, some
-from safetensors import safe_open
-from transformers import PreTrainedModel
 
 
 class CheckpointError(ValueError, RuntimeError):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.upstream.interfaces import (
     Concatenate,
@@ -20,7 +22,6 @@ from kimi_linear.upstream.interfaces import (
     WeightConverter,
     register_checkpoint_conversion_mapping,
 )
-from torch import Tensor, nn
 
 # The kinds of matrices that stand one below the other in each expert of a fused tensor.
 FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kimi_linear.checkpoints.experts import FUSED, ExpertMatrix
-from kimi_linear.checkpoints.names import own_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from kimi_linear.checkpoints.experts import FUSED, ExpertMatrix
+from kimi_linear.checkpoints.names import own_name
 
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000

@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from kimi_linear.checkpoints.experts import FUSED_IN, ExpertMatrix, split_names
 from kimi_linear.checkpoints.files import DTYPES
 from kimi_linear.checkpoints.names import official_shapes, own_name, some
 from kimi_linear.upstream.models import is_divided, is_quantized
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 
 @torch.no_grad()

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from kimi_linear.checkpoints.experts import split_names
 from kimi_linear.upstream.interfaces import WeightRenaming
-from transformers import PreTrainedModel
 
 
 def official_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from kimi_linear.checkpoints.checks import check_checkpoint, check_inside
 from kimi_linear.checkpoints.experts import register_conversion, take_matrices_in_state_dicts
 from kimi_linear.checkpoints.files import stored_tensors
@@ -17,7 +19,7 @@ from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.parallel.decay_sharding import decays_apart
-from kimi_linear.parallel.router_bias import share_router_biases
+from kimi_linear.parallel.router_bias import carry_router_biases
 from kimi_linear.parallel.tensor import joined, register_styles
 from kimi_linear.training.quantized_experts import (
     dequantize_experts,
@@ -33,7 +35,6 @@ from kimi_linear.upstream.models import (
     is_quantized,
     save_by_registered_names,
 )
-from torch import Tensor, nn
 
 BACKBONE = "KimiLinearBackbone"
 AUTO_MAP = {
@@ -92,7 +93,7 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         super().post_init()
         if self.base_model is self:
             take_matrices_in_state_dicts(self)
-            share_router_biases(self)
+            carry_router_biases(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -8,9 +8,10 @@ from operator import call, is_
 from typing import Any, NamedTuple
 
 import torch
-from kimi_linear.ops.runtime import tl
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from kimi_linear.ops.runtime import tl
 
 # Of a row, so that each begins at a multiple of 16 bytes: Triton compiles what does not anew.
 TABLE_COLUMNS = 6
@@ -99,15 +100,3 @@ def _addresses(layer: Any, num_rows: int) -> KDAAddresses | LatentAddresses:
         stride = first.stride(0) if first.shape[0] == num_rows else 0
         prefix = first.data_ptr(), first.shape[1], stride
     return LatentAddresses(*prefix, tail.data_ptr(), tail.stride(0))
-
-
-__all__ = [
-    "AddressTable",
-    "KDAAddresses",
-    "LatentAddresses",
-    "TABLE_COLUMNS",
-    "columns",
-    "is_kda",
-    "padded",
-    "prepare",
-]

@@ -311,6 +311,3 @@ def mix_kernel(
         tl.store(out + row * out_stride + head * V + v, y)
     else:
         tl.store(out + (row * H + head) * L + m, latent)
-
-
-__all__ = ["absorb_kernel", "attend_kernel", "kda_kernel", "kda_out_kernel", "mix_kernel"]

@@ -291,13 +291,3 @@ def grouped_out_kernel(
         mask = there[:, None] & (n < D)[None, :]
         part = pair // TOP * PARTS + pair % TOP
         tl.store(out + part[:, None] * D + n[None, :], y, mask=mask)
-
-
-__all__ = [
-    "experts_in_kernel",
-    "experts_out_kernel",
-    "group_kernel",
-    "grouped_in_kernel",
-    "grouped_out_kernel",
-    "route_kernel",
-]

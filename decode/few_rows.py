@@ -7,11 +7,12 @@ experts and the shared ones.
 
 from typing import Any
 
+from torch import Tensor
+
 from kimi_linear.decode.expert_kernels import experts_in_kernel, experts_out_kernel
 from kimi_linear.decode.projection_kernels import project_kernel
 from kimi_linear.decode.step import DecodeStep, linked, weight_tiles
 from kimi_linear.ops.runtime import power_of_two
-from torch import Tensor
 
 FEW_ROWS = 4
 # bytes of weights that a program reads, and its warps
@@ -199,6 +200,3 @@ class FewRowsStep(DecodeStep):
             num_warps=IN_WARPS,
             **linked(self.is_linked),
         )
-
-
-__all__ = ["FEW_ROWS", "FewRowsStep"]

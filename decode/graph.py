@@ -17,40 +17,37 @@ from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
 from kimi_linear.cache.hybrid import prepare_cache
 from kimi_linear.decode.addresses import AddressTable, is_kda, prepare
 from kimi_linear.decode.obstacles import Snapshot, call_obstacle, model_obstacle
 from kimi_linear.decode.recording import Recording
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.ops.runtime import TritonError
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 DecodeBackend = Literal["auto", "graph", "eager"]
 BACKENDS = get_args(DecodeBackend)
 MAX_STEPS = 8  # recordings kept per model
+# what a step reads, or what has no effect on it
+STEP_ARGUMENTS = {"input_ids", "attention_mask", "cache", "position_ids", "use_cache"}
 # what only the layers themselves can hand out
 LAYER_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
-def try_decode(
-    model: nn.Module,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    cache: Cache | None,
-    given: dict[str, Any],
-) -> Tensor | None:
+def try_decode(model: nn.Module, inputs: dict[str, Any], others: dict[str, Any]) -> Tensor | None:
     """Answer a call by a recorded step if it is one.
 
     Args:
         model: A `KimiLinearForCausalLM`.
-        input_ids: [B, 1].
-        attention_mask: [B, S]; None if all tokens are real.
-        cache: A cache of this model, which takes the tokens in.
-        given: The call's other arguments by name, but for those without effect on a step.
+        inputs: What its backbone would be given, by name. A step has `input_ids` [B, 1] and a
+            `cache` of this model, which takes the tokens in, and may have an `attention_mask`
+            [B, S]; `position_ids` and `use_cache` have no effect on it.
+        others: The call's further arguments, by name.
 
     Returns:
         Logits [B, 1, vocab_size], or None: run layer by layer.
@@ -61,11 +58,11 @@ def try_decode(
         TritonError: If the kernels cannot be built and `model.decode_backend` is "graph".
     """
     config: Any = model.config
-    if not _is_step(input_ids, cache, given):
+    input_ids, cache = inputs["input_ids"], inputs["cache"]
+    if not _is_step(input_ids, cache, {**inputs, **others}):
         return None
     if any(getattr(config, name, False) for name in LAYER_OUTPUTS):
         return None
-    assert input_ids is not None
     cache = prepare_cache(cache, config)
     backend: Any = model.decode_backend
     if backend not in BACKENDS:
@@ -78,6 +75,7 @@ def try_decode(
             raise ValueError(f"decode_backend='graph' is not possible here: {reason}")
         _warn(input_ids, reason)
         return None
+    attention_mask = inputs["attention_mask"]
     mask = unless_all_real(attention_mask)
     check_columns(attention_mask, cache.get_seq_length(), 1)
     if mask is not None and not bool((mask[:, -1] != 0).all()):
@@ -103,7 +101,8 @@ def _is_step(input_ids: Any, cache: Any, given: dict[str, Any]) -> bool:
         return False
     if not input_ids.numel() or input_ids.shape[1:] != (1,):
         return False
-    for name, x in given.items():
+    for name in given.keys() - STEP_ARGUMENTS:
+        x = given[name]
         is_last_tokens = name == "logits_to_keep" and isinstance(x, int)
         if x is not None and x is not False and not is_last_tokens:
             return False
@@ -185,7 +184,7 @@ class _Decoder:
         return recording
 
     def has_recorded(self, num_rows: int) -> bool:
-        """Whether steps of so many rows without padding ran as a graph."""
+        """Whether steps of `num_rows` rows without padding ran as a graph."""
         return (num_rows, False) in self._steps
 
 
@@ -196,6 +195,3 @@ def has_recording(model: nn.Module, num_rows: int) -> bool:
     """Whether calls of one token for each of `num_rows` rows, without padding, ran as a graph."""
     decoder = _decoders.get(model)
     return decoder is not None and decoder.has_recorded(num_rows)
-
-
-__all__ = ["DecodeBackend", "has_recording", "try_decode"]

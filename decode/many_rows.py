@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from kimi_linear.decode.expert_kernels import group_kernel, grouped_in_kernel, grouped_out_kernel
 from kimi_linear.decode.projection_kernels import add_norm_kernel, project_many_kernel
 from kimi_linear.decode.step import DecodeStep, linked, weight_tiles
 from kimi_linear.ops.runtime import power_of_two
-from torch import Tensor
 
 # rows up to which several weights are applied in one launch; beyond, cuBLAS takes one by one
 SOME_ROWS = 64
@@ -280,6 +281,3 @@ class ManyRowsStep(DecodeStep):
             first.launch(self.normed, out)
             down.launch(out, parts[:, -1])
         self.to_add = parts
-
-
-__all__ = ["ManyRowsStep"]

@@ -5,8 +5,9 @@ from operator import getitem
 from typing import Any
 
 import torch
-from kimi_linear.ops.runtime import SILU_MODULES, power_of_two, triton
 from torch import Tensor, nn
+
+from kimi_linear.ops.runtime import SILU_MODULES, power_of_two, triton
 
 MAX_ROWS = 256
 MAX_PAIRS = 2048  # of rows and experts
@@ -65,7 +66,7 @@ class Snapshot:
 
 
 def call_obstacle(model: nn.Module, num_rows: int) -> str:
-    """Why a call of so many rows cannot be a step of a model without other obstacles, or ""."""
+    """Why a call of `num_rows` rows cannot be a step of a model without other obstacles, or ""."""
     config: Any = model.config
     backbone: Any = model.model
     count, used = len(backbone.layers), config.num_hidden_layers
@@ -156,13 +157,3 @@ def weight_obstacle(model: nn.Module) -> str:
         if not parameter.is_contiguous() or parameter.data_ptr() % 16:
             return f"{name} is not contiguous from a multiple of 16 bytes"
     return ""
-
-
-__all__ = [
-    "Snapshot",
-    "call_obstacle",
-    "chip_obstacle",
-    "model_obstacle",
-    "size_obstacle",
-    "weight_obstacle",
-]

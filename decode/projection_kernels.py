@@ -218,14 +218,3 @@ def add_norm_kernel(
         entry += tl.load(counters + 1) * D
         if tl.load(table + LOG) != 0:
             tl.store(entry + d, x, mask=inside)
-
-
-__all__ = [
-    "add_norm_kernel",
-    "norm_scale",
-    "pointer_to",
-    "project_kernel",
-    "project_many_kernel",
-    "wait",
-    "wait_first",
-]

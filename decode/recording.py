@@ -6,11 +6,12 @@ Shapes: B rows, S tokens of cache and call.
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from kimi_linear.decode.addresses import AddressTable, KDAAddresses, LatentAddresses, padded
 from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
 from kimi_linear.decode.step import DecodeStep
-from torch import Tensor, nn
 
 
 def decode_step(model: nn.Module, num_rows: int, has_padding: bool) -> DecodeStep:
@@ -118,6 +119,3 @@ def _scratch_rows(step: DecodeStep, kept: list[Tensor]) -> list[list[int]]:
     kda: Any = KDAAddresses(conv, state)
     latent: Any = LatentAddresses(tail=address(B, 1, R), tail_stride=R)
     return padded([kda if is_kda else latent for is_kda in step.is_kda])
-
-
-__all__ = ["Recording", "decode_step"]

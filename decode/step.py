@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from kimi_linear.decode.addresses import TABLE_COLUMNS
 from kimi_linear.decode.attention_kernels import (
     absorb_kernel,
@@ -28,7 +30,6 @@ from kimi_linear.decode.attention_kernels import (
 )
 from kimi_linear.decode.expert_kernels import route_kernel
 from kimi_linear.ops.runtime import power_of_two
-from torch import Tensor, nn
 
 LOG2_E = 1.4426950408889634
 # shares of a row's latents, and tokens that a program loads at once
@@ -340,6 +341,3 @@ class DecodeStep(ABC):
             **linked(self.is_linked),
         )
         self._run_experts(i)
-
-
-__all__ = ["DecodeStep", "can_link", "linked", "weight_tiles"]

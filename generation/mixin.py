@@ -4,6 +4,10 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
 from kimi_linear.cache.hybrid import KimiLinearCache, KimiLinearDynamicCache
 from kimi_linear.cache.kda import ROLLBACK_TOKENS
 from kimi_linear.cache.sessions import Session, load_session, read_session, save_session
@@ -13,9 +17,6 @@ from kimi_linear.inputs.layout import last_real_columns
 from kimi_linear.outputs_kimi_linear import one_cache
 from kimi_linear.upstream.caches import CACHE_NAME
 from kimi_linear.upstream.generation import LOOP_ARGUMENTS, GenerationHooks
-from torch import Tensor
-from transformers.cache_utils import Cache
-from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
@@ -236,6 +237,3 @@ def _check_rows(new_mask: Tensor) -> None:
             f"attention_mask has no token of row {int(empty.int().argmax())} that the cache has "
             "not, which is not allowed in generate(): each row must have one"
         )
-
-
-__all__ = ["KimiLinearGenerationMixin"]

@@ -6,8 +6,9 @@ Shapes: B batch, T tokens of this call, S tokens of cache and call.
 from typing import Any
 
 import torch
-from kimi_linear.upstream.arguments import BACKBONE_ARGUMENTS, LENGTH_ARGUMENTS, check_arguments
 from torch import Tensor
+
+from kimi_linear.upstream.arguments import BACKBONE_ARGUMENTS, LENGTH_ARGUMENTS, check_arguments
 
 
 def check_backbone_arguments(
@@ -65,12 +66,3 @@ def check_columns(attention_mask: Tensor | None, past: int, num_tokens: int) -> 
             f"attention_mask has {attention_mask.shape[1]} columns, which is not allowed: it "
             f"must cover the {past} cached and the {num_tokens} new tokens"
         )
-
-
-__all__ = [
-    "check_backbone_arguments",
-    "check_columns",
-    "check_source",
-    "one_source",
-    "unless_all_real",
-]

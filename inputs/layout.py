@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.runtime import is_exporting
 from torch import Tensor
+
+from kimi_linear.ops.runtime import is_exporting
 
 # A raw gate whose softplus and whose sigmoid are 0 in every dtype.
 SILENT = -1e4
@@ -39,7 +40,6 @@ class SequenceLayout:
         order: [B, T] int64, each row's columns, real ones first; in place of `token_index` and
             `cu_seqlens` where a compiler traces the call, whose shapes cannot depend on values.
         counts: [B] int64, real tokens of each row, with `order`.
-        context: The `ContextShard` that this call's tokens are, if other processes have the rest.
     """
 
     token_index: Tensor | None = None
@@ -50,12 +50,11 @@ class SequenceLayout:
     num_places: int = 0
     order: Tensor | None = None
     counts: Tensor | None = None
-    context: Any = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether each row is one sequence, all real and all here."""
-        return self.cu_seqlens is None and self.order is None and self.context is None
+        """Whether each row is one sequence, all real."""
+        return self.cu_seqlens is None and self.order is None
 
     @property
     def is_packed(self) -> bool:
@@ -335,12 +334,3 @@ def _sequence_numbers(
         )
     place = torch.arange(places, device=device)
     return torch.searchsorted(ends, place, right=True).reshape(batch_size, num_tokens)
-
-
-__all__ = [
-    "SequenceLayout",
-    "check_attention_mask",
-    "last_real_columns",
-    "sequence_layout",
-    "traced_layout",
-]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kimi_linear.upstream.arguments import OUTPUT_ARGUMENTS
 from torch import Tensor
+
+from kimi_linear.upstream.arguments import OUTPUT_ARGUMENTS
 
 # What gives sequences losses of the router.
 LOSS_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef")
@@ -146,6 +147,3 @@ def _leaves(visible: Tensor) -> list[int]:
             )
         inner.add(parent)
     return [token for token in tokens if token not in inner]
-
-
-__all__ = ["TreeTexts", "read_trees", "tree_texts"]

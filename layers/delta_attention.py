@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from kimi_linear.cache.state import KDAState
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.inputs.layout import SequenceLayout
@@ -17,7 +19,6 @@ from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.short_conv import convolved_projections
 from kimi_linear.ops.short_conv.convolution import short_convolution
 from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
-from torch import Tensor, nn
 
 
 class KimiLinearShortConv(nn.Module):
@@ -139,6 +140,3 @@ class KimiLinearDeltaAttention(nn.Module):
             return tensor.to(moved.device, torch.float32)
 
         return super()._apply(keep_wide, recurse)
-
-
-__all__ = ["KimiLinearDeltaAttention", "KimiLinearShortConv"]

@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.layers.plan import ForwardPlan
-from kimi_linear.ops.latent_attention import (
-    FUSED_QUERY_TOKENS,
-    first_tokens,
-    latent_attention,
-    latent_attention_weights,
-)
+from kimi_linear.ops.latent_attention import latent_attention, latent_attention_weights
+from kimi_linear.ops.latent_attention.blocks import first_tokens
+from kimi_linear.ops.latent_attention.expanded import FUSED_QUERY_TOKENS
 from kimi_linear.ops.latent_attention.sdpa import attention_by_sequence, eager_attention
 from kimi_linear.ops.linear_map import is_linear_map, linear_map
 from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
 from kimi_linear.upstream.interfaces import ALL_ATTENTION_FUNCTIONS, attention_backend
-from torch import Tensor, nn
 
 LATENT_NORM_EPS = 1e-6
 
@@ -197,6 +195,3 @@ class KimiLinearLatentAttention(nn.Module):
     def split_size(self) -> tuple[str, int, int]:
         """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "num_attention_heads", self.num_heads, 1
-
-
-__all__ = ["KimiLinearLatentAttention"]

@@ -1,9 +1,10 @@
 """The gated MLP."""
 
-from kimi_linear.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.ops.gated_mlp import gated_mlp
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+
+from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.ops.gated_mlp import gated_mlp
 
 
 class KimiLinearMLP(nn.Module):

@@ -6,18 +6,20 @@ names are the released checkpoints' names but for the experts, which are fused i
 Shapes: B batch, T tokens, D hidden size, E experts, k experts of one token.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops.experts import EXPERTS
 from kimi_linear.ops.experts.choice import choose_experts
 from kimi_linear.ops.experts.quantized import plain_experts
 from kimi_linear.ops.wide_product import wide_linear
-from kimi_linear.training.router import RouterNotes
 from kimi_linear.upstream.interfaces import use_experts_implementation
-from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 
 class KimiLinearRouter(nn.Module):
@@ -32,8 +34,11 @@ class KimiLinearRouter(nn.Module):
         # moves the choice only, and has no gradient; a buffer so that optimizers leave it alone
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor, notes: RouterNotes | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64."""
+    def forward(self, x: Tensor, notes: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens, D] to logits [tokens, E], weights and experts [tokens, k]; float32, int64.
+
+        `notes` are `training/router_losses.py`'s.
+        """
         config = self.config
         logits = wide_linear(x, self.weight)
         weights, experts = choose_experts(
@@ -97,9 +102,7 @@ class KimiLinearMoE(nn.Module):
                 config, config.moe_intermediate_size * config.num_shared_experts
             )
 
-    def forward(
-        self, x: Tensor, notes: RouterNotes | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, notes: Any = None) -> Tensor | tuple[Tensor, Tensor]:
         """[B, T, D] to [B, T, D], and with `notes` the router's losses [B * T, 2]."""
         tokens = x.flatten(0, -2)
         # by keyword: hooks of parallel plans put other positional arguments in place of these
@@ -109,6 +112,3 @@ class KimiLinearMoE(nn.Module):
             shared = self.shared_experts(x)
             out = out + shared if torch.is_grad_enabled() else out.add_(shared)
         return out if notes is None else (out, notes.losses(logits))
-
-
-__all__ = ["KimiLinearExperts", "KimiLinearMoE", "KimiLinearRouter"]

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.gated_norm import gated_rms_norm
 from torch import Tensor, nn
+
+from kimi_linear.ops.gated_norm import gated_rms_norm
 
 
 class KimiLinearRMSNorm(nn.Module):

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
 from kimi_linear.cache.calls import cache_for_call
 from kimi_linear.cache.pieces import KDAPieces, Piece, plan_pieces, read_pieces
 from kimi_linear.cache.static import is_static_call, without_room
@@ -19,14 +22,13 @@ from kimi_linear.inputs.layout import (
     sequence_layout,
     traced_layout,
 )
+from kimi_linear.inputs.sequences import TokenSequences, token_sequences
 from kimi_linear.ops.runtime import is_exporting
 from kimi_linear.upstream.interfaces import (
     attention_backend,
     create_causal_mask,
     packed_sequence_mask_function,
 )
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 # Longest call without a past that goes to the "sdpa" backend when no graph is recorded.
 BACKEND_TOKENS = 1024
@@ -43,9 +45,9 @@ class ForwardPlan:
         cache: What it reads and writes, or None.
         route: How MLA layers attend.
             "rows": to the call's own keys and values, by the configured backend and `mask`;
-            "flash": likewise within sequences that lie end to end, by flash attention;
+            "flash": as "rows", within sequences that lie end to end, by flash attention;
             "sequences": within packed sequences, one after another;
-            "latents": to cached and own latents, by our own operation.
+            "latents": to cached and own latents, by `ops/latent_attention`.
         pieces: How KDA layers read it.
         mask: The backend's, in "rows"; None if it needs none.
         real_tokens: [B, S] bool, False at padding; None if all are real.
@@ -102,6 +104,11 @@ class ForwardPlan:
         cache: Any = self.cache.layers[layer_idx]
         return cache.update(latent)
 
+    def sequences(self, hidden_states: Tensor) -> TokenSequences:
+        """The sequences of its places [B, T, ...]."""
+        batch_size, num_tokens = hidden_states.shape[:2]
+        return token_sequences(self.layout, batch_size, num_tokens, like=hidden_states)
+
     def visible(self, latent: Tensor) -> Tensor:
         """The latents that this call's packed sequences attend to: their own."""
         return latent
@@ -131,9 +138,21 @@ class Planner:
     `parallel/context.py` has one for processes that divide the tokens of a row.
     """
 
+    has_all_tokens = True
+
     def own(self, source: Tensor) -> Tensor:
         """The part of ids or embeddings [B, T, ...] that this process reads."""
         return source
+
+    def own_labels(
+        self, labels: Tensor, loss_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The part of labels [B, T] and of the loss' arguments that this process' loss is of."""
+        return labels, loss_kwargs
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of the processes' tensors."""
+        return x
 
     def plan(
         self,
@@ -265,6 +284,3 @@ def static_plan(cache: Any, attention_mask: Tensor | None, hidden_states: Tensor
         seen, layout = seen & real[:, None], traced_layout(own)
     pieces = KDAPieces((Piece(0, T, layout),))
     return ForwardPlan(layout, cache, "latents", pieces, own_real=own, seen=seen)
-
-
-__all__ = ["ForwardPlan", "Planner", "static_plan"]

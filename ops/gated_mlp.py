@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
 from kimi_linear.ops.gated_silu import gated_silu, gated_silu_backward, launch_gated_silu
 from kimi_linear.ops.joint_products import joint_weights, split_gradient, stacked
 from kimi_linear.ops.runtime import (
@@ -16,8 +19,6 @@ from kimi_linear.ops.runtime import (
     no_autocast,
     product_dtype,
 )
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # Tokens read at once where no graph is recorded.
 PIECE_TOKENS = 32768
@@ -83,6 +84,3 @@ class _JointMLP(torch.autograd.Function):
                 dgate_up_ND = dgate_up.t() @ x.flatten(0, -2).to(dtype)
                 dgate, dup = split_gradient(dgate_up_ND, (gate, up))
         return dx, dgate, dup, ddown, None
-
-
-__all__ = ["gated_mlp"]

@@ -14,14 +14,15 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 from typing import Any
 
 import torch
-from kimi_linear.ops.fla.backend import norm_kernel, resolve_backend
-from kimi_linear.ops.launch import launch_directly
-from kimi_linear.ops.runtime import ceil_div, jit, needs_grad, power_of_two, tl, triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kimi_linear.ops.fla.backend import norm_kernel, resolve_backend
+from kimi_linear.ops.launch import launch_directly
+from kimi_linear.ops.runtime import ceil_div, jit, needs_grad, power_of_two, tl, triton
+
 ROWS = 16  # at once
-STEPS = 8  # of a program of the backward pass, of so many rows each
+STEPS = 8  # steps of a program of the backward pass, ROWS rows each
 
 
 def gated_rms_norm(
@@ -167,6 +168,3 @@ def _gated_norm_backward(
         tl.store(dx + place, of_x.to(dx.dtype.element_ty), mask=inside)
     own_place = partial + tl.program_id(0) * size + tl.arange(0, BLOCK)
     tl.store(own_place, total, mask=tl.arange(0, BLOCK) < size)
-
-
-__all__ = ["gated_rms_norm", "launch_gated_norm", "launch_gated_norm_backward"]

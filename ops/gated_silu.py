@@ -11,9 +11,10 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import ceil_div, has_kernels, jit, power_of_two, tl
-from torch import Tensor
 
 COLUMNS = 1024  # at once
 
@@ -146,12 +147,3 @@ def _gated_silu_backward(
     if weights is not None:
         result = tl.sum(total, axis=0).to(grad_weights.dtype.element_ty)
         tl.store(grad_weights + place, result)
-
-
-__all__ = [
-    "gated_silu",
-    "gated_silu_backward",
-    "launch_gated_silu",
-    "launch_gated_silu_backward",
-    "reference_gated_silu_backward",
-]

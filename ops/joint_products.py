@@ -13,8 +13,9 @@ Shapes: D hidden size, N rows of all matrices.
 from collections.abc import Sequence
 
 import torch
-from kimi_linear.ops.runtime import KERNEL_DTYPES, is_traced, plain_weight, triton
 from torch import Tensor, nn
+
+from kimi_linear.ops.runtime import KERNEL_DTYPES, is_traced, plain_weight, triton
 
 DEVICES = ("cuda",)  # where it is used
 
@@ -54,6 +55,3 @@ def split_gradient(grad: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
     """The matrices' gradients, from that of the stacked one [N, D]."""
     parts = grad.split([matrix.shape[0] for matrix in matrices])
     return [part.to(matrix.dtype) for part, matrix in zip(parts, matrices, strict=True)]
-
-
-__all__ = ["joint_weights", "split_gradient", "stacked"]

@@ -120,6 +120,3 @@ def _has_listeners(function: Any) -> bool:
         or (enter and getattr(enter, "calls", True))
         or (leave and getattr(leave, "calls", True))
     )
-
-
-__all__ = ["DirectLaunch", "is_jit_function", "launch_directly"]

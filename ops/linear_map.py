@@ -4,8 +4,9 @@ Shapes: I inputs, O outputs.
 """
 
 import torch
-from kimi_linear.ops.runtime import plain_weight
 from torch import Tensor, nn
+
+from kimi_linear.ops.runtime import plain_weight
 
 
 def linear_map(proj: nn.Module, num_inputs: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -33,6 +34,3 @@ def is_linear_map(proj: nn.Module) -> bool:
     if "forward" in vars(proj) and not hasattr(proj, "_hf_hook"):
         return False
     return isinstance(proj, nn.Linear) or hasattr(proj, "base_layer")
-
-
-__all__ = ["is_linear_map", "linear_map"]

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.runtime import is_traced, needs_grad, no_autocast
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from kimi_linear.ops.runtime import is_traced, needs_grad, no_autocast
 
 
 def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,7 +26,7 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_wide_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, likewise."""
+    """total += a @ b, summed in `total`'s dtype where there is a product for that."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():
@@ -72,6 +73,3 @@ class _WideLinear(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dweight = wide_product(grad.t(), x.to(grad.dtype), torch.float32).to(weight.dtype)
         return dx, dweight
-
-
-__all__ = ["add_wide_product", "wide_linear", "wide_product"]

@@ -16,21 +16,23 @@ Shapes: T tokens of the row, t of a process (T / processes), D hidden size, H he
 V value size, R width of a latent, W convolution width, N sequences.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist  # whose collectives of one tensor have new names since 2.13
 import torch.nn.functional as F
+from torch import Tensor
+
 from kimi_linear.cache.pieces import plan_pieces
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, check_attention_mask, sequence_layout
+from kimi_linear.inputs.sequences import TokenSequences, token_sequences
 from kimi_linear.layers.plan import ForwardPlan, Planner
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import compute_dtype, no_autocast
 from kimi_linear.upstream.interfaces import attention_backend
-from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
@@ -152,28 +154,52 @@ class ContextState(KDAState):
 
 
 @dataclass(frozen=True)
+class ContextSequences(TokenSequences):
+    """Sequences that the processes of a group have places of; see `TokenSequences`."""
+
+    group: Any
+
+    def total(self, x: Tensor) -> Tensor:
+        return _Total.apply(x, self.group)
+
+
+@dataclass(frozen=True)
 class ContextPlan(ForwardPlan):
-    """The plan of a call whose tokens other processes read too."""
+    """The plan of a call whose tokens other processes read too.
+
+    Attributes:
+        shard: This process' part.
+    """
+
+    shard: Any = None
 
     def read_kda(self, attention: Any, hidden_states: Tensor) -> Tensor:
         """The own tokens [1, t, D], from the states that the processes before have come to."""
-        shard = self.layout.context
+        shard = self.shard
         before = shard.previous_tokens(hidden_states, attention.q_conv1d.weight.shape[2] - 1)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         conv = torch.stack([proj(before).transpose(1, 2) for proj in projections], dim=1)
         state = ContextState(conv, shard=shard, attention=attention, layout=self.layout)
         return attention.read(hidden_states, self.layout, state)[0]
 
+    def sequences(self, hidden_states: Tensor) -> TokenSequences:
+        """The whole row's sequences at the own places."""
+        shard = self.shard
+        num_tokens = hidden_states.shape[1] * dist.get_world_size(shard.group)
+        row = token_sequences(shard.whole, 1, num_tokens, like=hidden_states)
+        number, weight = row.number_N[shard.own], row.weight_N[shard.own]
+        return ContextSequences(number, weight, row.lengths_S, shard.group)
+
     def visible(self, latent: Tensor) -> Tensor:
         """[1, n + t, R]: the own latents [1, t, R] behind the n of their first sequence that other
         processes have."""
-        shard = self.layout.context
+        shard = self.shard
         return shard.gather(latent).flatten(0, 2)[None, shard.begin : shard.stop]
 
     @property
     def ends(self) -> list[int]:
         """Where the own packed sequences end, from 0 on."""
-        shard = self.layout.context
+        shard = self.shard
         return [0, shard.stop - shard.start] if self.layout.cu_seqlens is None else self.layout.ends
 
 
@@ -184,6 +210,8 @@ class ContextPlanner(Planner):
         config: The model's.
         group: The process group.
     """
+
+    has_all_tokens = False
 
     def __init__(self, config: Any, group: Any) -> None:
         self.config, self.group = config, group
@@ -200,6 +228,24 @@ class ContextPlanner(Planner):
             "sequence whose labels are -100",
         )
         return source[:, own_tokens(num_tokens, self.group)]
+
+    def own_labels(
+        self, labels: Tensor, loss_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Of a row's labels [1, T], those of this process' tokens, whose losses add up to the
+        row's."""
+        ignored, shifted = loss_kwargs.get("ignore_index", -100), loss_kwargs.get("shift_labels")
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=ignored)[:, 1:]
+        count = loss_kwargs.get("num_items_in_batch")
+        if count is None:
+            count = (shifted != ignored).sum()
+        own = own_tokens(labels.shape[1], self.group)
+        changed = {"shift_labels": shifted[:, own], "num_items_in_batch": count}
+        return labels[:, own], {**loss_kwargs, **changed}
+
+    def total(self, x: Tensor) -> Tensor:
+        return _Total.apply(x, self.group)
 
     def plan(
         self,
@@ -221,9 +267,9 @@ class ContextPlanner(Planner):
         backend = attention_backend(self.config)
         _check(backend == "sdpa", f"attn_implementation={backend!r}", "'sdpa'")
         whole = sequence_layout(1, num_tokens, **boundaries, device=hidden_states.device)
-        layout = shard_layout(whole, num_tokens, self.group)
+        shard, layout = shard_layout(whole, num_tokens, self.group)
         pieces = plan_pieces((1, hidden_states.shape[1]), layout)
-        return ContextPlan(layout, None, "sequences", pieces)
+        return ContextPlan(layout, None, "sequences", pieces, shard=shard)
 
 
 def _check(is_right: bool, what: str, allowed: str) -> None:
@@ -233,28 +279,30 @@ def _check(is_right: bool, what: str, allowed: str) -> None:
         )
 
 
-def shard_layout(whole: SequenceLayout, num_tokens: int, group: Any) -> SequenceLayout:
-    """The layout of this process' part of a row of `num_tokens` without padding."""
+def shard_layout(
+    whole: SequenceLayout, num_tokens: int, group: Any
+) -> tuple[ContextShard, SequenceLayout]:
+    """This process' part of a row of `num_tokens` without padding, and its layout."""
     own = own_tokens(num_tokens, group)
-    start, stop, size = own.start, own.stop, own.stop - own.start
+    start, stop = own.start, own.stop
     if whole.cu_seqlens is None:
-        return SequenceLayout(context=ContextShard(group, start, stop, 0, whole))
+        return ContextShard(group, start, stop, 0, whole), SequenceLayout()
     begin = max(end for end in whole.ends[:-1] if end <= start)
+    shard = ContextShard(group, start, stop, begin, whole)
     cuts = [end - start for end in whole.ends if start < end < stop]
-    layout = SequenceLayout(context=ContextShard(group, start, stop, begin, whole))
     if not cuts:
-        return layout
+        return shard, SequenceLayout()
     device = whole.cu_seqlens.device
-    cu_seqlens = torch.tensor([0, *cuts, size], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, *cuts, stop - start], dtype=torch.int32, device=device)
     numbers = torch.arange(len(cuts) + 1, device=device)
-    return replace(
-        layout,
+    layout = SequenceLayout(
         cu_seqlens=cu_seqlens,
         row_first=numbers[:1],
         row_last=numbers[-1:],
         sequence_ids=numbers.repeat_interleave(cu_seqlens.diff().long())[None],
-        num_places=size,
+        num_places=stop - start,
     )
+    return shard, layout
 
 
 def own_tokens(num_tokens: int, group: Any) -> slice:
@@ -262,32 +310,3 @@ def own_tokens(num_tokens: int, group: Any) -> slice:
     size = num_tokens // dist.get_world_size(group)
     start = size * dist.get_rank(group)
     return slice(start, start + size)
-
-
-def own_labels(labels: Tensor, kwargs: dict[str, Any], group: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Of a row's labels [1, T] and its loss' arguments, those of this process' part, whose losses
-    add up to the row's."""
-    shifted = kwargs.get("shift_labels")
-    if shifted is None:
-        shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    count = kwargs.get("num_items_in_batch")
-    if count is None:
-        count = (shifted != -100).sum()
-    own = own_tokens(labels.shape[1], group)
-    kwargs = {**kwargs, "shift_labels": shifted[:, own], "num_items_in_batch": count}
-    return labels[:, own], kwargs
-
-
-def total_over(x: Tensor, group: Any) -> Tensor:
-    """The sum of the tensors of the group's processes, on each of them."""
-    return _Total.apply(x, group)
-
-
-__all__ = [
-    "ContextPlanner",
-    "ContextShard",
-    "own_labels",
-    "own_tokens",
-    "shard_layout",
-    "total_over",
-]

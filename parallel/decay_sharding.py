@@ -100,6 +100,3 @@ def decays_apart(model: Any, layers: list[Any]) -> Iterator[None]:
         model._tp_plan, model._fsdp_plan = plans
         for decay in decays:
             decay.give_back()
-
-
-__all__ = ["decays_apart"]

@@ -1,31 +1,33 @@
-"""The router's bias in accelerate's loading for FSDP2.
+"""The routers' correction biases under FSDP2 as accelerate fills it from one process.
 
-One process loads and the others take from it all of a state as DTensors, also a buffer, which FSDP
-leaves whole.
+accelerate takes all of a model's state dict for DTensors, buffers too. So while a router's weight
+is one and its bias on the meta device, the state dict has the bias as a DTensor; one that is loaded
+becomes a plain tensor again.
 """
 
 from typing import Any
 
-from kimi_linear.layers.moe import KimiLinearRouter
-from kimi_linear.parallel.tensor import is_dtensor, replicated
 from torch import nn
 
-BIAS = "e_score_correction_bias"
+from kimi_linear.layers.moe import KimiLinearRouter
+from kimi_linear.parallel.tensor import is_dtensor, replicated
+
+NAME = "e_score_correction_bias"
 
 
-def share_router_biases(model: nn.Module) -> None:
-    """Let the state of each router of a divided model have its bias as a DTensor."""
-    for module in model.modules():
-        if isinstance(module, KimiLinearRouter):
-            module.register_state_dict_post_hook(_replicate)
-            module.register_load_state_dict_pre_hook(_make_whole)
+def carry_router_biases(model: nn.Module) -> None:
+    """Have the routers of a model do so."""
+    for router in model.modules():
+        if isinstance(router, KimiLinearRouter):
+            router.register_state_dict_post_hook(_replicate)
+            router.register_load_state_dict_pre_hook(_gather)
 
 
 def _replicate(router: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if is_dtensor(router.weight) and router.e_score_correction_bias.is_meta:
-        state_dict[prefix + BIAS] = replicated(state_dict[prefix + BIAS], router.weight)
+        state_dict[prefix + NAME] = replicated(state_dict[prefix + NAME], router.weight)
 
 
-def _make_whole(router: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    if is_dtensor(state_dict.get(prefix + BIAS)):
-        state_dict[prefix + BIAS] = state_dict[prefix + BIAS].full_tensor()
+def _gather(router: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if is_dtensor(state_dict.get(prefix + NAME)):
+        state_dict[prefix + NAME] = state_dict[prefix + NAME].full_tensor()

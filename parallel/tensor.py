@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kimi_linear.parallel.plans import REGION, SPLIT
-from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES, TensorParallelLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from kimi_linear.configuration_plans import REGION, SPLIT
+from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -54,7 +55,7 @@ class SumOutputs(torch.autograd.Function):
 
 
 class SplitParameter(TensorParallelLayer):
-    """Parameters of which each process has an equal part of one dimension."""
+    """Parameters split evenly along one dimension over the processes."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -156,6 +157,3 @@ def register_styles() -> None:
     ALL_PARALLEL_STYLES.register(REGION, Region())
     for dim in range(3):
         ALL_PARALLEL_STYLES.register(SPLIT.format(dim), SplitParameter(dim))
-
-
-__all__ = ["SumGradients", "SumOutputs", "is_dtensor", "joined", "register_styles", "replicated"]

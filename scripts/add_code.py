@@ -28,12 +28,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from push_to_hub import check_weight_values, check_weights, class_names, parse_python
+
 from kimi_linear import PRESETS, KimiLinearConfig
 from kimi_linear.checkpoints.atomic import atomic_folder
 from kimi_linear.checkpoints.flat_copy import package_code, write_flat_copy
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
-from push_to_hub import check_weight_values, check_weights, class_names, parse_python
 
 CONFIG = "config.json"
 # Written in place, through a link, by save_pretrained and push_to_hub: always copied.

@@ -41,7 +41,6 @@ reading the prompt and what a call costs once drop out, and are "first_token_ms"
 it, and "host_ms_per_token" the rest.
 """
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -55,16 +54,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generating.loading import DTYPES
-from kimi_linear import KimiLinearConfig
 from measuring.bench import Bench, Effort, TimeLimitError
 from measuring.device import collect_garbage, measure_rates
 from measuring.limits import Limits
 from measuring.long_text import LongText
-from measuring.models import MODELS, build
+from measuring.models import build
 from measuring.plot import plot_lines
 from measuring.report import Line, Recorder, environment, read_lines, say, table
-from measuring.settings import DEVICES, MEASURES, Settings, number, numbers
+from measuring.settings import Settings
+from options.settings import command_parser, run_main
+
+from kimi_linear import KimiLinearConfig
 
 MESSAGE_LENGTH = 300
 # Where what is compiled is kept from one process to the next.
@@ -112,7 +112,7 @@ class Run:
         seconds = settings.time_limit
         self.deadline = float("inf") if seconds is None else time.monotonic() + seconds
 
-    def run(self, command: Sequence[str], commit: str | None) -> None:
+    def run(self, command: Sequence[str]) -> None:
         """Measure everything."""
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
@@ -121,7 +121,7 @@ class Run:
         self.recorder.tell(
             {
                 "measure": "environment",
-                **environment(self.device, command, commit),
+                **environment(self.device, command, self.settings.commit),
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "copy_bytes_per_second": self.rates.copy_bytes_per_second,
@@ -245,22 +245,12 @@ class Run:
         say(f"{name}: {result.get('error', 'done')}, {time.monotonic() - start:.1f} s")
 
 
-def main(
-    *,
-    output: str | os.PathLike[str] | None = None,
-    plot: str | os.PathLike[str] | None = None,
-    plot_from: Sequence[str | os.PathLike[str]] = (),
-    commit: str | None = None,
-    **options: Any,
-) -> list[Line]:
+def main(**options: Any) -> list[Line]:
     """Measure, or read what was measured; print a table and draw a figure.
 
     Args:
-        output: File for the JSON lines.
-        plot: PNG file for speed and memory over context and batch.
-        plot_from: Files of earlier runs, to draw instead of measuring.
-        commit: What was measured, where git cannot tell.
-        **options: Fields of `Settings`.
+        **options: Fields of `Settings`; `plot_from` are files of earlier runs, to draw instead of
+            measuring.
 
     Returns:
         The lines.
@@ -269,13 +259,14 @@ def main(
         ValueError: For an option out of range.
     """
     settings = Settings(**options)
+    plot, output = settings.plot, settings.output
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"--plot {plot} is not allowed: it needs matplotlib, which is not there")
-    if plot_from:
-        lines = read_lines([Path(path) for path in plot_from])
+    if settings.plot_from:
+        lines = read_lines([Path(path) for path in settings.plot_from])
     else:
         recorder = Recorder(None if output is None else Path(output))
-        Run(settings, recorder).run(["python", *sys.argv], commit)
+        Run(settings, recorder).run(["python", *sys.argv])
         lines = recorder.lines
     say("\n" + table(lines))
     if plot is not None:
@@ -284,52 +275,8 @@ def main(
     return lines
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, default = parser.add_argument, Settings()
-    add("--preset", default=default.preset, help="size, see presets.py")
-    add("--train-preset", help="size for train; else --preset")
-    add("--models", type=_names, default=default.models, metavar="NAMES", help=",".join(MODELS))
-    add(
-        "--measure",
-        type=_names,
-        default=default.measure,
-        metavar="NAMES",
-        help=f"some of {','.join(MEASURES)}; default: all but first-call",
-    )
-    add("--device", default=default.device, help=", ".join(DEVICES))
-    add("--dtype", default=default.dtype, help=", ".join(DTYPES))
-    lists = {"contexts": "tokens, such as 4k,32k,1m", "batches": "rows, such as 1,8,32"}
-    for name, text in lists.items():
-        add(f"--{name}", type=numbers, default=getattr(default, name), metavar="N,N", help=text)
-    for name in (
-        "prompt_length",
-        "new_tokens",
-        "prefill_chunk",
-        "train_tokens",
-        "repeats",
-        "threads",
-    ):
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=number, default=getattr(default, name), metavar="N")
-    add("--time-limit", type=float, metavar="SECONDS", help="begin no measurement after that")
-    add("--output", metavar="FILE", help="write the JSON lines here too")
-    add("--plot", metavar="FILE", help="draw a PNG")
-    add("--plot-from", metavar="FILE", nargs="+", default=(), help="draw these lines, measure none")
-    add("--commit", help="what is measured, where git cannot tell")
-    return parser
-
-
 if __name__ == "__main__":
-    parser = _parser()
-    arguments = vars(parser.parse_args())
-    try:
-        main(**arguments)
-    except ValueError as problem:
-        parser.error(str(problem))
+    parser = command_parser(__doc__, Settings)
+    text = "draw these lines, measure none"
+    parser.add_argument("--plot-from", metavar="FILE", nargs="+", default=(), help=text)
+    run_main(main, parser)

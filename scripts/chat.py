@@ -21,19 +21,19 @@ In the chat:
     //TEXT         say /TEXT
 """
 
-import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from generating.calculator import calculator
 from generating.conversation import Chat, Turn, read_messages
-from generating.loading import Sampling, add_arguments, load
+from generating.loading import GenerationSettings
 from generating.terminal import shown, tolerate_any_text
-from transformers.utils import logging
+from options.settings import add_flags, command_parser, setting
 
 with contextlib.suppress(ImportError):  # not on every platform
     import readline  # noqa: F401  gives input() a history and editing
@@ -42,39 +42,35 @@ TOOLS: dict[str, Callable[..., Any]] = {"calculator": calculator}
 COMMANDS = ("/reset", "/system", "/save", "/load", "/help", "/quit")
 
 
-def main(
-    *,
-    model: str | os.PathLike[str],
-    system: str | None = None,
-    tools: bool = False,
-    max_new_tokens: int = 1024,
-    greedy: bool = False,
-    temperature: float = 0.6,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    load_file: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    threads: int | None = None,
-    trust_remote_code: bool = True,
-    quiet: bool = False,
-) -> Chat:
+@dataclass(frozen=True, kw_only=True)
+class Settings(GenerationSettings):
+    """Which model chats, and how.
+
+    Raises:
+        ValueError: For an argument out of range.
+    """
+
+    system: str | None = setting(None, "system message", metavar="TEXT")
+    tools: bool = setting(False, "let the model use a calculator")
+    max_new_tokens: int = setting(1024, "of one answer")
+    load_file: str | os.PathLike[str] | None = setting(
+        None, "go on with a saved chat", metavar="FILE", name="--load"
+    )
+    temperature: float = setting(0.6, "divides the logits")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.load_file is not None and self.system is not None:
+            raise ValueError(
+                f"system={self.system!r} is not allowed with load_file, which has its own"
+            )
+
+
+def main(**values: Any) -> Chat:
     """Load a model and chat until the input ends.
 
     Args:
-        model: Folder, or repository of the Hub.
-        system: System message; not with `load_file`, which has its own.
-        tools: Whether the model may call the calculator.
-        max_new_tokens: Of one answer.
-        greedy, temperature, top_p, top_k, min_p, repetition_penalty: See `Sampling`.
-        seed: For the same answers again; None: others each time.
-        load_file: Conversation to go on with, as /save wrote it.
-        device, dtype, revision, threads, trust_remote_code: See `load`.
-        quiet: Show answers only: no counts, no hints.
+        **values: Fields of `Settings`; `model` is needed.
 
     Returns:
         The chat, as it was when the input ended.
@@ -84,35 +80,23 @@ def main(
             holds no conversation.
         OSError: The file cannot be read.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is not allowed: it must be at least 1")
+    settings = Settings(**values)
+    load_file, quiet = settings.load_file, settings.quiet
     if load_file is not None:
-        if system is not None:
-            raise ValueError(f"system={system!r} is not allowed with load_file, which has its own")
         read_messages(load_file)  # what is wrong with it shows before the model is loaded
-    sampling = Sampling(greedy, temperature, top_p, top_k, min_p, repetition_penalty)
-    if quiet:
-        logging.disable_progress_bar()
-    tokenizer, network = load(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-    )
+    tokenizer, network = settings.load()
     chat = Chat(
         network,
         tokenizer,
-        system=system,
-        tools=TOOLS if tools else None,
-        max_new_tokens=max_new_tokens,
-        generate_options=sampling.options(),
+        system=settings.system,
+        tools=TOOLS if settings.tools else None,
+        max_new_tokens=settings.max_new_tokens,
+        generate_options=settings.options(),
     )
     if load_file is not None:
         chat.load(load_file)
-    if seed is not None:
-        torch.manual_seed(seed)
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
     _note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat", quiet)
     while (line := _read_line()) is not None:
         if not _is_command(line):
@@ -226,24 +210,16 @@ def _note(text: str, quiet: bool) -> None:
         print(f"[{shown(text)}]", file=sys.stderr, flush=True)
 
 
-def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Any:
+    parser = command_parser(__doc__)
     parser.add_argument("model", help="folder, or repository of the Hub")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--tools", action="store_true", help="let the model use a calculator")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of one answer")
-    parser.add_argument("--load", metavar="FILE", dest="load_file", help="go on with a saved chat")
-    add_arguments(parser)
-    parser.set_defaults(temperature=0.6)
-    parser.add_argument("--quiet", action="store_true", help="show answers only")
-    return vars(parser.parse_args(argv))
+    add_flags(parser, Settings)
+    return parser
 
 
 if __name__ == "__main__":
     tolerate_any_text()
     try:
-        main(**_arguments())
+        main(**vars(_parser().parse_args()))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {shown(str(error))}") from error

@@ -16,7 +16,6 @@ text is the running interpreter's library, so another version of Python gives ot
 The last line of the output is one JSON document; `results.json` in the output folder has it too.
 """
 
-import argparse
 import json
 import math
 import os
@@ -27,24 +26,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 from learning.budget import Budget, BudgetCallback
 from learning.optimizers import make_optimizer, schedule_factor
 from learning.plots import plot_training
 from learning.rows import collate, pack
+from learning.tokens import special_ids
+from options.settings import command_parser, recorded, run_main, setting
 from texts.baselines import TrigramModel, lzma_bits_per_byte, zlib_bits_per_byte
 from texts.corpus import SourceFile, split_by_file, standard_library, total_bytes
 from texts.evaluation import bits_per_byte, encode_texts
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 
 GENERATE = Path(__file__).with_name("generate.py")
 PROMPT = 'class PriorityQueue:\n    """A queue that returns its smallest item first."""\n\n    def '
@@ -53,17 +55,34 @@ SAMPLE_ROWS = 16
 LOSSES_PER_RUN = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the model is trained; see `learning/optimizers.py`."""
+    """What the demo trains, and what the trained model writes."""
 
-    sequence_length: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    optimizer: str
-    schedule: str
-    seed: int
+    output: str | os.PathLike[str] = setting("runs/demo", metavar="DIR", recorded=False)
+    minutes: float | None = setting(None, "training time instead of steps", recorded=False)
+    steps: int | None = setting(None, f"training steps (default: {STEPS})", recorded=False)
+    preset: str = setting("2m", "size of the model", recorded=False)
+    config_overrides: dict[str, Any] | None = setting(
+        None, "fields that replace the preset's", parse=json.loads, metavar="JSON", recorded=False
+    )
+    vocab_size: int = setting(4096, "token ids, 256 special ones among them")
+    sequence_length: int = setting(512, "tokens per row")
+    batch_size: int = setting(8, "rows per step")
+    learning_rate: float = setting(6e-3, "the highest one")
+    weight_decay: float = setting(0.1, "of matrices")
+    optimizer: str = setting("muon", "muon or adamw")
+    schedule: str = setting("wsd", "wsd, cosine or constant")
+    threads: int | None = setting(None, "CPU threads", recorded=False)
+    seed: int = setting(0, "of weights and the order of the data")
+    corpus: str | os.PathLike[str] | None = setting(
+        None, "Python files instead of the library's", metavar="DIR", recorded=False
+    )
+    prompt: str = setting(PROMPT, "what the saved model continues", recorded=False)
+    max_new_tokens: int = setting(160, "how far it does", recorded=False)
+    record: str | os.PathLike[str] | None = setting(
+        None, "append the results as a JSON line", metavar="FILE", recorded=False
+    )
 
     @property
     def tokens_per_step(self) -> int:
@@ -84,45 +103,11 @@ class Encoded:
         return sum(len(ids) for ids in self.ids)
 
 
-def main(
-    *,
-    output: str | os.PathLike[str] = "runs/demo",
-    minutes: float | None = None,
-    steps: int | None = None,
-    preset: str = "2m",
-    config_overrides: dict[str, Any] | None = None,
-    vocab_size: int = 4096,
-    sequence_length: int = 512,
-    batch_size: int = 8,
-    learning_rate: float = 6e-3,
-    weight_decay: float = 0.1,
-    optimizer: str = "muon",
-    schedule: str = "wsd",
-    threads: int | None = None,
-    seed: int = 0,
-    corpus: str | os.PathLike[str] | None = None,
-    prompt: str = PROMPT,
-    max_new_tokens: int = 160,
-    record: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
+def main(**values: Any) -> dict[str, Any]:
     """Run the demo.
 
     Args:
-        output: Folder for the model, the figure and the results; what is there is replaced.
-        minutes: Training time instead of steps.
-        steps: Training steps; `STEPS` if neither this nor `minutes` is given.
-        preset: Size of the model, a key of `kimi_linear.PRESETS`.
-        config_overrides: Fields that replace the preset's.
-        vocab_size: Token ids, 256 special ones among them.
-        sequence_length: Tokens per row of a batch.
-        batch_size: Rows per step.
-        learning_rate, weight_decay, optimizer, schedule: See `learning/optimizers.py`.
-        threads: CPU threads; None: torch's choice.
-        seed: Of weights and the order of the data.
-        corpus: Folder with Python files; None: the running interpreter's standard library.
-        prompt: What the new process continues.
-        max_new_tokens: How far it does.
-        record: File to append the results to, as one JSON line.
+        **values: Fields of `Settings`; what is in the output folder is replaced.
 
     Returns:
         The results: `bits_per_byte` by method, sizes, seconds by stage, what ran where.
@@ -131,40 +116,41 @@ def main(
         ValueError: For arguments out of range.
         RuntimeError: If the new process fails.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if minutes is None and steps is None:
-        steps = STEPS
-    folder = _empty_folder(Path(output))
+    settings = Settings(**values)
+    steps, minutes = settings.steps, settings.minutes
+    budget = Budget(STEPS if steps is None and minutes is None else steps, minutes)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    folder = _empty_folder(Path(settings.output))
     clock = _Clock()
-    kept, held_out = split_by_file(standard_library(Path(corpus) if corpus else None))
+    corpus = Path(settings.corpus) if settings.corpus else None
+    kept, held_out = split_by_file(standard_library(corpus))
     _say(f"corpus: {_size(kept)} for training, {_size(held_out)} held out")
-    tokenizer, train, test = _tokenize(kept, held_out, vocab_size, folder)
+    tokenizer, train, test = _tokenize(kept, held_out, settings.vocab_size, folder)
     clock.stop("tokenizer")
-    model = _make_model(preset, tokenizer, seed, config_overrides or {})
-    settings = Settings(
-        sequence_length, batch_size, learning_rate, weight_decay, optimizer, schedule, seed
+    overrides = settings.config_overrides or {}
+    model = _make_model(settings.preset, tokenizer, settings.seed, overrides)
+    curves = _train(
+        model, train, test, tokenizer.bos_token_id, settings, budget, folder / "trainer"
     )
-    begin, budget = tokenizer.bos_token_id, Budget(steps, minutes)
-    curves = _train(model, train, test, begin, settings, budget, folder / "trainer")
     clock.stop("training")
     bits = _all_bits_per_byte(model, tokenizer, train, test, held_out)
     clock.stop("evaluation")
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     _say(f"saved to {folder}; a new process without this package loads it and writes code:\n")
-    text = generate_elsewhere(folder, prompt, max_new_tokens, seed)
+    text = generate_elsewhere(folder, settings.prompt, settings.max_new_tokens, settings.seed)
     clock.stop("generation")
     results = {
         "bits_per_byte": bits,
         "corpus": _corpus_sizes(kept, held_out, train, test),
-        "model": {"preset": preset, **(config_overrides or {}), **_parameters(model)},
-        "training": {**asdict(settings), "vocab_size": vocab_size, **curves.pop("summary")},
+        "model": {"preset": settings.preset, **overrides, **_parameters(model)},
+        "training": {**recorded(settings), **curves.pop("summary")},
         "seconds": clock.seconds,
         "generated": text,
         "versions": _versions(),
     }
-    _finish(folder, results, curves, record)
+    _finish(folder, results, curves, settings.record)
     return results
 
 
@@ -234,13 +220,7 @@ def _make_model(
     torch.manual_seed(seed)
     config = KimiLinearConfig.from_preset(
         preset,
-        **{
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            **overrides,
-        },
+        **{**special_ids(tokenizer), **overrides},
     )
     model = KimiLinearForCausalLM(config)
     pattern = "".join("K" if kind == "linear_attention" else "M" for kind in config.layer_types)
@@ -453,36 +433,5 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", default="runs/demo", metavar="DIR")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, help="training time instead of steps")
-    length.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
-    parser.add_argument("--preset", default="2m", help="size of the model")
-    parser.add_argument(
-        "--config-overrides",
-        type=json.loads,
-        metavar="JSON",
-        help="fields that replace the preset's",
-    )
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
-    parser.add_argument("--learning-rate", type=float, default=6e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--optimizer", default="muon", help="muon or adamw")
-    parser.add_argument("--schedule", default="wsd", help="wsd, cosine or constant")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--corpus", metavar="DIR", help="Python files instead of the library's")
-    parser.add_argument("--prompt", default=PROMPT, help="what the saved model continues")
-    parser.add_argument("--max-new-tokens", type=int, default=160)
-    parser.add_argument("--record", metavar="FILE", help="append the results as a JSON line")
-    return vars(parser.parse_args(argv))
-
-
 if __name__ == "__main__":
-    main(**_arguments())
+    run_main(main, command_parser(__doc__, Settings))

@@ -47,7 +47,9 @@ NOTES = {
     "inputs": "padding, packing and trees of one call; what all layers follow",
     "ops": "one entry an operation, torch reference and kernels beside it",
     "upstream": "what Transformers does not document, in one place",
-    "configuration_kimi_linear": "official field names, checked",
+    "configuration_kimi_linear": "official field names and their defaults",
+    "configuration_plans": "how Transformers divides the model among processes",
+    "configuration_rules": "what each field may be",
     "outputs_kimi_linear": "what a call returns",
     "presets": "named sizes, 2M to 48B",
 }
@@ -183,12 +185,14 @@ def _draw_imports(lines: dict[str, str], middles: dict[str, float]) -> list[str]
     """Arrows between the rooms whose colours and heights are given."""
     parts, edge = [], MARGIN + TEXT_WIDTH
     imports = room_imports(list(middles))
+    longest = max(middles.values()) - min(middles.values())
+    widest = (WIDTH - MARGIN - edge) / 0.75  # a curve reaches three quarters of its handles
     for importer, imported in imports:
         start, end = middles[importer] + 3, middles[imported] - 3
         color, dashes = lines[importer], ""
         if start > end and color != lines[imported]:  # within a floor either way is right
             color, dashes = RED, ' stroke-dasharray="5 3"'
-        reach = edge + 30 + 0.74 * abs(end - start)
+        reach = edge + 30 + (widest - 30) * abs(end - start) / longest
         parts.append(
             f'<path d="M{edge:g} {start:g}C{reach:g} {start:g} {reach:g} {end:g} '
             f'{edge + 9:g} {end:g}" fill="none" stroke="{color}" stroke-width="1.4" '

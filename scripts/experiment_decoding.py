@@ -23,37 +23,24 @@ Lines: "decode", or with "error" what could not be measured. `ms_per_step` is on
 row; `ms_per_token` is that divided by the rows.
 """
 
-import argparse
-import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from experiments.runs import (
-    Clock,
-    Lines,
-    add_common,
-    add_counts,
-    choose_device,
-    names,
-    require,
-    require_some,
-    run_main,
-    say,
-)
-from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
-from kimi_linear.decode.graph import has_recording
+from experiments.runs import Lines, RunSettings
 from measuring.device import collect_garbage, measure_rates, synchronise
 from measuring.limits import Limits
 from measuring.models import build
-from measuring.settings import number, numbers
+from measuring.report import say
+from options.settings import command_parser, run_main, setting
 from torch import Tensor
 
-EXPERIMENT = "decoding"
+from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
+from kimi_linear.decode.graph import has_recording
+
 PATTERNS = ("kimi", "mla")
 CONTEXTS = tuple(1 << n for n in (12, 15, 17, 18, 19, 20))
 # Rows that a recorded step takes.
@@ -65,29 +52,18 @@ PIECE_TOKENS = 16384
 MESSAGE_LENGTH = 300
 
 
-@dataclasses.dataclass
-class Settings:
-    """What is measured; see the flags of the same names."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """What is measured."""
 
-    preset: str = "48b-a3b"
-    experts: int | None = None
-    models: Sequence[str] = PATTERNS
-    contexts: Sequence[int] = CONTEXTS
-    steps: int = 64
-    repeats: int = 3
-    max_rows: int = MAX_ROWS
-    spare_gigabytes: float = 4.0
-
-    def __post_init__(self) -> None:
-        require_some("preset", [self.preset], PRESETS)
-        require_some("models", self.models, PATTERNS)
-        contexts = self.contexts
-        require(
-            len(contexts) > 0 and min(contexts) >= 32, "contexts", contexts, "integers above 31"
-        )
-        for name in ("steps", "repeats", "max_rows"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.spare_gigabytes >= 0, "spare_gigabytes", self.spare_gigabytes, "at least 0")
+    preset: str = setting("48b-a3b", "size, see presets.py", choices=PRESETS)
+    experts: int | None = setting(None, "routed experts, in place of the preset's")
+    models: Sequence[str] = setting(PATTERNS, choices=PATTERNS)
+    contexts: Sequence[int] = setting(CONTEXTS, "such as 4k,128k,1m", least=32)
+    steps: int = setting(64, "tokens of a run", least=1)
+    repeats: int = setting(3, "runs of which the median counts", least=1)
+    max_rows: int = setting(MAX_ROWS, "rows at most", least=1)
+    spare_gigabytes: float = setting(4.0, "memory left alone when rows are counted", least=0)
 
     def config(self, pattern: str) -> KimiLinearConfig:
         """The preset's, for "mla" with latent attention in every layer."""
@@ -207,21 +183,10 @@ def _repeat_latents(layer: Any, size: int, context: int) -> None:
         layer.update(latent[:, : context - layer.num_tokens])
 
 
-def main(
-    *,
-    device: str = "auto",
-    time_limit: float | None = None,
-    output: str | os.PathLike[str] | None = None,
-    commit: str | None = None,
-    **options: Any,
-) -> list[Any]:
+def main(**options: Any) -> list[Any]:
     """Measure both models at every context, for one row and for as many as fit.
 
     Args:
-        device: "auto", "cuda" or "cpu".
-        time_limit: Seconds after which nothing more is begun; each model gets its share.
-        output: File to append JSON lines to.
-        commit: What is measured, where git cannot tell.
         **options: Fields of `Settings`.
 
     Returns:
@@ -230,14 +195,14 @@ def main(
     Raises:
         ValueError: For an option out of range.
     """
-    settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
+    settings = Settings(**options)
+    clock, where, lines = settings.start("decoding")
     configs = {pattern: settings.config(pattern) for pattern in settings.models}
-    lines = Lines(EXPERIMENT, None if output is None else Path(output))
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     rates = measure_rates(where, dtype)
     collect_garbage(where)
     rate_fields = {key: float(f"{value:.5g}") for key, value in vars(rates).items()}
-    lines.begin(where, commit, **vars(settings), **rate_fields)
+    lines.begin(where, settings, **rate_fields)
     for i, (pattern, config) in enumerate(configs.items()):
         deadline = clock.share(len(configs) - i)
         subject = Subject(settings, pattern, Limits.of(config, dtype, rates), where)
@@ -282,26 +247,5 @@ def _attempt(
     return dict(line)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, default = parser.add_argument, Settings()
-    add("--preset", default=default.preset, help="size, see presets.py")
-    add("--experts", type=number, metavar="N", help="routed experts, in place of the preset's")
-    add("--models", type=names, default=PATTERNS, metavar="NAMES", help=", ".join(PATTERNS))
-    add("--contexts", type=numbers, default=CONTEXTS, metavar="N,N", help="such as 4k,128k,1m")
-    counts = {
-        "steps": "tokens of a run",
-        "repeats": "runs of which the median counts",
-        "max_rows": "rows at most",
-    }
-    add_counts(add, default, counts)
-    text = "memory left alone when rows are counted that fit"
-    add("--spare-gigabytes", type=float, default=default.spare_gigabytes, metavar="X", help=text)
-    add_common(add, "benchmarks/results/experiment_decoding.jsonl")
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, _parser())
+    run_main(main, command_parser(__doc__, Settings))

@@ -23,39 +23,25 @@ Lines: "agreement", how far each is from "kda" at the shortest length; "kernel",
 length, with "pass" forward or forward+backward.
 """
 
-import argparse
 import functools
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.runs import (
-    Clock,
-    Lines,
-    add_common,
-    add_counts,
-    choose_device,
-    limit_autotuning,
-    names,
-    parse_share,
-    require,
-    require_some,
-    run_main,
-    say,
-)
-from kimi_linear.ops.kda import kda_attention
+from experiments.runs import Clock, Lines, RunSettings, parse_share
+from measuring.autotuning import limit_autotuning
 from measuring.device import collect_garbage, synchronise
-from measuring.settings import numbers
+from measuring.report import say
+from options.settings import command_parser, require, run_main, setting
 from torch import Tensor
 
-EXPERIMENT = "kernels"
+from kimi_linear.ops.kda import kda_attention
+
 OPERATORS = ("kda", "dplr", "kda-safe", "dplr-safe", "package")
 PASSES = ("forward", "forward+backward")
 LENGTHS = tuple(1 << n for n in range(11, 17))
@@ -63,22 +49,23 @@ WARM_UPS = 2
 MESSAGE_LENGTH = 300
 
 
-@dataclass
-class Settings:
-    """What is measured; see the flags of the same names."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """What is measured."""
 
-    operators: Sequence[str] = OPERATORS
-    lengths: Sequence[int] = LENGTHS
-    heads: int = 16
-    head_dim: int = 128
-    repeats: int = 10
+    operators: Sequence[str] = setting(OPERATORS, choices=OPERATORS)
+    lengths: Sequence[int] = setting(LENGTHS, "such as 2k,64k", least=16)
+    heads: int = setting(16, "heads", least=1)
+    head_dim: int = setting(128, "key and value size of a head")
+    repeats: int = setting(10, "runs of which the median counts", least=1)
+    autotune: int = setting(0, "choices of autotuners; 0: all", least=0)
+    processes: int = setting(8, "compile beforehand; 0: none", least=0, recorded=False)
+    warm_share: tuple[int, int] | None = setting(
+        None, "compile this share only", parse=parse_share, metavar="I/N", recorded=False
+    )
 
     def __post_init__(self) -> None:
-        require_some("operators", self.operators, OPERATORS)
-        lengths = self.lengths
-        require(len(lengths) > 0 and min(lengths) >= 16, "lengths", lengths, "integers above 15")
-        for name in ("heads", "repeats"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        super().__post_init__()
         allowed = "a power of two from 16 to 256"
         require(self.head_dim in (16, 32, 64, 128, 256), "head_dim", self.head_dim, allowed)
 
@@ -213,27 +200,10 @@ class Runner:
         return times
 
 
-def main(
-    *,
-    device: str = "auto",
-    time_limit: float | None = None,
-    output: str | os.PathLike[str] | None = None,
-    commit: str | None = None,
-    autotune: int = 0,
-    processes: int = 8,
-    warm_share: tuple[int, int] | None = None,
-    **options: Any,
-) -> list[Any]:
+def main(**options: Any) -> list[Any]:
     """Measure every operator at every length.
 
     Args:
-        device: "auto", "cuda" or "cpu".
-        time_limit: Seconds after which nothing more is begun.
-        output: File to append JSON lines to.
-        commit: What is measured, where git cannot tell.
-        autotune: Configurations among which Triton's autotuners choose; 0: all.
-        processes: How many compile them beforehand; 0: none do.
-        warm_share: Only compile: of one such process, its share.
         **options: Fields of `Settings`.
 
     Returns:
@@ -242,17 +212,16 @@ def main(
     Raises:
         ValueError: For an option out of range.
     """
-    settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
-    require(processes >= 0, "processes", processes, "at least 0")
+    settings = Settings(**options)
+    clock, where, lines = settings.start("kernels")
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    limit_autotuning(autotune, warm_share or (0, 1))
-    if warm_share is not None:
+    limit_autotuning(settings.autotune, settings.warm_share or (0, 1))
+    if settings.warm_share is not None:
         _compile(settings, where, dtype)
         return []
-    lines = Lines(EXPERIMENT, None if output is None else Path(output))
-    lines.begin(where, commit, **vars(settings), autotune=autotune, dtype=str(dtype)[6:])
-    if where.type == "cuda" and processes:
-        _compile_beforehand(settings, autotune, processes, clock)
+    lines.begin(where, settings, dtype=str(dtype)[6:])
+    if where.type == "cuda" and settings.processes:
+        _compile_beforehand(settings, clock)
     lengths = sorted(set(settings.lengths))
     _compare(settings, Inputs.random(lengths[0], settings, where, dtype), lines)
     for length in lengths:
@@ -317,17 +286,14 @@ def _compile(settings: Settings, device: torch.device, dtype: torch.dtype) -> No
                 say(f"{name} {kind}: {found['error']}")
 
 
-def _compile_beforehand(settings: Settings, autotune: int, processes: int, clock: Clock) -> None:
+def _compile_beforehand(settings: Settings, clock: Clock) -> None:
     """Processes of this script beside each other, each with its share of the configurations."""
+    processes = settings.processes
     say(f"{processes} processes compile ...")
     start = time.monotonic()
-    command = [sys.executable, __file__, "--autotune", str(autotune)]
-    command += [
-        "--operators",
-        ",".join(settings.operators),
-        "--lengths",
-        str(min(settings.lengths)),
-    ]
+    command = [sys.executable, __file__, "--autotune", str(settings.autotune)]
+    command += ["--operators", ",".join(settings.operators)]
+    command += ["--lengths", str(min(settings.lengths))]
     command += ["--heads", str(settings.heads), "--head-dim", str(settings.head_dim)]
     shares = [[*command, "--warm-share", f"{i}/{processes}"] for i in range(processes)]
     running = [subprocess.Popen(share, stdout=subprocess.DEVNULL) for share in shares]
@@ -340,25 +306,5 @@ def _compile_beforehand(settings: Settings, autotune: int, processes: int, clock
     say(f"compiled in {time.monotonic() - start:.0f} s")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, default = parser.add_argument, Settings()
-    add("--operators", type=names, default=OPERATORS, metavar="NAMES", help=", ".join(OPERATORS))
-    add("--lengths", type=numbers, default=LENGTHS, metavar="N,N", help="such as 2k,64k")
-    counts = {
-        "heads": "heads",
-        "head_dim": "key and value size of a head",
-        "repeats": "runs of which the median counts",
-    }
-    add_counts(add, default, counts)
-    add("--autotune", type=int, default=0, metavar="N", help="choices of autotuners; 0: all")
-    add("--processes", type=int, default=8, metavar="N", help="compile beforehand; 0: none")
-    add("--warm-share", type=parse_share, metavar="I/N", help="compile this share only")
-    add_common(add, "benchmarks/results/experiment_kernels.jsonl")
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, _parser())
+    run_main(main, command_parser(__doc__, Settings))

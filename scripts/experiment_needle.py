@@ -21,101 +21,51 @@ Lines: "point", accuracy at the trained length on the way; "cell", accuracy at a
 "run", the end of one training.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.runs import (
-    Clock,
-    Lines,
-    add_common,
-    add_counts,
-    choose_device,
-    floats,
-    limit_autotuning,
-    names,
-    require,
-    require_some,
-    run_main,
-    say,
-)
+from experiments.runs import Clock, Lines
+from experiments.side_by_side import SideBySide, VariantSettings
 from experiments.tasks import IGNORED
 from experiments.text import Corpus, random_pieces
-from experiments.training import Learner, Pool, Recipe
-from experiments.variants import build_variant, count_parameters, full_layers, matched_width
-from measuring.settings import numbers
+from experiments.training import Learner
+from experiments.variants import full_layers
+from measuring.autotuning import limit_autotuning
+from options.settings import command_parser, require, run_main, setting
 from torch import Tensor
-from tqdm import tqdm
 
-EXPERIMENT = "needle"
 PATTERNS = {"hybrid": "3:1", "kda": "1:0", "mla": "0:1", "mla-rope": "0:1-rope"}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-POOL_BATCHES = 16
 # A pair takes four places in the text, a question two, and its answer one.
 PAIR_TOKENS, QUESTION_TOKENS = 4, 4
 # One row in so many is trained on its text too: more, and the text's loss drowns the answers'.
 TEXT_ROWS = 16
 
 
-@dataclass
-class Settings:
-    """What is trained and asked; see the flags of the same names."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(VariantSettings):
+    """What is trained and asked."""
 
-    models: Sequence[str] = tuple(PATTERNS)
-    seeds: Sequence[int] = (0,)
-    layers: int = 4
-    heads: int = 4
-    head_dim: int = 64
-    length: int = 512
-    factors: Sequence[int] = (1, 2, 4, 8)
-    depths: Sequence[float] = DEPTHS
-    pairs: int = 32
-    repeats: int = 2
-    values: int = 64
-    rows: int = 64
-    batch_tokens: int = 16384
-    steps: int = 3000
-    eval_every: int = 250
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    vocab_size: int = 4096
-    embedding_scale: float = 16.0
+    models: Sequence[str] = setting(tuple(PATTERNS), choices=PATTERNS)
+    factors: Sequence[int] = setting((1, 2, 4, 8), "test lengths", least=1)
+    depths: Sequence[float] = setting(DEPTHS, "from 0 to 1", least=0, most=1)
+    pairs: int = setting(32, "of a key and a value in a row", least=1)
+    repeats: int = setting(2, "how often each is asked for in training", least=1)
+    values: int = setting(64, "different values, and parts of keys", least=2)
+    rows: int = setting(64, "of a test", least=1)
 
     def __post_init__(self) -> None:
-        require_some("models", self.models, PATTERNS)
-        for name in ("seeds", "factors", "depths"):
-            require(len(getattr(self, name)) > 0, name, getattr(self, name), "one or more numbers")
-        require(min(self.seeds) >= 0, "seeds", self.seeds, "integers of at least 0")
-        require(min(self.factors) >= 1, "factors", self.factors, "integers of at least 1")
-        is_allowed = all(0 <= depth <= 1 for depth in self.depths)
-        require(is_allowed, "depths", self.depths, "numbers from 0 to 1")
-        positive = ("layers", "heads", "pairs", "repeats", "rows", "batch_tokens", "steps")
-        for name in (*positive, "eval_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        allowed = "a multiple of 16 from 16 to 256"
-        is_allowed = 16 <= self.head_dim <= 256 and self.head_dim % 16 == 0
-        require(is_allowed, "head_dim", self.head_dim, allowed)
-        require(self.values >= 2, "values", self.values, "at least 2")
+        super().__post_init__()
         most = self.values**2
         require(self.pairs <= most, "pairs", self.pairs, f"at most --values squared, {most}")
         least = self.pairs * (2 * PAIR_TOKENS + self.repeats * QUESTION_TOKENS)
         allowed = f"at least {least} for --pairs and --repeats"
         require(self.length >= least, "length", self.length, allowed)
-        require(self.embedding_scale > 0, "embedding_scale", self.embedding_scale, "above 0")
-        require(self.warmup >= 0, "warmup", self.warmup, "at least 0")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        require(self.vocab_size >= 512, "vocab_size", self.vocab_size, "at least 512")
         for model in self.models:
             full_layers(PATTERNS[model], self.layers)  # says what is wrong with the depth
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"num_layers": self.layers, "num_heads": self.heads, "head_dim": self.head_dim}
 
 
 class Haystack:
@@ -205,8 +155,8 @@ class Haystack:
         return scores.topk(chosen, dim=1).indices
 
 
-class Battery:
-    """All patterns trained side by side with one seed, then asked.
+class Battery(SideBySide):
+    """Trains all patterns side by side with one seed, then asks them.
 
     Args:
         settings: What is trained and asked.
@@ -214,82 +164,49 @@ class Battery:
         lines: Where the figures go.
     """
 
+    settings: Settings
+
     def __init__(self, settings: Settings, corpus: Corpus, lines: Lines) -> None:
-        self.settings, self.lines = settings, lines
-        self.device = corpus.train.device
         sizes = corpus.vocab_size, settings.pairs, settings.values, settings.repeats
         self.train_text, self.test_text = (
             Haystack(tokens, *sizes) for tokens in (corpus.train, corpus.held_out)
         )
-        self.rows = max(1, settings.batch_tokens // settings.length)
-        vocab_size = self.train_text.vocab_size
-        base = build_variant("3:1", vocab_size, 0, **settings.sizes)
-        self.target = count_parameters(base)
+        super().__init__(settings, self.train_text.vocab_size, corpus.train.device, lines)
 
     def run(self, models: Sequence[str], seed: int, clock: Clock) -> None:
         """Train and ask; half of the time that is left at most is for training."""
-        settings, start = self.settings, time.monotonic()
-        learners = {model: self._learner(model, seed) for model in models}
+        start = time.monotonic()
+        learners = {model: self.learner(PATTERNS[model], seed) for model in models}
         generator = torch.Generator(self.device).manual_seed(2 * seed)
-        length, deadline, step = settings.length, clock.share(2), 0
 
         def sample(count: int) -> tuple[Tensor, Tensor]:
-            return self.train_text.training_rows(count, length, generator)
+            return self.train_text.training_rows(count, self.settings.length, generator)
 
-        pool = Pool(sample, self.rows, POOL_BATCHES)
-        for step in tqdm(range(1, settings.steps + 1), desc=f"seed {seed}", mininterval=5):
-            ids, labels = pool.batch()
-            for model in [m for m, x in learners.items() if not x.attempt(ids, labels)]:
-                error = learners.pop(model).error
-                self.lines.tell("run", model=model, seed=seed, steps=step, error=error)
-            if step % settings.eval_every == 0 or step == settings.steps:
-                for model, learner in learners.items():
-                    self._tell_point(model, seed, step, learner)
-                if time.monotonic() > deadline:
-                    say(f"seed {seed}: trained for {step} steps: half of --time-limit is spent")
-                    break
+        def tell_point(model: str, step: int, learner: Learner) -> None:
+            accuracy = self._accuracy(learner, seed, self.settings.length, 0.5)
+            figures = {"accuracy": accuracy, "train_loss": float(learner.loss)}
+            self.lines.tell("point", model=model, seed=seed, step=step, **figures)
+
+        def tell_error(model: str, step: int, error: str) -> None:
+            self.lines.tell("run", model=model, seed=seed, steps=step, error=error)
+
+        step = self.train(
+            learners,
+            sample,
+            clock.share(2),
+            tell_point=tell_point,
+            tell_error=tell_error,
+            title=f"seed {seed}",
+        )
         for model, learner in learners.items():
-            self._tell_cells(model, seed, step, learner, clock)
-            self.lines.tell(
-                "run",
-                model=model,
-                seed=seed,
-                steps=step,
-                parameters=count_parameters(learner.model),
-                full_layers=list(full_layers(PATTERNS[model], settings.layers)),
-                mlp_width=learner.model.config.intermediate_size,
-                is_recorded=learner.graph is not None,
-                seconds=time.monotonic() - start,
-            )
+            self._tell_cells(model, seed, learner, clock)
+            figures = self.figures(PATTERNS[model], learner)
+            seconds = time.monotonic() - start
+            self.lines.tell("run", model=model, seed=seed, steps=step, **figures, seconds=seconds)
 
-    def _learner(self, model: str, seed: int) -> Learner:
-        settings, variant = self.settings, PATTERNS[model]
-        vocab_size = self.train_text.vocab_size
-        width = matched_width(variant, self.target, vocab_size, **settings.sizes)
-        scale = settings.embedding_scale
-        built = build_variant(
-            variant, vocab_size, seed, width=width, embedding_scale=scale, **settings.sizes
-        )
-        recipe = Recipe(
-            settings.learning_rate,
-            warmup=settings.warmup,
-            decay_steps=(int(0.6 * settings.steps), settings.steps),
-            is_bfloat16=self.device.type == "cuda",
-        )
-        learner = Learner(built.to(self.device), recipe, (self.rows, settings.length))
-        if learner.graph_error:
-            say(f"{model}: the step is not recorded: {learner.graph_error}")
-        return learner
-
-    def _tell_point(self, model: str, seed: int, step: int, learner: Learner) -> None:
-        accuracy = self._accuracy(learner, seed, self.settings.length, 0.5)
-        loss = float(learner.loss)
-        self.lines.tell(
-            "point", model=model, seed=seed, step=step, accuracy=accuracy, train_loss=loss
-        )
-
-    def _tell_cells(self, model: str, seed: int, step: int, learner: Learner, clock: Clock) -> None:
+    def _tell_cells(self, model: str, seed: int, learner: Learner, clock: Clock) -> None:
         settings = self.settings
+        sizes = {"rows": settings.rows, "trained_length": settings.length}
         for factor in sorted(set(settings.factors)):
             for depth in settings.depths:
                 length = factor * settings.length
@@ -298,11 +215,7 @@ class Battery:
                     self.lines.tell("cell", **place, error="not run: --time-limit is spent")
                     continue
                 accuracy = self._accuracy(learner, seed, length, depth)
-                trained = settings.length
-                rows = settings.rows
-                self.lines.tell(
-                    "cell", **place, accuracy=accuracy, rows=rows, trained_length=trained
-                )
+                self.lines.tell("cell", **place, accuracy=accuracy, **sizes)
 
     def _accuracy(self, learner: Learner, seed: int, length: int, depth: float) -> float:
         """Share of the questions answered right, on held-out text."""
@@ -317,25 +230,10 @@ class Battery:
         return float(torch.cat(right).float().mean())
 
 
-def main(
-    *,
-    device: str = "auto",
-    time_limit: float | None = None,
-    output: str | os.PathLike[str] | None = None,
-    commit: str | None = None,
-    autotune: int = 2,
-    corpus: str | os.PathLike[str] | None = None,
-    **options: Any,
-) -> list[Any]:
+def main(**options: Any) -> list[Any]:
     """Train every pattern with every seed, and ask for needles.
 
     Args:
-        device: "auto", "cuda" or "cpu".
-        time_limit: Seconds for everything.
-        output: File to append JSON lines to.
-        commit: What is measured, where git cannot tell.
-        autotune: Configurations among which Triton's autotuners choose; 0: all.
-        corpus: Folder of Python files; None: the standard library.
         **options: Fields of `Settings`.
 
     Returns:
@@ -344,15 +242,15 @@ def main(
     Raises:
         ValueError: For an option out of range.
     """
-    settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
-    limit_autotuning(autotune)
-    lines = Lines(EXPERIMENT, None if output is None else Path(output))
+    settings = Settings(**options)
+    clock, where, lines = settings.start("needle")
+    limit_autotuning(settings.autotune)
     done = lines.finished("model", "seed")
-    text = Corpus.load(settings.vocab_size, None if corpus is None else Path(corpus))
+    text = settings.load_corpus()
     longest = max(settings.factors) * settings.length
     shortest = min(len(text.train), len(text.held_out))
     require(longest <= shortest, "length", settings.length, f"{shortest} tokens with --factors")
-    lines.begin(where, commit, **vars(settings), train_tokens=len(text.train))
+    lines.begin(where, settings, train_tokens=len(text.train))
     battery = Battery(settings, text.to(where), lines)
     for i, seed in enumerate(settings.seeds):
         models = [model for model in settings.models if (model, seed) not in done]
@@ -363,39 +261,5 @@ def main(
     return lines.lines
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, default = parser.add_argument, Settings()
-    add("--models", type=names, default=default.models, metavar="NAMES", help=", ".join(PATTERNS))
-    add("--seeds", type=numbers, default=default.seeds, metavar="N,N")
-    add("--factors", type=numbers, default=default.factors, metavar="N,N", help="test lengths")
-    add("--depths", type=floats, default=DEPTHS, metavar="X,X", help="from 0 to 1")
-    counts = {
-        "layers": "layers",
-        "heads": "heads of every layer",
-        "head_dim": "their size",
-        "length": "tokens of a row in training",
-        "pairs": "of a key and a value in a row",
-        "repeats": "how often each is asked for in training",
-        "values": "different values, and parts of keys",
-        "rows": "of a test",
-        "batch_tokens": "tokens of a batch",
-        "steps": "updates",
-        "eval_every": "steps between two points",
-        "warmup": "steps over which the learning rate rises",
-        "vocab_size": "of the tokenizer",
-    }
-    add_counts(add, default, counts)
-    add("--learning-rate", type=float, default=default.learning_rate, metavar="X")
-    scale = default.embedding_scale
-    add("--embedding-scale", type=float, default=scale, metavar="X", help="embeddings' at first")
-    add("--autotune", type=int, default=2, metavar="N", help="choices of autotuners; 0: all")
-    add("--corpus", metavar="DIR", help="Python files, in place of the standard library")
-    add_common(add, "benchmarks/results/experiment_needle.jsonl")
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, _parser())
+    run_main(main, command_parser(__doc__, Settings))

@@ -7,16 +7,16 @@ writes there: table, figure, and where it was measured, or that there are no res
 is left as it is. Results are read from `benchmarks/results/experiment_NAME*.jsonl`.
 """
 
-import argparse
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.plots import PLOTS
-from experiments.runs import read_experiment, run_main
+from experiments.runs import read_experiment
 from experiments.tables import TABLES, events, provenance
 from measuring.report import Line
+from options.settings import command_parser, run_main
 
 ROOT = Path(__file__).parent.parent
 # The kind of line without which there is nothing to show.
@@ -87,14 +87,8 @@ def main(
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+if __name__ == "__main__":
+    parser = command_parser(__doc__)
     parser.add_argument("--page", default=ROOT / "docs" / "experiments.md", metavar="FILE")
     parser.add_argument("--results", default=ROOT / "benchmarks" / "results", metavar="DIR")
-    return parser
-
-
-if __name__ == "__main__":
-    run_main(main, _parser())
+    run_main(main, parser)

@@ -32,35 +32,20 @@ first and now (quantiles of each layer), and "stopped": target, pruned (another 
 better), beaten (another one was there first), steps (--max-steps), or time (--time-limit).
 """
 
-import argparse
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from experiments.decays import DECAYS, build_with_decays, half_lives
 from experiments.layers import MIXERS
-from experiments.runs import (
-    Clock,
-    Lines,
-    add_common,
-    add_counts,
-    choose_device,
-    floats,
-    limit_autotuning,
-    names,
-    parse_share,
-    require,
-    require_some,
-    run_main,
-    say,
-)
+from experiments.runs import Lines, RunSettings, parse_share
 from experiments.tasks import TASKS, Task, generators
 from experiments.training import Learner, Pool, Recipe
-from measuring.settings import numbers
+from measuring.autotuning import limit_autotuning
+from measuring.report import say
+from options.settings import command_parser, run_main, setting
 from torch import Tensor
 from tqdm import tqdm
 
@@ -73,52 +58,39 @@ SYMBOLS = {"palindrome": 64, "mqar": 512, "stack": 64}
 # Batches made at once; a stack's take a loop over all operations, however many they are.
 POOL_BATCHES = 32
 DECAY_ROWS = 8  # test sequences over which decays are averaged
-DTYPES = ("auto", "float32", "bfloat16")
 
 
-@dataclass
-class Settings:
-    """What is trained; see the flags of the same names."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """What is trained."""
 
-    tasks: Sequence[str] = TASKS
-    lengths: Sequence[int] = (256, 512, 1024)
-    models: Sequence[str] = ("kda", "gdn", "mamba2")
-    learning_rates: Sequence[float] = LEARNING_RATES
-    seeds: Sequence[int] = (0,)
-    symbols: int | None = None
-    num_heads: int = 2
-    head_dim: int = 128
-    batch_tokens: int = 16384
-    max_steps: int = MAX_STEPS
-    grid_steps: int = 1000
-    learned: float = 0.1
-    keep: int = 1
-    eval_every: int = 100
-    eval_rows: int = 64
-    target: float = 0.99
-    warmup: int = 100
-    dtype: str = "auto"
-    record: bool = True
+    tasks: Sequence[str] = setting(TASKS, choices=TASKS)
+    lengths: Sequence[int] = setting((256, 512, 1024), "tokens", least=1)
+    models: Sequence[str] = setting(("kda", "gdn", "mamba2"), choices=MODELS)
+    learning_rates: Sequence[float] = setting(LEARNING_RATES, above=0)
+    seeds: Sequence[int] = setting((0,), least=0)
+    symbols: int | None = setting(None, f"random tokens; default {SYMBOLS}")
+    num_heads: int = setting(2, "heads of both layers", least=1)
+    head_dim: int = setting(128, "key and value size of a head", least=16, most=256, multiple=16)
+    batch_tokens: int = setting(16384, "tokens of a batch", least=1)
+    max_steps: int = setting(MAX_STEPS, "steps at most", least=1)
+    grid_steps: int = setting(1000, "steps after which only the best learning rates go on", least=1)
+    learned: float = setting(0.1, "accuracy of the best by then", least=0, most=1)
+    keep: int = setting(1, "how many of them", least=1)
+    eval_every: int = setting(100, "steps between two points", least=1)
+    eval_rows: int = setting(64, "sequences of a point", least=1)
+    target: float = setting(0.99, "accuracy at which training ends", above=0, most=1)
+    warmup: int = setting(100, "steps over which the learning rate rises", least=0)
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
+    record: bool = setting(True, "steps as CUDA graphs")
+    share: tuple[int, int] = setting(
+        (0, 1), "groups I, I + N, ...", parse=parse_share, metavar="I/N", recorded=False
+    )
+    autotune: int = setting(2, "choices of autotuners; 0: all", least=0, recorded=False)
+    experiment: str = setting(EXPERIMENTS[0], choices=EXPERIMENTS, recorded=False)
 
     def __post_init__(self) -> None:
-        require_some("tasks", self.tasks, TASKS)
-        require_some("models", self.models, MODELS)
-        require_some("dtype", [self.dtype], DTYPES)
-        for name in ("lengths", "learning_rates", "seeds"):
-            require(len(getattr(self, name)) > 0, name, getattr(self, name), "one or more numbers")
-        rates = self.learning_rates
-        require(min(rates) > 0, "learning_rates", rates, "numbers above 0")
-        require(min(self.seeds) >= 0, "seeds", self.seeds, "integers of at least 0")
-        positive = ("batch_tokens", "max_steps", "grid_steps", "keep", "eval_every", "eval_rows")
-        for name in positive:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.warmup >= 0, "warmup", self.warmup, "at least 0")
-        require(0 < self.target <= 1, "target", self.target, "above 0 and at most 1")
-        require(0 <= self.learned <= 1, "learned", self.learned, "from 0 to 1")
-        require(self.num_heads >= 1, "num_heads", self.num_heads, "at least 1")
-        allowed = "a multiple of 16 from 16 to 256"
-        is_allowed = 16 <= self.head_dim <= 256 and self.head_dim % 16 == 0
-        require(is_allowed, "head_dim", self.head_dim, allowed)
+        super().__post_init__()
         for name in self.tasks:
             for length in self.lengths:
                 self.task(name, length)  # says what is wrong with it
@@ -286,27 +258,10 @@ class Group:
         return {**self.place, "model": trial.model, "learning_rate": trial.learning_rate}
 
 
-def main(
-    *,
-    device: str = "auto",
-    time_limit: float | None = None,
-    output: str | os.PathLike[str] | None = None,
-    commit: str | None = None,
-    share: tuple[int, int] = (0, 1),
-    autotune: int = 2,
-    experiment: str = "synthetic",
-    **options: Any,
-) -> list[Any]:
-    """Train every group that has no figures yet.
+def main(**options: Any) -> list[Any]:
+    """Train every group that has no figures yet; each gets its share of the time that is left.
 
     Args:
-        device: "auto", "cuda" or "cpu".
-        time_limit: Seconds for everything; each group gets its share of what is left.
-        output: File to append JSON lines to.
-        commit: What is measured, where git cannot tell.
-        share: (i, n): only every n-th group from the i-th on, for processes beside each other.
-        autotune: Configurations among which Triton's autotuners choose; 0: all.
-        experiment: Which of the page's experiments the lines are of.
         **options: Fields of `Settings`.
 
     Returns:
@@ -315,23 +270,22 @@ def main(
     Raises:
         ValueError: For an option out of range.
     """
-    settings, clock, where = Settings(**options), Clock(time_limit), choose_device(device)
-    require_some("experiment", [experiment], EXPERIMENTS)
-    limit_autotuning(autotune)
-    lines = Lines(experiment, None if output is None else Path(output))
-    lines.begin(where, commit, **vars(settings))
+    settings = Settings(**options)
+    limit_autotuning(settings.autotune)
+    clock, where, lines = settings.start(settings.experiment)
+    lines.begin(where, settings)
     groups = [
         {"task": task, "length": length, "seed": seed}
         for seed in settings.seeds
         for length in settings.lengths
         for task in settings.tasks
-    ][share[0] :: share[1]]
+    ][settings.share[0] :: settings.share[1]]
     groups = [place for place in groups if not _is_done(place, settings.models, lines.before)]
     if groups and where.type == "cuda":
         _compile(settings, groups[0], lines, where)
     for i, place in enumerate(groups):
         if clock.is_over:
-            say(f"{place}: not run, --time-limit {time_limit} is spent")
+            say(f"{place}: not run, --time-limit is spent")
             continue
         Group(settings, place, lines, where).run(clock.share(len(groups) - i))
         if where.type == "cuda":
@@ -366,45 +320,5 @@ def _is_done(place: dict[str, Any], models: Sequence[str], before: Sequence[Any]
     return set(models) <= ends
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, default = parser.add_argument, Settings()
-    add("--tasks", type=names, default=default.tasks, metavar="NAMES", help=", ".join(TASKS))
-    add("--lengths", type=numbers, default=default.lengths, metavar="N,N", help="tokens")
-    add("--models", type=names, default=default.models, metavar="NAMES", help=", ".join(MODELS))
-    add("--learning-rates", type=floats, default=LEARNING_RATES, metavar="X,X")
-    add("--seeds", type=numbers, default=default.seeds, metavar="N,N")
-    add("--symbols", type=int, metavar="N", help=f"random tokens; default {SYMBOLS}")
-    counts = {
-        "num_heads": "heads of both layers",
-        "head_dim": "key and value size of a head",
-        "batch_tokens": "tokens of a batch",
-        "max_steps": "steps at most",
-        "grid_steps": "steps after which only the best learning rates go on",
-        "keep": "how many of them",
-        "eval_every": "steps between two points",
-        "eval_rows": "sequences of a point",
-        "warmup": "steps over which the learning rate rises",
-    }
-    add_counts(add, default, counts)
-    add("--learned", type=float, default=default.learned, help="accuracy of the best by then")
-    add("--target", type=float, default=default.target, help="accuracy at which training ends")
-    add("--dtype", default=default.dtype, help=", ".join(DTYPES))
-    add("--no-record", dest="record", action="store_false", help="no CUDA graphs")
-    add("--share", type=parse_share, default=(0, 1), metavar="I/N", help="groups I, I + N, ...")
-    add(
-        "--autotune",
-        type=int,
-        default=2,
-        metavar="N",
-        help="choices of autotuners; 0: all",
-    )
-    add("--experiment", default=EXPERIMENTS[0], help=", ".join(EXPERIMENTS))
-    add_common(add, "benchmarks/results/experiment_synthetic.jsonl")
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, _parser())
+    run_main(main, command_parser(__doc__, Settings))

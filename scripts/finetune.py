@@ -56,10 +56,12 @@ from finetuning.settings import (
     read_yaml,
     write_yaml,
 )
+from learning.rows import hold_out
+from learning.tokens import check_ids
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.tokenizer import save_tokenizer
-from learning.rows import hold_out
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 CHAT_END = "<|im_end|>"
 
@@ -125,11 +127,7 @@ def load_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> KimiLi
     model = KimiLinearForCausalLM.from_pretrained(
         settings.model, dtype=dtype, quantization_config=_quantization(settings, dtype)
     )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer has {len(tokenizer)} ids, which is not allowed: {settings.model} has "
-            f"{model.config.vocab_size}"
-        )
+    check_ids(tokenizer, model, settings.model)
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     turn = tokenizer.convert_tokens_to_ids(CHAT_END)

@@ -29,19 +29,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import kimi_linear
 import torch
 from generating.terminal import shown
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
+from publishing.model_card import TASKS, Statements, model_card, read_metrics
+from tqdm import tqdm
+
+import kimi_linear
 from kimi_linear import KimiLinearConfig
 from kimi_linear.checkpoints.checks import check_checkpoint, check_finite, check_inside
 from kimi_linear.checkpoints.files import read_header
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
 from kimi_linear.tokenizer.snapshot import read_json
-from publishing.model_card import TASKS, Statements, model_card, read_metrics
-from tqdm import tqdm
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -32,109 +32,122 @@ The output folder holds model, code and tokenizer, loads with `trust_remote_code
 measured values in `eval_results.json`.
 """
 
-import argparse
 import itertools
 import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
-from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
-from kimi_linear.training.bias_callback import balance_experts
-from kimi_linear.training.safe_trainer import BadStep, SafeTrainer
 from learning.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, schedule_factor
 from learning.rows import collate, hold_out, pack
+from learning.tokens import check_ids, special_ids
+from options.settings import add_flags, command_parser, run_main, setting
 from texts.evaluation import bits_per_byte, encode_texts
 from texts.files import find_files, read_files
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
+from kimi_linear.training.bias_callback import balance_experts
+from kimi_linear.training.safe_trainer import BadStep, SafeTrainer
+
 Texts = Dataset | IterableDataset
 # Texts that a tokenizer is trained on, and held-out texts that bits per byte are measured on.
 TOKENIZER_TEXTS, BITS_TEXTS = 100_000, 50
 
 
-def main(
-    *,
-    output: str | os.PathLike[str],
-    paths: Sequence[str | os.PathLike[str]] = (),
-    pattern_glob: str = "*",
-    dataset: str | None = None,
-    dataset_config: str | None = None,
-    split: str = "train",
-    text_column: str = "text",
-    streaming: bool = False,
-    eval_percent: float = 0.0,
-    preset: str | None = None,
-    config: str | os.PathLike[str] | None = None,
-    init_from: str | None = None,
-    tokenizer: str | None = None,
-    vocab_size: int | None = None,
-    steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int = 8,
-    accumulate: int = 1,
-    sequence_length: int = 512,
-    learning_rate: float = 3e-3,
-    weight_decay: float = 0.1,
-    optimizer: str = "adamw",
-    schedule: str = "wsd",
-    warmup: float = 0.02,
-    save_every: int | None = None,
-    keep_checkpoints: int = 2,
-    eval_every: int | None = None,
-    log_every: int = 10,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
-    router_aux_loss_coef: float | None = None,
-    router_z_loss_coef: float | None = None,
-    router_bias_update_rate: float | None = None,
-    log_experts: bool = False,
-    bad_step: BadStep = "stop",
-    report_to: str = "none",
-    threads: int | None = None,
-    seed: int = 0,
-    resume: bool = False,
-) -> dict[str, float]:
+DATA, MODEL, TRAINING, EXPERTS = "data", "model", "training", "experts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is trained on what, and how.
+
+    Attributes:
+        paths: Files, one text each, and folders of them; or give `dataset`.
+        router_aux_loss_coef, router_z_loss_coef, router_bias_update_rate: In place of the
+            configuration's, see `KimiLinearConfig`.
+        bad_step: See `SafeTrainer`.
+
+    Raises:
+        ValueError: For settings that contradict each other.
+    """
+
+    output: str | os.PathLike[str] = setting(MISSING, flag=False)
+    paths: Sequence[str | os.PathLike[str]] = setting((), flag=False)
+    pattern_glob: str = setting("*", "which files of folders to read (default: all)", group=DATA)
+    dataset: str | None = setting(None, "dataset of the Hub, or a local folder of one", group=DATA)
+    dataset_config: str | None = setting(None, "configuration of the dataset", group=DATA)
+    split: str = setting("train", "split of the dataset", group=DATA)
+    text_column: str = setting("text", "column of the dataset", group=DATA)
+    streaming: bool = setting(False, "read while training; needs --steps", group=DATA)
+    eval_percent: float = setting(0.0, "texts to hold out, of a hundred", group=DATA)
+    sequence_length: int = setting(512, "tokens per row; no text in it sees another", group=DATA)
+    preset: str | None = setting(
+        None, "size of a new model (default: 2m)", choices=PRESETS, group=MODEL
+    )
+    config: str | os.PathLike[str] | None = setting(
+        None, "file with a new model's configuration", metavar="JSON", group=MODEL
+    )
+    init_from: str | None = setting(None, "weights to start from", metavar="MODEL", group=MODEL)
+    tokenizer: str | None = setting(
+        None, "else that of --init-from, or a new one", metavar="DIR_OR_REPO", group=MODEL
+    )
+    vocab_size: int | None = setting(None, "size of a new tokenizer", group=MODEL)
+    steps: int | None = setting(None, "how long", group=TRAINING)
+    epochs: float | None = setting(None, "instead of --steps (default: 1)", group=TRAINING)
+    batch_size: int = setting(8, "rows per device and call", group=TRAINING)
+    accumulate: int = setting(1, "calls per step", group=TRAINING)
+    learning_rate: float = setting(3e-3, "the highest one", group=TRAINING)
+    weight_decay: float = setting(0.1, "of matrices", group=TRAINING)
+    optimizer: str = setting("adamw", choices=OPTIMIZERS, group=TRAINING)
+    schedule: str = setting("wsd", "of the learning rate", choices=SCHEDULES, group=TRAINING)
+    warmup: float = setting(0.02, "fraction of the steps", group=TRAINING)
+    save_every: int | None = setting(None, "steps between checkpoints", group=TRAINING)
+    keep_checkpoints: int = setting(2, "how many of them to keep", group=TRAINING)
+    eval_every: int | None = setting(
+        None, "steps between evaluations (default: at the end)", group=TRAINING
+    )
+    log_every: int = setting(10, "steps between logged losses", group=TRAINING)
+    bf16: bool = setting(False, "compute in bfloat16; weights stay float32", group=TRAINING)
+    gradient_checkpointing: bool = setting(False, "less memory for more time", group=TRAINING)
+    bad_step: BadStep = setting("stop", "on NaN or Inf", choices=get_args(BadStep), group=TRAINING)
+    report_to: str = setting("none", "none, tensorboard, ...", group=TRAINING)
+    threads: int | None = setting(None, "CPU threads (default: torch's choice)", group=TRAINING)
+    seed: int = setting(0, "of weights, order and held-out texts", group=TRAINING)
+    resume: bool = setting(False, "go on from the last checkpoint", group=TRAINING)
+    router_aux_loss_coef: float | None = setting(
+        None, "balance loss of each sequence", group=EXPERTS
+    )
+    router_z_loss_coef: float | None = setting(
+        None, "loss on the size of the router's logits", group=EXPERTS
+    )
+    router_bias_update_rate: float | None = setting(
+        None, "step of the correction biases", group=EXPERTS
+    )
+    log_experts: bool = setting(
+        False, "log the experts' loads, also where no bias is updated", group=EXPERTS
+    )
+
+    def __post_init__(self) -> None:
+        _at_most_one(steps=self.steps, epochs=self.epochs)
+        if self.streaming and (self.steps is None or self.eval_percent):
+            raise ValueError("streaming needs steps, and cannot hold texts out (eval_percent)")
+
+
+def main(**values: Any) -> dict[str, float]:
     """Train and save.
 
     Args:
-        output: Folder for checkpoints and the finished model.
-        paths: Files, one text each, and folders of them; or give `dataset`.
-        pattern_glob: Which files to take from folders.
-        dataset: What `datasets.load_dataset` takes: a dataset of the Hub, or a local folder.
-        dataset_config, split, text_column: Which part of it.
-        streaming: Read the dataset while training instead of downloading it first; needs `steps`.
-        eval_percent: How many of a hundred texts are held out, chosen by `seed`.
-        preset: Size of a new model, a key of `kimi_linear.PRESETS`; "2m" if nothing else is said.
-        config: JSON file with the fields of a new model's configuration.
-        init_from: Folder or repository whose weights to start from, instead of a new model.
-        tokenizer: Folder or repository of a tokenizer; None: that of `init_from`, or a new one.
-        vocab_size: Size of a new tokenizer.
-        steps, epochs: How long; one of the two. 1 epoch if neither is given.
-        batch_size, accumulate: Rows per device and call, and calls per step.
-        sequence_length: Tokens per row. Texts are laid end to end, and none sees another.
-        learning_rate, weight_decay, optimizer, schedule, warmup: See `learning/optimizers.py`.
-        save_every: Steps between checkpoints; None: none but the finished model.
-        keep_checkpoints: How many of them to keep.
-        eval_every: Steps between evaluations; None: at the end only.
-        log_every: Steps between logged losses.
-        bf16: Compute in bfloat16, weights stay float32.
-        gradient_checkpointing: Less memory for more time.
-        router_aux_loss_coef, router_z_loss_coef, router_bias_update_rate: In place of the
-            configuration's; see `KimiLinearConfig`.
-        log_experts: Log the experts' loads; done anyway where their biases are updated.
-        bad_step: "stop" or "skip", on NaN or Inf in loss or gradients; see `SafeTrainer`.
-        report_to: "none", "tensorboard", or another of Trainer's reporters.
-        threads: CPU threads; None: torch's choice.
-        seed: Of weights, order and held-out texts.
-        resume: Go on from the last checkpoint in `output`.
+        **values: Fields of `Settings`; `output`, the folder for checkpoints and the finished
+            model, is needed.
 
     Returns:
         Measured values, also in `eval_results.json`: `train_loss`, and with held-out texts
@@ -143,75 +156,88 @@ def main(
     Raises:
         ValueError: For arguments out of range or contradicting each other.
     """
-    folder = Path(output)
-    checkpoint = _checkpoint(folder, resume)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    _at_most_one(steps=steps, epochs=epochs)
-    if streaming and (steps is None or eval_percent):
-        raise ValueError("streaming needs steps, and cannot hold texts out (eval_percent)")
-    texts = _load_texts(paths, pattern_glob, dataset, dataset_config, split, text_column, streaming)
-    texts, held_out = hold_out(texts, eval_percent, seed, "text")
-    tokens = _load_tokenizer(
-        tokenizer, init_from, vocab_size, checkpoint, folder, texts[text_column], sequence_length
-    )
-    model = _load_model(preset, config, init_from, checkpoint, tokens, seed)
-    _set_router_training(
-        model,
-        router_aux_loss_coef=router_aux_loss_coef,
-        router_z_loss_coef=router_z_loss_coef,
-        router_bias_update_rate=router_bias_update_rate,
-    )
-    rows = to_rows(texts, text_column, tokens, sequence_length)
-    total = steps or _steps(rows, epochs or 1.0, batch_size * accumulate)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        gradient_accumulation_steps=accumulate,
-        max_steps=total,
-        learning_rate=learning_rate,
-        logging_steps=log_every,
-        save_strategy="steps" if save_every else "no",
-        save_steps=save_every or 0,
-        save_total_limit=keep_checkpoints,
-        eval_strategy="steps" if eval_every and held_out is not None else "no",
-        eval_steps=eval_every,
-        bf16=bf16,
-        report_to=report_to,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        seed=seed,
-    )
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    chosen = make_optimizer(optimizer, model, learning_rate, weight_decay)
-    factor = LambdaLR(chosen, lambda step: schedule_factor(schedule, step / total, warmup))
-    trainer = SafeTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=None
-        if held_out is None
-        else to_rows(held_out, text_column, tokens, sequence_length),
-        data_collator=collate,
-        processing_class=tokens,
-        optimizers=(chosen, factor),
-        bad_step=bad_step,
-    )
-    if log_experts or model.config.router_bias_update_rate:
-        balance_experts(trainer)
+    settings = Settings(**values)
+    folder = Path(settings.output)
+    checkpoint = _checkpoint(folder, settings.resume)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    texts, held_out = hold_out(_load_texts(settings), settings.eval_percent, settings.seed, "text")
+    tokens = _load_tokenizer(settings, checkpoint, texts[settings.text_column])
+    model = _load_model(settings, checkpoint, tokens)
+    _set_router_training(model, settings)
+    trainer = _make_trainer(settings, model, tokens, texts, held_out)
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     measured = {"train_loss": trained.metrics["train_loss"]}
     if held_out is not None:
-        measured |= _evaluate(trainer, tokens, held_out[text_column])
+        measured |= _evaluate(trainer, tokens, held_out[settings.text_column])
     trainer.save_model()
     if trainer.is_world_process_zero():
         save_tokenizer(tokens, folder)
         (folder / "eval_results.json").write_text(json.dumps(measured, indent=2) + "\n")
         print(json.dumps(measured))
     return measured
+
+
+def _make_trainer(
+    settings: Settings,
+    model: KimiLinearForCausalLM,
+    tokens: PreTrainedTokenizerBase,
+    texts: Texts,
+    held_out: Texts | None,
+) -> SafeTrainer:
+    """Trainer over the rows of the texts."""
+    column, length = settings.text_column, settings.sequence_length
+    rows, held_rows = (
+        None if part is None else to_rows(part, column, tokens, length)
+        for part in (texts, held_out)
+    )
+    rows_per_step = settings.batch_size * settings.accumulate
+    steps = settings.steps or _steps(rows, settings.epochs or 1.0, rows_per_step)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = make_optimizer(
+        settings.optimizer, model, settings.learning_rate, settings.weight_decay
+    )
+    factor = LambdaLR(
+        optimizer,
+        lambda step: schedule_factor(settings.schedule, step / steps, settings.warmup),
+    )
+    trainer = SafeTrainer(
+        model=model,
+        args=_training_arguments(settings, steps, held_out is not None),
+        train_dataset=rows,
+        eval_dataset=held_rows,
+        data_collator=collate,
+        processing_class=tokens,
+        optimizers=(optimizer, factor),
+        bad_step=settings.bad_step,
+    )
+    if settings.log_experts or model.config.router_bias_update_rate:
+        balance_experts(trainer)
+    return trainer
+
+
+def _training_arguments(settings: Settings, steps: int, is_evaluated: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(settings.output),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        logging_steps=settings.log_every,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 0,
+        save_total_limit=settings.keep_checkpoints,
+        eval_strategy="steps" if settings.eval_every and is_evaluated else "no",
+        eval_steps=settings.eval_every,
+        bf16=settings.bf16,
+        report_to=settings.report_to,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        seed=settings.seed,
+    )
 
 
 def to_rows(
@@ -247,91 +273,67 @@ def to_rows(
     return rows
 
 
-def _load_texts(
-    paths: Sequence[str | os.PathLike[str]],
-    pattern_glob: str,
-    dataset: str | None,
-    dataset_config: str | None,
-    split: str,
-    text_column: str,
-    streaming: bool,
-) -> Texts:
+def _load_texts(settings: Settings) -> Texts:
+    paths, dataset, column = settings.paths, settings.dataset, settings.text_column
     if bool(paths) == (dataset is not None):
         raise ValueError("give either files and folders or a dataset, one of the two")
     if dataset is None:
-        files = find_files([Path(path) for path in paths], pattern_glob)
-        return Dataset.from_dict({text_column: list(read_files(files))})
-    texts = load_dataset(dataset, dataset_config, split=split, streaming=streaming)
+        files = find_files([Path(path) for path in paths], settings.pattern_glob)
+        return Dataset.from_dict({column: list(read_files(files))})
+    texts = load_dataset(
+        dataset, settings.dataset_config, split=settings.split, streaming=settings.streaming
+    )
     names = texts.column_names or list(next(iter(texts)))
-    if text_column not in names:
-        raise ValueError(
-            f"text_column={text_column!r} is not allowed: {dataset} has {', '.join(names)}"
-        )
-    return texts.select_columns([text_column])
+    if column not in names:
+        raise ValueError(f"text_column={column!r} is not allowed: {dataset} has {', '.join(names)}")
+    return texts.select_columns([column])
 
 
 def _load_tokenizer(
-    source: str | None,
-    init_from: str | None,
-    vocab_size: int | None,
-    checkpoint: str | None,
-    folder: Path,
-    texts: Iterable[str],
-    sequence_length: int,
+    settings: Settings, checkpoint: str | None, texts: Iterable[str]
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for; a new one is trained on the texts and kept in `folder`."""
-    if source is None and init_from is None and checkpoint is not None:
+    """The tokenizer that was asked for; a new one is trained on the texts, kept in the output."""
+    given, vocab_size = settings.tokenizer or settings.init_from, settings.vocab_size
+    if given is None and checkpoint is not None:
         return AutoTokenizer.from_pretrained(checkpoint)
-    if source is not None or init_from is not None:
+    if given is not None:
         if vocab_size is not None:
             raise ValueError(f"vocab_size={vocab_size} is for a new tokenizer, but one is given")
-        return AutoTokenizer.from_pretrained(source or init_from)
+        return AutoTokenizer.from_pretrained(given)
     if vocab_size is None:
         raise ValueError("give a tokenizer, or the vocab_size of a new one")
     ranks = train_bpe(itertools.islice(filter(None, texts), TOKENIZER_TEXTS), vocab_size)
-    length = max(32768, sequence_length)
-    return convert_tiktoken(ranks, folder, eos_token="[EOS]", model_max_length=length)
+    length = max(32768, settings.sequence_length)
+    return convert_tiktoken(ranks, settings.output, eos_token="[EOS]", model_max_length=length)
 
 
 def _load_model(
-    preset: str | None,
-    config: str | os.PathLike[str] | None,
-    init_from: str | None,
-    checkpoint: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
+    settings: Settings, checkpoint: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> KimiLinearForCausalLM:
     """The model to train: given weights, or new ones; those of the checkpoint to go on from."""
-    _at_most_one(preset=preset, config=config, init_from=init_from)
+    config, init_from = settings.config, settings.init_from
+    _at_most_one(preset=settings.preset, config=config, init_from=init_from)
     if checkpoint is not None:
         # its configuration counts, not the preset's
         return KimiLinearForCausalLM.from_pretrained(checkpoint)
     if init_from is not None:
         model = KimiLinearForCausalLM.from_pretrained(init_from)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(
-                f"tokenizer has {len(tokenizer)} ids, which is not allowed: {init_from} has "
-                f"{model.config.vocab_size}"
-            )
+        check_ids(tokenizer, model, init_from)
         return model
-    ids = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    ids = special_ids(tokenizer)
     if config is not None:
         fields = json.loads(Path(config).read_text(encoding="utf-8"))
         made = KimiLinearConfig(**{**fields, **ids})
     else:
-        made = KimiLinearConfig.from_preset(preset or "2m", **ids)
-    torch.manual_seed(seed)
+        made = KimiLinearConfig.from_preset(settings.preset or "2m", **ids)
+    torch.manual_seed(settings.seed)
     return KimiLinearForCausalLM(made)
 
 
-def _set_router_training(model: KimiLinearForCausalLM, **fields: float | None) -> None:
+def _set_router_training(model: KimiLinearForCausalLM, settings: Settings) -> None:
     """Put what is given in place of the configuration's."""
-    for field, value in fields.items():
+    for field in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"):
+        value = getattr(settings, field)
         if value is not None:
             setattr(model.config, field, value)
     model.config.check()
@@ -376,55 +378,13 @@ def _at_most_one(**options: Any) -> None:
         raise ValueError(f"give one of {', '.join(options)}, not {' and '.join(given)}")
 
 
-def _arguments(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    data = parser.add_argument_group("data").add_argument
-    data("paths", nargs="*", metavar="FILE_OR_DIR", help="texts, one per file")
-    data("--pattern-glob", default="*", help="which files of folders to read (default: all)")
-    data("--dataset", help="dataset of the Hub, or a local folder of one")
-    data("--dataset-config", help="configuration of the dataset")
-    data("--split", default="train")
-    data("--text-column", default="text")
-    data("--streaming", action="store_true", help="read while training; needs --steps")
-    data("--eval-percent", type=float, default=0.0, help="texts to hold out, of a hundred")
-    data("--sequence-length", type=int, default=512, help="tokens per row")
-    model = parser.add_argument_group("model").add_argument
-    model("--preset", choices=list(PRESETS), help="size of a new model (default: 2m)")
-    model("--config", metavar="JSON", help="file with a new model's configuration")
-    model("--init-from", metavar="MODEL", help="weights to start from")
-    model("--tokenizer", metavar="DIR_OR_REPO", help="else that of --init-from, or a new one")
-    model("--vocab-size", type=int, help="size of a new tokenizer")
-    training = parser.add_argument_group("training").add_argument
-    training("--output", required=True, metavar="DIR")
-    training("--steps", type=int)
-    training("--epochs", type=float, help="instead of --steps (default: 1)")
-    training("--batch-size", type=int, default=8, help="rows per device and call")
-    training("--accumulate", type=int, default=1, help="calls per step")
-    training("--learning-rate", type=float, default=3e-3)
-    training("--weight-decay", type=float, default=0.1)
-    training("--optimizer", choices=OPTIMIZERS, default="adamw")
-    training("--schedule", choices=SCHEDULES, default="wsd")
-    training("--warmup", type=float, default=0.02, help="fraction of the steps")
-    training("--save-every", type=int, help="steps between checkpoints")
-    training("--keep-checkpoints", type=int, default=2)
-    training("--eval-every", type=int, help="steps between evaluations (default: at the end)")
-    training("--log-every", type=int, default=10)
-    training("--bf16", action="store_true", help="compute in bfloat16")
-    training("--gradient-checkpointing", action="store_true")
-    training("--bad-step", choices=get_args(BadStep), default="stop", help="on NaN or Inf")
-    training("--report-to", default="none", help="none, tensorboard, ...")
-    training("--threads", type=int, help="CPU threads")
-    training("--seed", type=int, default=0)
-    training("--resume", action="store_true", help="go on from the last checkpoint")
-    experts = parser.add_argument_group("experts").add_argument
-    experts("--router-aux-loss-coef", type=float, help="balance loss of each sequence")
-    experts("--router-z-loss-coef", type=float, help="loss on the size of the router's logits")
-    experts("--router-bias-update-rate", type=float, help="step of the correction biases")
-    experts("--log-experts", action="store_true", help="log the experts' loads")
-    return vars(parser.parse_args(argv))
+def _parser() -> Any:
+    parser = command_parser(__doc__)
+    parser.add_argument("paths", nargs="*", metavar="FILE_OR_DIR", help="texts, one per file")
+    parser.add_argument("--output", required=True, metavar="DIR", help="for the finished model")
+    add_flags(parser, Settings)
+    return parser
 
 
 if __name__ == "__main__":
-    main(**_arguments())
+    run_main(main, _parser())

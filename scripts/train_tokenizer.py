@@ -15,10 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from texts.files import CountedTexts, find_files, read_dataset, read_files
+
 from kimi_linear.tokenizer.convert import convert_tiktoken
 from kimi_linear.tokenizer.special_tokens import CHAT_EOS_TOKEN, EOS_TOKENS
 from kimi_linear.tokenizer.train import train_bpe
-from texts.files import CountedTexts, find_files, read_dataset, read_files
 
 
 def main(

@@ -1,20 +1,20 @@
 """Settings for all tests: few threads, fixed seeds, `gpu` tests only where there is CUDA."""
 
-import importlib
 import importlib.util
 import os
 import random
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from autotuning import try_few_autotune_configs
 from filelock import FileLock
+from measuring.autotuning import limit_autotuning
 
 MAX_THREADS = 2
+# All of them, for every size and dtype, take the better part of an hour on a fresh machine.
+AUTOTUNE_CONFIGS = 2
 
 
 class RootIsPlainFolder:
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(max(1, min(MAX_THREADS, os.cpu_count() or 1) // workers))
     config.pluginmanager.register(RootIsPlainFolder())
     if torch.cuda.is_available():
-        try_few_autotune_configs()
+        limit_autotuning(AUTOTUNE_CONFIGS)
     else:
         bind_native_model_to_torch()
 
@@ -62,13 +62,10 @@ def bind_native_model_to_torch() -> None:
     It binds its operators when it is imported, to FLA's if there is such a package, and then calls
     them whatever the device: without a GPU they fail. Our own code is to see FLA, and not use it.
     """
-    if "fla" in sys.modules or importlib.util.find_spec("fla") is None:
-        return
-    sys.modules["fla"] = None  # type: ignore[assignment]  # an import fails
-    try:
-        importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
-    finally:
-        del sys.modules["fla"]
+    if importlib.util.find_spec("fla") is not None:
+        from measuring.models import native_module
+
+        native_module(torch.device("cpu"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

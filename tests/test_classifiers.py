@@ -3,9 +3,10 @@
 import pytest
 import torch
 from builders import tiny_config, token_ids
-from kimi_linear import KimiLinearForSequenceClassification, KimiLinearForTokenClassification
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
+
+from kimi_linear import KimiLinearForSequenceClassification, KimiLinearForTokenClassification
 
 pytestmark = pytest.mark.core
 

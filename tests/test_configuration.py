@@ -7,9 +7,10 @@ import time
 
 import pytest
 from builders import tiny_config
+from official import CONFIG as OFFICIAL
+
 from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM, configuration_kimi_linear
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
-from official import CONFIG as OFFICIAL
 
 pytestmark = pytest.mark.core
 

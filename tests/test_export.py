@@ -4,8 +4,9 @@ and the values are those of an eager call."""
 import pytest
 import torch
 from builders import TWO_LAYERS, tiny_model, token_ids
-from kimi_linear import KimiLinearCache
 from tolerance import assert_close
+
+from kimi_linear import KimiLinearCache
 
 pytestmark = pytest.mark.core
 

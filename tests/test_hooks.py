@@ -4,9 +4,10 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearForCausalLM
 from tolerance import assert_close
 from torch import nn
+
+from kimi_linear import KimiLinearForCausalLM
 
 pytestmark = pytest.mark.core
 

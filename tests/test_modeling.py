@@ -5,6 +5,11 @@ import itertools
 import pytest
 import torch
 from builders import PATTERNS, tiny_config, tiny_model, token_ids
+from safetensors.torch import load_file
+from tolerance import assert_close
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers.masking_utils import flash_attention_mask
+
 from kimi_linear import (
     KimiLinearCache,
     KimiLinearForCausalLM,
@@ -12,10 +17,6 @@ from kimi_linear import (
     KimiLinearForTokenClassification,
 )
 from kimi_linear.layers import plan
-from safetensors.torch import load_file
-from tolerance import assert_close
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
-from transformers.masking_utils import flash_attention_mask
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

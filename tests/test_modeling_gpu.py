@@ -7,9 +7,10 @@ import pytest
 import torch
 from builders import tiny_model, token_ids
 from decode_models import decode_model
-from kimi_linear.ops.fla import backend as fla_backend
 from native import native_like
 from tolerance import assert_kernel_close
+
+from kimi_linear.ops.fla import backend as fla_backend
 
 pytestmark = [
     pytest.mark.gpu,

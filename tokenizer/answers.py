@@ -199,7 +199,7 @@ class AnswerReader:
         return Answer("".join(self._content), calls, self._is_finished, problems)
 
     def _take(self, text: str) -> str:
-        """Put text where it belongs; what of it is shown."""
+        """Add text to the part that is being read; returns what is shown."""
         if not self._is_section and self._header is None:
             self._content.append(text)
             return text
@@ -208,7 +208,7 @@ class AnswerReader:
         return ""
 
     def _switch(self, name: str) -> None:
-        """Go on behind a token of the format."""
+        """Continue behind a token of the format."""
         if name == _ARGUMENTS_BEGIN and self._header is not None and self._arguments is None:
             self._arguments = []
         elif name == _ARGUMENTS_BEGIN or (name == _CALL_END and self._header is None):
@@ -278,7 +278,7 @@ def parse_answer(
 
 
 def _begun(tokenizer: "PreTrainedTokenizerBase", prefix: list[int]) -> list[int]:
-    """What a prompt already holds of the answer: all behind the header of its last turn."""
+    """The part of the answer that the prompt has: everything behind its last turn's header."""
     begin, middle = tokenizer.convert_tokens_to_ids([ASSISTANT_TOKEN, MIDDLE_TOKEN])
     if begin not in prefix:
         return prefix

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from kimi_linear.tokenizer.marks import (
     map_strings,
     mark_beginnings,
@@ -19,7 +21,6 @@ from kimi_linear.tokenizer.marks import (
 )
 from kimi_linear.tokenizer.special_tokens import ASSISTANT_TOKEN, CHAT_EOS_TOKEN, MIDDLE_TOKEN
 from kimi_linear.tokenizer.text import check_text
-from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -134,7 +135,7 @@ def assistant_tokens_mask(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[in
 
 
 def encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts as text only: whatever they spell, no special token comes out.
+    """Encode texts as text only: no special token comes out, whatever they spell.
 
     Args:
         tokenizer: A fast tokenizer. Its `split_special_tokens` would still find the tool call

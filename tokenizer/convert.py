@@ -20,6 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
+
 from kimi_linear.tokenizer.answers import response_template
 from kimi_linear.tokenizer.byte_level import bytes_to_chars
 from kimi_linear.tokenizer.chat import chat_template
@@ -36,10 +41,6 @@ from kimi_linear.tokenizer.special_tokens import (
     special_token_ids,
 )
 from kimi_linear.tokenizer.tiktoken_format import check_ranks, load_tiktoken, save_tiktoken
-from tokenizers import AddedToken, Regex, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

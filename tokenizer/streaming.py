@@ -1,4 +1,4 @@
-"""Text out of ids that come one at a time, without ever showing half a character.
+"""Text from ids that come one at a time, never showing half a character.
 
 `transformers.TextStreamer` decodes the whole line again for every id and holds back the last word.
 This decoder keeps the bytes of at most one unfinished character, and nothing else.
@@ -9,9 +9,10 @@ import operator
 import reprlib
 from typing import TYPE_CHECKING, Final
 
-from kimi_linear.tokenizer.byte_level import chars_to_bytes
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
+
+from kimi_linear.tokenizer.byte_level import chars_to_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

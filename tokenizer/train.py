@@ -7,13 +7,14 @@ tokens' order of creation, so equal texts give equal vocabularies, on any number
 import sys
 from collections.abc import Iterable, Iterator
 
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
 from kimi_linear.tokenizer.byte_level import bytes_to_chars, chars_to_bytes
 from kimi_linear.tokenizer.convert import make_pre_tokenizer
 from kimi_linear.tokenizer.special_tokens import NUM_SPECIAL_TOKENS
 from kimi_linear.tokenizer.text import check_text
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 
 MIN_VOCAB_SIZE = 256 + NUM_SPECIAL_TOKENS
 

@@ -7,10 +7,11 @@ trainer.train()
 
 from typing import Any
 
-from kimi_linear.training.router import ExpertLoads, check_rate, load_statistics
-from kimi_linear.upstream.trainer import put_callback_first
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kimi_linear.training.expert_loads import ExpertLoads, check_rate, load_statistics
+from kimi_linear.upstream.trainer import put_callback_first
 
 
 class ExpertBalanceCallback(TrainerCallback):
@@ -77,6 +78,3 @@ def balance_experts(trainer: Trainer, rate: float | None = None) -> ExpertBalanc
     callback = ExpertBalanceCallback(rate)
     put_callback_first(trainer, callback)
     return callback
-
-
-__all__ = ["ExpertBalanceCallback", "balance_experts"]

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.runtime import no_autocast, product_dtype
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from kimi_linear.ops.runtime import no_autocast, product_dtype
 
 # Of the head's weight, by which a change is noticed.
 SAMPLE_ELEMENTS = 4096
@@ -151,6 +152,3 @@ def _product_later(x: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> _Once:
 def _fingerprint(weight: Tensor) -> Tensor:
     """A copy of some numbers from all over the weight."""
     return weight.flatten()[:: max(1, weight.numel() // SAMPLE_ELEMENTS)].clone()
-
-
-__all__ = ["DeferredLogits"]

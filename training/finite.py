@@ -46,6 +46,3 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     if largest is None or bool(largest.isfinite()):
         return []
     return [name for name, x in here.items() if not bool(x.isfinite().all())]
-
-
-__all__ = ["not_finite_gradients", "not_finite_states", "not_finite_weights"]

@@ -87,15 +87,3 @@ def _parts(config: Any) -> dict[str, list[str]]:
 def _in_layers(kinds: list[str], kind: str, names: Any) -> list[str]:
     layers = [layer for layer, found in enumerate(kinds) if found == kind]
     return [f"layers.{layer}.self_attn.{name}" for layer in layers for name in names]
-
-
-__all__ = [
-    "DENSE_MLP_MODULES",
-    "EXPERT_PARAMETERS",
-    "KDA_PROJECTIONS",
-    "LINEAR_MODULES",
-    "LORA_GROUPS",
-    "MLA_PROJECTIONS",
-    "SHARED_EXPERT_MODULES",
-    "lora_targets",
-]

@@ -11,16 +11,16 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, last_real_columns, sequence_layout
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 from kimi_linear.ops.runtime import is_transformed, plain_weight, product_dtype
 from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
-from kimi_linear.parallel.context import own_labels, total_over
 from kimi_linear.training.deferred_logits import DeferredLogits
-from kimi_linear.training.router import add_router_losses
+from kimi_linear.training.router_losses import add_router_losses
 from kimi_linear.upstream.interfaces import ForCausalLMLoss
-from torch import Tensor
 
 LossBackend = Literal["auto", "fused", "logits"]
 IGNORED = -100  # the label of tokens without a loss
@@ -31,28 +31,25 @@ FUSED_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 def loss_and_logits(
     model: Any,
     outputs: KimiLinearModelOutput,
+    inputs: dict[str, Any],
     labels: Tensor | None,
     logits_to_keep: int | Tensor,
     loss_kwargs: dict[str, Any],
-    *,
-    attention_mask: Tensor | None,
-    **boundaries: Any,
 ) -> tuple[Tensor | None, Tensor]:
     """The loss of a causal language model, None without labels, and its logits.
 
     Args:
         model: `KimiLinearForCausalLM`.
         outputs: its backbone's.
+        inputs: what the backbone was given, by its arguments' names.
         labels, logits_to_keep: as the model's forward has them.
         loss_kwargs: arguments of the loss function.
-        attention_mask: [B, S], non-zero at real tokens.
-        boundaries: `position_ids`, `seq_idx` and `cu_seq_lens`, which divide rows into sequences.
 
     Raises:
         ValueError: for an unknown `model.loss_backend`, or "fused" in training where it is not
             possible; for labels of another shape, and `logits_to_keep` beside labels.
     """
-    x, group = outputs.last_hidden_state, model.model.context_group
+    x, planner = outputs.last_hidden_state, model.model.planner
     assert x is not None
     if model.loss_backend not in get_args(LossBackend):
         raise ValueError(
@@ -60,22 +57,21 @@ def loss_and_logits(
             f"{get_args(LossBackend)}"
         )
     if labels is None:
-        return None, model.lm_head(_kept_states(x, logits_to_keep, attention_mask))
+        return None, model.lm_head(_kept_states(x, logits_to_keep, inputs["attention_mask"]))
     keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    if keeps_all and group is None and labels.shape != x.shape[:2]:
+    if keeps_all and planner.has_all_tokens and labels.shape != x.shape[:2]:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, which is not allowed: it must be "
             f"[batch, tokens] = {list(x.shape[:2])}"
         )
-    layout = sequence_layout(
-        *labels.shape, attention_mask=attention_mask, **boundaries, device=labels.device
-    )
+    boundaries = {name: inputs[name] for name in ("attention_mask", "position_ids", "seq_idx")}
+    boundaries["cu_seq_lens"] = inputs["cu_seq_lens_q"]
+    layout = sequence_layout(*labels.shape, **boundaries, device=labels.device)
     if not layout.is_plain:
         loss_kwargs = {"shift_labels": _next_labels(labels, layout), **loss_kwargs}
-    if group is not None:
-        labels, loss_kwargs = own_labels(labels, loss_kwargs, group)
+    labels, loss_kwargs = planner.own_labels(labels, loss_kwargs)
     loss, logits = _whole_loss(model, outputs, labels, logits_to_keep, loss_kwargs)
-    return (loss if group is None else total_over(loss, group)), logits
+    return planner.total(loss), logits
 
 
 def _whole_loss(
@@ -230,6 +226,3 @@ def token_label_loss(
     loss = model.loss_function(logits, labels, model.config, num_items_in_batch=num_items)
     counts = labels != IGNORED
     return add_router_losses(model, loss, outputs.router_losses_by_place, counts, num_items)
-
-
-__all__ = ["LossBackend", "loss_and_logits", "sequence_label_loss", "token_label_loss"]

@@ -111,6 +111,3 @@ def parameter_groups(
         groups = [group(of("matrix", "end", "taps"), weight_decay, False)]
     groups.append(group(of("vector"), 0.0, False))
     return [each for each in groups if each["params"]]
-
-
-__all__ = ["parameter_groups", "parameter_kinds"]

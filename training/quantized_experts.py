@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from kimi_linear.ops.experts.quantized import QuantizedExperts, bitsandbytes, plain_experts
 from kimi_linear.upstream.models import mark_initialized
-from torch import Tensor, nn
 
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
 
@@ -118,6 +119,3 @@ def _quantized(weights: Tensor, config: Any) -> nn.Parameter:
     made = nn.Parameter(quantized, requires_grad=False)
     mark_initialized(made)
     return made
-
-
-__all__ = ["dequantize_experts", "has_quantized_experts", "quantizing_experts", "saved_bytes"]

@@ -16,12 +16,13 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from kimi_linear.checkpoints.atomic import UNFINISHED, publish, recover_all, remove, sync_folder
-from kimi_linear.training.finite import not_finite_gradients, not_finite_states, not_finite_weights
-from kimi_linear.upstream.trainer import CheckpointHooks, rotate_checkpoints
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
+
+from kimi_linear.checkpoints.atomic import UNFINISHED, publish, recover_all, remove, sync_folder
+from kimi_linear.training.finite import not_finite_gradients, not_finite_states, not_finite_weights
+from kimi_linear.upstream.trainer import CheckpointHooks, rotate_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -124,8 +125,8 @@ class SafeTrainingMixin(CheckpointHooks):
                 loads.reset()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the number of steps that were skipped, if there were any; `train_loss`
-        is the mean of the whole run, of which Trainer knows the steps since it was resumed."""
+        """Add the number of skipped steps, if any; `train_loss` is the mean of the whole run, where
+        Trainer's is that of the steps since resuming."""
         if self.skipped_steps and "loss" in logs:
             logs["skipped_steps"] = len(self.skipped_steps)
         if "train_loss" in logs:
@@ -221,10 +222,3 @@ class SafeTrainingMixin(CheckpointHooks):
 
 class SafeTrainer(SafeTrainingMixin, Trainer):
     """Transformers' Trainer with `SafeTrainingMixin`'s checks and checkpoints."""
-
-
-__all__ = [
-    "BadStep",
-    "SafeTrainer",
-    "SafeTrainingMixin",
-]

@@ -5,9 +5,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from transformers.modeling_utils import PreTrainedModel
+
 from kimi_linear.upstream.interfaces import ForCausalLMLoss
 from kimi_linear.upstream.releases import versions
-from transformers.modeling_utils import PreTrainedModel
 
 OUTPUT_ARGUMENTS = {
     "output_attentions": "capture_outputs",
@@ -80,14 +81,3 @@ def check_arguments(
             f"{type(model).__name__}.forward() does not know {', '.join(sorted(unknown))}: its "
             f"arguments are {', '.join(names)} ({versions()})"
         )
-
-
-__all__ = [
-    "BACKBONE_ARGUMENTS",
-    "CAUSAL_LM_ARGUMENTS",
-    "CLASSIFIER_ARGUMENTS",
-    "LAYER_ARGUMENTS",
-    "LENGTH_ARGUMENTS",
-    "OUTPUT_ARGUMENTS",
-    "check_arguments",
-]

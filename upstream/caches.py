@@ -35,6 +35,3 @@ def holds_tokens(cache: Cache) -> bool:
 def is_offloading(cache: Cache) -> bool:
     """Whether a `DynamicCache` was made with `offloading=True`."""
     return bool(getattr(cache, "offloading", False))
-
-
-__all__ = ["CACHE_NAME", "holds_tokens", "is_offloading", "put_layers"]

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+
 from kimi_linear.outputs_kimi_linear import answering_both, one_cache
 from kimi_linear.upstream.caches import CACHE_NAME
 from kimi_linear.upstream.late_stop import late_sample
 from kimi_linear.upstream.releases import versions
-from torch import Tensor
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 
 
 class LoopWatch:
@@ -216,6 +217,3 @@ class GenerationHooks(GenerationMixin):
             is_compiled: Whether `compile_config` is given.
         """
         raise NotImplementedError
-
-
-__all__ = ["LOOP_ARGUMENTS", "GenerationHooks", "LoopWatch"]

@@ -62,6 +62,3 @@ def late_sample() -> Callable[..., Any] | None:
     late = types.FunctionType(code, names, argdefs=sample.__defaults__, closure=sample.__closure__)
     late.__kwdefaults__ = sample.__kwdefaults__
     return late
-
-
-__all__ = ["LATE_DEVICE_TYPES", "LateStopCheck", "late_sample"]

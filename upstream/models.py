@@ -14,10 +14,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
+
+from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES
 
 
 def has_own_adapters(model: Any) -> bool:
@@ -193,14 +194,3 @@ class PreTrainedModelHooks(PreTrainedModel):
     def joined_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put together what Transformers cannot; the model's class says what that is."""
         return state_dict
-
-
-__all__ = [
-    "Loading",
-    "PreTrainedModelHooks",
-    "has_own_adapters",
-    "is_divided",
-    "is_quantized",
-    "mark_initialized",
-    "save_by_registered_names",
-]

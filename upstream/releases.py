@@ -12,6 +12,3 @@ def versions() -> str:
         f"Transformers {transformers.__version__} is installed, this package is tested with "
         f"{TESTED[0]} to {TESTED[1]}"
     )
-
-
-__all__ = ["TESTED", "versions"]

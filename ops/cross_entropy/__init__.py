@@ -12,11 +12,12 @@ Shapes: N tokens, D hidden size, V vocabulary, C tokens of a chunk.
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from kimi_linear.ops.cross_entropy.kernels import loss_and_gradient, reference_loss_and_gradient
 from kimi_linear.ops.runtime import has_kernels, no_autocast, product_dtype
 from kimi_linear.ops.wide_product import add_wide_product, wide_product
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Logits of a chunk: 512 MB in float32.
 CHUNK_ELEMENTS = 1 << 27
@@ -130,6 +131,3 @@ def _by_chunks(
 def chunk_tokens(vocab_size: int) -> int:
     """C: a power of two, the largest that keeps a chunk's logits within `CHUNK_ELEMENTS`."""
     return max(MIN_CHUNK_TOKENS, 1 << max(0, (CHUNK_ELEMENTS // vocab_size).bit_length() - 1))
-
-
-__all__ = ["chunk_tokens", "linear_cross_entropy"]

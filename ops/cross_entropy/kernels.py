@@ -9,9 +9,10 @@ Sums are in float32, in a fixed order. Shapes: C tokens of a chunk, V vocabulary
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
 import torch
+from torch import Tensor
+
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import jit, power_of_two, tl
-from torch import Tensor
 
 
 def reference_loss_and_gradient(
@@ -85,6 +86,3 @@ def _loss_and_gradient(
         grad = (tl.exp(x - log_total) - tl.where(column == label, 1.0, 0.0)) * factor
         grad = tl.where(counts, grad, 0.0)
         tl.store(grads + column, grad.to(grads.dtype.element_ty), mask=column < size)
-
-
-__all__ = ["loss_and_gradient", "reference_loss_and_gradient"]

@@ -10,11 +10,12 @@ Shapes: T tokens, D hidden size, k experts of one token.
 
 from typing import Any
 
+from torch import Tensor
+
 from kimi_linear.ops.experts.prefill import can_prefill, prefill_experts, refuse
 from kimi_linear.ops.experts.training import train_experts, trains_lean
 from kimi_linear.ops.runtime import TritonError
 from kimi_linear.upstream.interfaces import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
-from torch import Tensor
 
 
 def grouped_experts(
@@ -44,5 +45,3 @@ def grouped_experts(
 
 EXPERTS = ExpertsInterface()
 EXPERTS["grouped_mm"] = grouped_experts
-
-__all__ = ["EXPERTS", "grouped_experts"]

@@ -8,10 +8,11 @@ Shapes: T tokens, E experts, k experts of one token, G groups of experts.
 from typing import Any
 
 import torch
-from kimi_linear.ops.experts.choice_kernels import launch_choice, launch_choice_backward
-from kimi_linear.ops.runtime import has_kernels
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kimi_linear.ops.experts.choice_kernels import launch_choice, launch_choice_backward
+from kimi_linear.ops.runtime import has_kernels
 
 
 def choose_experts(
@@ -87,6 +88,3 @@ class _Choice(torch.autograd.Function):
             logits, experts, grad.contiguous(), ctx.renormalize, ctx.factor
         )
         return dlogits, None, None, None, None
-
-
-__all__ = ["choose_experts"]

@@ -11,9 +11,10 @@ Shapes: T tokens, E experts, k experts of one token.
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
 import torch
+from torch import Tensor
+
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
-from torch import Tensor
 
 ROWS = 8  # tokens of a program
 
@@ -163,6 +164,3 @@ def _choice_backward(
         row += tl.where(column == at, value, 0.0)
     place = out + token[:, None] * num_experts + column
     tl.store(place, row.to(out.dtype.element_ty), mask=real & (column < num_experts))
-
-
-__all__ = ["launch_choice", "launch_choice_backward"]

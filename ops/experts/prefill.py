@@ -9,12 +9,13 @@ Shapes: T tokens, D hidden size, k experts of one token.
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
 from kimi_linear.ops.experts.prefill_kernels import TensorDescriptor, down, gate_up
 from kimi_linear.ops.experts.row_sums import weighted_sum
 from kimi_linear.ops.experts.sort import sort_pairs
 from kimi_linear.ops.runtime import has_kernels, in_pieces, is_plain_silu
-from torch import Tensor, nn
-from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +62,3 @@ def prefill_experts(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> 
         return weighted_sum(pairs, weights.contiguous(), index.contiguous(), num_experts)
 
     return in_pieces(run, PIECE_TOKENS, x, index, weights)
-
-
-__all__ = ["can_prefill", "prefill_experts", "refuse"]

@@ -18,8 +18,9 @@ of a token and one of its experts, sorted by expert.
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
 import torch
-from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
 from torch import Tensor
+
+from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -163,6 +164,3 @@ def _down(
         total.to(out.dtype.element_ty),
         mask=(row < end)[:, None] & (place < D)[None, :],
     )
-
-
-__all__ = ["TensorDescriptor", "down", "gate_up"]

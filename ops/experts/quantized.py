@@ -146,6 +146,3 @@ def plain_experts(weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(weights, QuantizedExperts):
         weights = weights.dequantized()
     return weights if dtype is None else weights.to(dtype)
-
-
-__all__ = ["QuantizedExperts", "bitsandbytes", "plain_experts"]

@@ -12,9 +12,10 @@ experts.
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
 import torch
+from torch import Tensor
+
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import has_kernels, jit, power_of_two, tl
-from torch import Tensor
 
 
 # ------------------------------------------------------------------------- rows in pairs' order
@@ -122,6 +123,3 @@ def _sum_of_rows(
             row *= tl.load(weights + token * NUM + slot).to(tl.float32)
         total += row
     tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=column < size)
-
-
-__all__ = ["launch_sum_of_rows", "reference_sum_of_rows", "sum_of_rows", "weighted_sum"]

@@ -15,9 +15,10 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl, triton
-from torch import Tensor
 
 PAIRS = 256  # of a program
 
@@ -72,7 +73,7 @@ def launch_sort_pairs(experts: Tensor, num_experts: int) -> SortedPairs:
 
 @jit
 def _own_experts(experts, num_pairs, num_experts, PAIRS: tl.constexpr):
-    """This program's pairs and their experts; E for those that there are not."""
+    """Its pairs and their experts; E for pairs past the end and experts out of range."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     expert = tl.load(experts + pair, mask=pair < num_pairs, other=num_experts)
     return pair, tl.minimum(expert, num_experts).to(tl.int32)
@@ -121,6 +122,3 @@ def _place_pairs(
         last = (number + 1) * tl.num_programs(0) - 1
         mask = number < num_experts
         tl.store(ends + number, tl.load(begins + last, mask=mask, other=0), mask=mask)
-
-
-__all__ = ["SortedPairs", "launch_sort_pairs", "reference_sort_pairs", "sort_pairs"]

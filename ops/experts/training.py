@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
 from kimi_linear.ops.experts.quantized import QuantizedExperts, plain_experts
 from kimi_linear.ops.experts.row_sums import sum_of_rows
 from kimi_linear.ops.experts.sort import sort_pairs
 from kimi_linear.ops.gated_silu import gated_silu, gated_silu_backward
 from kimi_linear.ops.runtime import is_plain_silu, is_traced, no_autocast, product_dtype
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # Where it is used.
 DEVICES = ("cpu", "cuda")
@@ -146,9 +147,3 @@ def _outer_products(left_PM: Tensor, right_PN: Tensor, ends: Tensor) -> Tensor:
     for expert, (start, stop) in enumerate(pairwise([0, *ends.tolist()])):
         torch.mm(left_PM[start:stop].t(), right_PN[start:stop], out=out[expert])
     return out
-
-
-__all__ = [
-    "train_experts",
-    "trains_lean",
-]

@@ -8,10 +8,11 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from kimi_linear.ops.fla.tuning import use_known_configs
-from kimi_linear.ops.runtime import KERNEL_DTYPES, is_transformed
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from kimi_linear.ops.fla.tuning import use_known_configs
+from kimi_linear.ops.runtime import KERNEL_DTYPES, is_transformed
 
 Backend = Literal["auto", "fla", "torch"]
 
@@ -138,12 +139,3 @@ def fla_layout(cu_seqlens: Tensor) -> FlaLayout:
         layout = FlaLayout(version, all_ends, filled_ends, is_filled.nonzero().flatten())
     _layouts[cu_seqlens] = layout
     return layout
-
-
-__all__ = [
-    "convolution_kernels",
-    "fla_layout",
-    "kda_kernels",
-    "norm_kernel",
-    "resolve_backend",
-]

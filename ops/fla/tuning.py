@@ -1,10 +1,10 @@
-"""Spares FLA's autotuners the search where `fla_configs.py` has what was measured.
+"""Gives FLA's autotuners the configurations that were measured, see `configs.py`.
 
-FLA tries every configuration of a kernel (up to 36) on its first call with new shapes or dtypes:
-compiles and times each. For the kernels of KDA and of what stands around them that takes minutes
-in a new process with an empty cache, and the choice, hence the rounding, differs from run to run.
-What was measured once on a Hopper GPU is put into the autotuners instead. What is not in the table
-(other GPUs, head sizes, dtypes, versions of FLA with other kernels) is tuned by FLA as ever.
+FLA compiles and times every configuration of a kernel (up to 36) on its first call with new shapes
+or dtypes. For KDA's kernels and those around them that takes minutes in a new process with an empty
+cache, and the choice, hence the rounding, differs from run to run.
+The table has what was measured once on a Hopper GPU. FLA tunes everything else itself: other GPUs,
+head sizes, dtypes, and versions of FLA with other kernels.
 
 FLA_CACHE_MODE, FLA's own switch, turns this off with whatever value it has ("disabled": FLA tunes).
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from kimi_linear.ops.fla.configs import CAPABILITY, CONFIGS
 from kimi_linear.ops.launch import DirectLaunch, is_jit_function
 
@@ -131,6 +132,3 @@ def _is_measured_gpu() -> bool:
     return all(
         torch.cuda.get_device_capability(i) == CAPABILITY for i in range(torch.cuda.device_count())
     )
-
-
-__all__ = ["use_known_configs"]

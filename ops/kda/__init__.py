@@ -15,21 +15,18 @@ g = -exp(A_log) softplus(g_raw + dt_bias) and beta = sigmoid(beta_raw) itself.
 Shapes: B batch, T tokens, H heads, K key size, V value size, N sequences.
 """
 
+from torch import Tensor
+
 from kimi_linear.ops.fla.backend import resolve_backend
 from kimi_linear.ops.kda.chunked import chunked_kda
 from kimi_linear.ops.kda.fla import fla_kda
 from kimi_linear.ops.kda.recurrent import (
-    L2NORM_EPS,
     KDAInputs,
     can_step_in_place,
-    l2norm,
-    log_decay,
     recurrent_kda,
     step_in_place,
 )
-from kimi_linear.ops.kda.segments import CHUNK_SIZE
 from kimi_linear.ops.runtime import is_transformed, needs_grad
-from torch import Tensor
 
 
 def kda_attention(
@@ -93,12 +90,3 @@ def kda_attention(
     if state is not None and state_out is not None and state_out.dtype == state.dtype:
         state = state_out.copy_(state)
     return out, state
-
-
-__all__ = [
-    "CHUNK_SIZE",
-    "L2NORM_EPS",
-    "kda_attention",
-    "l2norm",
-    "log_decay",
-]

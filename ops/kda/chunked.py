@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from kimi_linear.ops.kda.recurrent import KDAInputs, l2norm, log_decay
 from kimi_linear.ops.kda.segments import Segment, plan_segments
 from kimi_linear.ops.runtime import compute_dtype, no_autocast
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def chunked_kda(x: KDAInputs, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
@@ -269,6 +270,3 @@ def _corner_blocks(scores_GC2C: Tensor, size: int) -> Tensor:
     m = C // (2 * size)
     blocks = scores_GC2C.view(G, m, 2 * size, 2, m, 2 * size).diagonal(dim1=1, dim2=4)
     return blocks[:, size:, :, :size]
-
-
-__all__ = ["chunked_kda"]

@@ -3,10 +3,11 @@
 Shapes: B batch, T tokens, H heads, K key size, V value size, N sequences.
 """
 
+from torch import Tensor
+
 from kimi_linear.ops.fla.backend import fla_layout, kda_kernels
 from kimi_linear.ops.kda.recurrent import KDAInputs
 from kimi_linear.ops.runtime import needs_grad
-from torch import Tensor
 
 # Up to this many tokens FLA's recurrence, one launch, is faster than its chunked form, nine.
 RECURRENT_TOKENS = 64
@@ -51,6 +52,3 @@ def fla_kda(
             whole = final.new_zeros(x.num_sequences, *final.shape[1:])
         final = whole.float().index_copy(0, filled, final)
     return out, final
-
-
-__all__ = ["fla_kda"]

@@ -10,8 +10,9 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.runtime import compute_dtype, no_autocast
 from torch import Tensor
+
+from kimi_linear.ops.runtime import compute_dtype, no_autocast
 
 L2NORM_EPS = 1e-6
 
@@ -88,7 +89,7 @@ def log_decay(g: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     KDA's decay is computed in three places. The torch paths, `recurrent_kda`, `step_in_place` and
     `chunked_kda`, call this function. FLA's kernels have their own copy, for training, prefill and
     steps on a GPU: `use_gate_in_kernel=True` in `ops/kda/fla.py` turns it on. The recorded decode
-    step has another in `decode/kernels.py`, where `decay = tl.exp(-A * softplus)`.
+    step has another in `decode/attention_kernels.py`, where `decay = tl.exp(-A * softplus)`.
 
     Args:
         g: raw gate [..., H, K].
@@ -158,15 +159,3 @@ def _activated(x: KDAInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q_BTHK = l2norm(x.q.to(dtype)) * x.q.shape[-1] ** -0.5
     decay_BTHK = log_decay(x.g.to(dtype), x.A_log, x.dt_bias).exp()
     return q_BTHK, l2norm(x.k.to(dtype)), x.v.to(dtype), decay_BTHK, x.beta.to(dtype).sigmoid()
-
-
-__all__ = [
-    "L2NORM_EPS",
-    "KDAInputs",
-    "can_step_in_place",
-    "check_cu_seqlens",
-    "l2norm",
-    "log_decay",
-    "recurrent_kda",
-    "step_in_place",
-]

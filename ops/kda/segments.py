@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.runtime import is_exporting, power_of_two
 from torch import Tensor
+
+from kimi_linear.ops.runtime import is_exporting, power_of_two
 
 CHUNK_SIZE = 64
 # Elements of one [R, L, H, K] tensor: it fits a CPU's caches and is large enough to hide dispatch.
@@ -130,6 +131,3 @@ def _plan_packed(ends: list[int], max_tokens: int, device: torch.device) -> list
         rows = ((rest > size // 2) & (rest <= size)).nonzero().flatten()
         add(rows, starts + whole * CHUNK_SIZE, size, 1)
     return segments
-
-
-__all__ = ["CHUNK_SIZE", "Segment", "plan_segments"]

@@ -23,15 +23,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from kimi_linear.ops.latent_attention.absorbed import (
     absorbed_attention,
     absorbed_query,
     head_values,
 )
-from kimi_linear.ops.latent_attention.blocks import first_tokens, num_tokens, unseen_mask
-from kimi_linear.ops.latent_attention.expanded import FUSED_QUERY_TOKENS, expanded_attention
+from kimi_linear.ops.latent_attention.blocks import num_tokens, unseen_mask
+from kimi_linear.ops.latent_attention.expanded import expanded_attention
 from kimi_linear.ops.runtime import no_autocast
-from torch import Tensor
 
 
 def absorbed_is_cheaper(
@@ -121,12 +122,3 @@ def latent_attention_weights(
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
     mixed = weights @ latent[..., :rank].to(query.dtype).unsqueeze(1)  # [B, H, T, L]
     return head_values(mixed.transpose(1, 2), value_HVL, query_BTHK.dtype), weights
-
-
-__all__ = [
-    "FUSED_QUERY_TOKENS",
-    "absorbed_is_cheaper",
-    "first_tokens",
-    "latent_attention",
-    "latent_attention_weights",
-]

@@ -8,6 +8,8 @@ n tokens of a block.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from kimi_linear.ops.latent_attention.blocks import (
     MergedBlocks,
     block_softmax,
@@ -16,7 +18,6 @@ from kimi_linear.ops.latent_attention.blocks import (
     unseen_mask,
     wide_bmm,
 )
-from torch import Tensor
 
 # Elements of one tensor of scores: it fits a CPU's caches, and fills an accelerator.
 SCORE_ELEMENTS = {"cpu": 1 << 20}
@@ -78,6 +79,3 @@ def absorbed_query(query_BTHK: Tensor, key_HNL: Tensor) -> Tensor:
 def head_values(mixed_BTHL: Tensor, value_HVL: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, T, H, V]: the heads' value matrices applied to the mixed latents."""
     return torch.einsum("bthl,hvl->bthv", mixed_BTHL.to(value_HVL.dtype), value_HVL).to(dtype)
-
-
-__all__ = ["absorbed_attention", "absorbed_query", "head_values"]

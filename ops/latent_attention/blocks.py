@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from kimi_linear.ops.runtime import needs_grad
 from torch import Tensor
+
+from kimi_linear.ops.runtime import needs_grad
 
 
 # ----------------------------------------------------------------------------------------- cutting
@@ -121,15 +122,3 @@ class MergedBlocks:
         """The mean over all keys."""
         assert self._mean is not None
         return self._mean
-
-
-__all__ = [
-    "MergedBlocks",
-    "block_softmax",
-    "first_tokens",
-    "key_blocks",
-    "num_tokens",
-    "query_tiles",
-    "unseen_mask",
-    "wide_bmm",
-]

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import logging
+
 from kimi_linear.ops.latent_attention.blocks import (
     MergedBlocks,
     block_softmax,
@@ -24,8 +27,6 @@ from kimi_linear.ops.latent_attention.blocks import (
     wide_bmm,
 )
 from kimi_linear.ops.runtime import needs_grad
-from torch import Tensor
-from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
@@ -250,6 +251,3 @@ def _more_tokens(x_BHnK: Tensor, count: int) -> Tensor:
     if count == 0:
         return x_BHnK
     return F.pad(x_BHnK.transpose(1, 2), (0, 0, 0, 0, 0, count)).transpose(1, 2)
-
-
-__all__ = ["FUSED_QUERY_TOKENS", "expanded_attention"]

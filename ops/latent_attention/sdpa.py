@@ -85,6 +85,3 @@ def _causal(query_BHTK: Tensor, key_BHSK: Tensor) -> dict[str, Any]:
     """SDPA's arguments for causal attention of the last T tokens to all S."""
     T, S = query_BHTK.shape[2], key_BHSK.shape[2]
     return {"is_causal": True} if T == S else {"attn_mask": causal_lower_right(T, S)}
-
-
-__all__ = ["attention_by_sequence", "eager_attention"]

@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from kimi_linear.ops.joint_products import joint_weights
 from kimi_linear.ops.runtime import has_kernels
 from kimi_linear.ops.short_conv.prefill_kernels import convolve_three
 from kimi_linear.ops.short_conv.training import project_jointly
-from torch import Tensor, nn
 
 
 class ConvolvedProjections(NamedTuple):
@@ -115,6 +116,3 @@ def _one_by_one(
         outputs.append(out)
         tails.append(tail)
     return outputs, torch.stack(tails, dim=1) if output_state else None
-
-
-__all__ = ["ConvolvedProjections", "convolved_projections"]

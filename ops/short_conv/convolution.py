@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from kimi_linear.ops.fla.backend import convolution_kernels, fla_layout, resolve_backend
 from kimi_linear.ops.runtime import compute_dtype, needs_grad, no_autocast
-from torch import Tensor
 
 
 def _packed_places(cu_seqlens: Tensor, num_tokens: int, history: int) -> tuple[Tensor, Tensor]:
@@ -182,6 +183,3 @@ def short_convolution(
     with no_autocast(x.device):
         y, state = _torch_convolution(x, weight_DW, initial_state, cu_seqlens)
     return y, (state if output_final_state else None)
-
-
-__all__ = ["convolution_state", "short_convolution"]

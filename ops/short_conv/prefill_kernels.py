@@ -15,9 +15,10 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import ceil_div, jit, tl
-from torch import Tensor
 
 TOKENS, CHANNELS = 32, 128  # of a program
 
@@ -127,6 +128,3 @@ def _convolve(
             offset = tl.full((1, CHANNELS), column - W + 1, dtype=tl.int32)
             last = _last_input(x, state, T + offset, channel, D, W)
             tl.store(after + place, last, mask=channel < D)
-
-
-__all__ = ["convolve_three"]

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from kimi_linear.ops.joint_products import split_gradient, stacked
 from kimi_linear.ops.runtime import no_autocast, product_dtype
 from kimi_linear.ops.short_conv.training_kernels import (
@@ -16,8 +19,6 @@ from kimi_linear.ops.short_conv.training_kernels import (
     convolve_columns,
     convolve_columns_backward,
 )
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def project_jointly(
@@ -98,6 +99,3 @@ def _joint_taps(taps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     joint = torch.cat(list(taps)).view(len(taps), *taps[0].shape[::2]).to(dtype)
     missing = WIDTH - joint.shape[2]
     return F.pad(joint, (missing, 0)) if missing else joint
-
-
-__all__ = ["project_jointly"]

@@ -18,10 +18,11 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 from collections.abc import Sequence
 
 import torch
-from kimi_linear.ops.kda import L2NORM_EPS
+from torch import Tensor
+
+from kimi_linear.ops.kda.recurrent import L2NORM_EPS
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
-from torch import Tensor
 
 WIDTH = 4  # fewer taps are filled up with zeros, the oldest first
 TOKENS = 32  # of a program, forward; of one head
@@ -258,6 +259,3 @@ def _convolve_columns_backward(
     tl.store(place + 1, dw1, mask=inside)
     tl.store(place + 2, dw2, mask=inside)
     tl.store(place + 3, dw3, mask=inside)
-
-
-__all__ = ["WIDTH", "convolve_columns", "convolve_columns_backward"]

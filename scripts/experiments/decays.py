@@ -19,12 +19,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
-from kimi_linear.ops.kda import log_decay
 from torch import Tensor, nn
 
 from experiments.layers import GatedDeltaNet, build_model
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
+from kimi_linear.ops.kda.recurrent import log_decay
 
 SLOWER = 100.0
 QUANTILES = (0.1, 0.5, 0.9)

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
 from kimi_linear.ops.fla.backend import resolve_backend
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import no_autocast
-from torch import Tensor, nn
 
 MIXERS = ("kda", "gdn", "mamba2", "mla")
 

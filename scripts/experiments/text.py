@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from kimi_linear.tokenizer import convert_tiktoken, train_bpe
 from texts.corpus import SourceFile, split_by_file, standard_library, total_bytes
 from texts.evaluation import encode_texts
 from torch import Tensor
+
+from kimi_linear.tokenizer import convert_tiktoken, train_bpe
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kimi_linear import KimiLinearForCausalLM
 from torch import Tensor, nn
+
+from kimi_linear import KimiLinearForCausalLM
 
 WARM_UP_STEPS = 3
 CLIP_NORM = 1.0

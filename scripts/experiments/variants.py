@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.layers import small_config
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from kimi_linear.layers.norm import KimiLinearRMSNorm
-from torch import Tensor, nn
-
-from experiments.layers import small_config
+from kimi_linear.layers.plan import ForwardPlan
 
 # KDA layers to one MLA layer; all of a depth or none: one kind only.
 RATIOS: dict[str, tuple[int, int]] = {
@@ -55,24 +56,19 @@ class SwishGatedNorm(KimiLinearRMSNorm):
 class RotaryLatentAttention(KimiLinearLatentAttention):
     """Latent attention with rotary positions on the shared key part, for calls without a cache."""
 
-    def _query(self, x: Tensor) -> Tensor:
-        query = super()._query(x)  # [B, T, H, K]
-        plain, shared = query.split([self.key_dim, self.shared_key_dim], dim=-1)
-        return torch.cat([plain, rotated(shared, dim=1)], dim=-1)
+    def query(self, x: Tensor) -> Tensor:
+        plain, shared = super().query(x).split([self.key_dim, self.shared_key_dim], dim=-1)
+        return torch.cat([plain, rotated(shared, dim=1)], dim=-1)  # [B, T, H, K]
 
-    def _latent(self, x: Tensor) -> Tensor:
-        latent, shared = super()._latent(x).split([self.latent_dim, self.shared_key_dim], dim=-1)
+    def latent(self, x: Tensor) -> Tensor:
+        latent, shared = super().latent(x).split([self.latent_dim, self.shared_key_dim], dim=-1)
         return torch.cat([latent, rotated(shared, dim=1)], dim=-1)
 
-    def _attend_in_tiles(
-        self,
-        x: Tensor,
-        segments: list[Tensor],
-        real_tokens: Tensor | None,
-        seen: Tensor | None,
+    def _attend_to_latents(
+        self, x: Tensor, segments: list[Tensor], plan: ForwardPlan
     ) -> tuple[Tensor, Tensor | None]:
         """Of all queries at once: a tile's would be rotated as if it were the first."""
-        out, weights = self._attend(self._query(x), segments, real_tokens, seen)
+        out, weights = self._attend(self.query(x), segments, plan.real_tokens, plan.seen)
         return self.o_proj(out.flatten(-2)), weights
 
 

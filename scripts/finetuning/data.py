@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from kimi_linear.tokenizer import encode_chat, encode_plain
 from transformers import PreTrainedTokenizerBase
+
+from kimi_linear.tokenizer import encode_chat, encode_plain
 
 IGNORED = -100
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -247,6 +248,3 @@ def without_none(value: Any) -> Any:
 def _tools(row: Mapping[str, Any]) -> Any:
     tools = row.get("tools")
     return (json.loads(tools) if isinstance(tools, str) else without_none(tools)) or None
-
-
-__all__ = ["dpo_rows", "grpo_rows", "load_rows", "sft_rows", "to_messages"]

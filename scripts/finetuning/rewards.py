@@ -85,5 +85,3 @@ _REWARDS: dict[str, Callable[[str, str], bool]] = {
     "number": _same_number,
     "exact": lambda text, answer: text.strip() == answer.strip(),
 }
-
-__all__ = ["last_number", "make_reward", "text_of"]

@@ -12,22 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from kimi_linear.training.lora import LORA_GROUPS
 from learning.optimizers import OPTIMIZERS, SCHEDULES
+from options.settings import setting
+
+from kimi_linear.training.lora import LORA_GROUPS
 
 # May differ between a run and the one that goes on with it: none has a part in the loss curve.
 FREE_TO_CHANGE = ("output", "resume", "save_every", "keep_checkpoints", "merge")
 LOSS_TOKENS = ("assistant", "all")
 QUANTIZATIONS = ("4bit", "8bit")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge")
-
-
-def setting(default: Any, text: str, choices: Sequence[str] = ()) -> Any:
-    """A field with its help and, if it has them, its allowed values."""
-    metadata = {"help": text, "choices": tuple(choices)}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

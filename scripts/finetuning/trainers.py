@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.training.safe_trainer import SafeTrainingMixin
 from learning.optimizers import make_optimizer, schedule_factor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -20,6 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from finetuning.settings import DpoSettings, GrpoSettings, Settings, SftSettings
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.training.safe_trainer import SafeTrainingMixin
 
 # Between two figures of a run.
 DRAW_SECONDS = 60
@@ -243,8 +243,9 @@ def our_reference(settings: Settings) -> Iterator[None]:
 
 def lora_config(settings: Settings, config: Any) -> Any:
     """PEFT's configuration of the adapters that the settings want."""
-    from kimi_linear.training.lora import lora_targets
     from peft import LoraConfig
+
+    from kimi_linear.training.lora import lora_targets
 
     return LoraConfig(
         r=settings.lora_rank,
@@ -253,12 +254,3 @@ def lora_config(settings: Settings, config: Any) -> Any:
         task_type="CAUSAL_LM",
         **lora_targets(config, *settings.lora),
     )
-
-
-__all__ = [
-    "MetricsFile",
-    "is_first_process",
-    "last_checkpoint",
-    "make_trainer",
-    "tensorboard",
-]

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from kimi_linear.tokenizer import Answer, AnswerReader, ToolCall, encode_chat
-from kimi_linear.tokenizer.special_tokens import EOS_TOKENS
 from transformers import (
     Cache,
     DynamicCache,
@@ -28,6 +26,9 @@ from transformers import (
     StoppingCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
+
+from kimi_linear.tokenizer import Answer, AnswerReader, ToolCall, encode_chat
+from kimi_linear.tokenizer.special_tokens import EOS_TOKENS
 
 FORMAT = "kimi-linear-chat"
 VERSION = 1

@@ -1,45 +1,46 @@
 """What generate.py and chat.py share: loading a model, and the options of sampling."""
 
-import argparse
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import torch
+from options.settings import setting
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        greedy: Take the likeliest token every time; the other options but the penalty then mean
-            nothing.
-        temperature: Divides the logits; above 0.
-        top_p: Sample from the likeliest tokens that hold this much probability.
-        top_k: Sample from this many tokens; 0: from all.
-        min_p: Leave out tokens below this fraction of the likeliest one's probability.
-        repetition_penalty: Above 1 makes tokens less likely that were there before.
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """Which model, and how tokens are chosen; `greedy` leaves only the penalty a meaning.
 
     Raises:
         ValueError: For a number out of range.
     """
 
-    greedy: bool = False
-    temperature: float = 0.8
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    model: str | os.PathLike[str] = setting(MISSING, flag=False)
+    max_new_tokens: int = setting(256, "stop after that many")
+    greedy: bool = setting(False, "always the likeliest token")
+    temperature: float = setting(0.8, "divides the logits")
+    top_p: float = setting(1.0, "sample from the likeliest tokens that hold this probability")
+    top_k: int = setting(0, "sample from this many tokens; 0: from all")
+    min_p: float = setting(0.0, "leave tokens out below this fraction of the likeliest one's")
+    repetition_penalty: float = setting(1.0, "above 1: tokens that were there are less likely")
+    seed: int | None = setting(None, "for the same text again")
+    device: str = setting("auto", "CUDA if there is one, or a device of torch")
+    dtype: str = setting("auto", "auto: the checkpoint's", choices=DTYPES)
+    revision: str | None = setting(None, "branch, tag or commit on the Hub")
+    threads: int | None = setting(None, "CPU threads")
+    trust_remote_code: bool = setting(True, "run the code beside the weights")
+    quiet: bool = setting(False, "nothing on stderr")
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
@@ -47,6 +48,7 @@ class Sampling:
                 f"temperature={self.temperature} is not allowed: above 0, or use greedy"
             )
         allowed = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "it must be at least 1"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
@@ -66,6 +68,13 @@ class Sampling:
             names = ("temperature", "top_p", "top_k", "min_p")
             options |= {name: getattr(self, name) for name in names}
         return options
+
+    def load(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """Tokenizer and model; see the function of this name."""
+        if self.quiet:
+            logging.disable_progress_bar()
+        names = ("device", "dtype", "revision", "threads", "trust_remote_code")
+        return load(self.model, **{name: getattr(self, name) for name in names})
 
 
 def load(
@@ -104,25 +113,3 @@ def load(
     tokenizer = AutoTokenizer.from_pretrained(model, **source)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source).to(device).eval()
     return tokenizer, network
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Sampling` and `load`, and `--seed`."""
-    add = parser.add_argument
-    add("--greedy", action="store_true", help="always the likeliest token")
-    add("--temperature", type=float, default=0.8)
-    add("--top-p", type=float, default=1.0)
-    add("--top-k", type=int, default=0)
-    add("--min-p", type=float, default=0.0)
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int, help="for the same text again")
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=DTYPES)
-    add("--revision", help="branch, tag or commit on the Hub")
-    add("--threads", type=int, help="CPU threads")
-    add(
-        "--trust-remote-code",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="run the code beside the weights",
-    )

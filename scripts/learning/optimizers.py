@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kimi_linear.training.parameter_groups import parameter_groups
 from torch import Tensor, nn
+
+from kimi_linear.training.parameter_groups import parameter_groups
 
 SCHEDULES = ("constant", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")

@@ -16,8 +16,8 @@ def main(
     """Seconds of each step."""
     times = [time.perf_counter()]
     import torch
-    from kimi_linear import KimiLinearConfig
 
+    from kimi_linear import KimiLinearConfig
     from measuring.device import synchronise
     from measuring.models import build
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from measuring.device import Rates
 
 

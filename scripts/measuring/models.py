@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
+
+from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 
 MODELS = ("ours", "native")
 NATIVE_MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"
@@ -85,7 +86,7 @@ def _native_model(config: KimiLinearConfig, device: torch.device) -> PreTrainedM
         raise ValueError(
             f"moe_layer_freq={config.moe_layer_freq} is not allowed: the native model knows 1 only"
         )
-    module = _native_module(device)
+    module = native_module(device)
     native_config = module.KimiLinearConfig(
         **{field: getattr(config, field) for field in SHARED_FIELDS},
         linear_attn_config=dict(config.linear_attn_config),
@@ -94,7 +95,7 @@ def _native_model(config: KimiLinearConfig, device: torch.device) -> PreTrainedM
     return module.KimiLinearForCausalLM(native_config)
 
 
-def _native_module(device: torch.device) -> Any:
+def native_module(device: torch.device) -> Any:
     """Transformers' module, bound to its torch operators where there is no GPU.
 
     It binds its operators when it is imported, to FLA's if there is such a package, and then calls

@@ -1,97 +1,65 @@
-"""What `benchmark.py` is asked to measure, checked."""
+"""What `benchmark.py` is asked to measure."""
 
-import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from generating.loading import DTYPES
-from kimi_linear import PRESETS
+from options.settings import check_settings, require, require_some, setting
 
+from kimi_linear import PRESETS
 from measuring.models import MODELS
 
 MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call")
 DEVICES = ("auto", "cuda", "cpu")
-SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured.
+    """What is measured, and where the figures go.
 
     Attributes:
-        preset: Name of the size, see `presets.py`.
-        train_preset: The size for "train"; None: `preset`.
-        models: Some of `MODELS`, in the order in which they are measured.
-        measure: Some of `MEASURES`.
-        device: One of `DEVICES`; "auto": CUDA if there is one.
-        dtype: One of `generating.loading.DTYPES`; "auto": bfloat16 on a GPU, float32 on a CPU.
-        contexts: Tokens, for "prefill", "decode" and "first-token".
-        batches: Rows, for "generate".
-        prompt_length, new_tokens: Tokens, for "generate", "decode" and "first-call".
-        prefill_chunk: Tokens of a call while a text is read; None: all at once in "prefill", a
-            default elsewhere.
-        train_tokens: Tokens of the packed row, for "train".
-        repeats: Runs per figure at most, after a warm-up.
-        time_limit: Seconds after which no measurement is begun; each model gets its share. None:
-            no limit.
-        threads: CPU threads; None: torch's choice. Where others use the cores too, one is faster.
+        time_limit: Seconds after which no measurement is begun; each model gets its share.
+        threads: Where others use the cores too, one is faster.
 
     Raises:
-        ValueError: For a value out of range.
+        ValueError: For a value that is not allowed.
     """
 
-    preset: str = "2m"
-    train_preset: str | None = None
-    models: Sequence[str] = MODELS
-    measure: Sequence[str] = ("prefill", "decode", "generate", "first-token", "train")
-    device: str = "auto"
-    dtype: str = "auto"
-    contexts: Sequence[int] = (128, 512)
-    batches: Sequence[int] = (1, 2)
-    prompt_length: int = 512
-    new_tokens: int = 16
-    prefill_chunk: int | None = None
-    train_tokens: int = 512
-    repeats: int = 3
-    time_limit: float | None = None
-    threads: int | None = None
+    preset: str = setting("2m", "size, see presets.py", choices=PRESETS)
+    train_preset: str | None = setting(None, "size for train; else --preset", choices=PRESETS)
+    models: Sequence[str] = setting(MODELS, "in this order", choices=MODELS)
+    measure: Sequence[str] = setting(MEASURES[:-1], "default: all but first-call", choices=MEASURES)
+    device: str = setting("auto", choices=DEVICES)
+    dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
+    contexts: Sequence[int] = setting((128, 512), "tokens, such as 4k,32k,1m", least=1)
+    batches: Sequence[int] = setting((1, 2), "rows of generate, such as 1,8,32", least=1)
+    prompt_length: int = setting(512, "tokens, for generate and first-call", least=1)
+    new_tokens: int = setting(16, "for generate, decode and first-call", least=1)
+    prefill_chunk: int | None = setting(None, "tokens of a call while a text is read", least=1)
+    train_tokens: int = setting(512, "tokens of the packed row", least=16)
+    repeats: int = setting(3, "runs per figure at most, after a warm-up", least=1)
+    time_limit: float | None = setting(
+        None, "begin no measurement after that", above=0, metavar="SECONDS"
+    )
+    threads: int | None = setting(None, "CPU threads; else torch's choice", least=1)
+    output: str | os.PathLike[str] | None = setting(
+        None, "write the JSON lines here too", metavar="FILE"
+    )
+    plot: str | os.PathLike[str] | None = setting(
+        None, "draw speed and memory over context and batch", metavar="PNG"
+    )
+    plot_from: Sequence[str | os.PathLike[str]] = setting((), flag=False)
+    commit: str | None = setting(None, "what is measured, where git cannot tell")
 
     def __post_init__(self) -> None:
-        choices = {
-            "preset": PRESETS,
-            "train_preset": (None, *PRESETS),
-            "models": MODELS,
-            "measure": MEASURES,
-            "device": DEVICES,
-            "dtype": DTYPES,
-        }
-        for name, allowed in choices.items():
-            given = getattr(self, name)
-            several = name in ("models", "measure")
-            for value in given if several else (given,):
-                names = ", ".join(str(choice) for choice in allowed if choice is not None)
-                _require(value in allowed, name, value, f"one of {names}")
-            _require(not several or len(given) > 0, name, given, "at least one")
-        for name in ("contexts", "batches"):
-            values = getattr(self, name)
-            is_allowed = len(values) > 0 and min(values) >= 1
-            _require(is_allowed, name, values, "one or more integers of at least 1")
-        for name in ("prompt_length", "new_tokens", "repeats", "prefill_chunk", "threads"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        _require(self.train_tokens >= 16, "train_tokens", self.train_tokens, "at least 16")
-        limit = self.time_limit
-        _require(limit is None or limit > 0, "time_limit", limit, "above 0")
-        has_device = self.device != "cuda" or torch.cuda.is_available()
-        _require(has_device, "device", self.device, "cpu, since there is no CUDA device")
+        check_settings(self)
+        choose_device(self.device)
 
     def torch_device(self) -> torch.device:
         """The device itself."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return choose_device(self.device)
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype itself."""
@@ -100,23 +68,13 @@ class Settings:
         return getattr(torch, self.dtype)
 
 
-def _require(is_allowed: bool, name: str, value: Any, allowed: str) -> None:
-    if not is_allowed:
-        flag = "--" + name.replace("_", "-")
-        raise ValueError(f"{flag} {value!r} is not allowed: it must be {allowed}")
+def choose_device(name: str) -> torch.device:
+    """The device; "auto" is CUDA if there is one.
 
-
-def number(text: str) -> int:
-    """An integer, perhaps in units of 1,024 ("k") or 1,048,576 ("m")."""
-    factor = SUFFIXES.get(text[-1:].lower(), 1)
-    try:
-        return factor * int(text if factor == 1 else text[:-1])
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: it must be an integer such as 512, 4k or 1m"
-        ) from None
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Several of them, separated by commas."""
-    return tuple(number(part) for part in text.split(","))
+    Raises:
+        ValueError: For an unknown name, and for "cuda" where there is none.
+    """
+    require_some("device", [name], DEVICES)
+    has_cuda = torch.cuda.is_available()
+    require(name != "cuda" or has_cuda, "device", name, "cpu, since there is no CUDA device")
+    return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+
 from kimi_linear import KimiLinearConfig
 
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")

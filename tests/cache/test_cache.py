@@ -2,14 +2,15 @@
 
 import copy
 
-import kimi_linear.cache.latents as module
 import pytest
 import torch
 from builders import PATTERNS, tiny_config, tiny_model, token_ids
-from kimi_linear import KimiLinearBackbone, KimiLinearCache, KimiLinearConfig, presets
-from kimi_linear.cache.latents import LatentLayerCache
 from tolerance import assert_close
 from transformers import DynamicCache
+
+import kimi_linear.cache.latents as module
+from kimi_linear import KimiLinearBackbone, KimiLinearCache, KimiLinearConfig, presets
+from kimi_linear.cache.latents import LatentLayerCache
 
 pytestmark = pytest.mark.core
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from builders import tiny_model, token_ids
+from latent_reference import SCALING, B, H, L, N, P, V, reference
+from tolerance import assert_kernel_close
+
 from kimi_linear import KimiLinearCache
 from kimi_linear.ops.latent_attention import latent_attention
 from kimi_linear.ops.latent_attention.expanded import FUSED_EXPANDED_TOKENS
-from latent_reference import SCALING, B, H, L, N, P, V, reference
-from tolerance import assert_kernel_close
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,8 +20,9 @@ from builders import PATTERNS, tiny_model
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from kimi_linear import KimiLinearCache
 from tolerance import assert_close
+
+from kimi_linear import KimiLinearCache
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

@@ -8,13 +8,14 @@ import commands
 import pytest
 import torch
 from builders import PATTERNS, tiny_model, token_ids
-from kimi_linear import KimiLinearCache
-from kimi_linear.cache import sessions
-from kimi_linear.cache.sessions import keep_prefix, load_session, model_fingerprint, save_session
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 from transformers import DynamicCache
+
+from kimi_linear import KimiLinearCache
+from kimi_linear.cache import sessions
+from kimi_linear.cache.sessions import keep_prefix, load_session, model_fingerprint, save_session
 
 pytestmark = pytest.mark.core
 

@@ -5,10 +5,11 @@ import sys
 import pytest
 import torch
 from builders import TWO_LAYERS, tiny_model, token_ids
-from kimi_linear.ops import short_conv
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import DynamicCache
+
+from kimi_linear.ops import short_conv
 
 pytestmark = pytest.mark.core
 

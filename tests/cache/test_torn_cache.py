@@ -3,8 +3,9 @@
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearCache, save_session
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from kimi_linear import KimiLinearCache, save_session
 
 pytestmark = pytest.mark.core
 

@@ -12,11 +12,12 @@ import official
 import pytest
 import torch
 from builders import tiny_config, tiny_model, token_ids
+from remote_code import LOGITS, code_in, run_stranger
+from safetensors.torch import load_file, save_file
+
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.checkpoints.flat_copy import package_code
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
-from remote_code import LOGITS, code_in, run_stranger
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.transformers
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from builders import tiny_model
+
 from kimi_linear.checkpoints import atomic
 from kimi_linear.checkpoints.atomic import atomic_folder
 

@@ -15,15 +15,6 @@ import pytest
 import torch
 import transformers.models.kimi_linear as native
 from builders import tiny_config, tiny_model, token_ids
-from kimi_linear import (
-    KimiLinearBackbone,
-    KimiLinearConfig,
-    KimiLinearForCausalLM,
-    KimiLinearForSequenceClassification,
-    KimiLinearForTokenClassification,
-)
-from kimi_linear.checkpoints.files import stored_tensors
-from kimi_linear.checkpoints.names import official_shapes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
@@ -33,6 +24,16 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import revert_weight_conversion
+
+from kimi_linear import (
+    KimiLinearBackbone,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    KimiLinearForSequenceClassification,
+    KimiLinearForTokenClassification,
+)
+from kimi_linear.checkpoints.files import stored_tensors
+from kimi_linear.checkpoints.names import official_shapes
 
 pytestmark = pytest.mark.core
 

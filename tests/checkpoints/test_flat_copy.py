@@ -4,8 +4,9 @@ import ast
 import re
 from pathlib import Path
 
-import kimi_linear
 import pytest
+
+import kimi_linear
 from kimi_linear.checkpoints.flat_copy import flat_copy, package_code
 
 FILES = {

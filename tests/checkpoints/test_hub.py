@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from hub import TOKEN, Hub
-from kimi_linear.checkpoints.flat_copy import package_code
 from safetensors import safe_open
+
+from kimi_linear.checkpoints.flat_copy import package_code
 
 pytestmark = pytest.mark.transformers
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearForCausalLM
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kimi_linear import KimiLinearForCausalLM
 
 pytestmark = pytest.mark.core
 

@@ -17,12 +17,13 @@ import torch
 from builders import tiny_model
 from hub import TOKEN, Hub
 from huggingface_hub import ModelCard
-from kimi_linear import KimiLinearConfig
-from kimi_linear.tokenizer.convert import convert_tiktoken
-from kimi_linear.tokenizer.train import train_bpe
 from official import CONFIG as OFFICIAL
 from official import tensors as official_tensors
 from safetensors.torch import load_file, save_file
+
+from kimi_linear import KimiLinearConfig
+from kimi_linear.tokenizer.convert import convert_tiktoken
+from kimi_linear.tokenizer.train import train_bpe
 
 pytestmark = pytest.mark.transformers
 

@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
-import kimi_linear
 import official
 import pytest
 import torch
 from builders import tiny_config, tiny_model, token_ids
+from remote_code import LOGITS, code_in, run_stranger
+
+import kimi_linear
 from kimi_linear.checkpoints.flat_copy import package_code
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
-from remote_code import LOGITS, code_in, run_stranger
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

@@ -8,6 +8,8 @@ import commands
 import convert_tokenizer
 import official
 import pytest
+from transformers import AutoTokenizer
+
 from kimi_linear.tokenizer import (
     convert_snapshot,
     convert_tiktoken,
@@ -19,7 +21,6 @@ from kimi_linear.tokenizer import (
     special_token_ids,
     train_bpe,
 )
-from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.transformers
 

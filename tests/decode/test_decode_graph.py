@@ -8,11 +8,12 @@ import pytest
 import torch
 from builders import TWO_LAYERS, token_ids
 from decode_models import DEVICES, INTERPRETED, decode_model, small_grids  # noqa: F401
+from tolerance import assert_close, assert_kernel_close
+
 from kimi_linear import KimiLinearCache
 from kimi_linear.decode import graph as graph_module
 from kimi_linear.decode import many_rows, obstacles, recording
 from kimi_linear.ops.runtime import TritonError
-from tolerance import assert_close, assert_kernel_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
 each_device = pytest.mark.parametrize("device", DEVICES)

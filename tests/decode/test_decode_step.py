@@ -4,11 +4,12 @@ import pytest
 import torch
 from builders import token_ids
 from decode_models import DEVICES, decode_model, small_grids  # noqa: F401
+from tolerance import assert_close, assert_kernel_close
+
 from kimi_linear import KimiLinearCache
 from kimi_linear.decode.addresses import prepare
 from kimi_linear.decode.recording import decode_step
 from kimi_linear.layers.plan import Planner
-from tolerance import assert_close, assert_kernel_close
 
 pytestmark = [
     pytest.mark.kernels,

@@ -12,6 +12,11 @@ import pytest
 import torch
 import transformers
 from builders import tiny_config, tiny_model, token_ids
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMixin
+from transformers.generation import utils as generation_utils
+from transformers.utils import logging
+
 from kimi_linear import (
     KimiLinearBackbone,
     KimiLinearCache,
@@ -24,10 +29,6 @@ from kimi_linear.upstream import generation
 from kimi_linear.upstream.caches import CACHE_NAME
 from kimi_linear.upstream.generation import LoopWatch
 from kimi_linear.upstream.late_stop import late_sample
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
-from transformers.generation import GenerationMixin
-from transformers.generation import utils as generation_utils
-from transformers.utils import logging
 
 pytestmark = pytest.mark.core
 

@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearCache
-from kimi_linear.decode.obstacles import call_obstacle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tolerance import assert_close
 from transformers import (
@@ -19,6 +17,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+
+from kimi_linear import KimiLinearCache
+from kimi_linear.decode.obstacles import call_obstacle
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

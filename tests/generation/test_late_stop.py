@@ -3,11 +3,12 @@
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearCache
-from kimi_linear.upstream import late_stop
 from tolerance import assert_close
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
+
+from kimi_linear import KimiLinearCache
+from kimi_linear.upstream import late_stop
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

@@ -22,7 +22,6 @@ import openai
 import pytest
 import transformers
 from builders import tiny_model
-from kimi_linear.tokenizer import encode_chat
 from memorised_chat import (
     CALCULATION,
     CONVERSATIONS,
@@ -33,6 +32,8 @@ from memorised_chat import (
     calculator,
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kimi_linear.tokenizer import encode_chat
 
 pytestmark = pytest.mark.transformers
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kimi_linear.inputs.layout import sequence_layout
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from expert_references import reference_choice_backward
 from interpreter import DEVICE, draw, with_kernels
+from tolerance import assert_close
+
 from kimi_linear.ops.experts.choice import _Choice, choose_experts
 from kimi_linear.ops.experts.choice_kernels import launch_choice, launch_choice_backward
-from tolerance import assert_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from kimi_linear.ops import launch as direct_launch
 from kimi_linear.ops.launch import DirectLaunch, launch_directly
 

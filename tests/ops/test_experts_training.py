@@ -3,10 +3,11 @@
 import pytest
 import torch
 from builders import tiny_config, tiny_model, token_ids
+from tolerance import TOLERANCE, assert_close
+
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops import experts as experts_kimi_linear
 from kimi_linear.ops.experts.training import train_experts, trains_lean
-from tolerance import TOLERANCE, assert_close
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+
 from kimi_linear.ops.fla import backend
 from kimi_linear.ops.fla import configs as fla_configs
 from kimi_linear.ops.fla import tuning as fla_tuning

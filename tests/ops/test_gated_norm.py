@@ -3,9 +3,10 @@
 import pytest
 import torch
 from interpreter import DTYPES, draw, with_kernels
+from tolerance import assert_close
+
 from kimi_linear.ops import gated_norm
 from kimi_linear.ops.gated_norm import _GatedNorm, gated_rms_norm
-from tolerance import assert_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreter import DEVICE, DTYPES, draw, with_kernels
+from tolerance import assert_close
+
 from kimi_linear.ops.gated_silu import (
     launch_gated_silu,
     launch_gated_silu_backward,
     reference_gated_silu_backward,
 )
-from tolerance import assert_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 

@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from builders import tiny_config
 from interpreter import DEVICE, DTYPES, draw, with_kernels
+from tolerance import assert_close
+from torch import nn
+
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops import joint_products
 from kimi_linear.ops.joint_products import joint_weights
-from kimi_linear.ops.kda import l2norm
+from kimi_linear.ops.kda.recurrent import l2norm
 from kimi_linear.ops.short_conv import convolved_projections
 from kimi_linear.ops.short_conv.convolution import short_convolution
 from kimi_linear.ops.short_conv.training_kernels import convolve_columns, convolve_columns_backward
-from tolerance import assert_close
-from torch import nn
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 

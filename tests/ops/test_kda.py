@@ -9,12 +9,14 @@ import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kda_forms import chunked_kda, recurrent_kda
+from tolerance import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from kimi_linear.ops.fla import backend as fla_backend
 from kimi_linear.ops.fla.backend import resolve_backend
 from kimi_linear.ops.kda import fla as kda_fla
-from kimi_linear.ops.kda import kda_attention, log_decay, segments
-from tolerance import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
+from kimi_linear.ops.kda import kda_attention, segments
+from kimi_linear.ops.kda.recurrent import log_decay
 
 pytestmark = pytest.mark.kernels
 

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 from kda_forms import chunked_kda, recurrent_kda
+from tolerance import assert_close, assert_kernel_close
+
 from kimi_linear.ops.fla.backend import resolve_backend
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.short_conv.convolution import short_convolution
-from tolerance import assert_close, assert_kernel_close
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,8 +1,10 @@
 """Attention over latents: both forms, any segments and blocks, against plain softmax."""
 
-import kimi_linear.ops.latent_attention as module
 import pytest
 import torch
+from tolerance import assert_close
+
+import kimi_linear.ops.latent_attention as module
 from kimi_linear.ops.latent_attention import (
     absorbed,
     absorbed_is_cheaper,
@@ -10,7 +12,6 @@ from kimi_linear.ops.latent_attention import (
     latent_attention,
     latent_attention_weights,
 )
-from tolerance import assert_close
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

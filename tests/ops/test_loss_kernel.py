@@ -3,8 +3,9 @@
 import pytest
 import torch
 from interpreter import DEVICE, DTYPES, draw, with_kernels
-from kimi_linear.ops.cross_entropy.kernels import loss_and_gradient, reference_loss_and_gradient
 from tolerance import assert_close
+
+from kimi_linear.ops.cross_entropy.kernels import loss_and_gradient, reference_loss_and_gradient
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 

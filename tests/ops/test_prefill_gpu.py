@@ -4,15 +4,16 @@ each beside what it takes the place of and a run in higher precision."""
 import pytest
 import torch
 from builders import tiny_model, token_ids
+from latent_reference import SCALING, B, H, L, N, P, V, reference
+from tolerance import assert_kernel_close
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
 from kimi_linear import KimiLinearCache
 from kimi_linear.cache import pieces
 from kimi_linear.layers import latent_attention as latent_layer
 from kimi_linear.ops import gated_mlp
 from kimi_linear.ops.experts import prefill
 from kimi_linear.ops.latent_attention import expanded, latent_attention
-from latent_reference import SCALING, B, H, L, N, P, V, reference
-from tolerance import assert_kernel_close
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,6 +9,8 @@ import pytest
 import torch
 from expert_references import reference_down, reference_gate_up, reference_weighted_sum
 from interpreter import DEVICE, DTYPES, IS_INTERPRETED, draw, triton, with_kernels
+from tolerance import assert_close
+
 from kimi_linear.ops.experts import prefill_kernels
 from kimi_linear.ops.experts.row_sums import (
     launch_sum_of_rows,
@@ -23,7 +25,6 @@ from kimi_linear.ops.experts.sort import (
 )
 from kimi_linear.ops.short_conv.convolution import short_convolution
 from kimi_linear.ops.short_conv.prefill_kernels import convolve_three
-from tolerance import assert_close
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 

@@ -2,15 +2,16 @@
 
 import itertools
 
-import kimi_linear.ops.short_conv.convolution as module
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import assert_close
+
+import kimi_linear.ops.short_conv.convolution as module
 from kimi_linear.ops.fla import backend as fla_backend
 from kimi_linear.ops.short_conv.convolution import short_convolution
-from tolerance import assert_close
 
 pytestmark = pytest.mark.kernels
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kimi_linear.ops.wide_product import add_wide_product, wide_linear, wide_product
 from tolerance import assert_close
+
+from kimi_linear.ops.wide_product import add_wide_product, wide_linear, wide_product
 
 pytestmark = pytest.mark.kernels
 

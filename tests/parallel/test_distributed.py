@@ -17,8 +17,6 @@ import torch.distributed.checkpoint as dcp
 import train
 import transformers
 from builders import SMALL_FIELDS, tiny_model, token_ids
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.training.parameter_groups import parameter_groups
 from learning.optimizers import make_optimizer
 from packaging.version import Version
 from processes import DEVICE_TYPES, assert_same, assert_same_gradients, device, fits, here, run
@@ -30,6 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
+
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.training.parameter_groups import parameter_groups
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),

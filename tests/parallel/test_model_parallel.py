@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.parallel.tensor import joined
 from processes import (
     DEVICE_TYPES,
     assert_same,
@@ -27,6 +25,9 @@ from transformers.distributed import DistributedConfig
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.parallel.tensor import joined
 
 pytestmark = [
     pytest.mark.transformers,

@@ -8,15 +8,16 @@ import benchmark
 import commands
 import pytest
 import torch
-from kimi_linear import KimiLinearConfig
 from measuring.bench import Bench, Effort, packed_lengths
 from measuring.device import Rates
 from measuring.limits import Limits
 from measuring.long_text import LongText
 from measuring.models import MODELS, build
 from measuring.plot import plot_lines
-from measuring.settings import numbers
+from options.settings import numbers
 from tolerance import assert_close
+
+from kimi_linear import KimiLinearConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 CPU = torch.device("cpu")

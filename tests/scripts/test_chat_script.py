@@ -19,8 +19,9 @@ import pytest
 from generating import loading, terminal
 from generating.calculator import calculator
 from generating.conversation import Chat, Turn
-from kimi_linear.tokenizer import Answer, ToolCall
 from memorised_chat import CALCULATION, COUNTING, GREETING, WITH_SYSTEM_PROMPT
+
+from kimi_linear.tokenizer import Answer, ToolCall
 
 pytestmark = pytest.mark.transformers
 

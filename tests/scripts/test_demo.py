@@ -11,10 +11,11 @@ from typing import Any
 import demo
 import pytest
 import torch
-from kimi_linear import KimiLinearForCausalLM
 from learning.budget import Budget, BudgetCallback
 from safetensors import safe_open
 from transformers import AutoTokenizer, TrainerControl, TrainerState
+
+from kimi_linear import KimiLinearForCausalLM
 
 TINY = {
     "hidden_size": 32,

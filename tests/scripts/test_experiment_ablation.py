@@ -16,12 +16,13 @@ from experiments.variants import (
     matched_width,
     rotated,
 )
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.inputs.layout import SequenceLayout
-from kimi_linear.layers import latent_attention as layers_kimi_linear
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
+
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.inputs.layout import SequenceLayout
+from kimi_linear.layers import latent_attention as layers_kimi_linear
 
 SIZES: dict[str, int] = {"num_layers": 8, "num_heads": 2, "head_dim": 16}
 SMALL: dict[str, Any] = {

@@ -8,11 +8,12 @@ import experiment_decoding
 import pytest
 import torch
 from experiment_decoding import Settings, Subject
-from kimi_linear.decode.obstacles import size_obstacle
 from measuring.device import Rates
 from measuring.limits import Limits
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
+
+from kimi_linear.decode.obstacles import size_obstacle
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"preset": "2m", "device": "cpu", "steps": 2, "repeats": 1}

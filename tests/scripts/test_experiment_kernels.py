@@ -9,10 +9,11 @@ import experiment_kernels
 import pytest
 import torch
 from experiment_kernels import Inputs, Runner, Settings, dplr_arguments, kda_arguments
-from kimi_linear.ops.kda import kda_attention
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 from torch import Tensor
+
+from kimi_linear.ops.kda import kda_attention
 
 pytestmark = pytest.mark.kernels
 

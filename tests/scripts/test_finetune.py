@@ -16,10 +16,11 @@ import torch
 from finetune_runs import SUMS, grpo_options, logged, options, write_data, write_model
 from finetuning.data import load_rows, sft_rows
 from finetuning.settings import make_settings
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.training import safe_trainer as safe_training
 from tolerance import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.training import safe_trainer as safe_training
 
 pytestmark = pytest.mark.finetune
 

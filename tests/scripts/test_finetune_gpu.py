@@ -8,8 +8,9 @@ import finetune
 import pytest
 import torch
 from finetune_runs import grpo_options, logged, options, write_data, write_model
-from kimi_linear import KimiLinearForCausalLM
 from transformers import AutoTokenizer
+
+from kimi_linear import KimiLinearForCausalLM
 
 pytest.importorskip("trl", reason="fine-tuning needs TRL: pip install '.[finetune]'")
 peft = pytest.importorskip("peft", reason="fine-tuning needs PEFT: pip install '.[finetune]'")

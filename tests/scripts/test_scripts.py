@@ -15,8 +15,9 @@ import pytest
 import torch
 import train
 from builders import SMALL_FIELDS
-from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -171,8 +172,8 @@ def test_wrong_arguments_are_named(
 def test_experts_are_balanced_and_logged(texts: Path, config: Path, tmp_path: Path) -> None:
     flags = ["--router-bias-update-rate", "0.01", "--router-aux-loss-coef", "0.1"]
     flags += ["--router-z-loss-coef", "0.01", "--bad-step", "skip", "--save-every", "6"]
-    options = train._arguments(["--output", str(tmp_path / "run"), *flags])
-    train.main(**{**options, **settings(texts, config)})
+    options = train._parser().parse_args(["--output", str(tmp_path / "run"), *flags])
+    train.main(**{**vars(options), **settings(texts, config)})
     model = KimiLinearForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.router_bias_update_rate == 0.01
     bias = model.model.layers[1].block_sparse_moe.gate.e_score_correction_bias

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
 PATTERNS = {

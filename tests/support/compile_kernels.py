@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import triton
 from decode_models import decode_model
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.decode import few_rows, many_rows
 from kimi_linear.decode import step as decode_steps
@@ -18,8 +21,6 @@ from kimi_linear.ops.cross_entropy import kernels as loss_kernel
 from kimi_linear.ops.experts import choice_kernels, prefill_kernels, row_sums, sort
 from kimi_linear.ops.short_conv import prefill_kernels as conv_kernel
 from kimi_linear.ops.short_conv import training_kernels as conv_training_kernels
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 KERNELS = {
     choice_kernels: ["_choose_experts", "_choice_backward"],

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from builders import TWO_LAYERS, tiny_model
+
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.decode import few_rows, obstacles, step
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from builders import TWO_LAYERS, tiny_config
+
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.tokenizer import convert_tiktoken, train_bpe
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from builders import TWO_LAYERS, tiny_config
 from generating.calculator import calculator
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.tokenizer import convert_tiktoken, encode_chat, parse_answer, train_bpe
 from learning.optimizers import make_optimizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
+
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.tokenizer import convert_tiktoken, encode_chat, parse_answer, train_bpe
 
 Message = dict[str, Any]
 

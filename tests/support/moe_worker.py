@@ -2,7 +2,8 @@
 
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear.training.router import ExpertLoads
+
+from kimi_linear.training.expert_loads import ExpertLoads
 
 ROWS, STEPS, RATE = 8, 3, 0.02
 

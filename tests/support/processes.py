@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from autotuning import try_few_autotune_configs
-from kimi_linear.parallel.tensor import joined
+from measuring.autotuning import limit_autotuning
 from tolerance import assert_kernel_close
+
+from kimi_linear.parallel.tensor import joined
 
 IMPORTS = ["kimi_linear", "torch.distributed.fsdp", "torch.distributed.pipelining"]
 IMPORTS += ["transformers.trainer", "transformers.generation.utils"]
@@ -63,7 +64,7 @@ def _process(
         os.environ["ACCELERATE_USE_CPU"] = "true"
         dist.init_process_group("gloo", rank=rank, world_size=world)
     else:
-        try_few_autotune_configs()
+        limit_autotuning(2)
         torch.cuda.set_device(rank)
         dist.init_process_group("nccl", rank=rank, world_size=world, device_id=device())
     try:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from builders import tiny_model, token_ids
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+
 from kimi_linear.training import safe_trainer as safe_training
 from kimi_linear.training.safe_trainer import SafeTrainer
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 STEPS = 6
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kimi_linear.tokenizer.convert import bytes_to_chars, convert_tiktoken, make_pre_tokenizer
 from kimi_linear.tokenizer.special_tokens import PATTERN, special_token_ids
 from kimi_linear.tokenizer.train import train_bpe

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 import transformers
+
 from kimi_linear.upstream.releases import TESTED
 
 CHANGED = (

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
-from autotuning import try_few_autotune_configs
 from builders import tiny_model, token_ids
-from kimi_linear.training.safe_trainer import SafeTrainer
 from transformers import TrainingArguments, set_seed
+
+from kimi_linear.training.safe_trainer import SafeTrainer
 
 ROWS, TOKENS, STEPS = 4, 64, 4
 
@@ -45,7 +45,10 @@ class Rows(torch.utils.data.Dataset):
 
 def main(folder: Path, flags: list[str]) -> None:
     if torch.cuda.is_available():
-        try_few_autotune_configs()
+        sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+        from measuring.autotuning import limit_autotuning
+
+        limit_autotuning(2)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         shard_on_a_cpu()
     train(folder, flags)

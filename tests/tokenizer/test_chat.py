@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kimi_linear.tokenizer import (
     assistant_tokens_mask,
     convert_tiktoken,

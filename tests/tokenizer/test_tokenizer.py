@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers_for_tests import BYTES, auto_load, reference_of, trained_ranks
+
 from kimi_linear.tokenizer.convert import (
     build_tokenizer,
     bytes_to_chars,
@@ -20,9 +24,6 @@ from kimi_linear.tokenizer.special_tokens import (
     special_token_ids,
 )
 from kimi_linear.tokenizer.tiktoken_format import load_tiktoken, save_tiktoken
-from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers_for_tests import BYTES, auto_load, reference_of, trained_ranks
 
 pytestmark = pytest.mark.transformers
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kimi_linear.tokenizer.convert import make_pre_tokenizer
-from kimi_linear.tokenizer.special_tokens import NOT_SPECIAL
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from tokenizers_for_tests import (
@@ -37,6 +35,9 @@ from tokenizers_for_tests import (
     trained_ranks,
     whole_piece_ranks,
 )
+
+from kimi_linear.tokenizer.convert import make_pre_tokenizer
+from kimi_linear.tokenizer.special_tokens import NOT_SPECIAL
 
 hypothesis = pytest.importorskip("hypothesis")
 tiktoken = pytest.importorskip("tiktoken")

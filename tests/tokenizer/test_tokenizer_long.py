@@ -9,8 +9,9 @@ import time
 from typing import Any
 
 import pytest
-from kimi_linear.tokenizer.text import MAX_RUN
 from tokenizers_for_tests import Case, make_case, trained_ranks
+
+from kimi_linear.tokenizer.text import MAX_RUN
 
 CHARS = 1_000_000
 LONGER_RUN = pytest.mark.skipif(

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kimi_linear.tokenizer.streaming import StreamDecoder
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 from tokenizers_for_tests import BYTES, Case, make_case, substring_ranks, text_strategy
+
+from kimi_linear.tokenizer.streaming import StreamDecoder
 
 pytestmark = pytest.mark.transformers
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kimi_linear.tokenizer.text import MAX_RUN, check_text
 from tokenizers_for_tests import BYTES, make_case
+
+from kimi_linear.tokenizer.text import MAX_RUN, check_text
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from kimi_linear.tokenizer.convert import build_tokenizer
 from kimi_linear.tokenizer.special_tokens import PATTERN, special_token_ids
 from kimi_linear.tokenizer.tiktoken_format import load_tiktoken, save_tiktoken

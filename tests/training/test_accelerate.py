@@ -12,6 +12,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+
 from kimi_linear import KimiLinearForCausalLM
 
 pytestmark = [

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearForCausalLM
 from processes import run
+
+from kimi_linear import KimiLinearForCausalLM
 
 pytest.importorskip("deepspeed")
 SETTINGS = {

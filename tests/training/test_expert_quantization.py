@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.layers.moe import KimiLinearExperts
-from kimi_linear.ops.experts.quantized import QuantizedExperts, _moved
-from kimi_linear.training.lora import lora_targets
-from kimi_linear.training.quantized_experts import has_quantized_experts
 from safetensors import safe_open
 from tolerance import assert_close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
+
+from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.layers.moe import KimiLinearExperts
+from kimi_linear.ops.experts.quantized import QuantizedExperts, _moved
+from kimi_linear.training.lora import lora_targets
+from kimi_linear.training.quantized_experts import has_quantized_experts
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import tiny_model, token_ids
-from kimi_linear.ops import cross_entropy as loss_kimi_linear
-from kimi_linear.ops.cross_entropy import chunk_tokens, linear_cross_entropy
-from kimi_linear.training.deferred_logits import DeferredLogits
 from tolerance import TOLERANCE, assert_close
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from kimi_linear.ops import cross_entropy as loss_kimi_linear
+from kimi_linear.ops.cross_entropy import chunk_tokens, linear_cross_entropy
+from kimi_linear.training.deferred_logits import DeferredLogits
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import tiny_config, tiny_model, token_ids
+from tolerance import assert_close
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
 from kimi_linear import KimiLinearConfig
 from kimi_linear.layers.moe import KimiLinearRouter
 from kimi_linear.modeling_kimi_linear import (
@@ -16,10 +20,7 @@ from kimi_linear.modeling_kimi_linear import (
     KimiLinearForTokenClassification,
 )
 from kimi_linear.training.bias_callback import ExpertBalanceCallback, balance_experts
-from kimi_linear.training.router import ExpertLoads, load_statistics
-from tolerance import assert_close
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from kimi_linear.training.expert_loads import ExpertLoads, load_statistics
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

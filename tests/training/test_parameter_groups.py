@@ -5,13 +5,14 @@ import sys
 import pytest
 import torch
 from builders import tiny_config, tiny_model, token_ids
+from learning.optimizers import make_optimizer
+from torch import nn
+
 from kimi_linear.modeling_kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
 from kimi_linear.training.parameter_groups import parameter_groups, parameter_kinds
-from learning.optimizers import make_optimizer
-from torch import nn
 
 pytestmark = pytest.mark.transformers
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 import transformers
 from builders import tiny_model, token_ids
-from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
-from kimi_linear.checkpoints.names import official_shapes
-from kimi_linear.training.lora import EXPERT_PARAMETERS, LORA_GROUPS, lora_targets
 from packaging.version import Version
 from safetensors import safe_open
 from tolerance import assert_close
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
+
+from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
+from kimi_linear.checkpoints.names import official_shapes
+from kimi_linear.training.lora import EXPERT_PARAMETERS, LORA_GROUPS, lora_targets
 
 pytestmark = [pytest.mark.finetune, pytest.mark.transformers]
 

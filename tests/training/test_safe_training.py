@@ -11,12 +11,13 @@ import commands
 import pytest
 import safe_training_worker as worker
 import torch
+from safe_training_worker import make_trainer
+from transformers.trainer_utils import get_last_checkpoint
+
 from kimi_linear.checkpoints.atomic import atomic_folder
 from kimi_linear.training.bias_callback import balance_experts
 from kimi_linear.training.finite import not_finite_gradients, not_finite_states, not_finite_weights
 from kimi_linear.training.safe_trainer import SafeTrainer
-from safe_training_worker import make_trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 pytestmark = pytest.mark.core
 

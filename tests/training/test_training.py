@@ -3,11 +3,12 @@
 import pytest
 import torch
 from builders import tiny_model, token_ids
+from tolerance import assert_close
+from transformers import Trainer, TrainingArguments
+
 from kimi_linear.layers import delta_attention
 from kimi_linear.ops import cross_entropy as loss_kimi_linear
 from kimi_linear.training.deferred_logits import DeferredLogits
-from tolerance import assert_close
-from transformers import Trainer, TrainingArguments
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 

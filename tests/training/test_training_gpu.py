@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import tiny_config
+from tolerance import TOLERANCE, assert_close
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.layers.mlp import KimiLinearMLP
@@ -12,8 +15,6 @@ from kimi_linear.ops import cross_entropy as loss_kimi_linear
 from kimi_linear.ops import joint_products
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 from kimi_linear.ops.experts.training import train_experts, trains_lean
-from tolerance import TOLERANCE, assert_close
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 pytestmark = pytest.mark.gpu
 MODES = ["bfloat16", "autocast", "float32"]

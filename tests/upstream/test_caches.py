@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 from builders import tiny_model, token_ids
-from kimi_linear.upstream.caches import CACHE_NAME, holds_tokens, is_offloading
 from touchpoints import CHANGED, find
+
+from kimi_linear.upstream.caches import CACHE_NAME, holds_tokens, is_offloading
 
 pytestmark = pytest.mark.core
 

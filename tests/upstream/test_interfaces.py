@@ -3,8 +3,9 @@
 import pytest
 import torch
 from builders import tiny_config, tiny_model, token_ids
-from kimi_linear.upstream import interfaces
 from touchpoints import CHANGED
+
+from kimi_linear.upstream import interfaces
 
 pytestmark = pytest.mark.core
 

@@ -1,8 +1,9 @@
 """`upstream/late_stop.py`: Transformers' loop finds its stop check by a global name."""
 
 import pytest
-from kimi_linear.upstream.late_stop import late_sample
 from touchpoints import CHANGED
+
+from kimi_linear.upstream.late_stop import late_sample
 
 pytestmark = pytest.mark.core
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from builders import tiny_model
-from kimi_linear.upstream.interfaces import init
-from kimi_linear.upstream.models import mark_initialized, save_by_registered_names
 from safetensors import safe_open
 from torch import nn
 from touchpoints import CHANGED
+
+from kimi_linear.upstream.interfaces import init
+from kimi_linear.upstream.models import mark_initialized, save_by_registered_names
 
 pytestmark = pytest.mark.core
 

@@ -4,13 +4,14 @@ import ast
 import functools
 from pathlib import Path
 
-import kimi_linear
 import pytest
 import transformers
-from kimi_linear.upstream.releases import TESTED
 from torch import nn
 from touchpoints import CHANGED
 from transformers import GenerationMixin, PreTrainedModel, Trainer
+
+import kimi_linear
+from kimi_linear.upstream.releases import TESTED
 
 pytestmark = pytest.mark.core
 

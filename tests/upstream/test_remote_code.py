@@ -3,9 +3,10 @@
 import pytest
 import transformers
 from builders import tiny_model
-from kimi_linear.upstream.remote_code import SIBLING_IMPORT, SavesCode
 from touchpoints import CHANGED
 from transformers.dynamic_module_utils import get_relative_imports
+
+from kimi_linear.upstream.remote_code import SIBLING_IMPORT, SavesCode
 
 pytestmark = pytest.mark.core
 

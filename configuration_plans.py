@@ -2,8 +2,8 @@
 
 `from_pretrained(..., distributed_config=DistributedConfig(tp_size=N))` applies the first one,
 `ep_size=N` (Transformers 5.17: `enable_expert_parallel=True`) the second, `pp_size=N` the third.
-The styles "kimi_linear_*" are in `tensor.py`; `upstream/models.py` says the second plan in the
-words of 5.17.
+The styles "kimi_linear_*" are in `parallel/tensor.py`; `upstream/models.py` says the second plan
+in the words of 5.17.
 """
 
 REGION = "kimi_linear_region"
@@ -49,5 +49,3 @@ PP_PLAN = {
     "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
     "norm": (["hidden_states"], ["hidden_states"]),
 }
-
-__all__ = ["EP_PLAN", "PP_PLAN", "REGION", "SPLIT", "TP_PLAN"]

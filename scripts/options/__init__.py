@@ -1,0 +1,1 @@
+"""How commands declare, check and parse their settings."""
