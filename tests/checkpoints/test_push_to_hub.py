@@ -42,7 +42,7 @@ def script() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def cards(script: ModuleType) -> ModuleType:
-    return importlib.import_module("model_card")
+    return importlib.import_module("publishing.model_card")
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_training_leaves_a_model_that_loads_and_its_figures(trained: Path) -> No
     measured = json.loads((trained / "eval_results.json").read_text())
     assert set(measured) == {"train_loss", "eval_loss", "perplexity", "bits_per_byte"}
     assert 0 < measured["bits_per_byte"] < 8
-    assert (trained / "kda.py").exists()
+    assert (trained / "ops_kda.py").exists()
 
 
 def test_resumed_training_ends_where_the_uninterrupted_one_does(
