@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kimi_linear.checkpoints.names import (
-    check_checkpoint,
-    check_inside,
-    other_spellings,
-    register_conversion,
-    stored_tensors,
-    write_weights,
-)
+from kimi_linear.checkpoints.checks import check_checkpoint, check_inside
+from kimi_linear.checkpoints.experts import register_conversion, take_matrices_in_state_dicts
+from kimi_linear.checkpoints.files import stored_tensors
+from kimi_linear.checkpoints.live_weights import write_weights
+from kimi_linear.checkpoints.names import other_spellings
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
-from kimi_linear.layers.latent_attention import (
-    KimiLinearLatentAttention,
-)
+from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.parallel.decay_sharding import decays_apart
@@ -93,8 +88,10 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
+        """Let the layers, all of which the backbone has made, load what checkpoints hold."""
         super().post_init()
-        if self.base_model is self:  # a head's routers are its backbone's
+        if self.base_model is self:
+            take_matrices_in_state_dicts(self)
             carry_router_biases(self)
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ names are the released checkpoints' names but for the experts, which are fused i
 Shapes: B batch, T tokens, D hidden size, E experts, k experts of one token.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ from kimi_linear.ops.experts.choice import choose_experts
 from kimi_linear.ops.experts.quantized import plain_experts
 from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.upstream.interfaces import use_experts_implementation
-
-EXPERT_NAME = re.compile(r"(\d+)\.(w[123])\.weight")
 
 
 class KimiLinearRouter(nn.Module):
@@ -91,69 +88,6 @@ class KimiLinearExperts(nn.Module):
     def split_size(self) -> tuple[str, int, int]:
         """What tensor parallelism divides: field, size, and what a part is a multiple of."""
         return "moe_intermediate_size", self.down_proj.shape[2], 8
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take the released names too: Trainer resumes through `load_state_dict`, by the shard."""
-        names = {
-            (int(match[1]), match[2]): name
-            for name in state_dict
-            if name.startswith(prefix)
-            and (match := EXPERT_NAME.fullmatch(name, len(prefix)))
-            and int(match[1]) < self.num_experts
-        }
-        is_complete = len(names) == 3 * self.num_experts
-        if is_complete and local_metadata.get("assign_to_params_buffers"):
-            # the parameters, which may be on the meta device, are not to be written to
-            parts = {key: state_dict.pop(name) for key, name in names.items()}
-            state_dict[prefix + "gate_up_proj"], state_dict[prefix + "down_proj"] = _fuse(parts)
-        else:
-            for (expert, kind), name in names.items():
-                self._copy_expert(expert, kind, name, state_dict.pop(name), error_msgs)
-            if is_complete:
-                for name, parameter in self.named_parameters():
-                    state_dict.setdefault(prefix + name, parameter.detach())
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    @torch.no_grad()
-    def _copy_expert(
-        self, expert: int, kind: str, name: str, value: Tensor, error_msgs: list[str]
-    ) -> None:
-        """Put one matrix of one expert into its place, or tell torch why that cannot be."""
-        # not from the parameters, which may have no shape under ZeRO-3
-        size = self.config.moe_intermediate_size
-        rows = {"w1": slice(size), "w3": slice(size, None), "w2": slice(None)}[kind]
-        place = (self.down_proj if kind == "w2" else self.gate_up_proj)[expert, rows]
-        if place.is_meta:
-            error_msgs.append(
-                f"{name} cannot be put into a model on the meta device alone: assign=True needs "
-                "the matrices of all experts of a layer in one state_dict"
-            )
-            return
-        if place.shape == value.shape:
-            place.copy_(value)
-            return
-        error_msgs.append(
-            f"size mismatch for {name}: copying a param with shape {value.shape} from checkpoint, "
-            f"the shape in current model is {place.shape}."
-        )
-
-
-def _fuse(parts: dict[tuple[int, str], Tensor]) -> tuple[Tensor, Tensor]:
-    """`gate_up_proj` and `down_proj` of all experts' w1, w3 and w2."""
-    experts = range(len(parts) // 3)
-    gate_up = torch.stack([torch.cat([parts[e, "w1"], parts[e, "w3"]]) for e in experts])
-    return gate_up, torch.stack([parts[e, "w2"] for e in experts])
 
 
 class KimiLinearMoE(nn.Module):

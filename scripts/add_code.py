@@ -21,29 +21,32 @@ Examples:
 """
 
 import argparse
-import ast
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-from push_to_hub import check_weight_values, check_weights, class_names, parse_python
+from publishing.folder import (
+    CONFIG,
+    check_weight_values,
+    empty_model,
+    make_config,
+    read_architecture,
+    read_config,
+)
 
 from kimi_linear import PRESETS, KimiLinearConfig
 from kimi_linear.checkpoints.atomic import atomic_folder
 from kimi_linear.checkpoints.flat_copy import package_code, write_flat_copy
+from kimi_linear.checkpoints.folders import check_weights
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
+from kimi_linear.checkpoints.saved_code import class_names, code_files
 from kimi_linear.tokenizer.snapshot import read_json
 
-CONFIG = "config.json"
 # Written in place, through a link, by save_pretrained and push_to_hub: always copied.
 REWRITTEN = (".json", ".jinja", ".md")
 # Never copied, whatever --copy says. Saving replaces a link to weights by a file.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-ARCHITECTURES = sorted(
-    {name.rpartition(".")[2] for auto, name in AUTO_MAP.items() if auto != "AutoConfig"}
-)
 
 
 def main(
@@ -78,9 +81,13 @@ def main(
     target = Path(output).expanduser().absolute()
     if snapshot is None:
         return _without_weights(target, _read_model(preset, config))
-    source = Path(snapshot).expanduser().absolute()
+    return _beside(Path(snapshot).expanduser().absolute(), target, copy, check_values)
+
+
+def _beside(source: Path, target: Path, copy: bool, check_values: bool) -> Path:
+    """Make the folder of links to a snapshot, once that is found complete."""
     fields = read_config(source)
-    check_snapshot(source, fields)
+    check_weights(source, empty_model(fields, read_architecture(source, fields)))
     if check_values:
         check_weight_values(source)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
@@ -107,8 +114,7 @@ def _read_model(preset: str | None, config: str | os.PathLike[str] | None) -> Ki
     """The configuration of a model without weights."""
     if config is None:
         return KimiLinearConfig.from_preset(str(preset))
-    fields = read_config(Path(config).expanduser().absolute())
-    return KimiLinearConfig.from_dict({k: x for k, x in fields.items() if k != "auto_map"})
+    return make_config(read_config(Path(config).expanduser().absolute()))
 
 
 def _without_weights(target: Path, config: KimiLinearConfig) -> Path:
@@ -120,43 +126,6 @@ def _without_weights(target: Path, config: KimiLinearConfig) -> Path:
         config.save_pretrained(draft)
     print(f"{target}: {CONFIG} and {len(package_code())} files of code, no weights")
     return target
-
-
-def read_config(snapshot: Path) -> dict[str, Any]:
-    """The snapshot's `config.json`, in its order.
-
-    Raises:
-        ValueError: It is missing, is not JSON, or describes another kind of model.
-    """
-    path = snapshot / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: snapshot must be a folder with a model")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    found = fields.get("model_type") if isinstance(fields, dict) else None
-    if found != KimiLinearConfig.model_type:
-        raise ValueError(
-            f"{path}: model_type is {found!r}; allowed: {KimiLinearConfig.model_type!r}"
-        )
-    return fields
-
-
-def check_snapshot(snapshot: Path, fields: dict[str, Any]) -> None:
-    """Check that the weights are complete and fit the config; only headers are read.
-
-    Raises:
-        ValueError: As `main`.
-    """
-    names = fields.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise ValueError(
-            f"{snapshot / CONFIG}: architectures is {names!r}; allowed: one of "
-            f"{', '.join(ARCHITECTURES)}, in a list"
-        )
-    own = {key: value for key, value in fields.items() if key != "auto_map"}
-    check_weights(snapshot, KimiLinearConfig.from_dict(own), names[0])
 
 
 def check_output(output: Path) -> None:
@@ -181,31 +150,8 @@ def _is_kept(path: Path, snapshot: Path) -> bool:
 def _tokenizer_code(snapshot: Path) -> set[str]:
     """Python files that the tokenizer's `auto_map` names, and what they import."""
     path = snapshot / "tokenizer_config.json"
-    found: set[str] = set()
-    for name in class_names(path, read_json(path).get("auto_map") or {}):
-        if "--" not in name:  # else it is code of another repository
-            file = snapshot / f"{name.rpartition('.')[0]}.py"
-            if not file.is_file():
-                raise ValueError(f"{path}: auto_map names {name!r}, but {file} is missing")
-            found |= {file.name, *(path.name for path in _siblings(file))}
-    return found
-
-
-def _siblings(file: Path) -> set[Path]:
-    """What a file imports from beside itself, directly or not; ValueError if one is missing."""
-    found: set[Path] = set()
-    pending = [file]
-    while pending:
-        file = pending.pop()
-        for node in ast.walk(parse_python(file)):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                path = file.with_name(f"{node.module}.py")
-                if path not in found:
-                    if not path.is_file():
-                        raise ValueError(f"{file} imports {path}, which is missing")
-                    found.add(path)
-                    pending.append(path)
-    return found
+    names = class_names(path, read_json(path).get("auto_map") or {})
+    return code_files(snapshot, names, f"auto_map of {path}")
 
 
 def _place(path: Path, target: Path, *, copy: bool) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.checkpoints.flat_copy import package_code
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
+from kimi_linear.checkpoints.saved_code import code_files
 
 pytestmark = pytest.mark.transformers
 
@@ -258,7 +259,7 @@ BROKEN = {
     ),
     "tokenizer_code_missing": (
         lambda folder: (folder / "tokenization_kimi.py").unlink(),
-        "tokenizer_config.json: auto_map names 'tokenization_kimi.TikTok.* is missing",
+        "tokenization_kimi.py is missing; auto_map of .*tokenizer_config.json needs it",
     ),
     "tokenizer_code_is_no_python": (
         lambda folder: (folder / "tokenization_kimi.py").write_text("def broken(:"),
@@ -357,8 +358,8 @@ def test_a_link_to_an_empty_folder_stays_one(snapshot, tmp_path):
 
 def test_a_missing_file_of_the_tokenizers_code_is_named(tmp_path):
     (tmp_path / "tokenization.py").write_text("from .pieces import cut\n")
-    with pytest.raises(ValueError, match="tokenization.py imports .*pieces.py, which is missing"):
-        add_code._siblings(tmp_path / "tokenization.py")
+    with pytest.raises(ValueError, match="pieces.py is missing; .*tokenization.py needs it"):
+        code_files(tmp_path, ["tokenization.Tokenizer"], "auto_map")
 
 
 def test_a_folder_without_weights(original, tmp_path):

@@ -32,7 +32,8 @@ from kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
-from kimi_linear.checkpoints.names import official_shapes, stored_tensors
+from kimi_linear.checkpoints.files import stored_tensors
+from kimi_linear.checkpoints.names import official_shapes
 
 pytestmark = pytest.mark.core
 

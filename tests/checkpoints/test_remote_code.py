@@ -104,7 +104,7 @@ def read_config(folder: Path) -> dict:
 def test_a_saved_folder_has_a_flat_copy_of_the_code(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert code_in(tmp_path) == package_code()
-    assert {"configuration_kimi_linear.py", "checkpoints_names.py", "ops_kda.py"} <= set(CODE)
+    assert {"configuration_kimi_linear.py", "checkpoints_experts.py", "ops_kda.py"} <= set(CODE)
 
 
 def test_a_configuration_alone_brings_all_code(tmp_path):
