@@ -166,21 +166,18 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         cache = one_cache(cache, past_key_values)
         source = one_source(input_ids, inputs_embeds)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-            packing = {"seq_idx": seq_idx is not None, "cu_seq_lens_q": cu_seq_lens_q is not None}
-            others = {"context parallelism": not self.planner.has_all_tokens, **packing, **kwargs}
-            others = {"a cache": cache is not None or use_cache, **others}
-            return KimiLinearModelOutput(**read_trees(self, source, attention_mask, others))
+            wanted = {"a cache": cache is not None or use_cache, **kwargs}
+            wanted |= {"seq_idx": seq_idx is not None, "cu_seq_lens_q": cu_seq_lens_q is not None}
+            return KimiLinearModelOutput(**read_trees(self, source, attention_mask, wanted))
         source = self.planner.own(source)
         hidden_states = self.embed_tokens(source) if inputs_embeds is None else source
+        boundaries = {
+            "position_ids": position_ids,
+            "seq_idx": seq_idx,
+            "cu_seq_lens": cu_seq_lens_q,
+        }
         plan = self.planner.plan(
-            self,
-            hidden_states,
-            attention_mask=attention_mask,
-            cache=cache,
-            use_cache=use_cache,
-            position_ids=position_ids,
-            seq_idx=seq_idx,
-            cu_seq_lens=cu_seq_lens_q,
+            self, hidden_states, attention_mask, cache, use_cache, **boundaries
         )
         del source  # the layers need its memory
         hidden_states = plan.without_padding(hidden_states)

@@ -135,6 +135,14 @@ class SequenceLayout:
         places = self.counts[:, None, None] + torch.arange(count, device=x.device)
         return torch.cat([before, x], dim=2).gather(2, places.expand(-1, x.shape[1], -1))
 
+    def conv_boundaries(self) -> dict[str, Any]:
+        """What `ops/short_conv` is told of padding and packing."""
+        return {
+            "cu_seqlens": self.cu_seqlens,
+            "token_starts": lambda: self.token_starts,
+            "last_inputs": None if self.order is None else self.last_inputs,
+        }
+
     def initial_states(self, row_states: Tensor | None) -> Tensor | None:
         """[B, ...] cached states to [N, ...] for each row's first sequence; zeros elsewhere."""
         if not self.is_packed or row_states is None:

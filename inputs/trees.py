@@ -41,6 +41,7 @@ def read_trees(
     config = model.config
     wanted = {**{name: getattr(config, name) for name in OUTPUT_ARGUMENTS}, **wanted}
     obstacles = [name for name, is_wanted in wanted.items() if is_wanted]
+    obstacles += ["context parallelism"] * (not model.planner.has_all_tokens)
     if model.training:
         obstacles += [name for name in LOSS_COEFFICIENTS if getattr(config, name)]
     if obstacles:

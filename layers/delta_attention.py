@@ -98,9 +98,7 @@ class KimiLinearDeltaAttention(nn.Module):
             self.head_dim,
             conv_state=layout.initial_states(before.conv),
             output_state=keeps,
-            cu_seqlens=layout.cu_seqlens,
-            token_starts=lambda: layout.token_starts,
-            last_inputs=layout.last_inputs if layout.order is not None else None,
+            **layout.conv_boundaries(),
         )
         decay, gate, beta = projected.others
         # log decay = -exp(A_log) softplus(g + dt_bias) and sigmoid(beta) are inside the operation

@@ -158,7 +158,6 @@ class Planner:
         self,
         model: Any,
         hidden_states: Tensor,
-        *,
         attention_mask: Tensor | None,
         cache: Cache | None,
         use_cache: bool | None,

@@ -251,7 +251,6 @@ class ContextPlanner(Planner):
         self,
         model: Any,
         hidden_states: Tensor,
-        *,
         attention_mask: Tensor | None,
         cache: Any,
         use_cache: bool | None,

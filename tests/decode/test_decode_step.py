@@ -60,7 +60,7 @@ def test_attention_equals_the_layers(num_rows, index, device):
     branch(index)
     out = finish(step) - hidden[:, 0]
 
-    plan = Planner().plan(model.model, hidden, attention_mask=None, cache=other, use_cache=None)
+    plan = Planner().plan(model.model, hidden, None, other, None)
     expected = layer.self_attn(layer.input_layernorm(hidden), plan)[0][:, 0]
     check(out, expected)
     own, theirs = cache.layers[index], other.layers[index]
