@@ -207,12 +207,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         """
         self.planner = Planner() if group is None else ContextPlanner(self.config, group)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
 
 class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin):
     """Kimi Linear as a language model."""
