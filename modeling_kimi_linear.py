@@ -19,13 +19,8 @@ from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.decode.graph import DecodeBackend, try_decode
 from kimi_linear.generation.mixin import KimiLinearGenerationMixin
-from kimi_linear.inputs.checks import (
-    check_backbone_arguments,
-    one_source,
-)
-from kimi_linear.inputs.layout import (
-    check_attention_mask,
-)
+from kimi_linear.inputs.checks import check_backbone_arguments, one_source
+from kimi_linear.inputs.layout import check_attention_mask
 from kimi_linear.inputs.trees import read_trees
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.layers.latent_attention import KimiLinearLatentAttention

@@ -20,12 +20,7 @@ from torch import Tensor
 from kimi_linear.ops.fla.backend import resolve_backend
 from kimi_linear.ops.kda.chunked import chunked_kda
 from kimi_linear.ops.kda.fla import fla_kda
-from kimi_linear.ops.kda.recurrent import (
-    KDAInputs,
-    can_step_in_place,
-    recurrent_kda,
-    step_in_place,
-)
+from kimi_linear.ops.kda.recurrent import KDAInputs, can_step_in_place, recurrent_kda, step_in_place
 from kimi_linear.ops.runtime import is_transformed, needs_grad
 
 

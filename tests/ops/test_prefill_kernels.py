@@ -12,11 +12,7 @@ from interpreter import DEVICE, DTYPES, IS_INTERPRETED, draw, triton, with_kerne
 from tolerance import assert_close
 
 from kimi_linear.ops.experts import prefill_kernels
-from kimi_linear.ops.experts.row_sums import (
-    launch_sum_of_rows,
-    reference_sum_of_rows,
-    weighted_sum,
-)
+from kimi_linear.ops.experts.row_sums import launch_sum_of_rows, reference_sum_of_rows, weighted_sum
 from kimi_linear.ops.experts.sort import (
     SortedPairs,
     launch_sort_pairs,

@@ -6,14 +6,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from finetuning.data import (
-    IGNORED,
-    dpo_rows,
-    grpo_rows,
-    load_rows,
-    sft_rows,
-    to_messages,
-)
+from finetuning.data import IGNORED, dpo_rows, grpo_rows, load_rows, sft_rows, to_messages
 from learning.rows import hold_out
 from memorised_chat import CONVERSATIONS
 from transformers import PreTrainedTokenizerBase
