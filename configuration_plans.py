@@ -10,8 +10,18 @@ REGION = "kimi_linear_region"
 SPLIT = "kimi_linear_split_{}"  # which dimension of a parameter
 SPLIT_GATE_UP = "packed_colwise"  # Transformers': each half of the features by itself
 
-MIXERS = ("q_proj", "k_proj", "v_proj", "q_conv1d", "k_conv1d", "v_conv1d", "b_proj", "f_b_proj")
-HEAD_ROWS = (*MIXERS, "g_b_proj", "dt_bias", "q_b_proj", "kv_b_proj")
+# rows that belong to heads: of KDA, and of MLA
+KDA_ROWS = (
+    "k_proj",
+    "v_proj",
+    "q_conv1d",
+    "k_conv1d",
+    "v_conv1d",
+    "b_proj",
+    "f_b_proj",
+    "g_b_proj",
+)
+HEAD_ROWS = ("q_proj", *KDA_ROWS, "dt_bias", "q_b_proj", "kv_b_proj")
 
 
 def _mlp(name: str) -> dict[str, str]:

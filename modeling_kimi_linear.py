@@ -348,7 +348,7 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         Returns:
             `loss`, `logits` [B, num_labels], and the backbone's outputs.
         """
-        outputs, num_items = _read_for_classifier(
+        outputs, num_items_in_batch = _read_for_classifier(
             self,
             kwargs,
             input_ids=input_ids,
@@ -373,7 +373,7 @@ class KimiLinearForSequenceClassification(KimiLinearPreTrainedModel):
         read = columns.amax(dim=1)
         rows = torch.arange(logits.shape[0], device=logits.device)
         return KimiLinearSequenceClassifierOutput(
-            loss=sequence_label_loss(self, outputs, logits, read, labels, num_items),
+            loss=sequence_label_loss(self, outputs, logits, read, labels, num_items_in_batch),
             logits=logits[rows, read],
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
@@ -418,7 +418,7 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         Returns:
             `loss`, `logits` [B, T, num_labels], `hidden_states` and `attentions` on request.
         """
-        outputs, num_items = _read_for_classifier(
+        outputs, num_items_in_batch = _read_for_classifier(
             self,
             kwargs,
             input_ids=input_ids,
@@ -433,7 +433,7 @@ class KimiLinearForTokenClassification(KimiLinearPreTrainedModel):
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         return TokenClassifierOutput(
-            loss=token_label_loss(self, outputs, logits, labels, num_items),
+            loss=token_label_loss(self, outputs, logits, labels, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

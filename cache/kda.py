@@ -58,32 +58,32 @@ class KDALayerCache(LayerCache):
         self.state, self.is_stale = KDAState(), False
         self.rollback.reset()
 
-    def read(self, attention: Any, hidden_states: Tensor, plan: KDAPieces) -> Tensor:
+    def read(self, attention: Any, hidden_states: Tensor, pieces: KDAPieces) -> Tensor:
         """Run the layer's attention over a call behind this cache, and keep its states.
 
         Args:
             attention: The KDA layer, see `read_pieces`.
             hidden_states: [B, T, X].
-            plan: The call's pieces.
+            pieces: The call's.
 
         Returns:
             [B, T, X].
         """
         x, state = hidden_states, self.state
-        if plan.replays:
+        if pieces.replays:
             state, logged = self.rollback.anchor, self.rollback.logged()
             x = x if logged is None else torch.cat([logged.to(x.dtype), x], dim=1)
         out, after = read_pieces(
             attention,
             x,
-            plan.pieces,
+            pieces.parts,
             state,
             state_out=self._writable_state(x.shape[0]),
             keep_anchor=self.rollback.keep,
         )
         assert after is not None
-        anchors = [piece.stop for piece in plan.pieces if piece.is_anchor]
-        # behind a new anchor, what was read since; else the call's own tokens
+        anchors = [piece.stop for piece in pieces.parts if piece.is_anchor]
+        # log what lies behind the anchor: all since a new one, else this call's tokens
         self._take(after, x[:, anchors[0] :] if anchors else hidden_states)
         self._count(hidden_states.shape[1])
         return out[:, x.shape[1] - hidden_states.shape[1] :]

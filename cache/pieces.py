@@ -21,7 +21,7 @@ from kimi_linear.ops.runtime import is_exporting
 
 # Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
 # take 130 KB a token at the 48B model's sizes, and longer pieces are not faster.
-PIECE_TOKENS = 16384
+READ_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class KDAPieces:
     """The pieces of one call, the same for all KDA layers of a model.
 
     Attributes:
-        pieces: In order. Columns count from the log's first token if `replays`, else from the
+        parts: In order. Columns count from the log's first token if `replays`, else from the
             call's.
         replays: Whether the log is read again in front of the call's tokens, from the anchor.
     """
 
-    pieces: tuple[Piece, ...]
+    parts: tuple[Piece, ...]
     replays: bool = False
 
     def to(self, device: torch.device, **kwargs: Any) -> "KDAPieces":
         """A copy on another device; accelerate moves inputs to the next layers' with this."""
-        moved = (replace(piece, layout=piece.layout.to(device, **kwargs)) for piece in self.pieces)
-        return replace(self, pieces=tuple(moved))
+        moved = (replace(piece, layout=piece.layout.to(device, **kwargs)) for piece in self.parts)
+        return replace(self, parts=tuple(moved))
 
 
 def plan_pieces(
@@ -107,7 +107,7 @@ def _cut(piece: Piece, num_rows: int) -> list[Piece]:
     """The piece, in several where its rows are plain and long and no graph is recorded."""
     if is_exporting() or torch.is_grad_enabled() or not piece.layout.is_plain:
         return [piece]
-    size = max(CHUNK_SIZE, PIECE_TOKENS // num_rows // CHUNK_SIZE * CHUNK_SIZE)
+    size = max(CHUNK_SIZE, READ_TOKENS // num_rows // CHUNK_SIZE * CHUNK_SIZE)
     stops = [*range(piece.start + size, piece.stop, size), piece.stop]
     starts = [piece.start, *stops[:-1]]
     parts = [Piece(a, b, piece.layout) for a, b in zip(starts, stops, strict=True)]
@@ -127,7 +127,7 @@ def read_pieces(
     """Run a KDA layer over its input [B, T, D] piece by piece.
 
     Args:
-        attention: The layer, whose `read` takes a piece, its layout and the state before it.
+        attention: The layer, whose `attend` takes a piece, its layout and the state before it.
         x: What the pieces' columns count in.
         pieces: From `plan_pieces`.
         state: Before the first piece; None keeps no state.
@@ -138,13 +138,13 @@ def read_pieces(
         The layer's output [B, T, D], and the state after the last piece.
     """
     if len(pieces) == 1 and not pieces[0].is_anchor:
-        return attention.read(x, pieces[0].layout, state, state_out)
+        return attention.attend(x, pieces[0].layout, state, state_out)
     state, out = state or KDAState(), None
     outputs = []
     for piece in pieces:
         if piece.start < piece.stop:
             part = x[:, piece.start : piece.stop]
-            found, state = attention.read(part, piece.layout, state, state_out)
+            found, state = attention.attend(part, piece.layout, state, state_out)
             if torch.is_grad_enabled():
                 outputs.append(found)
             else:  # gigabytes for a long text, which must not be there twice

@@ -33,9 +33,9 @@ class Rollback:
         anchor: The state `num_logged` tokens ago.
         log: [B, capacity, X], the layer's inputs since the anchor in its first `num_logged` places.
         num_logged: None without an anchor.
-        next: The anchor to come, between decode steps: the state after the log's first `num_next`
-            tokens.
-        num_next: None without one.
+        next_anchor: The anchor to come, between decode steps: the state after the log's first
+            `next_anchor_tokens` tokens.
+        next_anchor_tokens: None without one.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -44,10 +44,10 @@ class Rollback:
 
     def reset(self) -> None:
         """Start a text, with its beginning as anchor."""
-        self.anchor, self.next = KDAState(), KDAState()
+        self.anchor, self.next_anchor = KDAState(), KDAState()
         self.log: Tensor | None = None
         self.num_logged: int | None = 0
-        self.num_next: int | None = None
+        self.next_anchor_tokens: int | None = None
 
     def drop(self) -> None:
         """Keep nothing: no token can be removed."""
@@ -58,13 +58,13 @@ class Rollback:
         """Forget the last `count` tokens of the log."""
         assert self.num_logged is not None
         self.num_logged -= count
-        if self.num_next is not None and self.num_next > self.num_logged:
-            self.next, self.num_next = KDAState(), None
+        if self.next_anchor_tokens is not None and self.next_anchor_tokens > self.num_logged:
+            self.next_anchor, self.next_anchor_tokens = KDAState(), None
 
     def keep(self, state: KDAState) -> None:
         """Make a copy of `state` the anchor, with an empty log."""
         self.anchor, self.num_logged = state.map(Tensor.clone), 0
-        self.next, self.num_next = KDAState(), None
+        self.next_anchor, self.next_anchor_tokens = KDAState(), None
 
     def logged(self) -> Tensor | None:
         """[B, num_logged, X], or None if there is none."""
@@ -99,12 +99,12 @@ class Rollback:
         if not self.tokens:
             return False
         is_full = self.log is not None and not self.has_room
-        return is_full or (self.num_next is None and self.num_logged == self.tokens)
+        return is_full or (self.next_anchor_tokens is None and self.num_logged == self.tokens)
 
     def move_anchor(self, state: KDAState) -> None:
-        """Between decode steps, which read no log again: keep a copy of the state where half of the
-        log is used, and make it the anchor where all of it is."""
-        logged, kept = self.num_logged or 0, self.num_next
+        """Let recorded steps go on, which cannot read the log again: copy the state when the log is
+        half full; when it is full, that copy becomes the anchor and the second half the log."""
+        logged, kept = self.num_logged or 0, self.next_anchor_tokens
         if self.log is not None and not self.has_room:
             if kept is None or logged - kept < self.tokens:
                 return  # the layers themselves have to read the log again
@@ -112,17 +112,17 @@ class Rollback:
             if not may_write(self.log):
                 self.log = torch.empty_like(self.log)
             self.log[:, : logged - kept] = rest
-            self.anchor, self.num_logged = self.next, logged - kept
-            self.next, self.num_next = KDAState(), None
+            self.anchor, self.num_logged = self.next_anchor, logged - kept
+            self.next_anchor, self.next_anchor_tokens = KDAState(), None
         if self.num_logged == self.tokens:
-            self.next, self.num_next = state.map(Tensor.clone), self.num_logged
+            self.next_anchor, self.next_anchor_tokens = state.map(Tensor.clone), self.num_logged
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor by what `function` makes of it."""
-        self.anchor, self.next = self.anchor.map(function), self.next.map(function)
+        self.anchor, self.next_anchor = self.anchor.map(function), self.next_anchor.map(function)
         self.log = None if self.log is None else function(self.log)
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are not None."""
-        own = self.anchor.tensors() + self.next.tensors()
+        own = self.anchor.tensors() + self.next_anchor.tensors()
         return own if self.log is None else [*own, self.log]

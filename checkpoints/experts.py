@@ -4,6 +4,11 @@ A checkpoint stores w1 (gate), w3 (up) and w2 (down) of each expert by itself; t
 `gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I]. `FUSED` says so once, for loading, saving,
 resuming and checking. Everything else carries the checkpoint's name in the model too.
 
+Four ways lead in: `from_pretrained` of safetensors files reads each matrix to its place
+(`files.py`), and other files by the conversion that is registered here; `load_state_dict`, by which
+Trainer resumes, by the hook here; `load_weights` by `live_weights.py`. One leads out: Transformers
+turns the registered conversion around when it saves.
+
 Shapes: D hidden size, I expert width, E experts.
 """
 

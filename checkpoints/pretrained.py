@@ -121,8 +121,10 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
             init.ones_(module.weight)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save as Transformers does: official names, this code beside the weights, all its classes
-        in `auto_map`.
+        """Save as Transformers does: official names, all classes in `auto_map`, and beside the
+        weights the code, which the configuration's `save_pretrained` writes: of the installed
+        package `flat_copy.py`'s, of a model loaded with `trust_remote_code=True` its own files
+        (`upstream/remote_code.py`).
 
         Raises:
             ValueError: For a model whose experts are quantised; its adapters can be saved.

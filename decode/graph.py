@@ -5,8 +5,15 @@ model, number of rows, and with or without padding, as a CUDA graph. The recordi
 tensors through a table of addresses, so it serves every cache, and caches of other steps read and
 write the same tensors. What the step does not cover runs layer by layer.
 
-The switch is the model's attribute `decode_backend`: "auto" takes the graph where it can and says
-once why it cannot, "graph" insists on it, "eager" never takes it.
+The switch is the model's attribute `decode_backend`: "auto" takes the graph where it can, "graph"
+raises where model or call have an obstacle, "eager" never takes it. Calls run layer by layer
+
+- without a word, because they are no step: other arguments than ids, mask and cache, several tokens
+  a row, an empty cache, gradients, a compiler at work (`try_decode`, `_is_step`);
+- with one log line: what `obstacles.py` finds in the model and the call, hooks, kernels that cannot
+  be built;
+- without a word, because this step cannot write in place: a padded new token; a cache whose tokens
+  were taken back, whose log is full, or that is offloaded (the caches' `prepare_step`).
 
 Shapes: B rows, S tokens of cache and call.
 """
@@ -137,7 +144,7 @@ class _Decoder:
             return self.failure
         with self._lock:
             snapshot = self._snapshot
-            # of a new text's first step, the model is looked at whatever the snapshot tells
+            # a cache seen for the first time: look at the model, even if the snapshot is current
             if snapshot is None or cache not in self._tables or not snapshot.is_current(model):
                 snapshot = self._examine(model)
                 self._tables.setdefault(cache, None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from kimi_linear.ops.runtime import SILU_MODULES, power_of_two, triton
 
@@ -66,7 +67,7 @@ class Snapshot:
 
 
 def call_obstacle(model: nn.Module, num_rows: int) -> str:
-    """Why a call of `num_rows` rows cannot be a step of a model without other obstacles, or ""."""
+    """Why a call of `num_rows` rows cannot be a step though others of the model can, or ""."""
     config: Any = model.config
     backbone: Any = model.model
     count, used = len(backbone.layers), config.num_hidden_layers
@@ -90,7 +91,7 @@ def model_obstacle(model: nn.Module) -> str:
     device = next(model.parameters()).device
     if device.type not in DEVICE_TYPES:
         return f"the model is on {device.type!r}, it must be on one of {DEVICE_TYPES}"
-    return chip_obstacle(device) or size_obstacle(model.config) or weight_obstacle(model)
+    return chip_obstacle(device) or config_obstacle(model.config) or weight_obstacle(model)
 
 
 def chip_obstacle(device: torch.device) -> str:
@@ -105,8 +106,8 @@ def chip_obstacle(device: torch.device) -> str:
     return ""
 
 
-def size_obstacle(config: Any) -> str:
-    """Sizes that the kernels do not take."""
+def config_obstacle(config: Any) -> str:
+    """Fields that the kernels are not made for."""
     linear = config.linear_attn_config
     powers = {
         "linear_attn_config.head_dim": linear["head_dim"],
@@ -125,7 +126,7 @@ def size_obstacle(config: Any) -> str:
         return f"q_lora_rank={config.q_lora_rank} is not None"
     if config.num_expert_group != config.topk_group:
         return f"num_expert_group={config.num_expert_group} is not topk_group={config.topk_group}"
-    if config.hidden_act != "silu":
+    if type(ACT2FN[config.hidden_act]) not in SILU_MODULES:
         return f"hidden_act={config.hidden_act!r} is not 'silu'"
     if linear["short_conv_kernel_size"] < 2:
         return "linear_attn_config.short_conv_kernel_size is below 2"

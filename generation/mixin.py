@@ -96,7 +96,8 @@ class KimiLinearGenerationMixin(GenerationHooks):
         is_draft: bool,
         is_compiled: bool,
     ) -> KimiLinearCache:
-        """A cache that can be cropped if someone will be able to: it is returned, or a draft's."""
+        """A cache that can be cropped if someone will be able to: it is returned, or a draft's.
+        For the model that checks drafts Transformers turns it on later."""
         kind = kind or ""
         rollback_tokens, offload = ROLLBACK_TOKENS if is_returned else 0, "offloaded" in kind
         cache: KimiLinearCache

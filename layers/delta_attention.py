@@ -65,11 +65,11 @@ class KimiLinearDeltaAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, plan: ForwardPlan, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """[B, T, D] to [B, T, D]: `read`, in the pieces and from the states that the plan says."""
+        """[B, T, D] to [B, T, D]: `attend`, which the layer's cache calls for each piece."""
         check_arguments(self, kwargs, LAYER_ARGUMENTS)
         return plan.read_kda(self, hidden_states), None
 
-    def read(
+    def attend(
         self,
         hidden_states: Tensor,
         layout: SequenceLayout,

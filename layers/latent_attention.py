@@ -19,7 +19,7 @@ from kimi_linear.ops.latent_attention.expanded import FUSED_QUERY_TOKENS
 from kimi_linear.ops.latent_attention.sdpa import attention_by_sequence, eager_attention
 from kimi_linear.ops.linear_map import is_linear_map, linear_map
 from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
-from kimi_linear.upstream.interfaces import ALL_ATTENTION_FUNCTIONS, attention_backend
+from kimi_linear.upstream.interfaces import ALL_ATTENTION_FUNCTIONS, attention_backend, is_flash
 
 LATENT_NORM_EPS = 1e-6
 
@@ -70,7 +70,7 @@ class KimiLinearLatentAttention(nn.Module):
                 out, weights = self._attend_by_sequence(self.query(x), key, value, plan.ends), None
             case "flash":
                 out, weights = self._attend_by_backend(x, latent, None, **plan.lengths, **kwargs)
-            case "rows":
+            case "backend":
                 out, weights = self._attend_by_backend(x, latent, plan.mask, **kwargs)
         out = self.o_proj(out.flatten(-2))
         return plan.in_rows(out, hidden_states.shape[0]), weights
@@ -108,10 +108,11 @@ class KimiLinearLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention among this call's tokens by `attn_implementation`: [B, T, H, V], weights."""
         key, value = self.expand(latent)
-        name = attention_backend(self.config)
-        if "flash" in name and self.value_dim != key.shape[-1]:  # it wants one head size
+        if is_flash(self.config) and self.value_dim != key.shape[-1]:  # it wants one head size
             value = F.pad(value, (0, key.shape[-1] - self.value_dim))
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention_backend(self.config), eager_attention
+        )
         out, weights = attention(
             self,
             self.query(x).transpose(1, 2),  # [B, H, T, K]
@@ -155,7 +156,7 @@ class KimiLinearLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention to latents [B, T, H, V]; weights [B, H, T, S] only if it is "eager"."""
         if not is_linear_map(self.kv_b_proj):
-            return self._attend_expanded(query, segments, real, seen)
+            return self._attend_by_module(query, segments, real, seen)
         weight, bias = linear_map(self.kv_b_proj, self.latent_dim, query)
         sizes = [self.key_dim, self.value_dim]
         key, value = weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
@@ -171,11 +172,11 @@ class KimiLinearLatentAttention(nn.Module):
             out = out + bias.unflatten(0, (-1, sum(sizes)))[:, self.key_dim :]
         return out, weights
 
-    def _attend_expanded(
+    def _attend_by_module(
         self, query: Tensor, segments: list[Tensor], real: Tensor | None, seen: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `_attend`, by calling `kv_b_proj` with all latents: what its hooks do, or a module in
-        its place, acts on cached tokens as it does in a call without a past."""
+        """`_attend` for a `kv_b_proj` that is no matrix (hooks, or a module in its place): calls it
+        with all latents, cached ones too."""
         rows = query.shape[0]
         key, value = self.expand(torch.cat([x.expand(rows, -1, -1) for x in segments], dim=1))
         T, S = query.shape[1], key.shape[2]

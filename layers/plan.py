@@ -27,10 +27,12 @@ from kimi_linear.ops.runtime import is_exporting
 from kimi_linear.upstream.interfaces import (
     attention_backend,
     create_causal_mask,
+    is_flash,
     packed_sequence_mask_function,
 )
 
-# Longest call without a past that goes to the "sdpa" backend when no graph is recorded.
+# Without gradients, a first call of up to this many tokens goes to "sdpa", a longer one to
+# `ops/latent_attention`.
 BACKEND_TOKENS = 1024
 # Packed sequences of this many tokens on average are attended to one by one: a call for each.
 SEQUENCE_TOKENS = 128
@@ -44,12 +46,12 @@ class ForwardPlan:
         layout: Padding and packing of its tokens.
         cache: What it reads and writes, or None.
         route: How MLA layers attend.
-            "rows": to the call's own keys and values, by the configured backend and `mask`;
-            "flash": as "rows", within sequences that lie end to end, by flash attention;
+            "backend": to the call's own keys and values, by the configured backend and `mask`;
+            "flash": as "backend", within sequences that lie end to end, by flash attention;
             "sequences": within packed sequences, one after another;
             "latents": to cached and own latents, by `ops/latent_attention`.
         pieces: How KDA layers read it.
-        mask: The backend's, in "rows"; None if it needs none.
+        mask: The backend's, in "backend"; None if it needs none.
         real_tokens: [B, S] bool, False at padding; None if all are real.
         own_real: [B, T] bool, its part of the call's own tokens; None if there is no padding.
         seen: [B, T, S] bool, what each token attends to in "latents"; None: all before it.
@@ -57,7 +59,7 @@ class ForwardPlan:
 
     layout: SequenceLayout
     cache: Any
-    route: Literal["rows", "flash", "sequences", "latents"]
+    route: Literal["backend", "flash", "sequences", "latents"]
     pieces: KDAPieces
     mask: Any = None
     real_tokens: Tensor | None = None
@@ -93,7 +95,7 @@ class ForwardPlan:
     def read_kda(self, attention: Any, hidden_states: Tensor) -> Tensor:
         """Have a KDA layer read [B, T, D]: piece by piece, its cache taking the states in."""
         if self.cache is None:
-            return read_pieces(attention, hidden_states, self.pieces.pieces)[0]
+            return read_pieces(attention, hidden_states, self.pieces.parts)[0]
         cache: Any = self.cache.layers[attention.layer_idx]
         return cache.read(attention, hidden_states, self.pieces)
 
@@ -110,7 +112,8 @@ class ForwardPlan:
         return token_sequences(self.layout, batch_size, num_tokens, like=hidden_states)
 
     def visible(self, latent: Tensor) -> Tensor:
-        """The latents that this call's packed sequences attend to: their own."""
+        """The latents that this call's packed sequences attend to: their own (in
+        `parallel/context.py` other processes' too)."""
         return latent
 
     @property
@@ -123,13 +126,18 @@ class ForwardPlan:
         """What Transformers' flash attention takes for sequences that lie end to end."""
         return self.layout.flash_lengths
 
+    @property
+    def is_in_line(self) -> bool:
+        """Whether MLA layers read sequences end to end."""
+        return self.route in ("flash", "sequences")
+
     def in_line(self, x: Tensor) -> Tensor:
         """[B, T, D] to [1, R, D] in the routes that read sequences end to end."""
-        return self.layout.pack(x) if self.route in ("flash", "sequences") else x
+        return self.layout.pack(x) if self.is_in_line else x
 
     def in_rows(self, x: Tensor, num_rows: int) -> Tensor:
         """The inverse of `in_line`, zeros at padding."""
-        return self.layout.unpack(x, num_rows) if self.route in ("flash", "sequences") else x
+        return self.layout.unpack(x, num_rows) if self.is_in_line else x
 
 
 class Planner:
@@ -147,7 +155,7 @@ class Planner:
     def own_labels(
         self, labels: Tensor, loss_kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The part of labels [B, T] and of the loss' arguments that this process' loss is of."""
+        """Labels [B, T] and loss arguments of this process' tokens."""
         return labels, loss_kwargs
 
     def total(self, x: Tensor) -> Tensor:
@@ -193,7 +201,7 @@ class Planner:
             return static_plan(cache, mask, hidden_states)
         real = None if mask is None else mask.to(device) != 0
         route = _route(model.config, layout, cache, past, T)
-        wants_mask = route == "rows" and "full_attention" in model.config.layer_types
+        wants_mask = route == "backend" and "full_attention" in model.config.layer_types
         return ForwardPlan(
             layout,
             cache,
@@ -208,7 +216,12 @@ class Planner:
 
 
 def _route(config: Any, layout: SequenceLayout, cache: Cache | None, past: int, T: int) -> Any:
-    """How MLA layers attend, see `ForwardPlan`."""
+    """How MLA layers attend, see `ForwardPlan`.
+
+    A backend of Transformers' attention interface needs nothing here: "backend" asks for it by
+    name. A kernel for long texts and cached ones belongs in `ops/latent_attention/expanded.py`.
+    What can be neither gets a route of its own: here, and a `case` in `layers/latent_attention.py`.
+    """
     backend = attention_backend(config)
     # where "sdpa" would need memory that grows with the square of the context
     is_long = T > BACKEND_TOKENS and not layout.is_packed and not torch.is_grad_enabled()
@@ -219,8 +232,8 @@ def _route(config: Any, layout: SequenceLayout, cache: Cache | None, past: int, 
         # in rows, a mask would grow with the square of their length
         if layout.num_places >= (layout.cu_seqlens.numel() - 1) * SEQUENCE_TOKENS:
             return "sequences"
-    is_flash = "flash" in backend and layout.cu_seqlens is not None and cache is None
-    return "flash" if is_flash else "rows"
+    is_in_line = is_flash(config) and layout.cu_seqlens is not None and cache is None
+    return "flash" if is_in_line else "backend"
 
 
 def _backend_mask(
@@ -230,8 +243,8 @@ def _backend_mask(
     mask: Tensor | None,
     cache: Cache | None,
 ) -> Any:
-    """The mask that the attention backend wants in "rows"; None if it needs none."""
-    if "flash" in attention_backend(config) and cache is None and layout.order is None:
+    """The mask that the attention backend wants in "backend"; None if it needs none."""
+    if is_flash(config) and cache is None and layout.order is None:
         return None
     inside = packed_sequence_mask_function(layout.sequence_ids) if layout.is_packed else None
     # the cache by its place: Transformers renamed it

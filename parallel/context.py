@@ -180,7 +180,7 @@ class ContextPlan(ForwardPlan):
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         conv = torch.stack([proj(before).transpose(1, 2) for proj in projections], dim=1)
         state = ContextState(conv, shard=shard, attention=attention, layout=self.layout)
-        return attention.read(hidden_states, self.layout, state)[0]
+        return attention.attend(hidden_states, self.layout, state)[0]
 
     def sequences(self, hidden_states: Tensor) -> TokenSequences:
         """The whole row's sequences at the own places."""

@@ -5,8 +5,8 @@ experts. It takes the same hidden states on every process, multiplies them with 
 split parameters, and the outputs are summed over the processes; in the backward pass the gradients
 of what came in are summed. One sum each way, whatever the region holds. Inside, parameters are
 plain tensors, so that every kernel and fast path takes them; outside they are DTensors, for
-loading, saving and optimizers. Parameters that are not split are there on every process, which adds
-the part of their gradient that its own heads or features give.
+loading, saving and optimizers. A parameter that is not split is whole on every
+process. Each computes its heads' or features' part of the gradient; the parts are summed.
 """
 
 from collections.abc import Callable, Iterator

@@ -37,10 +37,10 @@ from publishing.folder import (
 
 from kimi_linear import PRESETS, KimiLinearConfig
 from kimi_linear.checkpoints.atomic import atomic_folder
+from kimi_linear.checkpoints.code_in_folder import class_names, code_files
 from kimi_linear.checkpoints.flat_copy import package_code, write_flat_copy
 from kimi_linear.checkpoints.folders import check_weights
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
-from kimi_linear.checkpoints.saved_code import class_names, code_files
 from kimi_linear.tokenizer.snapshot import read_json
 
 # Written in place, through a link, by save_pretrained and push_to_hub: always copied.

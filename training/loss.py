@@ -83,7 +83,7 @@ def _whole_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy and router's losses of this process' labels, and the logits [B, T, V]."""
     x: Any = outputs.last_hidden_state
-    num_items = loss_kwargs.get("num_items_in_batch")
+    num_items_in_batch = loss_kwargs.get("num_items_in_batch")
     ignored, shifted = loss_kwargs.get("ignore_index", IGNORED), loss_kwargs.get("shift_labels")
     if shifted is None:
         shifted = F.pad(labels[:, 1:], (0, 1), value=ignored)
@@ -93,7 +93,7 @@ def _whole_loss(
             x.flatten(0, -2),
             model.lm_head.weight,
             shifted.flatten().to(x.device),
-            num_items=num_items,
+            num_items_in_batch=num_items_in_batch,
             ignore_index=ignored,
         )
     else:
@@ -107,7 +107,9 @@ def _whole_loss(
             logits=logits, labels=labels, vocab_size=model.config.vocab_size, **loss_kwargs
         )
     counts = shifted != ignored
-    loss = add_router_losses(model, loss, outputs.router_losses_by_place, counts, num_items)
+    loss = add_router_losses(
+        model, loss, outputs.router_losses_by_place, counts, num_items_in_batch
+    )
     return loss, logits
 
 
@@ -185,7 +187,7 @@ def sequence_label_loss(
     logits: Tensor,
     read: Tensor,
     labels: Tensor | None,
-    num_items: Tensor | int | None,
+    num_items_in_batch: Tensor | int | None,
 ) -> Tensor | None:
     """The loss of `KimiLinearForSequenceClassification`, None without labels.
 
@@ -193,7 +195,7 @@ def sequence_label_loss(
         logits: [B, T, classes].
         read: [B] int64, the token whose logits are the sequence's.
         labels: as the model's forward has them.
-        num_items: what the sum of losses is divided by, where Trainer counts it.
+        num_items_in_batch: what the sum of losses is divided by, where Trainer counts it.
     """
     if labels is None:
         return None
@@ -203,13 +205,20 @@ def sequence_label_loss(
         labels=labels,
         pooled_logits=logits[rows, read],
         config=model.config,
-        num_items_in_batch=num_items,
+        num_items_in_batch=num_items_in_batch,
     )
-    if num_items is not None and model.config.problem_type != "single_label_classification":
-        loss = loss * labels.numel() / num_items  # a mean, whatever Trainer counted
+    if (
+        num_items_in_batch is not None
+        and model.config.problem_type != "single_label_classification"
+    ):
+        loss = (
+            loss * labels.numel() / num_items_in_batch
+        )  # a mean: a step wants its share of all labels
     counts = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
     counts[rows, read] = (labels != IGNORED).view(len(rows), -1).sum(1).to(logits.device)
-    return add_router_losses(model, loss, outputs.router_losses_by_place, counts, num_items)
+    return add_router_losses(
+        model, loss, outputs.router_losses_by_place, counts, num_items_in_batch
+    )
 
 
 def token_label_loss(
@@ -217,12 +226,14 @@ def token_label_loss(
     outputs: KimiLinearModelOutput,
     logits: Tensor,
     labels: Tensor | None,
-    num_items: Tensor | int | None,
+    num_items_in_batch: Tensor | int | None,
 ) -> Tensor | None:
     """The loss of `KimiLinearForTokenClassification` for logits [B, T, classes] and labels [B, T],
-    None without labels; `num_items` as in `sequence_label_loss`."""
+    None without labels; `num_items_in_batch` as in `sequence_label_loss`."""
     if labels is None:
         return None
-    loss = model.loss_function(logits, labels, model.config, num_items_in_batch=num_items)
+    loss = model.loss_function(logits, labels, model.config, num_items_in_batch=num_items_in_batch)
     counts = labels != IGNORED
-    return add_router_losses(model, loss, outputs.router_losses_by_place, counts, num_items)
+    return add_router_losses(
+        model, loss, outputs.router_losses_by_place, counts, num_items_in_batch
+    )

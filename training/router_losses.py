@@ -147,8 +147,8 @@ def add_router_losses(
         loss: A scalar.
         by_place: The backbone's `router_losses_by_place`.
         counts: [B, T], how many labels of the loss each place has.
-        num_items_in_batch: Labels of all calls of a step, which Trainer counts: what each call's
-            loss is divided by. None: this call's.
+        num_items_in_batch: What the loss is divided by: the labels of all calls of a step, as
+            Trainer counts them. None: this call's labels.
     """
     config = model.config
     coefficients = (config.router_aux_loss_coef, config.router_z_loss_coef)
@@ -159,7 +159,7 @@ def add_router_losses(
     labels_S = counts_N.new_zeros(lengths_S.numel() + 1).index_add(0, number_N, counts_N)
     labels_S = model.model.planner.total(labels_S)
     if num_items_in_batch is None:
-        num_items_in_batch = labels_S[:-1].sum().clamp(min=1)  # padding's are the last
+        num_items_in_batch = labels_S[:-1].sum().clamp(min=1)  # the last entry counts padding
     elif isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(losses_N2.device)
     losses_N = (losses_N2 * losses_N2.new_tensor(coefficients)).sum(dim=1)

@@ -26,6 +26,11 @@ def attention_backend(config: Any) -> str:
     return config._attn_implementation or ""
 
 
+def is_flash(config: Any) -> bool:
+    """Whether that is one of Transformers' flash attentions."""
+    return "flash" in attention_backend(config)
+
+
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_EXPERTS_FUNCTIONS",
@@ -44,6 +49,7 @@ __all__ = [
     "capture_outputs",
     "create_causal_mask",
     "init",
+    "is_flash",
     "packed_sequence_mask_function",
     "register_checkpoint_conversion_mapping",
     "use_experts_implementation",

@@ -30,7 +30,7 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     labels_N: Tensor,
     *,
-    num_items: Tensor | int | None = None,
+    num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """Cross entropy of the logits `x @ weight.T`.
@@ -41,7 +41,7 @@ def linear_cross_entropy(
         x_ND: Hidden states; under autocast the products are of its dtype.
         weight_VD: The head.
         labels_N: int64, the token that each one has to predict.
-        num_items: The sum is divided by this; None: by the number of labels that count.
+        num_items_in_batch: The sum is divided by this; None: by the number of labels that count.
         ignore_index: The label of tokens that do not count.
 
     Returns:
@@ -49,11 +49,11 @@ def linear_cross_entropy(
     """
     dtype = product_dtype(x_ND)
     wide = torch.promote_types(dtype, torch.float32)
-    if num_items is None:
-        num_items = (labels_N != ignore_index).sum()
-    elif isinstance(num_items, Tensor):
-        num_items = num_items.to(x_ND.device)
-    scale = torch.ones((), dtype=wide, device=x_ND.device) / num_items
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels_N != ignore_index).sum()
+    elif isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(x_ND.device)
+    scale = torch.ones((), dtype=wide, device=x_ND.device) / num_items_in_batch
     return _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, scale.to(wide), ignore_index, dtype)
 
 

@@ -157,7 +157,7 @@ def _run_segment(
         strict=True,
     )
     outputs: list[Tensor] = []
-    for row, score, column, decay, solve, value in chunks:
+    for row, score, column, chunk_decay, solve, value in chunks:
         if S is None:
             v_new = solve @ value
             outputs.append(score @ v_new)
@@ -166,7 +166,7 @@ def _run_segment(
             v_new = solve @ (value - from_k)
             outputs.append(torch.baddbmm(from_q, score, v_new))
         if len(outputs) < n or want_state:
-            S = column @ v_new if S is None else torch.baddbmm(S * decay, column, v_new)
+            S = column @ v_new if S is None else torch.baddbmm(S * chunk_decay, column, v_new)
     out = torch.stack(outputs).view(n, R, H, C, V).permute(1, 0, 3, 2, 4).reshape(R, L, H, V)
     return out, (S.view(R, H, K, V) if want_state and S is not None else None)
 

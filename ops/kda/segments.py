@@ -111,6 +111,8 @@ def _plan_packed(ends: list[int], max_tokens: int, device: torch.device) -> list
     segments: list[Segment] = []
 
     def add(rows: Tensor, begin: Tensor, size: int, count: int) -> None:
+        if not rows.numel():
+            return
         for row in rows.split(max(1, max_tokens // (size * count))):
             tokens = begin[row, None] + torch.arange(size * count)
             real = tokens < stops[row, None]

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 import kimi_linear
 from kimi_linear import KimiLinearConfig
 from kimi_linear.checkpoints.checks import check_finite
+from kimi_linear.checkpoints.code_in_folder import check_classes, class_names, code_files
 from kimi_linear.checkpoints.folders import INDEX, check_weights, read_object, weight_files
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
-from kimi_linear.checkpoints.saved_code import check_classes, class_names, code_files
 from publishing.model_card import TASKS
 
 CONFIG = "config.json"

@@ -16,9 +16,9 @@ from remote_code import LOGITS, code_in, run_stranger
 from safetensors.torch import load_file, save_file
 
 from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.checkpoints.code_in_folder import code_files
 from kimi_linear.checkpoints.flat_copy import package_code
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
-from kimi_linear.checkpoints.saved_code import code_files
 
 pytestmark = pytest.mark.transformers
 

@@ -197,14 +197,17 @@ def test_anchor_to_come_is_dropped_with_its_tokens(device):
     call(model, "eager", ids[:, :1], cache)
     _decode(model, "graph", ids[:, 1:6], cache)
     kda = cache.layers[0]
-    assert kda.rollback.num_next == 3 and cache.fork().layers[0].rollback.num_next == 3
+    assert (
+        kda.rollback.next_anchor_tokens == 3
+        and cache.fork().layers[0].rollback.next_anchor_tokens == 3
+    )
     rows = cache.copy()
     rows.batch_repeat_interleave(2)
-    assert rows.layers[0].rollback.next.recurrent.shape[0] == 2
+    assert rows.layers[0].rollback.next_anchor.recurrent.shape[0] == 2
     cache.crop(-2)  # four tokens stay
-    assert kda.rollback.num_next == 3
+    assert kda.rollback.next_anchor_tokens == 3
     cache.crop(-2)
-    assert kda.rollback.num_next is None and kda.rollback.next.recurrent is None
+    assert kda.rollback.next_anchor_tokens is None and kda.rollback.next_anchor.recurrent is None
     plain = KimiLinearCache(model.config)
     expected = call(model, "eager", ids[:, :3], plain)
     check(call(model, "eager", ids[:, 2:3], cache)[:, -1], expected[:, -1])
@@ -458,7 +461,7 @@ def test_gradients_run_layer_by_layer(device):
     ],
 )
 def test_sizes_that_the_kernels_do_not_take(fields, message):
-    reason = obstacles.size_obstacle(decode_model("cpu", **fields).config)
+    reason = obstacles.config_obstacle(decode_model("cpu", **fields).config)
     assert reason.startswith(message)
 
 

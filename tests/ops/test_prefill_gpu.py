@@ -121,7 +121,7 @@ def test_pieces_of_tokens_equal_the_whole(monkeypatch):
         return torch.cat([*parts, model(more, cache=cache).logits], dim=1)
 
     expected = read()
-    monkeypatch.setattr(pieces, "PIECE_TOKENS", 2 * 256)
+    monkeypatch.setattr(pieces, "READ_TOKENS", 2 * 256)
     monkeypatch.setattr(gated_mlp, "PIECE_TOKENS", 700)
     monkeypatch.setattr(latent_layer, "FUSED_QUERY_TOKENS", 1024)
     assert_kernel_close(read(), expected, torch.float32)

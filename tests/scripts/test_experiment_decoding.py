@@ -13,7 +13,7 @@ from measuring.limits import Limits
 from one_thread import one_thread  # noqa: F401
 from tolerance import assert_close
 
-from kimi_linear.decode.obstacles import size_obstacle
+from kimi_linear.decode.obstacles import config_obstacle
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"preset": "2m", "device": "cpu", "steps": 2, "repeats": 1}
@@ -39,7 +39,7 @@ def test_patterns_differ_in_attention_only() -> None:
 
 def test_decode_graph_takes_both() -> None:
     for pattern in ("kimi", "mla"):
-        assert size_obstacle(Settings().config(pattern)) == ""
+        assert config_obstacle(Settings().config(pattern)) == ""
 
 
 def test_fewer_experts() -> None:

@@ -52,7 +52,7 @@ def from_logits(x, weight, labels, num_items=None):
 def test_loss_and_gradients(num_tokens, dtype, num_items):
     x, weight, labels = draw(num_tokens, dtype)
     expected = from_logits(x, weight, labels, None if num_items is None else 7)
-    loss = linear_cross_entropy(x, weight, labels, num_items=num_items)
+    loss = linear_cross_entropy(x, weight, labels, num_items_in_batch=num_items)
     assert loss.dtype == dtype and loss.shape == ()
     (3 * loss).backward()
     for name, actual, wanted in zip(
@@ -95,7 +95,7 @@ def test_no_label_counts():
     x, weight, labels = draw(C + 1, torch.float32)
     labels[:] = -100
     assert linear_cross_entropy(x, weight, labels).isnan()  # as F.cross_entropy
-    loss = linear_cross_entropy(x, weight, labels, num_items=5)
+    loss = linear_cross_entropy(x, weight, labels, num_items_in_batch=5)
     loss.backward()
     assert loss == 0 and not x.grad.any() and not weight.grad.any()
 

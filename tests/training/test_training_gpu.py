@@ -123,7 +123,7 @@ def draw_layer(kind):
         layout = sequence_layout(1, 300, position_ids=positions, device=device)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    call = layer if kind == "mlp" else lambda x: layer.read(x, layout)[0]
+    call = layer if kind == "mlp" else lambda x: layer.attend(x, layout)[0]
     return layer.to("cuda").train(), call, torch.randn(1, 300, 136, device="cuda")
 
 
