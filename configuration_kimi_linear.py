@@ -89,7 +89,7 @@ class KimiLinearConfig(SavesCode, PreTrainedConfig):
         output_router_logits: Whether outputs carry the router logits of each MoE layer, and
             `aux_loss`.
         router_aux_loss_coef: Coefficient of the sequence-wise balance loss in training. See
-            `moe_training.py` for this and the next two.
+            `training/router_losses.py` for this and the next two.
         router_z_loss_coef: Coefficient of the router z-loss in training.
         router_bias_update_rate: Step of the update of the experts' correction biases, where
             `balance_experts` is used.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import TokenClassifierOutput
-from transformers.utils import logging
 
 from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
@@ -55,8 +54,6 @@ from kimi_linear.upstream.interfaces import (
     can_return_tuple,
     capture_outputs,
 )
-
-logger = logging.get_logger(__name__)
 
 # Of a head's further arguments, those that the backbone reads.
 PASSED_ON = {**OUTPUT_ARGUMENTS, **LENGTH_ARGUMENTS}
@@ -174,7 +171,6 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         plan = self.planner.plan(
             self, hidden_states, attention_mask, cache, use_cache, **boundaries
         )
-        del source  # the layers need its memory
         hidden_states = plan.without_padding(hidden_states)
         kwargs = {name: x for name, x in kwargs.items() if name in OUTPUT_ARGUMENTS}
         wants_logits = kwargs.get("output_router_logits", self.config.output_router_logits)

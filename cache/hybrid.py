@@ -115,7 +115,7 @@ class KimiLinearCache(Cache):
     def end_call(self, modules: Iterable[nn.Module]) -> None:
         """All layers have read the call; in a pipeline, the caches of layers that other processes
         have (`nn.Identity` here) count its tokens too."""
-        for module, layer in zip(modules, self.layers, strict=False):
+        for module, layer in zip(modules, self.layers, strict=True):
             if isinstance(module, nn.Identity):
                 layer.num_tokens = max(each.num_tokens for each in self.layers)
         self.is_torn = False
@@ -199,6 +199,8 @@ def prepare_cache(cache: Cache | None, config: PreTrainedConfig) -> Any:
     if layers and all(hasattr(layer, "memory_bytes") for layer in layers):
         check_kinds(cache, config)
         check_whole(cache)
+        if not isinstance(cache, KimiLinearCache):  # made by hand of our layers
+            cache.__class__ = KimiLinearCache
         counts = {layer.num_tokens for layer in layers}
         if len(counts) > 1:
             raise ValueError(

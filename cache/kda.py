@@ -82,7 +82,7 @@ class KDALayerCache(LayerCache):
             keep_anchor=self.rollback.keep,
         )
         assert after is not None
-        anchors = [piece.stop for piece in pieces.parts if piece.is_anchor]
+        anchors = [part.start + part.anchor for part in pieces.parts if part.anchor is not None]
         # log what lies behind the anchor: all since a new one, else this call's tokens
         self._take(after, x[:, anchors[0] :] if anchors else hidden_states)
         self._count(hidden_states.shape[1])

@@ -1,8 +1,9 @@
 """The pieces in which KDA layers read a call.
 
-A call is one piece, but: a long one is cut for memory's sake; a cache that can be cropped reads the
-last tokens by themselves, so that the states before them become its anchor; and after a crop, or
-when its log is full, what is left of the log is read again in front of the call's tokens.
+A call is one piece, but: a long one is cut for memory's sake; a padded one behind a cache that can
+be cropped is cut where the state becomes its anchor, which of plain rows is taken on the way; and
+after a crop, or when the log is full, what is left of the log is read again in front of the call's
+tokens.
 
 Shapes: B batch, T tokens of this call, S tokens of cache and call, D hidden size.
 """
@@ -31,13 +32,13 @@ class Piece:
     Attributes:
         start, stop: Their columns; a piece may be empty.
         layout: Their padding and packing.
-        is_anchor: Whether the states after them become the cache's anchor.
+        anchor: The state after this many of them becomes the cache's anchor; None: none does.
     """
 
     start: int
     stop: int
     layout: SequenceLayout
-    is_anchor: bool = False
+    anchor: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,34 +85,38 @@ def plan_pieces(
     moves = rollback_tokens > 0 and (num_logged is None or logged + T > 2 * rollback_tokens)
     replays = is_stale or (moves and num_logged is not None and rollback_tokens > T)
     if not moves and not replays:
-        return KDAPieces(tuple(_cut(Piece(0, T, layout), B)))
+        return KDAPieces(tuple(_parts(Piece(0, T, layout), B)))
     length = T + (logged if replays else 0)
 
-    def piece(start: int, stop: int, is_anchor: bool) -> list[Piece]:
+    def piece(start: int, stop: int, anchor: int | None = None) -> list[Piece]:
         if start == stop:
-            return [Piece(start, stop, SequenceLayout(), is_anchor)]
+            return [Piece(start, stop, SequenceLayout(), anchor)]
         mask = attention_mask
         if mask is not None:
             first = mask.shape[1] - length
             mask = mask[:, first + start : first + stop]
         own = sequence_layout(B, stop - start, attention_mask=mask, device=device)
-        return _cut(Piece(start, stop, own, is_anchor), B)
+        return _parts(Piece(start, stop, own, anchor), B)
 
-    if not moves:
-        return KDAPieces(tuple(piece(0, length, False)), replays)
     cut = max(length - rollback_tokens, 0)
-    return KDAPieces((*piece(0, cut, True), *piece(cut, length, False)), replays)
+    if not moves:
+        return KDAPieces(tuple(piece(0, length)), replays)
+    if attention_mask is None:  # one piece, whose state is wanted on the way
+        return KDAPieces(tuple(piece(0, length, cut)), replays)
+    return KDAPieces((*piece(0, cut, cut), *piece(cut, length)), replays)
 
 
-def _cut(piece: Piece, num_rows: int) -> list[Piece]:
+def _parts(piece: Piece, num_rows: int) -> list[Piece]:
     """The piece, in several where its rows are plain and long and no graph is recorded."""
     if is_exporting() or torch.is_grad_enabled() or not piece.layout.is_plain:
         return [piece]
     size = max(CHUNK_SIZE, READ_TOKENS // num_rows // CHUNK_SIZE * CHUNK_SIZE)
-    stops = [*range(piece.start + size, piece.stop, size), piece.stop]
-    starts = [piece.start, *stops[:-1]]
-    parts = [Piece(a, b, piece.layout) for a, b in zip(starts, stops, strict=True)]
-    parts[-1] = replace(parts[-1], is_anchor=piece.is_anchor)
+    parts, anchor = [], piece.anchor
+    for start in range(piece.start, piece.stop, size):
+        stop = min(start + size, piece.stop)
+        is_here = anchor is not None and anchor <= stop - start
+        parts.append(Piece(start, stop, piece.layout, anchor if is_here else None))
+        anchor = None if is_here or anchor is None else anchor - size
     return parts
 
 
@@ -132,28 +137,30 @@ def read_pieces(
         pieces: From `plan_pieces`.
         state: Before the first piece; None keeps no state.
         state_out: Where recurrent states may be written.
-        keep_anchor: Takes the state behind a piece that ends at the anchor.
+        keep_anchor: Takes the state that becomes the anchor.
 
     Returns:
         The layer's output [B, T, D], and the state after the last piece.
     """
-    if len(pieces) == 1 and not pieces[0].is_anchor:
-        return attention.attend(x, pieces[0].layout, state, state_out)
+    if len(pieces) == 1 and pieces[0].anchor is None:
+        return attention.attend(x, pieces[0].layout, state, state_out)[:2]
     state, out = state or KDAState(), None
     outputs = []
     for piece in pieces:
-        if piece.start < piece.stop:
-            part = x[:, piece.start : piece.stop]
-            found, state = attention.attend(part, piece.layout, state, state_out)
-            if torch.is_grad_enabled():
-                outputs.append(found)
-            else:  # gigabytes for a long text, which must not be there twice
-                out = (
-                    x.new_empty(*x.shape[:2], found.shape[2], dtype=found.dtype)
-                    if out is None
-                    else out
-                )
-                out[:, piece.start : piece.stop] = found
-        if piece.is_anchor and keep_anchor is not None:
+        if piece.anchor == 0 and keep_anchor is not None:
             keep_anchor(state)
-    return (torch.cat(outputs, dim=1) if out is None else out), state
+        if piece.start == piece.stop:
+            continue
+        part, cut = x[:, piece.start : piece.stop], piece.anchor or 0
+        found, state, at_cut = attention.attend(part, piece.layout, state, state_out, cut)
+        if cut and keep_anchor is not None:
+            keep_anchor(at_cut)
+        if torch.is_grad_enabled() or part.shape[1] == x.shape[1]:
+            outputs.append(found)
+            continue
+        if out is None:  # gigabytes for a long text, which must not be there twice
+            out = found.new_empty(*x.shape[:2], found.shape[2])
+        out[:, piece.start : piece.stop] = found
+    if out is None:
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return out, state

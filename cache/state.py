@@ -20,6 +20,7 @@ class KDAState:
 
     conv: Tensor | None = None
     recurrent: Tensor | None = None
+    is_kept = True  # whether the state after what is read now is wanted
 
     def entering(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         """The recurrent state before these inputs of the recurrence (q, k, v, g, beta)."""

@@ -183,7 +183,7 @@ class KimiLinearStaticCache(KimiLinearCache, StaticCache):
 
     @property
     def is_static_call(self) -> bool:
-        """Whether a call is planned by `static_inputs`: a compiler is at work that can take it,
+        """Whether a call is planned by `static_plan`: a compiler is at work that can take it,
         since states and latents are there, or all calls are."""
         if torch.compiler.is_compiling() and self.is_compileable:
             return all(layer.is_initialized for layer in self.layers)
@@ -196,7 +196,7 @@ def is_compileable(cache: Any) -> bool:
 
 
 def is_static_call(cache: Any) -> bool:
-    """Whether a call behind this cache is planned by `static_inputs`."""
+    """Whether a call behind this cache is planned by `static_plan`."""
     return isinstance(cache, KimiLinearStaticCache) and cache.is_static_call
 
 

@@ -33,7 +33,7 @@ from kimi_linear.decode.addresses import AddressTable, is_kda, prepare
 from kimi_linear.decode.obstacles import Snapshot, call_obstacle, model_obstacle
 from kimi_linear.decode.recording import Recording
 from kimi_linear.inputs.checks import check_columns, unless_all_real
-from kimi_linear.ops.runtime import TritonError
+from kimi_linear.ops.runtime import TritonError, triton
 
 logger = logging.get_logger(__name__)
 
@@ -140,6 +140,8 @@ class _Decoder:
 
     def obstacle(self, model: nn.Module, num_rows: int, cache: Cache) -> str:
         """Why this call cannot be a recorded step, or ""."""
+        if triton is None:
+            return "triton is not installed"
         if self.failure:
             return self.failure
         with self._lock:

@@ -1,1 +1,1 @@
-"""What one call's inputs say: padding, packing, trees, and the plan that all layers follow."""
+"""What one call's inputs say: padding, packing, trees of texts; checks of arguments."""

@@ -10,7 +10,7 @@ N sequences.
 
 import functools
 import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -87,9 +87,9 @@ class SequenceLayout:
 
     def to(self, device: torch.device, **kwargs: Any) -> "SequenceLayout":
         """A copy on another device; accelerate moves inputs to the next layers' with this."""
-        moved: dict[str, Any] = {
-            name: x.to(device, **kwargs) for name, x in vars(self).items() if isinstance(x, Tensor)
-        }
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: x for name, x in own.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device, **kwargs) for name, x in tensors.items()}
         return replace(self, **moved)
 
     def pack(self, x: Tensor) -> Tensor:

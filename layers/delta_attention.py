@@ -15,7 +15,7 @@ from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.norm import KimiLinearGatedRMSNorm
 from kimi_linear.layers.plan import ForwardPlan
-from kimi_linear.ops.kda import kda_attention
+from kimi_linear.ops.kda import kda_attention_and_cut
 from kimi_linear.ops.short_conv import convolved_projections
 from kimi_linear.ops.short_conv.convolution import short_convolution
 from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
@@ -75,7 +75,8 @@ class KimiLinearDeltaAttention(nn.Module):
         layout: SequenceLayout,
         state: KDAState | None = None,
         state_out: Tensor | None = None,
-    ) -> tuple[Tensor, KDAState | None]:
+        cut: int = 0,
+    ) -> tuple[Tensor, KDAState | None, KDAState | None]:
         """The layer's equations, for tokens that are read at once.
 
         Args:
@@ -83,11 +84,13 @@ class KimiLinearDeltaAttention(nn.Module):
             layout: Their padding and packing.
             state: Before the first token; None starts from zeros and returns no state.
             state_out: Tensor that the next recurrent state may be written to.
+            cut: Number of tokens after which the state is returned too; T, or of plain rows.
 
         Returns:
-            [B, T, D], and the state after the last token.
+            [B, T, D], the state after the last token, and that after `cut` tokens.
         """
-        before, keeps = state or KDAState(), state is not None
+        before, keeps = state or KDAState(), state is not None and state.is_kept
+        inside = cut if cut < hidden_states.shape[1] else 0
         x = layout.pack(hidden_states)  # [1, R, D], or [B, T, D] where rows are plain sequences
         # q, k, v = SiLU(conv(W x)), and the inner halves of two low-rank gates
         projected = convolved_projections(
@@ -98,14 +101,16 @@ class KimiLinearDeltaAttention(nn.Module):
             self.head_dim,
             conv_state=layout.initial_states(before.conv),
             output_state=keeps,
+            cut=inside,
             **layout.conv_boundaries(),
         )
         decay, gate, beta = projected.others
         # log decay = -exp(A_log) softplus(g + dt_bias) and sigmoid(beta) are inside the operation
         g, beta = layout.silenced(self._heads(self.f_b_proj(decay)), beta)
         inputs = (projected.q, projected.k, projected.v, g, beta)
-        out, recurrent = kda_attention(
-            *inputs,
+        out, recurrent, recurrent_at_cut = kda_attention_and_cut(
+            inputs,
+            inside,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             initial_state=layout.initial_states(before.entering(inputs)),
@@ -114,11 +119,12 @@ class KimiLinearDeltaAttention(nn.Module):
             state_out=state_out,
             is_normalised=projected.is_normalised,
         )
-        conv_state = layout.row_states(projected.conv_state)
+        conv_state, conv_at_cut = layout.row_states(projected.conv_state), projected.conv_at_cut
         del inputs, projected, g  # gigabytes, in a long text
         out = self.o_norm(out, self._heads(self.g_b_proj(gate)))  # RMSNorm(o) * sigmoid(gate)
         out = layout.unpack(self.o_proj(out.flatten(-2)), hidden_states.shape[0])
-        return out, KDAState(conv_state, layout.row_states(recurrent)) if keeps else None
+        after = KDAState(conv_state, layout.row_states(recurrent)) if keeps else None
+        return out, after, KDAState(conv_at_cut, recurrent_at_cut) if inside else after
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # in tensor parallelism, some of the heads
@@ -129,11 +135,12 @@ class KimiLinearDeltaAttention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casting the model to 16 bits moves the decay parameters but leaves them in float32."""
-        decay = {id(x) for p in (self.A_log, self.dt_bias) for x in (p, p.grad)}
+        decay = [x for p in (self.A_log, self.dt_bias) for x in (p, p.grad)]
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if id(tensor) not in decay or moved.dtype not in (torch.float16, torch.bfloat16):
+            is_decay = any(tensor is each for each in decay)
+            if not is_decay or moved.dtype not in (torch.float16, torch.bfloat16):
                 return moved
             return tensor.to(moved.device, torch.float32)
 

@@ -195,24 +195,23 @@ class Planner:
         cache = cache_for_call(model, layout, cache, use_cache, B)
         past = 0 if cache is None else cache.get_seq_length()
         check_columns(attention_mask, past, T)
-        if cache is not None:
-            cache.note_padding(attention_mask, mask)
         if is_static_call(cache):
+            cache.note_padding(attention_mask, mask)
             return static_plan(cache, mask, hidden_states)
         real = None if mask is None else mask.to(device) != 0
         route = _route(model.config, layout, cache, past, T)
-        wants_mask = route == "backend" and "full_attention" in model.config.layer_types
-        return ForwardPlan(
+        plan = ForwardPlan(
             layout,
             cache,
             route,
             _pieces(cache, layout, mask, (B, T), device),
-            mask=_backend_mask(hidden_states, model.config, layout, mask, cache)
-            if wants_mask
-            else None,
+            mask=_backend_mask(route, hidden_states, model.config, layout, mask, cache),
             real_tokens=real,
             own_real=None if real is None or layout.is_plain else real[:, -T:],
         )
+        if cache is not None:
+            cache.note_padding(attention_mask, mask)
+        return plan
 
 
 def _route(config: Any, layout: SequenceLayout, cache: Cache | None, past: int, T: int) -> Any:
@@ -237,13 +236,16 @@ def _route(config: Any, layout: SequenceLayout, cache: Cache | None, past: int, 
 
 
 def _backend_mask(
+    route: str,
     hidden_states: Tensor,
     config: Any,
     layout: SequenceLayout,
     mask: Tensor | None,
     cache: Cache | None,
 ) -> Any:
-    """The mask that the attention backend wants in "backend"; None if it needs none."""
+    """The mask that the attention backend wants; None if it needs none or is not asked."""
+    if route != "backend" or "full_attention" not in config.layer_types:
+        return None
     if is_flash(config) and cache is None and layout.order is None:
         return None
     inside = packed_sequence_mask_function(layout.sequence_ids) if layout.is_packed else None

@@ -147,6 +147,7 @@ class ContextState(KDAState):
     shard: Any = None
     attention: Any = None
     layout: Any = None
+    is_kept = False
 
     def entering(self, inputs: tuple[Tensor, ...]) -> Tensor:
         attention = self.attention

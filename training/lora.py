@@ -26,12 +26,6 @@ MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DENSE_MLP_MODULES = tuple(f"mlp.{name}" for name in MLP_PROJECTIONS)
 SHARED_EXPERT_MODULES = tuple(f"shared_experts.{name}" for name in MLP_PROJECTIONS)
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
-# All linear layers but the head, in every kind of layer.
-LINEAR_MODULES = (
-    *dict.fromkeys((*KDA_PROJECTIONS, *MLA_PROJECTIONS)),
-    *DENSE_MLP_MODULES,
-    *SHARED_EXPERT_MODULES,
-)
 # "attention" is "kda" and "mla"; "all" is everything.
 LORA_GROUPS = ("attention", "kda", "mla", "dense", "shared", "experts", "all")
 

@@ -68,7 +68,8 @@ def loss_and_logits(
     boundaries["cu_seq_lens"] = inputs["cu_seq_lens_q"]
     layout = sequence_layout(*labels.shape, **boundaries, device=labels.device)
     if not layout.is_plain:
-        loss_kwargs = {"shift_labels": _next_labels(labels, layout), **loss_kwargs}
+        ignored = loss_kwargs.get("ignore_index", IGNORED)
+        loss_kwargs = {"shift_labels": _next_labels(labels, layout, ignored), **loss_kwargs}
     labels, loss_kwargs = planner.own_labels(labels, loss_kwargs)
     loss, logits = _whole_loss(model, outputs, labels, logits_to_keep, loss_kwargs)
     return planner.total(loss), logits
@@ -128,17 +129,17 @@ def _kept_states(
     return x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def _next_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
-    """[B, T]: at each real token the label of the next one of its sequence, -100 where none is."""
-    following = F.pad(layout.pack(labels)[:, 1:], (0, 1), value=IGNORED)
+def _next_labels(labels: Tensor, layout: SequenceLayout, ignored: int) -> Tensor:
+    """[B, T]: at each real token the label of the next one of its sequence, `ignored` elsewhere."""
+    following = F.pad(layout.pack(labels)[:, 1:], (0, 1), value=ignored)
     if layout.order is not None:
-        following = following.masked_fill(layout.is_behind(labels).roll(-1, 1), IGNORED)
+        following = following.masked_fill(layout.is_behind(labels).roll(-1, 1), ignored)
     else:
         assert layout.cu_seqlens is not None
         ends = layout.cu_seqlens[1:].long()
-        following[:, ends[ends > 0] - 1] = IGNORED
+        following[:, ends[ends > 0] - 1] = ignored
     # `unpack` writes zeros at padding
-    return layout.unpack(following - IGNORED, labels.shape[0]) + IGNORED
+    return layout.unpack(following - ignored, labels.shape[0]) + ignored
 
 
 def _is_fused(model: Any, x: Tensor, labels: Tensor, logits_to_keep: int | Tensor) -> bool:

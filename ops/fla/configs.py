@@ -1,4 +1,4 @@
-"""Configurations of FLA's kernels: made by `benchmarks/tune_fla.py`, read by `fla_tuning.py`."""
+"""Configurations of FLA's kernels: made by `benchmarks/tune_fla.py`, read by `tuning.py`."""
 
 from typing import Any
 

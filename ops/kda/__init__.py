@@ -15,6 +15,9 @@ g = -exp(A_log) softplus(g_raw + dt_bias) and beta = sigmoid(beta_raw) itself.
 Shapes: B batch, T tokens, H heads, K key size, V value size, N sequences.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from kimi_linear.ops.fla.backend import resolve_backend
@@ -85,3 +88,26 @@ def kda_attention(
     if state is not None and state_out is not None and state_out.dtype == state.dtype:
         state = state_out.copy_(state)
     return out, state
+
+
+def kda_attention_and_cut(
+    inputs: tuple[Tensor, ...],
+    cut: int,
+    *,
+    initial_state: Tensor | None = None,
+    state_out: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`kda_attention` of q, k, v, g, beta, and the state after the first `cut` tokens; None for 0.
+
+    The other arguments are those of `kda_attention`, for rows of one sequence each.
+    """
+    if not cut:
+        out, state = kda_attention(
+            *inputs, initial_state=initial_state, state_out=state_out, **kwargs
+        )
+        return out, state, None
+    first, rest = [x[:, :cut] for x in inputs], [x[:, cut:] for x in inputs]
+    before, at_cut = kda_attention(*first, initial_state=initial_state, **kwargs)
+    after, state = kda_attention(*rest, initial_state=at_cut, state_out=state_out, **kwargs)
+    return torch.cat([before, after], dim=1), state, at_cut

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kimi_linear.ops.joint_products import joint_weights
 from kimi_linear.ops.runtime import has_kernels
+from kimi_linear.ops.short_conv.convolution import convolution_state
 from kimi_linear.ops.short_conv.prefill_kernels import convolve_three
 from kimi_linear.ops.short_conv.training import project_jointly
 
@@ -30,6 +31,7 @@ class ConvolvedProjections(NamedTuple):
         others: products of the other projections, [B, T, .].
         conv_state: [N, 3, H * K, W - 1], the last inputs of the three convolutions, oldest first;
             None unless it was asked for.
+        conv_at_cut: the same after `cut` tokens; None without a cut.
         is_normalised: whether each head of q and k has an L2 norm of 1 already.
     """
 
@@ -39,6 +41,7 @@ class ConvolvedProjections(NamedTuple):
     others: tuple[Tensor, ...]
     conv_state: Tensor | None
     is_normalised: bool
+    conv_at_cut: Tensor | None = None
 
 
 def convolved_projections(
@@ -50,6 +53,7 @@ def convolved_projections(
     *,
     conv_state: Tensor | None = None,
     output_state: bool = False,
+    cut: int = 0,
     cu_seqlens: Tensor | None = None,
     token_starts: Callable[[], Tensor | None] = lambda: None,
     last_inputs: Callable[[Tensor, Tensor | None, int], Tensor] | None = None,
@@ -65,6 +69,7 @@ def convolved_projections(
         head_dim: K.
         conv_state: inputs of the three convolutions before x, [N, 3, H * K, W - 1]; None for zeros.
         output_state: return that state after the last token too.
+        cut: number of tokens after which it is returned too, of rows without `cu_seqlens`.
         cu_seqlens: [N + 1] int32, ends of packed sequences.
         token_starts: returns [T] int32, the first token of each token's sequence, or None for
             plain rows; asked in training with `cu_seqlens` only.
@@ -91,7 +96,20 @@ def convolved_projections(
     q, k, v = (out.unflatten(-1, heads) for out in outputs)
     rest = [other(x) for other in others]
     state = state if output_state else None
-    return ConvolvedProjections(q, k, v, tuple(rest), state, is_normalised=False)
+    at_cut = _state_at(cut, inputs, taps, conv_state) if cut else None
+    return ConvolvedProjections(q, k, v, tuple(rest), state, False, at_cut)
+
+
+def _state_at(
+    cut: int, inputs: Sequence[Tensor], taps: Sequence[Tensor], states: Tensor | None
+) -> Tensor:
+    """[B, 3, H * K, W - 1]: the last inputs of the three convolutions after `cut` tokens."""
+    before: Sequence[Tensor | None] = 3 * [None] if states is None else states.unbind(1)
+    tails = [
+        convolution_state(x[:, :cut], old, tap.shape[2] - 1)
+        for x, old, tap in zip(inputs, before, taps, strict=True)
+    ]
+    return torch.stack(tails, dim=1)
 
 
 def _one_by_one(

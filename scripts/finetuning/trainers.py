@@ -1,5 +1,5 @@
 """TRL's trainers as finetune.py runs them: our optimizers and schedules, the checks and checkpoints
-of `safe_training.py`, and values on disk from which the curves can be drawn after any interruption.
+of `training/safe_trainer.py`, and values on disk for curves, after any interruption too.
 """
 
 import json

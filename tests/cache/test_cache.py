@@ -7,6 +7,7 @@ import torch
 from builders import PATTERNS, tiny_config, tiny_model, token_ids
 from tolerance import assert_close
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 import kimi_linear.cache.latents as module
 from kimi_linear import KimiLinearBackbone, KimiLinearCache, KimiLinearConfig, presets
@@ -450,3 +451,12 @@ def test_an_offloading_dynamic_cache_is_taken_over(hybrid):
     read(hybrid, cache, ids[:, :7])
     assert_close(read(hybrid, cache, ids[:, 7:]), expected, FLOAT32)
     assert cache.layers[3].offload_latents
+
+
+def test_a_cache_made_by_hand_of_our_layers():
+    model, ids = tiny_model(), token_ids(2, 9)
+    cache = Cache(layers=KimiLinearCache(model.config).layers)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :5], cache=cache)
+        assert_close(model(ids[:, 5:], cache=cache).logits, expected[:, 5:], torch.float32)

@@ -128,3 +128,10 @@ def test_states_go_to_the_first_and_come_from_the_last_sequence_of_each_row():
 def test_wrong_shapes_are_refused_by_name(kwargs, named):
     with pytest.raises(ValueError, match=named):
         layout_of(2, 5, **kwargs)
+
+
+def test_a_layout_moves_after_its_numbers_were_read():
+    """What was worked out once and kept is no field."""
+    layout = sequence_layout(1, 5, seq_idx=torch.tensor([[0, 0, 1, 1, 1]]))
+    assert layout.token_starts.tolist() == [0, 0, 2, 2, 2] and layout.ends == [0, 2, 5]
+    assert layout.to(torch.device("cpu")).ends == [0, 2, 5]

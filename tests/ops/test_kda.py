@@ -602,3 +602,10 @@ def test_missing_fla_says_why(monkeypatch):
     assert resolve_backend(torch.zeros(1)) == "torch"
     with pytest.raises(ValueError, match="cannot be imported .ImportError: no triton"):
         resolve_backend(torch.zeros(1), "fla")
+
+
+def test_no_segment_is_computed_without_sequences():
+    for ends in ([0, 64, 128], [0, 70, 134, 200], [0, 0, 3]):
+        x = torch.zeros(1, ends[-1], 2, 8)
+        found = segments.plan_segments(x, torch.tensor(ends), 8)
+        assert found and all(len(segment.rows) > 0 for segment in found)

@@ -417,3 +417,12 @@ def test_deferred_logits_notice_a_change_past_the_version_counter():
         change(model.lm_head.weight)
         with pytest.raises(RuntimeError, match="lm_head's weight has changed"):
             out.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("backend", ["fused", "logits"])
+def test_packed_rows_take_another_ignore_index(backend):
+    model, ids = tiny_model().train(), token_ids(1, 12)
+    model.loss_backend = backend
+    packing = {"seq_idx": torch.arange(12)[None] // 5}
+    expected = model(ids, labels=ids, **packing).loss
+    assert_close(model(ids, labels=ids, ignore_index=-1, **packing).loss, expected, torch.float32)
