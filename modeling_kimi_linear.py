@@ -24,7 +24,7 @@ from kimi_linear.inputs.trees import read_trees
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from kimi_linear.layers.mlp import KimiLinearMLP
-from kimi_linear.layers.moe import KimiLinearMoE
+from kimi_linear.layers.moe import KimiLinearMoE, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.layers.plan import ForwardPlan, Planner
 from kimi_linear.outputs_kimi_linear import (
@@ -51,6 +51,7 @@ from kimi_linear.upstream.arguments import (
 )
 from kimi_linear.upstream.interfaces import (
     GradientCheckpointingLayer,
+    OutputRecorder,
     can_return_tuple,
     capture_outputs,
 )
@@ -97,9 +98,10 @@ class KimiLinearDecoderLayer(GradientCheckpointingLayer):
 class KimiLinearBackbone(KimiLinearPreTrainedModel):
     """The decoder without a head."""
 
-    _can_record_outputs = {
+    _can_record_outputs = {  # in the order of the fields
+        "router_logits": OutputRecorder(KimiLinearRouter, index=0),
         "hidden_states": KimiLinearDecoderLayer,
-        **KimiLinearPreTrainedModel._can_record_outputs,
+        "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
     }
 
     def __init__(self, config: KimiLinearConfig) -> None:

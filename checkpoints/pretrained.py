@@ -15,7 +15,6 @@ from kimi_linear.checkpoints.live_weights import write_weights
 from kimi_linear.checkpoints.names import other_spellings
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
-from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.parallel.decay_sharding import decays_apart
@@ -27,7 +26,7 @@ from kimi_linear.training.quantized_experts import (
     quantizing_experts,
     saved_bytes,
 )
-from kimi_linear.upstream.interfaces import OutputRecorder, init
+from kimi_linear.upstream.interfaces import init
 from kimi_linear.upstream.models import (
     Loading,
     PreTrainedModelHooks,
@@ -73,10 +72,6 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
     _can_compile_fullgraph = True
     # Transformers refuses assisted decoding to stateful models; our cache rolls its states back
     _is_stateful = False
-    _can_record_outputs = {
-        "router_logits": OutputRecorder(KimiLinearRouter, index=0),
-        "attentions": OutputRecorder(KimiLinearLatentAttention, index=1),
-    }
 
     # prefixes of tensors that a checkpoint may lack when a new head is put on a trained backbone
     _new_heads: tuple[str, ...] = ()

@@ -721,3 +721,12 @@ def test_what_cannot_work_is_refused_by_name(hybrid):
 def test_casting_down_from_float64_leaves_the_decay_in_float32():
     attention = tiny_model().double().bfloat16().model.layers[0].self_attn
     assert attention.A_log.dtype == attention.dt_bias.dtype == torch.float32
+
+
+def test_outputs_come_in_the_order_of_their_names(hybrid):
+    asked = {"output_hidden_states": True, "output_router_logits": True}
+    hybrid.set_attn_implementation("eager")
+    out = hybrid.model(token_ids(1, 5), output_attentions=True, use_cache=False, **asked)
+    hybrid.set_attn_implementation("sdpa")
+    found = [name for name in out if not name.startswith("router_losses")]
+    assert found == ["last_hidden_state", "router_logits", "hidden_states", "attentions"]

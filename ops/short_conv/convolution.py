@@ -174,9 +174,15 @@ def short_convolution(
         in fp32, or float64 for float64.
 
     Raises:
-        ValueError: for a backend that cannot run.
+        ValueError: for a weight or a state that does not fit, or a backend that cannot run.
     """
     weight_DW = weight.squeeze(1) if weight.dim() == 3 and weight.shape[1] == 1 else weight
+    if weight_DW.dim() != 2 or weight_DW.shape[0] != x.shape[-1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [{x.shape[-1]}, W]")
+    num_sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    needed = (num_sequences, x.shape[-1], weight_DW.shape[1] - 1)
+    if initial_state is not None and tuple(initial_state.shape) != needed:
+        raise ValueError(f"initial_state is {tuple(initial_state.shape)}; it must be {needed}")
     continues = initial_state is not None and needs_grad(x, weight, initial_state)
     if resolve_backend(x, backend) == "fla" and x.shape[1] > 0 and not continues:
         return _fla_short_convolution(x, weight_DW, initial_state, output_final_state, cu_seqlens)

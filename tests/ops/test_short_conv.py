@@ -246,3 +246,11 @@ def test_gradients_through_a_state_stay_in_torch(pretend_fla):
     assert not pretend_fla and old.grad is not None
     short_convolution(x.requires_grad_(), weight)[0].sum().backward()
     assert pretend_fla == ["conv"]
+
+
+def test_what_does_not_fit_is_named():
+    x, weight = torch.zeros(2, 5, 6), torch.zeros(6, 1, 4)
+    with pytest.raises(ValueError, match=r"initial_state is \(2, 6, 1\); it must be \(2, 6, 3\)"):
+        short_convolution(x, weight, initial_state=torch.zeros(2, 6, 1))
+    with pytest.raises(ValueError, match=r"weight has shape \(5, 1, 4\); it must be \[6, W\]"):
+        short_convolution(x, weight[:5])
