@@ -56,7 +56,7 @@ from kimi_linear.upstream.interfaces import (
     capture_outputs,
 )
 
-# Of a head's further arguments, those that the backbone reads.
+# Arguments that a head passes on to its backbone.
 PASSED_ON = {**OUTPUT_ARGUMENTS, **LENGTH_ARGUMENTS}
 
 
@@ -112,7 +112,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         )
         self.norm = KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self.expert_loads: ExpertLoads | None = None  # it sets itself here
+        self.expert_loads: ExpertLoads | None = None  # set by `ExpertLoads`
         self.planner = Planner()
         self.post_init()
 
@@ -194,9 +194,9 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         )
 
     def set_context_parallel(self, group: Any) -> None:
-        """Divide the tokens of each call's one row among the processes of `group`; None: not any
-        more. Every process is given the whole row, and returns the hidden states of its own
-        tokens, an equal part in the order of the ranks. See `parallel/context.py`.
+        """Divide the tokens of each call's one row among the processes of `group`; None turns it
+        off. Every process is given the whole row, and returns the hidden states of its own tokens,
+        an equal part in the order of the ranks. See `parallel/context.py`.
         """
         self.planner = Planner() if group is None else ContextPlanner(self.config, group)
 
@@ -208,12 +208,12 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # "auto": one token per row runs as one recorded graph where it can; "graph": or is an error;
-    # "eager": it runs layer by layer. See `decode/graph.py`.
+    # "auto": one token per row runs as one recorded graph where it can; "graph" raises where it
+    # cannot; "eager" runs layer by layer. See `decode/graph.py`.
     decode_backend: DecodeBackend = "auto"
-    # "auto": the loss of training is computed without the logits where it can be, which then are
-    # made when something asks for them; "fused": or is an error; "logits": always from logits.
-    # See `training/loss.py`.
+    # "auto": the loss of training comes without logits where possible; they are made when something
+    # reads them. "fused" raises where that is not possible; "logits": always from logits. See
+    # `training/loss.py`.
     loss_backend: LossBackend = "auto"
 
     def __init__(self, config: KimiLinearConfig) -> None:

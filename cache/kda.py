@@ -15,9 +15,9 @@ from kimi_linear.cache.pieces import KDAPieces, read_pieces
 from kimi_linear.cache.rollback import Rollback
 from kimi_linear.cache.state import KDAState
 
-# What crop can take back, unless a cache is made for another number ...
+# Tokens that `crop` can remove by default.
 ROLLBACK_TOKENS = 64
-# ... and at least once Transformers announces speculative decoding by `activate_past_recording`.
+# At least this many after `activate_past_recording`, by which Transformers announces drafts.
 SPECULATIVE_ROLLBACK_TOKENS = 256
 
 

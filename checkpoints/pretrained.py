@@ -83,7 +83,7 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
-        """Let the layers, all of which the backbone has made, load what checkpoints hold."""
+        """Register load hooks, once, when the backbone has all its layers."""
         super().post_init()
         if self.base_model is self:
             take_matrices_in_state_dicts(self)

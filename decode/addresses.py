@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from kimi_linear.ops.runtime import tl
 
-# Of a row, so that each begins at a multiple of 16 bytes: Triton compiles what does not anew.
+# Columns of a row. Rows start at multiples of 16 bytes, or Triton recompiles.
 TABLE_COLUMNS = 6
 
 

@@ -77,7 +77,7 @@ class SequenceLayout:
 
     @functools.cached_property
     def token_starts(self) -> Tensor | None:
-        """[R] int32, of each real token the first one of its sequence; None for plain rows."""
+        """[R] int32, for each real token the first one of its sequence; None for plain rows."""
         if self.cu_seqlens is None:
             return None
         count = self.num_places if self.token_index is None else self.token_index.numel()
@@ -303,7 +303,7 @@ def _last_real(real: Tensor) -> Tensor:
 
 
 def last_real_columns(real: Tensor) -> Tensor:
-    """[B, T] int64: of each column the last real one up to it, or itself where there is none.
+    """[B, T] int64: for each column the last real one up to it, or itself where there is none.
 
     Args:
         real: [B, T] bool, False at padding.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kimi_linear.upstream.arguments import OUTPUT_ARGUMENTS
 
-# What gives sequences losses of the router.
+# Coefficients that switch on router losses.
 LOSS_COEFFICIENTS = ("router_aux_loss_coef", "router_z_loss_coef")
-HIDDEN = -1e4  # what an additive mask has at most where a token is not seen
+HIDDEN = -1e4  # largest value of an additive mask at a hidden token
 
 
 def read_trees(
@@ -131,7 +131,7 @@ def _seen(mask: Tensor) -> Tensor:
 
 
 def _leaves(visible: Tensor) -> list[int]:
-    """Of a mask [T, T] the tokens that no other token follows; ValueError if it is no tree."""
+    """The tokens of a mask [T, T] that no other token follows; ValueError if it is no tree."""
     inner = set()
     tokens = visible.any(dim=1).nonzero().flatten().tolist()  # those of padding see nothing
     for token in tokens:

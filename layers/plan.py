@@ -54,7 +54,7 @@ class ForwardPlan:
         mask: The backend's, in "backend"; None if it needs none.
         real_tokens: [B, S] bool, False at padding; None if all are real.
         own_real: [B, T] bool, its part of the call's own tokens; None if there is no padding.
-        seen: [B, T, S] bool, what each token attends to in "latents"; None: all before it.
+        seen: [B, T, S] bool, what each token attends to in "latents"; None: causal order.
     """
 
     layout: SequenceLayout
@@ -77,7 +77,7 @@ class ForwardPlan:
         return replace(self, **moved)
 
     def without_padding(self, hidden_states: Tensor) -> Tensor:
-        """[B, T, D] with zeros at padding: 0 * NaN is NaN, in every product."""
+        """[B, T, D] with zeros at padding: NaN there would spread, since 0 * NaN is NaN."""
         if self.own_real is None:
             return hidden_states
         return hidden_states.masked_fill(~self.own_real.unsqueeze(-1), 0)
@@ -100,7 +100,7 @@ class ForwardPlan:
         return cache.read(attention, hidden_states, self.pieces)
 
     def keep_latents(self, layer_idx: int, latent: Tensor) -> list[Tensor]:
-        """Latents [B or 1, .., L + P] up to the call's last token, its own [B, T, L + P] cached."""
+        """Cache the call's latents [B, T, L + P]; return all up to its last token."""
         if self.cache is None:
             return [latent]
         cache: Any = self.cache.layers[layer_idx]

@@ -115,7 +115,7 @@ class ContextShard:
 
         Args:
             inputs: `kda_attention`'s q, k, v, g, beta of the own tokens [1, t, H, ...].
-            A_log, dt_bias: Likewise.
+            A_log, dt_bias: The layer's.
             layout: The own tokens'.
         """
         ends = [0] if layout.cu_seqlens is None else layout.ends[:-1]
@@ -134,7 +134,7 @@ class ContextShard:
         maps = self.gather(torch.cat([passed, fresh], dim=-1))
         state, states = torch.zeros_like(fresh), []
         with no_autocast(q.device):
-            for one in maps:  # all on every process, so that backward passes communicate alike
+            for one in maps:  # every process composes all maps, so that backward passes match
                 states.append(state)
                 state = one[..., :K] @ state + one[..., K:]
         return torch.stack(states)[dist.get_rank(self.group)] * float(self.begin < self.start)

@@ -130,7 +130,7 @@ def replicated(x: Tensor, like: Any) -> Tensor:
 
 
 def joined(x: Any) -> Any:
-    """A DTensor of which each process has a part of each of several pieces, such as the fused gate
+    """A DTensor whose pieces are each divided among the processes, such as the fused gate
     and up projections, as a whole tensor in the CPU's memory; anything else as it is.
 
     torch 2.11's `full_tensor` refuses these; newer ones put them together.

@@ -1,4 +1,4 @@
-"""What Transformers and its trainers hand to a forward beside the arguments that ours name: who
+"""Extra forward arguments that Transformers and its trainers pass: who
 reads each, or why it is dropped."""
 
 import inspect

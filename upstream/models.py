@@ -59,7 +59,7 @@ class Loading:
         is_divided: Whether each process takes its part of the tensors.
         ignores_shapes: `ignore_mismatched_sizes`.
         is_reported: `output_loading_info`: the caller is told what is missing.
-        quantization: The configuration by which weights are quantised; None: not at all.
+        quantization: The configuration by which weights are quantised; None if they are not.
         is_quantized_file: Whether the files' weights are quantised already.
         read: Reads: takes a state dict (None: from the files) and further renamings.
     """
