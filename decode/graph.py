@@ -8,8 +8,9 @@ write the same tensors. What the step does not cover runs layer by layer.
 The switch is the model's attribute `decode_backend`: "auto" takes the graph where it can, "graph"
 raises where model or call have an obstacle, "eager" never takes it. Calls run layer by layer
 
-- without a word, because they are no step: other arguments than ids, mask and cache, several tokens
-  a row, an empty cache, gradients, a compiler at work (`try_decode`, `_is_step`);
+- without a word, because they are no step: other arguments than ids, mask and cache, outputs that
+  arguments or the configuration ask of layers, several tokens a row, an empty cache, gradients, a
+  compiler at work (`try_decode`, `_is_step`);
 - with one log line: what `obstacles.py` finds in the model and the call, hooks, kernels that cannot
   be built;
 - without a word, because this step cannot write in place: a padded new token; a cache whose tokens

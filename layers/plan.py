@@ -218,8 +218,9 @@ def _route(config: Any, layout: SequenceLayout, cache: Cache | None, past: int, 
     """How MLA layers attend, see `ForwardPlan`.
 
     A backend of Transformers' attention interface needs nothing here: "backend" asks for it by
-    name. A kernel for long texts and cached ones belongs in `ops/latent_attention/expanded.py`.
-    What can be neither gets a route of its own: here, and a `case` in `layers/latent_attention.py`.
+    name; only "sdpa" leaves long texts and packed ones to other routes. A kernel for long texts
+    and cached ones belongs in `ops/latent_attention/expanded.py`. What can be neither gets a route
+    of its own: here, and a `case` in `layers/latent_attention.py`.
     """
     backend = attention_backend(config)
     # where "sdpa" would need memory that grows with the square of the context
