@@ -126,8 +126,8 @@ def test_projections_of_a_kda_layer(anywhere, lengths):
     layer, layout = kda_layer(), packed(*lengths)
     x = draw(1, sum(lengths), layer.q_proj.in_features).requires_grad_()
     linears, taps = readers(layer)
-    *qkv, others, state, is_normalised = project(layer, x, layout)
-    assert is_normalised and state is None
+    *qkv, others, state, is_normalised, at_cut = project(layer, x, layout)
+    assert is_normalised and state is None and at_cut is None
     ours = [*(each.flatten(-2) for each in qkv), *others]
     products = [linear(x) for linear in linears]
     for i, tap in enumerate(taps):
