@@ -17,7 +17,7 @@ from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.ops.experts import EXPERTS
 from kimi_linear.ops.experts.choice import choose_experts
-from kimi_linear.ops.experts.quantized import plain_experts
+from kimi_linear.ops.quantized import indexed_weights
 from kimi_linear.ops.wide_product import wide_linear
 from kimi_linear.upstream.interfaces import use_experts_implementation
 
@@ -74,7 +74,7 @@ class KimiLinearExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, D], experts and weights [tokens, k] to [tokens, D], one expert at a time."""
-        gate_up_proj, down_proj = plain_experts(self.gate_up_proj), plain_experts(self.down_proj)
+        gate_up_proj, down_proj = map(indexed_weights, (self.gate_up_proj, self.down_proj))
         out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:  # another rank's, under expert parallelism

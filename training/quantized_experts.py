@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kimi_linear.ops.experts.quantized import QuantizedExperts, bitsandbytes, plain_experts
+from kimi_linear.ops.experts.quantized import QuantizedExperts, bitsandbytes
+from kimi_linear.ops.quantized import plain_weights
 from kimi_linear.upstream.models import mark_initialized
 
 EXPERT_TENSORS = ("gate_up_proj", "down_proj")
@@ -39,7 +40,7 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> No
     for module in model.modules():
         for name, weights in list(module.named_parameters(recurse=False)):
             if isinstance(weights, QuantizedExperts):
-                setattr(module, name, nn.Parameter(plain_experts(weights, dtype)))
+                setattr(module, name, nn.Parameter(plain_weights(weights, dtype)))
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""Routed experts in 4 or 8 bits, by bitsandbytes: a tensor that any computation sees in full.
-
-`QuantizedExperts` takes a parameter's place: whatever computes with it is given the weights in
-full, made for that moment, and nothing can write to it.
+"""Routed experts in 4 or 8 bits, by bitsandbytes.
 
 Shapes: E experts, I expert width, D hidden size.
 """
@@ -11,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from kimi_linear.ops.quantized import QuantizedTensor
 
 BLOCK_SIZES = {4: 64, 8: 256}
-aten = torch.ops.aten
 
 
 def bitsandbytes() -> Any:
@@ -32,7 +29,7 @@ def bitsandbytes() -> Any:
     return bitsandbytes
 
 
-class QuantizedExperts(Tensor):
+class QuantizedExperts(QuantizedTensor):
     """A frozen tensor [E, .., ..] held in 4 or 8 bits a number."""
 
     codes: Tensor
@@ -43,9 +40,7 @@ class QuantizedExperts(Tensor):
     def __new__(
         cls, codes: Tensor, state: Any, bits: int, shape: torch.Size, dtype: torch.dtype
     ) -> "QuantizedExperts":
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=codes.device
-        )
+        made = cls.wrap(shape, dtype, codes.device)
         made.codes, made.state, made.bits = codes, state, bits
         return made
 
@@ -89,33 +84,11 @@ class QuantizedExperts(Tensor):
         return dequantize(self.codes, self.state).reshape(self.shape).to(self.dtype)
 
     def held_bytes(self) -> int:
-        """Bytes of the quantised form, its scales and tables included."""
         return self.codes.nbytes + sum(each.nbytes for each in _state_tensors(self.state))
 
-    def _like(self, device: torch.device, dtype: torch.dtype) -> "QuantizedExperts":
+    def like(self, device: torch.device, dtype: torch.dtype) -> "QuantizedExperts":
         state = self.state if device == self.device else _moved(self.state, device)
         return QuantizedExperts(self.codes.to(device), state, self.bits, self.shape, dtype)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs, first = kwargs or {}, args[0] if args else None
-        if isinstance(first, cls):
-            if func in (aten.detach.default, aten.alias.default, aten.clone.default):
-                return first._like(first.device, first.dtype)
-            if func is aten._to_copy.default:
-                device, dtype = kwargs.get("device"), kwargs.get("dtype")
-                return first._like(torch.device(device or first.device), dtype or first.dtype)
-            if func is aten.set_.source_Tensor and first is args[1]:  # torch's parametrize
-                return first
-            if func._schema.is_mutable:
-                raise ValueError(
-                    "quantised experts cannot be written to: load the model without quantisation "
-                    "and merge the adapters there"
-                )
-        args, kwargs = tree_map_only(cls, cls.dequantized, (args, kwargs))
-        return func(*args, **kwargs)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"QuantizedExperts(shape={tuple(self.shape)}, dtype={self.dtype}, bits={self.bits})"
@@ -139,10 +112,3 @@ def _moved(state: Any, device: torch.device) -> Any:
             value = _moved(value, device)
         setattr(made, name, value)
     return made
-
-
-def plain_experts(weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weights as a plain tensor, of a dtype if one is given."""
-    if isinstance(weights, QuantizedExperts):
-        weights = weights.dequantized()
-    return weights if dtype is None else weights.to(dtype)

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kimi_linear.ops.experts.quantized import QuantizedExperts, plain_experts
 from kimi_linear.ops.experts.row_sums import sum_of_rows
 from kimi_linear.ops.experts.sort import sort_pairs
 from kimi_linear.ops.gated_silu import gated_silu, gated_silu_backward
+from kimi_linear.ops.quantized import QuantizedTensor, plain_weights
 from kimi_linear.ops.runtime import is_plain_silu, is_traced, no_autocast, product_dtype
 
 # Where it is used.
@@ -50,7 +50,10 @@ def trains_lean(experts: Any, x: Tensor, weights: Tensor) -> bool:
     return (
         is_plain_silu(experts.act_fn)
         and matrices[0].shape[0] == experts.config.num_experts  # no expert parallelism
-        and all(type(each) in (nn.Parameter, Tensor, QuantizedExperts) for each in matrices)
+        and all(
+            type(each) in (nn.Parameter, Tensor) or isinstance(each, QuantizedTensor)
+            for each in matrices
+        )
         and all(each.device == x.device and each.dtype == matrices[0].dtype for each in matrices)
         and weights.dtype == torch.promote_types(x.dtype, torch.float32)
         and _has_products(x, *matrices)
@@ -88,9 +91,9 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         with no_autocast(x_TD.device):
             order, ends, tokens, places = sort_pairs(index_Tk, gate_up_EID.shape[0])
-            gate_up = _products(x_TD.to(dtype)[tokens], plain_experts(gate_up_EID, dtype).mT, ends)
+            gate_up = _products(x_TD.to(dtype)[tokens], plain_weights(gate_up_EID, dtype).mT, ends)
             pairs = _products(
-                gated_silu(*gate_up.chunk(2, dim=1)), plain_experts(down_EDI, dtype).mT, ends
+                gated_silu(*gate_up.chunk(2, dim=1)), plain_weights(down_EDI, dtype).mT, ends
             )
             out = sum_of_rows(pairs, places, weights_Tk)
         ctx.save_for_backward(
@@ -109,7 +112,7 @@ class _Experts(torch.autograd.Function):
         dx = dgate_up_EID = ddown_EDI = None
         with no_autocast(grad_TD.device):
             grad = grad_TD.to(dtype)[tokens]
-            dinner = _products(grad, plain_experts(down_EDI, dtype), ends)
+            dinner = _products(grad, plain_weights(down_EDI, dtype), ends)
             dgate_up, dweights, inner = gated_silu_backward(gate_up, dinner, weights, order)
             del dinner
             if wants[3]:
@@ -120,7 +123,7 @@ class _Experts(torch.autograd.Function):
                 dgate_up_EID = _outer_products(dgate_up, pairs, ends).to(gate_up_EID.dtype)
                 del pairs
             if wants[0]:
-                pairs = _products(dgate_up, plain_experts(gate_up_EID, dtype), ends)
+                pairs = _products(dgate_up, plain_weights(gate_up_EID, dtype), ends)
                 dx = sum_of_rows(pairs, places).to(x_TD.dtype)
         return dx, dweights, dgate_up_EID, ddown_EDI, None, None
 

@@ -1,0 +1,69 @@
+"""The order of codes in memory.
+
+A row's codes stand in blocks of `RUN` = 32 words. Word j of a block holds, for each of its slots s,
+the code of input s * 32 + j: what a word is taken apart into belongs to equally many tiles of 32
+neighbouring inputs, each of which has the layout of the words themselves. A kernel so multiplies by
+what it has unpacked without moving it between threads.
+
+| bits | slots | a word                                                        |
+|------|-------|---------------------------------------------------------------|
+| 8    | 4     | int32, slot s in byte s                                       |
+| 4    | 8     | int32, slot s in bits 4 s to 4 s + 3                          |
+| 3    | 8     | int16, slot s' low bits in 2 s and 2 s + 1; uint8, its high bit in bit s |
+
+Rows end with codes of 0 that no input has.
+
+Shapes: N outputs, K inputs, W words of a row.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kimi_linear.ops.packed.scheme import RUN, Scheme
+
+# Dtypes of a word's parts, and the bits of each slot in them.
+PLANES = {
+    3: ((torch.int16, 2), (torch.uint8, 1)),
+    4: ((torch.int32, 4),),
+    8: ((torch.int32, 8),),
+}
+
+
+def pack(codes: Tensor, scheme: Scheme) -> tuple[Tensor, ...]:
+    """Codes uint8 [.., N, K] to planes [.., N, W]."""
+    slots, num_inputs = scheme.slots, codes.shape[-1]
+    padded = F.pad(codes, (0, scheme.num_blocks(num_inputs) * scheme.block - num_inputs))
+    blocks = padded.unflatten(-1, (-1, slots, RUN))  # [.., N, W / RUN, slots, RUN]
+    planes, done = [], 0
+    for dtype, bits in PLANES[scheme.bits]:
+        wide = torch.int64 if dtype == torch.int32 else torch.int32
+        words = blocks.new_zeros((*blocks.shape[:-2], RUN), dtype=wide)
+        for slot in range(slots):
+            part = (blocks[..., slot, :] >> done) & ((1 << bits) - 1)
+            words |= part.to(wide) << (slot * bits)
+        planes.append(_signed(words, dtype).flatten(-2))
+        done += bits
+    return tuple(planes)
+
+
+def _signed(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Words of the same bits in a dtype that may be signed."""
+    limit = 1 << (8 * dtype.itemsize)
+    if dtype.is_signed:
+        words = torch.where(words >= limit // 2, words - limit, words)
+    return words.to(dtype)
+
+
+def unpack(planes: tuple[Tensor, ...], scheme: Scheme, num_inputs: int) -> Tensor:
+    """Planes [.., N, W] to codes uint8 [.., N, K = `num_inputs`]."""
+    codes, done = None, 0
+    for plane, (_, bits) in zip(planes, PLANES[scheme.bits], strict=True):
+        words = plane.unflatten(-1, (-1, 1, RUN))
+        shifts = torch.arange(0, scheme.slots * bits, bits, device=plane.device, dtype=plane.dtype)
+        part = (words >> shifts[:, None]) & ((1 << bits) - 1)  # [.., N, W / RUN, slots, RUN]
+        part = part.to(torch.uint8) << done
+        codes = part if codes is None else codes | part
+        done += bits
+    assert codes is not None
+    return codes.flatten(-3)[..., :num_inputs]

@@ -1,0 +1,275 @@
+"""What Triton kernels do with packed weights: take words apart, and multiply by them.
+
+`block_values` gives a block of `SLOTS` tiles [N, 32] of weights in the inputs' dtype, scaled, each
+in the layout of the words that were loaded: the tensor cores' operand, where it is used as one. Of
+two words each, halves of registers are filled by masks and a shift: an integer that stands in the
+mantissa of 128 (bfloat16) or 1,024 (float16) is that number plus the integer. Without inline
+assembly (the interpreter, other devices than CUDA's) the same is done by plain arithmetic.
+
+Values equal those of `PackedWeights.dequantized`, bit by bit, where a code minus its zero has at
+most 8 bits.
+
+Shapes: N outputs of a tile, K inputs, M columns (tokens) of a tile.
+"""
+
+# mypy: disable-error-code="no-untyped-def,union-attr,operator,assignment"
+
+from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
+
+from kimi_linear.ops.packed.scheme import RUN as RUN_
+from kimi_linear.ops.runtime import jit, tl
+
+RUN = RUN_ if tl is None else tl.constexpr(RUN_)
+
+# By dtype: type of PTX' operations, a number whose last mantissa bit is 1, 1, -1, the factor of
+# float8 numbers whose bits were put into the dtype's, and the shift that puts them there.
+_BFLOAT16 = ("bf16x2", 0x4300, 0x3F80, 0xBF80, 0x7B80, 4)
+_FLOAT16 = ("f16x2", 0x6400, 0x3C00, 0xBC00, 0x5C00, 7)
+# Numbers of `offset + middle` with a minus, by bits and dtype.
+_MINUS = {
+    (3, "bf16x2"): 0xC304,
+    (4, "bf16x2"): 0xC308,
+    (3, "f16x2"): 0xE404,
+    (4, "f16x2"): 0xE408,
+    (8, "f16x2"): 0xE480,
+}
+AND_OR, AND_XOR, NOT_AND_OR = 0xEA, 0x6A, 0xAE  # of lop3: (a & b) | c and so on
+
+
+def _twice(half: int) -> str:
+    return f"0x{half << 16 | half:08X}"
+
+
+def _half_words(bits: int, slot: int, offset: int) -> str:
+    """PTX: `a0`, `a1` = offset + code of slots `slot` and `slot + 4` of both words, as halves."""
+    lines = []
+    for i in range(2):
+        word, high, out = f"w{i}", f"h{i}", f"a{i}"
+        lines.append(f"shr.b32 t, {word}, {slot * (4 if bits == 4 else 2)};")
+        mask = _twice(15 if bits == 4 else 3)
+        lines.append(f"lop3.b32 {out}, t, {mask}, {_twice(offset)}, {AND_OR};")
+        if bits == 3:
+            shift = f"shl.b32 t, {high}, {2 - slot};" if slot < 2 else ""
+            lines.append(shift or f"shr.b32 t, {high}, {slot - 2};")
+            lines.append(f"lop3.b32 {out}, t, {_twice(4)}, {out}, {AND_OR};")
+    return " ".join(lines)
+
+
+def _slots_asm(bits: int, is_float: bool, kind: tuple[str, int, int, int, int, int]) -> str:
+    """PTX that takes two words (of 3 bits, four) apart into pairs of values, one for each slot."""
+    ptx, offset, one, minus_one, factor, shift = kind
+    num_slots = 4 if bits == 8 else 8
+    lines = ["{ .reg .b32 t, u, a0, a1, w0, w1, h0, h1;"]
+    lines += [f"mov.b32 w0, ${num_slots}; mov.b32 w1, ${num_slots + 1};"]
+    if bits == 3:
+        lines += [f"mov.b32 h0, ${num_slots + 2}; mov.b32 h1, ${num_slots + 3};"]
+    if bits < 8:
+        minus = _twice(_MINUS[bits, ptx])
+        for slot in range(4):
+            lines.append(_half_words(bits, slot, offset))
+            for out, picked in ((slot, "0x5410"), (slot + 4, "0x7632")):
+                lines.append(f"prmt.b32 t, a0, a1, {picked};")
+                lines.append(f"fma.rn.{ptx} ${out}, t, {_twice(one)}, {minus};")
+        return " ".join([*lines, "}"])
+    for slot in range(4):
+        first, second = slot * 0x11, (4 + slot) * 0x11
+        lines.append(f"prmt.b32 t, w0, w1, 0x{second << 8 | first:04X};")
+        if is_float:
+            lines.append(f"shl.b32 u, t, {shift};")
+            lines.append(f"and.b32 u, u, {_twice(0x7F << shift)};")
+            lines.append(f"lop3.b32 u, t, 0x80008000, u, {AND_OR};")
+            lines.append(f"fma.rn.{ptx} ${slot}, u, {_twice(factor)}, 0x80008000;")
+        elif ptx == "f16x2":
+            mask, middle = _twice(0xFF), _twice(offset)
+            lines.append(f"lop3.b32 u, t, {mask}, {middle}, {AND_OR};")
+            lines.append(f"fma.rn.{ptx} ${slot}, u, {_twice(one)}, {_twice(_MINUS[8, ptx])};")
+        else:  # 128 has room for 7 bits; without the eighth, what is subtracted is 128 more
+            lines.append(f"lop3.b32 u, t, {_twice(0x7F)}, {_twice(offset)}, {AND_OR};")
+            lines.append(f"lop3.b32 t, t, {_twice(0x80)}, {_twice(offset)}, {NOT_AND_OR};")
+            lines.append(f"fma.rn.{ptx} ${slot}, t, {_twice(minus_one)}, u;")
+    return " ".join([*lines, "}"])
+
+
+def _constant(value: str) -> object:
+    return value if tl is None else tl.constexpr(value)
+
+
+ASM_3, ASM_4 = (_constant(_slots_asm(bits, False, _BFLOAT16)) for bits in (3, 4))
+ASM_8, ASM_FLOAT8 = (_constant(_slots_asm(8, is_float, _BFLOAT16)) for is_float in (False, True))
+ASM_3_HALF, ASM_4_HALF = (_constant(_slots_asm(bits, False, _FLOAT16)) for bits in (3, 4))
+ASM_8_HALF, ASM_FLOAT8_HALF = (
+    _constant(_slots_asm(8, is_float, _FLOAT16)) for is_float in (False, True)
+)
+SCALE = _constant("fma.rn.bf16x2 $0, $1, $2, 0x80008000;")
+SCALE_HALF = _constant("fma.rn.f16x2 $0, $1, $2, 0x80008000;")
+MINUS = _constant("fma.rn.bf16x2 $0, $2, 0xBF80BF80, $1;")
+MINUS_HALF = _constant("fma.rn.f16x2 $0, $2, 0xBC00BC00, $1;")
+OUT_4 = _constant("=r,=r,=r,=r,r,r")
+OUT_8 = _constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
+OUT_8_OF_4 = _constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")
+
+
+@jit
+def _eight(asm: tl.constexpr, words, dtype: tl.constexpr):
+    kinds: tl.constexpr = (dtype, dtype, dtype, dtype, dtype, dtype, dtype, dtype)
+    return tl.inline_asm_elementwise(asm, OUT_8, [words], dtype=kinds, is_pure=True, pack=2)
+
+
+@jit
+def _eight_of_two(asm: tl.constexpr, words, high, dtype: tl.constexpr):
+    kinds: tl.constexpr = (dtype, dtype, dtype, dtype, dtype, dtype, dtype, dtype)
+    return tl.inline_asm_elementwise(
+        asm, OUT_8_OF_4, [words, high], dtype=kinds, is_pure=True, pack=2
+    )
+
+
+@jit
+def _four(asm: tl.constexpr, words, dtype: tl.constexpr):
+    kinds: tl.constexpr = (dtype, dtype, dtype, dtype)
+    return tl.inline_asm_elementwise(asm, OUT_4, [words], dtype=kinds, is_pure=True, pack=2)
+
+
+@jit
+def slot_values(
+    words, high, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr
+):
+    """A tuple of tiles, one by slot: code minus middle, or the float8 number."""
+    if BITS == 3:
+        words = words.to(tl.int32) & 0xFFFF
+        high = high.to(tl.int32)
+    if ASM:
+        is_bf16: tl.constexpr = dtype == tl.bfloat16
+        if BITS == 3:
+            # slots 4 to 7 in the upper halves
+            words, high = words | (words << 8), high | (high << 12)
+            return _eight_of_two(ASM_3 if is_bf16 else ASM_3_HALF, words, high, dtype)
+        elif BITS == 4:
+            return _eight(ASM_4 if is_bf16 else ASM_4_HALF, words, dtype)
+        elif IS_FLOAT:
+            return _four(ASM_FLOAT8 if is_bf16 else ASM_FLOAT8_HALF, words, dtype)
+        else:
+            return _four(ASM_8 if is_bf16 else ASM_8_HALF, words, dtype)
+    else:
+        found = ()
+        for slot in tl.static_range(4 if BITS == 8 else 8):
+            if BITS == 3:
+                code = ((words >> (2 * slot)) & 3) | (((high >> slot) & 1) << 2)
+            elif BITS == 4:
+                code = (words >> (4 * slot)) & 15
+            else:
+                code = (words >> (8 * slot)) & 255
+            if IS_FLOAT:
+                exponent, mantissa = (code >> 3) & 15, (code & 7).to(tl.float32)
+                size = tl.where(
+                    exponent > 0,
+                    (8.0 + mantissa) * tl.exp2(exponent.to(tl.float32) - 10.0),
+                    mantissa * 0.001953125,
+                )
+                value = tl.where(code > 127, -size, size)
+            else:
+                value = (code - (1 << (BITS - 1))).to(tl.float32)
+            found = found + (value.to(dtype),)
+        return found
+
+
+@jit
+def _scaled(value, scale, zero, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
+    """(value - zero) * scale, of tiles of one dtype."""
+    is_bf16: tl.constexpr = value.dtype == tl.bfloat16
+    if ASM:
+        if HAS_ZERO:
+            value = tl.inline_asm_elementwise(
+                MINUS if is_bf16 else MINUS_HALF,
+                "=r,r,r",
+                [value, zero],
+                dtype=value.dtype,
+                is_pure=True,
+                pack=2,
+            )
+        return tl.inline_asm_elementwise(
+            SCALE if is_bf16 else SCALE_HALF,
+            "=r,r,r",
+            [value, scale],
+            dtype=value.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        wide = value.to(tl.float32)
+        if HAS_ZERO:
+            wide -= zero.to(tl.float32)
+        return (wide * scale.to(tl.float32)).to(value.dtype)
+
+
+@jit
+def load_words(low, high, block, BITS: tl.constexpr):
+    """Words [N, 32] of a block, and of 3 bits the plane of high bits, from pointers [N, 1] to rows'
+    first words."""
+    place = block * RUN + tl.arange(0, RUN)[None, :]
+    words = tl.load(low + place)
+    if BITS == 3:
+        return words, tl.load(high + place)
+    else:
+        return words, words
+
+
+@jit
+def block_values(
+    words,  # [N, 32] and
+    high,  # of 3 bits [N, 32], see `load_words`
+    scale,  # pointers [N] to the first group's scale and
+    zero,  # zero; anything without HAS_ZERO
+    block,
+    scale_stride,  # from one group to the next
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # 0: a row
+    IS_FLOAT: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    ASM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """A tuple of weights [N, 32], one tile for each slot of the block."""
+    SLOTS: tl.constexpr = 4 if BITS == 8 else 8
+    values = slot_values(words, high, BITS, IS_FLOAT, ASM, dtype)
+    found = ()
+    s = tl.load(scale).to(dtype) if GROUP == 0 else None
+    z = None
+    for slot in tl.static_range(SLOTS):
+        if GROUP > 0:
+            if slot * RUN % GROUP == 0:
+                group = (block * SLOTS + slot) * RUN // GROUP
+                if K % (SLOTS * RUN) > 0:  # a block may reach beyond the last group
+                    group = tl.minimum(group, (K - 1) // GROUP)
+                s = tl.load(scale + group * scale_stride).to(dtype)
+                if HAS_ZERO:
+                    z = tl.load(zero + group * scale_stride).to(tl.int32) - (1 << (BITS - 1))
+                    z = z.to(tl.float32).to(dtype)
+        elif HAS_ZERO and slot == 0:
+            z = tl.load(zero).to(tl.int32) - (1 << (BITS - 1))
+            z = z.to(tl.float32).to(dtype)
+        like = values[slot]
+        spread = tl.broadcast_to(s[:, None], like.shape)
+        zeros = tl.broadcast_to(z[:, None], like.shape) if HAS_ZERO else spread
+        found = found + (_scaled(like, spread, zeros, HAS_ZERO, ASM),)
+    return found
+
+
+@jit
+def add_products(
+    total,  # float32 [N, M], added to
+    values,  # see `block_values`
+    x,  # pointers [1, M] to columns' first inputs, of the weights' dtype
+    block,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """total + weights of a block by their inputs."""
+    for slot in tl.static_range(SLOTS):
+        k = (block * SLOTS + slot) * RUN + tl.arange(0, RUN)[:, None]
+        if K % (SLOTS * RUN) == 0:
+            a = tl.load(x + k)
+        else:
+            a = tl.load(x + k, mask=k < K, other=0.0)
+        total = tl.dot(values[slot], a, total)
+    return total

@@ -1,0 +1,216 @@
+"""Weights in 3, 4 or 8 bits, in a parameter's place.
+
+Shapes: N outputs, K inputs, W words of a row, G groups of a row, R rows that share a scale.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import DeviceLikeType
+
+from kimi_linear.ops.packed.codes import PLANES, pack, unpack
+from kimi_linear.ops.packed.scheme import Scheme
+from kimi_linear.ops.packed.unpacking import can_unpack, unpack_on_gpu
+from kimi_linear.ops.quantized import QuantizedTensor
+from kimi_linear.ops.runtime import ceil_div
+
+aten = torch.ops.aten
+
+
+class PackedWeights(QuantizedTensor):
+    """A frozen tensor [.., N, K] held in few bits; computations see it in its dtype.
+
+    Attributes:
+        planes: Codes in the order of `codes.py`, each [.., N, W].
+        scale: [.., G, N / R], of a floating dtype.
+        zero: uint8 like `scale`; None if codes are symmetric or floats.
+        scheme: How it is held.
+    """
+
+    is_indexable = True
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+    zero: Tensor | None
+    scheme: Scheme
+
+    @staticmethod
+    def __new__(
+        cls,
+        planes: tuple[Tensor, ...],
+        scale: Tensor,
+        zero: Tensor | None,
+        scheme: Scheme,
+        num_inputs: int,
+        dtype: torch.dtype,
+    ) -> "PackedWeights":
+        shape = (*planes[0].shape[:-1], num_inputs)
+        _check_parts(planes, scale, zero, scheme, shape)
+        made = cls.wrap(shape, dtype, planes[0].device)
+        made.planes, made.scale, made.zero, made.scheme = tuple(planes), scale, zero, scheme
+        return made
+
+    @classmethod
+    def of_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        scheme: Scheme,
+        dtype: torch.dtype,
+    ) -> "PackedWeights":
+        """From codes uint8 [.., N, K], and scale and zero [.., N / R, G] as checkpoints have them.
+
+        Raises:
+            ValueError: For parts that do not fit each other.
+        """
+        turned = scale.transpose(-1, -2).contiguous()
+        turned_zero = None if zero is None else zero.transpose(-1, -2).contiguous()
+        return cls(pack(codes, scheme), turned, turned_zero, scheme, codes.shape[-1], dtype)
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, device: DeviceLikeType
+    ) -> "PackedWeights":
+        """Of a shape [.., N, K], to be filled by `fill`."""
+        *outer, rows, num_inputs = shape
+        words = scheme.num_blocks(num_inputs) * 32
+        groups = (*outer, scheme.num_groups(num_inputs), ceil_div(rows, scheme.rows))
+        planes = tuple(
+            torch.empty(*outer, rows, words, dtype=kind, device=device)
+            for kind, _ in PLANES[scheme.bits]
+        )
+        scale = torch.empty(groups, dtype=dtype, device=device)
+        zero = None
+        if not scheme.is_symmetric:
+            zero = torch.empty(groups, dtype=torch.uint8, device=device)
+        return cls(planes, scale, zero, scheme, num_inputs, dtype)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that hold it, by name."""
+        named = {f"plane_{i}": plane for i, plane in enumerate(self.planes)}
+        zero = {} if self.zero is None else {"zero": self.zero}
+        return {**named, "scale": self.scale, **zero}
+
+    def fill(self, index: Any, source: "PackedWeights") -> None:
+        """Write `source` in the place of `self[index]`: an expert by its number, or a pair of it
+        and a slice of rows."""
+        expert, rows = index if isinstance(index, tuple) else (index, slice(None))
+        if source.scheme != self.scheme:
+            raise ValueError(f"{source.scheme} is not allowed: it must be {self.scheme}")
+        start, stop, _ = rows.indices(self.shape[-2])
+        columns = slice(start // self.scheme.rows, ceil_div(stop, self.scheme.rows))
+        for mine, other in zip(self.planes, source.planes, strict=True):
+            mine[expert, rows].copy_(other)
+        self.scale[expert, :, columns].copy_(source.scale)
+        if self.zero is not None:
+            assert source.zero is not None
+            self.zero[expert, :, columns].copy_(source.zero)
+
+    def codes(self) -> Tensor:
+        """uint8 [.., N, K]."""
+        return unpack(self.planes, self.scheme, self.shape[-1])
+
+    def dequantized(self) -> Tensor:
+        """[.., N, K] of its dtype, a plain tensor: (code - zero) * scale, rounded once."""
+        if can_unpack(self):
+            return unpack_on_gpu(self)
+        if self.dim() > 2:  # one by one: the wide codes of one matrix, not of all
+            out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            for i in range(self.shape[0]):
+                out[i] = self[i].dequantized()  # type: ignore[attr-defined]
+            return out
+        scheme, codes = self.scheme, self.codes()
+        scale, zero = self.scale.t(), None if self.zero is None else self.zero.t()  # [N / R, G]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if scheme.is_float:
+            values = codes.view(torch.float8_e4m3fn).to(wide)
+        elif zero is None:
+            values = codes.to(wide) - scheme.middle
+        else:
+            values = codes.to(wide) - self._spread(zero.to(wide))
+        return (values * self._spread(scale.to(wide))).to(self.dtype)
+
+    def _spread(self, each: Tensor) -> Tensor:
+        """[N / R, G] to what multiplies [N, K]."""
+        rows, num_inputs = self.shape[-2:]
+        if self.scheme.rows > 1:
+            each = each.repeat_interleave(self.scheme.rows, dim=0)[:rows]
+        if self.scheme.group is None:
+            return each
+        return each.repeat_interleave(self.scheme.group, dim=1)[:, :num_inputs]
+
+    def held_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts().values())
+
+    def like(self, device: torch.device, dtype: torch.dtype) -> "PackedWeights":
+        return self._with(lambda x: x.to(device), dtype)
+
+    def _with(self, change: Any, dtype: torch.dtype | None = None) -> "PackedWeights":
+        """With each part changed by a function that leaves K alone."""
+        zero = None if self.zero is None else change(self.zero)
+        planes = tuple(map(change, self.planes))
+        dtype = dtype or self.dtype
+        return PackedWeights(planes, change(self.scale), zero, self.scheme, self.shape[-1], dtype)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The chosen rows of a matrix, [.., K] for numbers [..], as a plain tensor."""
+        flat = numbers.flatten()
+        shared = flat if self.scheme.rows == 1 else flat // self.scheme.rows
+        scheme = Scheme(
+            self.scheme.bits, self.scheme.group, self.scheme.is_float, self.scheme.is_symmetric
+        )
+        planes = tuple(plane[flat] for plane in self.planes)
+        zero = None if self.zero is None else self.zero[:, shared]
+        args = (planes, self.scale[:, shared], zero, scheme, self.shape[-1], self.dtype)
+        return PackedWeights(*args).dequantized().view(*numbers.shape, self.shape[-1])
+
+    def part(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        if func is aten.embedding.default and self.dim() == 2:
+            return self.rows(args[1])
+        if self.dim() == 3:  # some of the experts
+            if func is aten.select.int and args[1] == 0:
+                return self._with(lambda x: x[args[2]])
+            if func is aten.slice.Tensor and (len(args) < 2 or args[1] == 0):
+                return self._with(lambda x: func(x, *args[1:], **kwargs))
+            if func is aten.index.Tensor and len(args[1]) == 1:
+                return self._with(lambda x: x[args[1][0]])
+        return None
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"PackedWeights(shape={tuple(self.shape)}, dtype={self.dtype}, {self.scheme})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        zero = self.zero
+        parts = (self.planes, self.scale, zero, self.scheme, self.shape[-1], self.dtype)
+        return PackedWeights, parts
+
+
+def _check_parts(
+    planes: tuple[Tensor, ...],
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: Scheme,
+    shape: tuple[int, ...],
+) -> None:
+    *outer, rows, num_inputs = shape
+    words = (*outer, rows, scheme.num_blocks(num_inputs) * 32)
+    kinds = [kind for kind, _ in PLANES[scheme.bits]]
+    groups = (*outer, scheme.num_groups(num_inputs), ceil_div(rows, scheme.rows))
+    wanted = [(f"plane {i}", words, kind) for i, kind in enumerate(kinds)]
+    found = list(planes)
+    wanted.append(("scale", groups, scale.dtype))
+    found.append(scale)
+    if (zero is None) != (scheme.is_symmetric or scheme.is_float):
+        raise ValueError(f"zero={zero is not None} is not allowed with {scheme}")
+    if zero is not None:
+        wanted.append(("zero", groups, torch.uint8))
+        found.append(zero)
+    if len(found) != len(wanted):
+        raise ValueError(f"{len(planes)} planes are not allowed: {scheme} has {len(kinds)}")
+    for part, (name, size, kind) in zip(found, wanted, strict=True):
+        if tuple(part.shape) != size or part.dtype != kind:
+            raise ValueError(
+                f"{name} of {list(part.shape)} in {part.dtype} is not allowed: for {list(shape)} "
+                f"and {scheme} it must be {list(size)} in {kind}"
+            )

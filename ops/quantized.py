@@ -1,0 +1,85 @@
+"""A quantised tensor in a parameter's place: any computation sees the weights in full.
+
+Whatever computes with it is given plain weights, made for that moment; nothing can write to it.
+Backward passes make them again, so that a graph holds the quantised form.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+
+class QuantizedTensor(Tensor):
+    """A frozen tensor whose numbers are held in fewer bits than its dtype has.
+
+    A subclass holds them, and has `dequantized`, `held_bytes` and `like`.
+
+    Attributes:
+        is_indexable: Whether `tensor[i]` takes time and memory for that part only.
+    """
+
+    is_indexable = False
+
+    @classmethod
+    def wrap(cls, shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        """A new instance without anything that it holds."""
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, tuple(shape), dtype=dtype, device=device
+        )
+
+    def dequantized(self) -> Tensor:
+        """The weights, a plain tensor of this one's shape and dtype."""
+        raise NotImplementedError
+
+    def held_bytes(self) -> int:
+        """Bytes of the quantised form, scales and tables included."""
+        raise NotImplementedError
+
+    def like(self, device: torch.device, dtype: torch.dtype) -> "QuantizedTensor":
+        """The same weights on another device, seen in another dtype."""
+        raise NotImplementedError
+
+    def part(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The result of an operation that needs only some of the weights; None: it needs all."""
+        return None
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, first = kwargs or {}, args[0] if args else None
+        if isinstance(first, cls):
+            if func in (aten.detach.default, aten.alias.default, aten.clone.default):
+                return first.like(first.device, first.dtype)
+            if func is aten._to_copy.default:
+                device, dtype = kwargs.get("device"), kwargs.get("dtype")
+                return first.like(torch.device(device or first.device), dtype or first.dtype)
+            if func is aten.set_.source_Tensor and first is args[1]:  # torch's parametrize
+                return first
+            if func._schema.is_mutable:
+                raise ValueError(
+                    "quantised weights cannot be written to: load the model without quantisation "
+                    "and merge the adapters there"
+                )
+            found = first.part(func, args, kwargs)
+            if found is not None:
+                return found
+        args, kwargs = tree_map_only(QuantizedTensor, lambda x: x.dequantized(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def plain_weights(weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights as a plain tensor, of a dtype if one is given."""
+    if isinstance(weights, QuantizedTensor):
+        weights = weights.dequantized()
+    return weights if dtype is None else weights.to(dtype)
+
+
+def indexed_weights(weights: Tensor) -> Tensor:
+    """What to take single matrices of [E, .., ..] from: plain weights where each would cost all."""
+    is_indexable = not isinstance(weights, QuantizedTensor) or weights.is_indexable
+    return weights if is_indexable else plain_weights(weights)
