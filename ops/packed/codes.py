@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_linear.ops.packed.scheme import RUN, Scheme
+from kimi_linear.schemes import RUN, Scheme
 
 # Dtypes of a word's parts, and the bits of each slot in them.
 PLANES = {

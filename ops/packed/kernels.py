@@ -16,8 +16,8 @@ Shapes: N outputs of a tile, K inputs, M columns (tokens) of a tile.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.ops.packed.scheme import RUN as RUN_
 from kimi_linear.ops.runtime import jit, tl
+from kimi_linear.schemes import RUN as RUN_
 
 RUN = RUN_ if tl is None else tl.constexpr(RUN_)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._prims_common import DeviceLikeType
 
 from kimi_linear.ops.packed.codes import PLANES, pack, unpack
-from kimi_linear.ops.packed.scheme import Scheme
 from kimi_linear.ops.packed.unpacking import can_unpack, unpack_on_gpu
 from kimi_linear.ops.quantized import QuantizedTensor
 from kimi_linear.ops.runtime import ceil_div
+from kimi_linear.schemes import Scheme
 
 aten = torch.ops.aten
 

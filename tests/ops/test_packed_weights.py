@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kimi_linear.ops.packed.codes import pack, unpack
-from kimi_linear.ops.packed.scheme import Scheme
 from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.schemes import Scheme
 
 SCHEMES = {
     "3 bits": Scheme(3, 64),

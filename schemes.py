@@ -8,10 +8,8 @@ Shapes: N outputs, K inputs, G groups of a row.
 
 from dataclasses import dataclass
 
-from kimi_linear.ops.runtime import ceil_div
-
 BITS = (3, 4, 8)
-# Inputs whose codes lie side by side in memory; see `codes.py`. Groups are multiples of it.
+# Inputs whose codes lie side by side in memory (`ops/packed/codes.py`); groups are multiples of it.
 RUN = 32
 
 
@@ -70,11 +68,11 @@ class Scheme:
 
     def num_blocks(self, num_inputs: int) -> int:
         """Rows of words that hold K inputs."""
-        return ceil_div(num_inputs, self.block)
+        return -(-num_inputs // self.block)
 
     def num_groups(self, num_inputs: int) -> int:
         """G for K inputs, of which the last group may be cut short by block-scaled formats."""
-        return 1 if self.group is None else ceil_div(num_inputs, self.group)
+        return 1 if self.group is None else -(-num_inputs // self.group)
 
     def check_size(self, name: str, num_inputs: int) -> None:
         """Raise ValueError if groups do not divide the inputs of the tensor called `name`."""
