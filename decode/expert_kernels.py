@@ -60,7 +60,7 @@ def route_kernel(
 
 
 @jit
-def _gated(gate, up):
+def gated(gate, up):
     return gate * tl.sigmoid(gate) * up
 
 
@@ -121,7 +121,7 @@ def experts_in_kernel(
         gate_y += tl.sum(gate_e.to(tl.float32) * x_e[None, :], axis=1)
         up_y += tl.sum(up_e.to(tl.float32) * x_e[None, :], axis=1)
     scale = norm_scale(square, D, eps)
-    tl.store(out + (row * SLOTS + slot) * I + n, _gated(gate_y * scale, up_y * scale), mask=n < I)
+    tl.store(out + (row * SLOTS + slot) * I + n, gated(gate_y * scale, up_y * scale), mask=n < I)
 
 
 @jit
@@ -200,7 +200,7 @@ def group_kernel(
 
 
 @jit
-def _program_expert(begin, active):
+def program_expert(begin, active):
     """The expert of this program, and where its pairs start and stop: nowhere if none is left."""
     is_used = tl.program_id(1) < tl.load(active)
     expert = tl.load(active + 1 + tl.program_id(1), mask=is_used, other=0)
@@ -226,7 +226,7 @@ def grouped_in_kernel(
 ):
     """silu(gate) * up of the rows that chose an expert, a tile of an expert by program."""
     wait(IS_LINKED)
-    expert, start_pair, stop_pair = _program_expert(begin, active)
+    expert, start_pair, stop_pair = program_expert(begin, active)
     n, d, g = (
         tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),
         tl.arange(0, STEP),
@@ -248,7 +248,7 @@ def grouped_in_kernel(
             gate_y = tl.dot(a, w, gate_y)
             up_y = tl.dot(a, u, up_y)
         mask = there[:, None] & (n < I)[None, :]
-        tl.store(out + pair[:, None] * I + n[None, :], _gated(gate_y, up_y), mask=mask)
+        tl.store(out + pair[:, None] * I + n[None, :], gated(gate_y, up_y), mask=mask)
 
 
 @jit
@@ -271,7 +271,7 @@ def grouped_out_kernel(
 ):
     """Weighted outputs of the pairs of an expert, a tile of an expert by program."""
     wait(IS_LINKED)
-    expert, start_pair, stop_pair = _program_expert(begin, active)
+    expert, start_pair, stop_pair = program_expert(begin, active)
     n, i, g = (
         tl.program_id(0) * BLOCK + tl.arange(0, BLOCK),
         tl.arange(0, STEP),

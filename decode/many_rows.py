@@ -129,9 +129,12 @@ class ManyRowsStep(DecodeStep):
         if layer.is_moe and not self.num_shared:
             return None
         mlp = layer.block_sparse_moe.shared_experts if layer.is_moe else layer.mlp
-        gate, up = (mlp.gate_proj.weight,), mlp.up_proj.weight
-        first = MatrixProjection(gate, self.num_rows, self.is_linked, up=up)
+        first = self._gated_projection(mlp.gate_proj.weight, mlp.up_proj.weight)
         return first, self._projection(mlp.down_proj.weight)
+
+    def _gated_projection(self, gate: Tensor, up: Tensor) -> MatrixProjection:
+        """The first half of a gated MLP."""
+        return MatrixProjection((gate,), self.num_rows, self.is_linked, up=up)
 
     def _prepare_experts(self) -> None:
         super()._prepare_experts()
@@ -227,18 +230,7 @@ class ManyRowsStep(DecodeStep):
         experts = self.layers[i].block_sparse_moe.experts
         D, width = self.config.hidden_size, self.config.moe_intermediate_size
         E, pairs = self.config.num_experts, self.num_rows * self.top
-        group_kernel[(1,)](
-            self.experts,
-            self.order,
-            self.begin,
-            self.active,
-            pairs,
-            E=E,
-            BINS=self.begin.shape[0],
-            PAIRS=power_of_two(pairs),
-            num_warps=8,
-            **linked(self.is_linked),
-        )
+        self._group_pairs()
         sizes: dict[str, Any] = {
             "D": D,
             "I": width,
@@ -274,6 +266,26 @@ class ManyRowsStep(DecodeStep):
             STEP=GROUPED_OUT_STEP,
             **sizes,
         )
+        self._run_shared(i, parts)
+
+    def _group_pairs(self) -> None:
+        """Sort the pairs of rows and experts by expert."""
+        pairs = self.num_rows * self.top
+        group_kernel[(1,)](
+            self.experts,
+            self.order,
+            self.begin,
+            self.active,
+            pairs,
+            E=self.config.num_experts,
+            BINS=self.begin.shape[0],
+            PAIRS=power_of_two(pairs),
+            num_warps=8,
+            **linked(self.is_linked),
+        )
+
+    def _run_shared(self, i: int, parts: Tensor) -> None:
+        """The shared experts' part beside the others', all to be added with the next norm."""
         mlp = self.mlps[i]
         if mlp is not None:
             first, down = mlp

@@ -1,13 +1,14 @@
 """What stands against the recorded step, and whether a model is still the one that was recorded."""
 
 import gc
-from operator import getitem
+from operator import getitem, methodcaller
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.activations import ACT2FN
 
+from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import SILU_MODULES, power_of_two, triton
 
 MAX_ROWS = 256
@@ -18,6 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList, *SILU_MODULES)
 # fields whose values a recording contains
 CONSTANTS = ("num_experts_per_token", "routed_scaling_factor", "moe_renormalize")
+address = methodcaller("data_ptr")
 
 
 class Snapshot:
@@ -63,7 +65,7 @@ class Snapshot:
         config = vars(model.config)  # its `getattr` takes ten times as long
         tensors: list[Any] = list(map(getitem, self._holders, self._names))
         constants = [config[name] for name in CONSTANTS]
-        return [*map(Tensor.data_ptr, tensors), tensors[0].dtype, *constants]
+        return [*map(address, tensors), tensors[0].dtype, *constants]
 
 
 def call_obstacle(model: nn.Module, num_rows: int) -> str:
@@ -134,7 +136,7 @@ def config_obstacle(config: Any) -> str:
 
 
 def weight_obstacle(model: nn.Module) -> str:
-    """Weights that the kernels cannot read: adapters, quantised, sharded, spread or unaligned."""
+    """Weights that the kernels cannot read: adapters, sharded, spread, unaligned, others."""
     first = next(model.parameters())
     device, dtype = first.device, first.dtype
     if dtype not in DTYPES:
@@ -149,12 +151,14 @@ def weight_obstacle(model: nn.Module) -> str:
             return f"{name} has a forward of its own"
     for name, parameter in model.named_parameters():
         wide = name.endswith(("A_log", "dt_bias"))
-        if type(parameter) is not nn.Parameter:
+        is_packed = isinstance(parameter, PackedWeights)
+        if type(parameter) is not nn.Parameter and not is_packed:
             return f"{name} is a {type(parameter).__name__}"
         if parameter.device != device:
             return f"{name} is on {parameter.device}, others are on {device}"
         if parameter.dtype != (torch.float32 if wide else dtype):
             return f"{name} is {parameter.dtype}, others are {dtype}"
-        if not parameter.is_contiguous() or parameter.data_ptr() % 16:
+        parts = parameter.parts().values() if is_packed else (parameter,)
+        if not all(part.is_contiguous() and part.data_ptr() % 16 == 0 for part in parts):
             return f"{name} is not contiguous from a multiple of 16 bytes"
     return ""

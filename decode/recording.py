@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from kimi_linear.decode.addresses import AddressTable, KDAAddresses, LatentAddresses, padded
 from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
+from kimi_linear.decode.packed import PackedFewRowsStep, PackedManyRowsStep, is_packed
 from kimi_linear.decode.step import DecodeStep
+
+PLAIN_KINDS = (FewRowsStep, ManyRowsStep)
 
 
 def decode_step(model: nn.Module, num_rows: int, has_padding: bool) -> DecodeStep:
     """The step for B = `num_rows` rows."""
-    kind = FewRowsStep if num_rows <= FEW_ROWS else ManyRowsStep
-    return kind(model, num_rows, has_padding)
+    kinds = (PackedFewRowsStep, PackedManyRowsStep) if is_packed(model) else PLAIN_KINDS
+    return kinds[num_rows > FEW_ROWS](model, num_rows, has_padding)
 
 
 class Recording:

@@ -59,18 +59,24 @@ def _slots_asm(bits: int, is_float: bool, kind: tuple[str, int, int, int, int, i
     """PTX that takes two words (of 3 bits, four) apart into pairs of values, one for each slot."""
     ptx, offset, one, minus_one, factor, shift = kind
     num_slots = 4 if bits == 8 else 8
-    lines = ["{ .reg .b32 t, u, a0, a1, w0, w1, h0, h1;"]
+    lines = ["{ .reg .b32 t, u, a0, a1, w0, w1, h0, h1, factor, minus;"]
     lines += [f"mov.b32 w0, ${num_slots}; mov.b32 w1, ${num_slots + 1};"]
     if bits == 3:
         lines += [f"mov.b32 h0, ${num_slots + 2}; mov.b32 h1, ${num_slots + 3};"]
     if bits < 8:
-        minus = _twice(_MINUS[bits, ptx])
+        lines += [f"mov.b32 factor, {_twice(one)}; mov.b32 minus, {_twice(_MINUS[bits, ptx])};"]
         for slot in range(4):
             lines.append(_half_words(bits, slot, offset))
             for out, picked in ((slot, "0x5410"), (slot + 4, "0x7632")):
                 lines.append(f"prmt.b32 t, a0, a1, {picked};")
-                lines.append(f"fma.rn.{ptx} ${out}, t, {_twice(one)}, {minus};")
+                lines.append(f"fma.rn.{ptx} ${out}, t, factor, minus;")
         return " ".join([*lines, "}"])
+    if is_float:
+        lines += [f"mov.b32 factor, {_twice(factor)}; mov.b32 minus, 0x80008000;"]
+    elif ptx == "f16x2":
+        lines += [f"mov.b32 factor, {_twice(one)}; mov.b32 minus, {_twice(_MINUS[8, ptx])};"]
+    else:
+        lines += [f"mov.b32 factor, {_twice(minus_one)};"]
     for slot in range(4):
         first, second = slot * 0x11, (4 + slot) * 0x11
         lines.append(f"prmt.b32 t, w0, w1, 0x{second << 8 | first:04X};")
@@ -78,15 +84,15 @@ def _slots_asm(bits: int, is_float: bool, kind: tuple[str, int, int, int, int, i
             lines.append(f"shl.b32 u, t, {shift};")
             lines.append(f"and.b32 u, u, {_twice(0x7F << shift)};")
             lines.append(f"lop3.b32 u, t, 0x80008000, u, {AND_OR};")
-            lines.append(f"fma.rn.{ptx} ${slot}, u, {_twice(factor)}, 0x80008000;")
+            lines.append(f"fma.rn.{ptx} ${slot}, u, factor, minus;")
         elif ptx == "f16x2":
             mask, middle = _twice(0xFF), _twice(offset)
             lines.append(f"lop3.b32 u, t, {mask}, {middle}, {AND_OR};")
-            lines.append(f"fma.rn.{ptx} ${slot}, u, {_twice(one)}, {_twice(_MINUS[8, ptx])};")
+            lines.append(f"fma.rn.{ptx} ${slot}, u, factor, minus;")
         else:  # 128 has room for 7 bits; without the eighth, what is subtracted is 128 more
             lines.append(f"lop3.b32 u, t, {_twice(0x7F)}, {_twice(offset)}, {AND_OR};")
             lines.append(f"lop3.b32 t, t, {_twice(0x80)}, {_twice(offset)}, {NOT_AND_OR};")
-            lines.append(f"fma.rn.{ptx} ${slot}, t, {_twice(minus_one)}, u;")
+            lines.append(f"fma.rn.{ptx} ${slot}, t, factor, u;")
     return " ".join([*lines, "}"])
 
 
@@ -100,33 +106,70 @@ ASM_3_HALF, ASM_4_HALF = (_constant(_slots_asm(bits, False, _FLOAT16)) for bits 
 ASM_8_HALF, ASM_FLOAT8_HALF = (
     _constant(_slots_asm(8, is_float, _FLOAT16)) for is_float in (False, True)
 )
-SCALE = _constant("fma.rn.bf16x2 $0, $1, $2, 0x80008000;")
-SCALE_HALF = _constant("fma.rn.f16x2 $0, $1, $2, 0x80008000;")
-MINUS = _constant("fma.rn.bf16x2 $0, $2, 0xBF80BF80, $1;")
-MINUS_HALF = _constant("fma.rn.f16x2 $0, $2, 0xBC00BC00, $1;")
+_TIMES = "{{ .reg .b32 c; mov.b32 c, 0x80008000; fma.rn.{} $0, $1, $2, c; }}"
+_LESS = "{{ .reg .b32 c; mov.b32 c, {}; fma.rn.{} $0, $2, c, $1; }}"
+SCALE, SCALE_HALF = (_constant(_TIMES.format(kind[0])) for kind in (_BFLOAT16, _FLOAT16))
+MINUS, MINUS_HALF = (
+    _constant(_LESS.format(_twice(kind[3]), kind[0])) for kind in (_BFLOAT16, _FLOAT16)
+)
 OUT_4 = _constant("=r,=r,=r,=r,r,r")
 OUT_8 = _constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
 OUT_8_OF_4 = _constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")
 
 
 @jit
-def _eight(asm: tl.constexpr, words, dtype: tl.constexpr):
-    kinds: tl.constexpr = (dtype, dtype, dtype, dtype, dtype, dtype, dtype, dtype)
-    return tl.inline_asm_elementwise(asm, OUT_8, [words], dtype=kinds, is_pure=True, pack=2)
-
-
-@jit
-def _eight_of_two(asm: tl.constexpr, words, high, dtype: tl.constexpr):
-    kinds: tl.constexpr = (dtype, dtype, dtype, dtype, dtype, dtype, dtype, dtype)
+def _eight(asm: tl.constexpr, words):
+    """Values as int16 of their bits, so that one list of types serves both dtypes."""
     return tl.inline_asm_elementwise(
-        asm, OUT_8_OF_4, [words, high], dtype=kinds, is_pure=True, pack=2
+        asm,
+        OUT_8,
+        [words],
+        dtype=(
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+        ),
+        is_pure=True,
+        pack=2,
     )
 
 
 @jit
-def _four(asm: tl.constexpr, words, dtype: tl.constexpr):
-    kinds: tl.constexpr = (dtype, dtype, dtype, dtype)
-    return tl.inline_asm_elementwise(asm, OUT_4, [words], dtype=kinds, is_pure=True, pack=2)
+def _eight_of_two(asm: tl.constexpr, words, high):
+    return tl.inline_asm_elementwise(
+        asm,
+        OUT_8_OF_4,
+        [words, high],
+        dtype=(
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+        ),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@jit
+def _four(asm: tl.constexpr, words):
+    return tl.inline_asm_elementwise(
+        asm,
+        OUT_4,
+        [words],
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+        is_pure=True,
+        pack=2,
+    )
 
 
 @jit
@@ -134,30 +177,36 @@ def slot_values(
     words, high, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr
 ):
     """A tuple of tiles, one by slot: code minus middle, or the float8 number."""
+    low = words.to(tl.int32)
+    upper = high.to(tl.int32)
     if BITS == 3:
-        words = words.to(tl.int32) & 0xFFFF
-        high = high.to(tl.int32)
+        low &= 0xFFFF
     if ASM:
         is_bf16: tl.constexpr = dtype == tl.bfloat16
         if BITS == 3:
             # slots 4 to 7 in the upper halves
-            words, high = words | (words << 8), high | (high << 12)
-            return _eight_of_two(ASM_3 if is_bf16 else ASM_3_HALF, words, high, dtype)
+            low |= low << 8
+            upper |= upper << 12
+            bits = _eight_of_two(ASM_3 if is_bf16 else ASM_3_HALF, low, upper)
         elif BITS == 4:
-            return _eight(ASM_4 if is_bf16 else ASM_4_HALF, words, dtype)
+            bits = _eight(ASM_4 if is_bf16 else ASM_4_HALF, low)
         elif IS_FLOAT:
-            return _four(ASM_FLOAT8 if is_bf16 else ASM_FLOAT8_HALF, words, dtype)
+            bits = _four(ASM_FLOAT8 if is_bf16 else ASM_FLOAT8_HALF, low)
         else:
-            return _four(ASM_8 if is_bf16 else ASM_8_HALF, words, dtype)
+            bits = _four(ASM_8 if is_bf16 else ASM_8_HALF, low)
+        found = ()
+        for slot in tl.static_range(4 if BITS == 8 else 8):
+            found = found + (bits[slot].to(dtype, bitcast=True),)
+        return found
     else:
         found = ()
         for slot in tl.static_range(4 if BITS == 8 else 8):
             if BITS == 3:
-                code = ((words >> (2 * slot)) & 3) | (((high >> slot) & 1) << 2)
+                code = ((low >> (2 * slot)) & 3) | (((upper >> slot) & 1) << 2)
             elif BITS == 4:
-                code = (words >> (4 * slot)) & 15
+                code = (low >> (4 * slot)) & 15
             else:
-                code = (words >> (8 * slot)) & 255
+                code = (low >> (8 * slot)) & 255
             if IS_FLOAT:
                 exponent, mantissa = (code >> 3) & 15, (code & 7).to(tl.float32)
                 size = tl.where(
@@ -174,9 +223,9 @@ def slot_values(
 
 @jit
 def _scaled(value, scale, zero, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
-    """(value - zero) * scale, of tiles of one dtype."""
+    """(value - zero) * scale, rounded to the values' dtype once."""
     is_bf16: tl.constexpr = value.dtype == tl.bfloat16
-    if ASM:
+    if ASM and scale.dtype == value.dtype:
         if HAS_ZERO:
             value = tl.inline_asm_elementwise(
                 MINUS if is_bf16 else MINUS_HALF,
@@ -233,15 +282,15 @@ def block_values(
     SLOTS: tl.constexpr = 4 if BITS == 8 else 8
     values = slot_values(words, high, BITS, IS_FLOAT, ASM, dtype)
     found = ()
-    s = tl.load(scale).to(dtype) if GROUP == 0 else None
+    s = tl.load(scale) if GROUP == 0 else None
     z = None
     for slot in tl.static_range(SLOTS):
         if GROUP > 0:
-            if slot * RUN % GROUP == 0:
-                group = (block * SLOTS + slot) * RUN // GROUP
-                if K % (SLOTS * RUN) > 0:  # a block may reach beyond the last group
+            if slot * 32 % GROUP == 0:
+                group = (block * SLOTS + slot) * 32 // GROUP
+                if K % (SLOTS * 32) > 0:  # a block may reach beyond the last group
                     group = tl.minimum(group, (K - 1) // GROUP)
-                s = tl.load(scale + group * scale_stride).to(dtype)
+                s = tl.load(scale + group * scale_stride)
                 if HAS_ZERO:
                     z = tl.load(zero + group * scale_stride).to(tl.int32) - (1 << (BITS - 1))
                     z = z.to(tl.float32).to(dtype)
@@ -266,8 +315,8 @@ def add_products(
 ):
     """total + weights of a block by their inputs."""
     for slot in tl.static_range(SLOTS):
-        k = (block * SLOTS + slot) * RUN + tl.arange(0, RUN)[:, None]
-        if K % (SLOTS * RUN) == 0:
+        k = (block * SLOTS + slot) * 32 + tl.arange(0, RUN)[:, None]
+        if K % (SLOTS * 32) == 0:
             a = tl.load(x + k)
         else:
             a = tl.load(x + k, mask=k < K, other=0.0)

@@ -41,7 +41,8 @@ def can_unpack(weights: Any) -> bool:
     """Whether `unpack_on_gpu` takes these weights."""
     is_here = triton is not None and weights.device.type in DEVICES and not is_traced()
     is_exact = weights.zero is None or weights.scheme.bits < 8
-    return is_here and is_exact and weights.dtype in DTYPES and weights.scale.dtype == weights.dtype
+    has_scales = weights.scale.dtype in (weights.dtype, torch.float32)
+    return is_here and is_exact and weights.dtype in DTYPES and has_scales
 
 
 def unpack_on_gpu(weights: Any, out: Tensor | None = None) -> Tensor:
@@ -95,7 +96,7 @@ def _unpack(
     HAS_ZERO: tl.constexpr,
 ):
     SLOTS: tl.constexpr = 4 if BITS == 8 else 8
-    WORDS: tl.constexpr = (K + SLOTS * RUN - 1) // (SLOTS * RUN) * RUN
+    WORDS: tl.constexpr = (K + SLOTS * 32 - 1) // (SLOTS * 32) * 32
     matrix, block = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     row = matrix * N + tl.minimum(n, N - 1)
@@ -117,5 +118,5 @@ def _unpack(
         out.dtype.element_ty,
     )
     for slot in tl.static_range(SLOTS):
-        k = (block * SLOTS + slot) * RUN + tl.arange(0, RUN)[None, :]
+        k = (block * SLOTS + slot) * 32 + tl.arange(0, RUN)[None, :]
         tl.store(out + row[:, None] * K + k, values[slot], mask=(n < N)[:, None] & (k < K))

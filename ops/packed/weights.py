@@ -140,6 +140,10 @@ class PackedWeights(QuantizedTensor):
             return each
         return each.repeat_interleave(self.scheme.group, dim=1)[:, :num_inputs]
 
+    def data_ptr(self) -> int:
+        """Address of the codes: another one means other weights."""
+        return self.planes[0].data_ptr()
+
     def held_bytes(self) -> int:
         return sum(part.nbytes for part in self.parts().values())
 

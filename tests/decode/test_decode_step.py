@@ -3,12 +3,8 @@
 import pytest
 import torch
 from builders import token_ids
-from decode_models import DEVICES, decode_model, small_grids  # noqa: F401
-from tolerance import assert_close, assert_kernel_close
+from decode_models import DEVICES, check, decode_model, finish, prepared, small_grids  # noqa: F401
 
-from kimi_linear import KimiLinearCache
-from kimi_linear.decode.addresses import prepare
-from kimi_linear.decode.recording import decode_step
 from kimi_linear.layers.plan import Planner
 
 pytestmark = [
@@ -19,32 +15,6 @@ pytestmark = [
 ]
 # few rows take the matrix-vector kernels, many the grouped ones
 ROWS = [1, 3, 6]
-
-
-def check(actual, expected, name=""):
-    if actual.is_cuda:
-        assert_kernel_close(actual, expected, torch.bfloat16, name)
-    else:
-        assert_close(actual, expected, torch.float32, name)
-
-
-def prepared(model, num_rows, *, num_tokens=9, rollback_tokens=0):
-    """A step with random numbers in its residual stream, loaded with a cache, and that cache."""
-    cache = KimiLinearCache(model.config, rollback_tokens=rollback_tokens)
-    ids = token_ids(num_rows, num_tokens).to(model.device)
-    model(ids, cache=cache)
-    step = decode_step(model, num_rows, has_padding=False)
-    step.table.copy_(torch.tensor(prepare(cache, num_rows, model.dtype).rows))
-    logged = cache.layers[0].rollback.num_logged or 0
-    step.counters.copy_(torch.tensor([num_tokens, logged]))
-    step.hidden.copy_(torch.randn(step.hidden.shape))
-    return step, cache
-
-
-def finish(step):
-    """The residual stream after a branch, with what many rows have yet to add."""
-    added = getattr(step, "to_add", None)
-    return step.hidden if added is None else step.hidden + added.float().sum(dim=1)
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["kda", "mla"])

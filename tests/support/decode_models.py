@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders import TWO_LAYERS, tiny_model
+from builders import TWO_LAYERS, tiny_model, token_ids
+from tolerance import assert_close, assert_kernel_close
 
-from kimi_linear import KimiLinearForCausalLM
-from kimi_linear.decode import few_rows, obstacles, step
+from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
+from kimi_linear.decode import few_rows, obstacles, packed, step
+from kimi_linear.decode.addresses import prepare
+from kimi_linear.decode.recording import decode_step
 
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -53,6 +56,34 @@ def small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter, which runs program by program: fewer programs, and any device."""
     if INTERPRETED and not torch.cuda.is_available():
         monkeypatch.setattr(few_rows, "PROGRAMS", 4)
+        monkeypatch.setattr(packed, "PROGRAMS", 12)
+        monkeypatch.setattr(packed, "MIN_BLOCKS", 1)
         monkeypatch.setattr(step, "SPLITS", 6)
         monkeypatch.setattr(obstacles, "DEVICE_TYPES", ("cpu",))
         monkeypatch.setattr(obstacles, "DTYPES", (torch.float32,))
+
+
+def check(actual, expected, name=""):
+    if actual.is_cuda:
+        assert_kernel_close(actual, expected, torch.bfloat16, name)
+    else:
+        assert_close(actual, expected, torch.float32, name)
+
+
+def prepared(model, num_rows, *, num_tokens=9, rollback_tokens=0):
+    """A step with random numbers in its residual stream, loaded with a cache, and that cache."""
+    cache = KimiLinearCache(model.config, rollback_tokens=rollback_tokens)
+    ids = token_ids(num_rows, num_tokens).to(model.device)
+    model(ids, cache=cache)
+    step = decode_step(model, num_rows, has_padding=False)
+    step.table.copy_(torch.tensor(prepare(cache, num_rows, model.dtype).rows))
+    logged = cache.layers[0].rollback.num_logged or 0
+    step.counters.copy_(torch.tensor([num_tokens, logged]))
+    step.hidden.copy_(torch.randn(step.hidden.shape))
+    return step, cache
+
+
+def finish(step):
+    """The residual stream after a branch, with what many rows have yet to add."""
+    added = getattr(step, "to_add", None)
+    return step.hidden if added is None else step.hidden + added.float().sum(dim=1)

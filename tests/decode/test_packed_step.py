@@ -1,0 +1,114 @@
+"""The decode step of packed models against the layers, which see the weights in full."""
+
+import pytest
+import torch
+from builders import token_ids
+from decode_models import DEVICES, check, decode_model, finish, prepared, small_grids  # noqa: F401
+from packed_models import every_part, pack_model
+
+from kimi_linear import KimiLinearCache
+from kimi_linear.decode.obstacles import Snapshot, weight_obstacle
+from kimi_linear.decode.packed import PackedFewRowsStep, PackedManyRowsStep
+from kimi_linear.decode.recording import decode_step
+from kimi_linear.schemes import Scheme
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.interpreted,
+    pytest.mark.usefixtures("small_grids"),
+    pytest.mark.parametrize("device", DEVICES),
+]
+WAYS = {
+    "3 bits, 8 bits": every_part(Scheme(3, 32), Scheme(8, None)),
+    "4 bits": every_part(Scheme(4, 32), Scheme(4, 96)),
+    "4 bits, zeros": every_part(Scheme(4, 32, is_symmetric=False), Scheme(8, 32)),
+    "float8": every_part(*[Scheme(8, 32, is_float=True, rows=16)] * 2),
+    "8 bits, plain": every_part(Scheme(8, 32), None),
+    "plain, 8 bits": every_part(None, Scheme(8, 32)),  # type: ignore[arg-type]
+}
+
+
+def packed_model(device, way, **fields):
+    # groups divide all sizes; the attention's 32 inputs are less than a block
+    sizes = {"hidden_size": 96, "intermediate_size": 96, "moe_intermediate_size": 32}
+    model = decode_model(device, **{**sizes, **fields})
+    if way.schemes["attention"] is not None and way.schemes["attention"].group == 96:
+        way = every_part(way.schemes["experts"])
+    pack_model(model, way)
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("num_rows", [1, 6])
+@torch.no_grad()
+def test_steps_equal_the_layers(num_rows, way, device):
+    model = packed_model(device, way, num_shared_experts=2)
+    assert weight_obstacle(model) == ""
+    step, cache = prepared(model, num_rows)
+    assert type(step) is (PackedFewRowsStep if num_rows == 1 else PackedManyRowsStep)
+    other, ids = cache.copy(), token_ids(num_rows, 1, seed=1).to(model.device)
+    model.decode_backend = "eager"
+    step.ids.copy_(ids)
+    step.run()
+    check(step.logits, model(ids, cache=other).logits[:, 0])
+
+
+@pytest.mark.parametrize("num_rows", [3, 40])
+@torch.no_grad()
+def test_all_rows_on_one_expert(num_rows, device):
+    """More rows than a tile of the grouped kernels has columns."""
+    model = packed_model(device, WAYS["3 bits, 8 bits"])
+    layer = model.model.layers[1]
+    layer.block_sparse_moe.gate.e_score_correction_bias[[1, 4]] += 10
+    step, _ = prepared(model, num_rows)
+    hidden = step.hidden.clone().to(model.dtype)
+    step.hidden.copy_(hidden)
+    step._experts(1)
+    out = finish(step) - hidden
+    assert set(step.experts.flatten().tolist()) == {1, 4}
+    check(out, layer.block_sparse_moe(layer.post_attention_layernorm(hidden)))
+
+
+@torch.no_grad()
+def test_rows_beyond_a_tile_of_columns(device):
+    model = packed_model(device, WAYS["8 bits, plain"])
+    pack_model(model, WAYS["plain, 8 bits"])
+    step = decode_step(model, 70, has_padding=False)
+    hidden = torch.randn(70, 96, device=model.device, dtype=model.dtype)
+    step.hidden.copy_(hidden)
+    step._project(step.head, model.model.norm, step.logits)
+    check(step.logits, model.lm_head(model.model.norm(hidden)))
+
+
+@torch.no_grad()
+def test_generation_is_that_of_the_layers(device):
+    model = packed_model(device, WAYS["4 bits, zeros"])
+    ids = token_ids(2, 9).to(model.device)
+    model.decode_backend = "eager"
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)
+    model.decode_backend = "graph"
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
+
+
+def test_a_recording_ends_with_its_weights(device):
+    model = packed_model(device, WAYS["plain, 8 bits"])
+    snapshot = Snapshot(model)
+    assert snapshot.is_current(model)
+    head = model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().to("cpu").to(device), False)
+    head.weight.planes = tuple(plane.clone() for plane in head.weight.planes)
+    assert not snapshot.is_current(model)
+
+
+@torch.no_grad()
+def test_caches_of_packed_models_take_turns_with_the_graph(device):
+    model = packed_model(device, WAYS["float8"])
+    cache = KimiLinearCache(model.config)
+    ids = token_ids(2, 9).to(model.device)
+    model(ids, cache=cache)
+    model.decode_backend = "graph"
+    first = model(ids[:, :1], cache=cache).logits
+    model.decode_backend = "eager"
+    other = KimiLinearCache(model.config)
+    model(ids, cache=other)
+    check(first, model(ids[:, :1], cache=other).logits)
