@@ -11,6 +11,8 @@ from dataclasses import dataclass
 BITS = (3, 4, 8)
 # Inputs whose codes lie side by side in memory (`ops/packed/codes.py`); groups are multiples of it.
 RUN = 32
+# Inputs that kernels read at once; rows are padded to multiples of it.
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,13 @@ class Scheme:
         return 4 if self.bits == 8 else 8
 
     @property
-    def block(self) -> int:
-        """Inputs of one row of words: `RUN` words of `slots` codes."""
-        return RUN * self.slots
-
-    @property
     def middle(self) -> int:
         """The zero of symmetric integer codes."""
         return 1 << (self.bits - 1)
 
-    def num_blocks(self, num_inputs: int) -> int:
-        """Rows of words that hold K inputs."""
-        return -(-num_inputs // self.block)
+    def num_words(self, num_inputs: int) -> int:
+        """Words that hold a row of K inputs."""
+        return -(-num_inputs // BLOCK) * BLOCK // self.slots
 
     def num_groups(self, num_inputs: int) -> int:
         """G for K inputs, of which the last group may be cut short by block-scaled formats."""
@@ -86,5 +83,5 @@ class Scheme:
         """Of codes, scales and zeros, for long rows."""
         if self.group is None:
             return float(self.bits)
-        shared = scale_bits + (0 if self.is_symmetric else 8)
+        shared = scale_bits + (0 if self.is_symmetric else 16)
         return self.bits + shared / (self.group * self.rows)

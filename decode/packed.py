@@ -20,9 +20,10 @@ from kimi_linear.decode.packed_kernels import (
     packed_project_kernel,
 )
 from kimi_linear.decode.step import linked
-from kimi_linear.ops.packed.unpacking import form, has_asm
+from kimi_linear.ops.packed.unpacking import form, has_asm, planes
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
+from kimi_linear.schemes import BLOCK
 
 # outputs of a tile, warps and stages: of dense products, and of both expert products
 PROJECT = (32, 2, 4)
@@ -31,7 +32,7 @@ EXPERTS_OUT = (32, 2, 4)
 # columns (tokens) of a tile
 MAX_COLUMNS = 64
 # programs that keep a GPU of about 130 multiprocessors busy, and blocks that each has at least
-PROGRAMS, MIN_BLOCKS = 528, 3
+PROGRAMS, MIN_BLOCKS = 528, 2
 # pairs by expert from which a tile has 16 columns, not 8
 WIDE_PAIRS = 6
 
@@ -44,12 +45,6 @@ def is_packed(model: nn.Module) -> bool:
 def columns_of(num_rows: int) -> int:
     """Columns of a tile for so many tokens."""
     return min(MAX_COLUMNS, max(8, power_of_two(num_rows)))
-
-
-def planes(weights: PackedWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, high bits, scales and zeros, with something in the place of what it has not."""
-    zero = weights.scale if weights.zero is None else weights.zero
-    return weights.planes[0], weights.planes[-1], weights.scale, zero
 
 
 class PackedProjection:
@@ -76,7 +71,7 @@ class PackedProjection:
         self.has_plain = not all(isinstance(each, PackedWeights) for each in weights)
         self.tiles = self._tiles(weights)
         self.up_tiles = self.tiles if up is None else self._tiles((up,))
-        blocks = self.packed.scheme.num_blocks(self.size)
+        blocks = ceil_div(self.size, BLOCK)
         wanted = ceil_div(PROGRAMS, self.tiles.shape[0])
         self.parts = max(1, min(wanted, blocks // MIN_BLOCKS, 8))
 
@@ -86,7 +81,7 @@ class PackedProjection:
         for weight in weights:
             if isinstance(weight, PackedWeights):
                 low, high, scale, zero = (part.data_ptr() for part in planes(weight))
-                place = [low, high, scale, zero, weight.scale.shape[-1]]
+                place = [low, high, scale, zero, weight.scale.shape[-2]]
             else:
                 place = [weight.data_ptr(), 0, 0, 0, 0]
             rows = weight.shape[0]
@@ -211,7 +206,8 @@ class PackedManyRowsStep(ManyRowsStep):
             *chosen,
             *planes(gate_up),
             self.activations,
-            GROUPS=gate_up.scale.shape[1],
+            SCALE_WORDS=gate_up.scale.shape[1],
+            ZERO_WORDS=1 if gate_up.zero is None else gate_up.zero.shape[1],
             SHARED=gate_up.scheme.rows,
             N=block,
             num_warps=num_warps,
@@ -227,7 +223,8 @@ class PackedManyRowsStep(ManyRowsStep):
             *planes(down),
             parts,
             PARTS=parts.shape[1],
-            GROUPS=down.scale.shape[1],
+            SCALE_WORDS=down.scale.shape[1],
+            ZERO_WORDS=1 if down.zero is None else down.zero.shape[1],
             SHARED=down.scheme.rows,
             N=block,
             num_warps=num_warps,

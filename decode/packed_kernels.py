@@ -14,7 +14,7 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 
 from kimi_linear.decode.expert_kernels import gated, program_expert
 from kimi_linear.decode.projection_kernels import pointer_to, wait
-from kimi_linear.ops.packed.kernels import RUN, add_products, block_values, load_words
+from kimi_linear.ops.packed.kernels import add_products, block_values, load_scales, load_words
 from kimi_linear.ops.runtime import jit, tl
 
 
@@ -22,10 +22,10 @@ from kimi_linear.ops.runtime import jit, tl
 def packed_product(
     low,  # pointers [N] to rows' first words, and
     high,  # of 3 bits, to their high bits
-    scale,  # pointers [N] to the first group's scale and
-    zero,  # zero
+    scale,  # pointers [N] to the first words of scales and
+    zero,  # zeros
     x,  # pointers [M] to columns' first inputs
-    scale_stride,
+    stride,  # from one word of scales to the next
     first,  # block, and
     last,  # beyond it
     N: tl.constexpr,
@@ -35,29 +35,28 @@ def packed_product(
     GROUP: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """float32 [N, M]: some blocks of the rows by the columns."""
-    SLOTS: tl.constexpr = 4 if BITS == 8 else 8
     total = tl.zeros([N, M], tl.float32)
     for block in range(first, last):
         words, upper = load_words(low[:, None], high[:, None], block, BITS)
+        scales = load_scales(scale, zero, block, stride, K, GROUP, HAS_ZERO, SCALE)
         values = block_values(
             words,
             upper,
-            scale,
-            zero,
+            scales,
             block,
-            scale_stride,
-            K,
             BITS,
             GROUP,
             IS_FLOAT,
             HAS_ZERO,
+            SCALE,
             ASM,
             x.dtype.element_ty,
         )
-        total = add_products(total, values, x[None, :], block, K, SLOTS)
+        total = add_products(total, values, x[None, :], block, K)
     return total
 
 
@@ -76,14 +75,14 @@ def plain_product(
 
 
 @jit
-def prefetch(low, first, last, ASM: tl.constexpr):
+def prefetch(low, first, last, WORDS: tl.constexpr, ASM: tl.constexpr):
     """Have the second-level cache fetch rows' words, while kernels before this one still run."""
     if ASM:
         for block in range(first, last):
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
                 "=r,l",
-                [low + block * RUN],
+                [low + block * WORDS],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
@@ -121,12 +120,13 @@ def packed_project_kernel(
     GROUP: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
     ASM: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
     """out = x @ weights^T, or silu(x @ weights^T) * (x @ ups^T); parts of a sum side by side."""
-    BLOCK: tl.constexpr = 32 * (4 if BITS == 8 else 8)
-    BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = (K + 255) // 256
+    WORDS: tl.constexpr = BLOCKS * (64 if BITS == 8 else 32)
     SHARE: tl.constexpr = (BLOCKS + PARTS - 1) // PARTS
     part = tl.program_id(1)
     first = part * SHARE
@@ -146,14 +146,14 @@ def packed_project_kernel(
             weight = pointer_to(tl.load(source), x) + row * K
             if i == 0:
                 wait(IS_LINKED)
-            y = plain_product(weight, address, first * BLOCK, last * BLOCK, N, M, K, BLOCK)
+            y = plain_product(weight, address, first * 256, last * 256, N, M, K, 64)
         else:
-            low = pointer_to(tl.load(source), words) + row * (BLOCKS * 32)
-            high = pointer_to(tl.load(source + 1), uppers) + row * (BLOCKS * 32)
+            low = pointer_to(tl.load(source), words) + row * WORDS
+            high = pointer_to(tl.load(source + 1), uppers) + row * WORDS
             scale = _pointers(scales, tl.load(source + 2)) + row // SHARED
             zero = _pointers(zeros, tl.load(source + 3)) + row // SHARED
             if i == 0:
-                prefetch(low, first, last, ASM and IS_LINKED)
+                prefetch(low, first, last, WORDS // BLOCKS, ASM and IS_LINKED)
                 wait(IS_LINKED)
             y = packed_product(
                 low,
@@ -171,6 +171,7 @@ def packed_project_kernel(
                 GROUP,
                 IS_FLOAT,
                 HAS_ZERO,
+                SCALE,
                 ASM,
             )
         total = y if i == 0 else gated(total, y)
@@ -198,13 +199,14 @@ def packed_in_kernel(
     active,  # int32 [E + 1], see `group_kernel`
     low,  # [E, 2 * I, W] and
     high,  # of 3 bits [E, 2 * I, W]
-    scale,  # [E, G, 2 * I / SHARED] and
+    scale,  # int32 [E, G / P, 2 * I / SHARED] and
     zero,  # alike
     out,  # [B * TOP, I]
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     TOP: tl.constexpr,
-    GROUPS: tl.constexpr,  # G
+    SCALE_WORDS: tl.constexpr,  # G / P of scales and
+    ZERO_WORDS: tl.constexpr,  # zeros
     SHARED: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -213,20 +215,22 @@ def packed_in_kernel(
     GROUP: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
     ASM: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
     """silu(gate) * up of the rows that chose an expert, a tile of an expert by program."""
-    BLOCK: tl.constexpr = 32 * (4 if BITS == 8 else 8)
-    BLOCKS: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = (D + 255) // 256
+    WORDS: tl.constexpr = BLOCKS * (64 if BITS == 8 else 32)
     STRIDE: tl.constexpr = (2 * I + SHARED - 1) // SHARED
     wait(IS_LINKED)
     expert, start, stop = _group(experts, begin, active, IS_SORTED)
     n = tl.program_id(0) * N + tl.arange(0, N)
     gate_row = tl.minimum(n, I - 1)
     place = expert.to(tl.int64) * 2 * I + gate_row
-    scales = expert.to(tl.int64) * GROUPS * STRIDE + gate_row // SHARED
-    up_scales = expert.to(tl.int64) * GROUPS * STRIDE + (gate_row + I) // SHARED
+    scale += expert.to(tl.int64) * SCALE_WORDS * STRIDE
+    zero += expert.to(tl.int64) * ZERO_WORDS * STRIDE
+    scales, up_scales = gate_row // SHARED, (gate_row + I) // SHARED
     for done in range(start, stop, M):
         there = done + tl.arange(0, M) < stop
         pair = done + tl.arange(0, M)
@@ -238,42 +242,44 @@ def packed_in_kernel(
         gate = tl.zeros([N, M], tl.float32)
         up = tl.zeros([N, M], tl.float32)
         for block in range(BLOCKS):
-            words = place[:, None] * (BLOCKS * 32)
+            words = place[:, None] * WORDS
             gate_w, gate_h = load_words(low + words, high + words, block, BITS)
-            words += I * BLOCKS * 32
+            words += I * WORDS
             up_w, up_h = load_words(low + words, high + words, block, BITS)
+            gate_s = load_scales(
+                scale + scales, zero + scales, block, STRIDE, D, GROUP, HAS_ZERO, SCALE
+            )
+            up_s = load_scales(
+                scale + up_scales, zero + up_scales, block, STRIDE, D, GROUP, HAS_ZERO, SCALE
+            )
             values = block_values(
                 gate_w,
                 gate_h,
-                scale + scales,
-                zero + scales,
+                gate_s,
                 block,
-                STRIDE,
-                D,
                 BITS,
                 GROUP,
                 IS_FLOAT,
                 HAS_ZERO,
+                SCALE,
                 ASM,
                 x.dtype.element_ty,
             )
-            gate = add_products(gate, values, row[None, :], block, D, 4 if BITS == 8 else 8)
+            gate = add_products(gate, values, row[None, :], block, D)
             values = block_values(
                 up_w,
                 up_h,
-                scale + up_scales,
-                zero + up_scales,
+                up_s,
                 block,
-                STRIDE,
-                D,
                 BITS,
                 GROUP,
                 IS_FLOAT,
                 HAS_ZERO,
+                SCALE,
                 ASM,
                 x.dtype.element_ty,
             )
-            up = add_products(up, values, row[None, :], block, D, 4 if BITS == 8 else 8)
+            up = add_products(up, values, row[None, :], block, D)
         mask = (n < I)[:, None] & there[None, :]
         tl.store(out + pair[None, :].to(tl.int64) * I + n[:, None], gated(gate, up), mask=mask)
 
@@ -288,14 +294,15 @@ def packed_out_kernel(
     weights,  # float32 [B * TOP]
     low,  # [E, D, W] and
     high,  # of 3 bits [E, D, W]
-    scale,  # [E, G, D / SHARED] and
+    scale,  # int32 [E, G / P, D / SHARED] and
     zero,  # alike
     out,  # [B, PARTS, D], the first TOP parts of each row
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     TOP: tl.constexpr,
     PARTS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    ZERO_WORDS: tl.constexpr,
     SHARED: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -304,19 +311,22 @@ def packed_out_kernel(
     GROUP: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
     ASM: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
     """Weighted outputs of the pairs of an expert, a tile of an expert by program."""
-    BLOCK: tl.constexpr = 32 * (4 if BITS == 8 else 8)
-    BLOCKS: tl.constexpr = (I + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = (I + 255) // 256
+    WORDS: tl.constexpr = BLOCKS * (64 if BITS == 8 else 32)
     STRIDE: tl.constexpr = (D + SHARED - 1) // SHARED
     wait(IS_LINKED)
     expert, start, stop = _group(experts, begin, active, IS_SORTED)
     n = tl.program_id(0) * N + tl.arange(0, N)
     row = tl.minimum(n, D - 1)
-    place = (expert.to(tl.int64) * D + row) * (BLOCKS * 32)
-    scales = expert.to(tl.int64) * GROUPS * STRIDE + row // SHARED
+    place = (expert.to(tl.int64) * D + row) * WORDS
+    scale += expert.to(tl.int64) * SCALE_WORDS * STRIDE
+    zero += expert.to(tl.int64) * ZERO_WORDS * STRIDE
+    scales = row // SHARED
     for done in range(start, stop, M):
         there = done + tl.arange(0, M) < stop
         pair = done + tl.arange(0, M)
@@ -340,6 +350,7 @@ def packed_out_kernel(
             GROUP,
             IS_FLOAT,
             HAS_ZERO,
+            SCALE,
             ASM,
         )
         y *= tl.load(weights + pair)[None, :]

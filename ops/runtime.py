@@ -29,6 +29,11 @@ def jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def constexpr_function(function: Any) -> Any:
+    """`triton.constexpr_function`, or the function itself where there is none."""
+    return getattr(triton, "constexpr_function", lambda each: each)(function)
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast is off for this kind of device."""
     kind = device.type

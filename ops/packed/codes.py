@@ -1,7 +1,7 @@
 """The order of codes in memory.
 
-A row's codes stand in blocks of `RUN` = 32 words. Word j of a block holds, for each of its slots s,
-the code of input s * 32 + j: what a word is taken apart into belongs to equally many tiles of 32
+A row's codes stand in runs of `RUN` = 32 words. Word j of a run holds, for each of its slots s, the
+code of its input s * 32 + j: what a word is taken apart into belongs to equally many tiles of 32
 neighbouring inputs, each of which has the layout of the words themselves. A kernel so multiplies by
 what it has unpacked without moving it between threads.
 
@@ -11,7 +11,7 @@ what it has unpacked without moving it between threads.
 | 4    | 8     | int32, slot s in bits 4 s to 4 s + 3                          |
 | 3    | 8     | int16, slot s' low bits in 2 s and 2 s + 1; uint8, its high bit in bit s |
 
-Rows end with codes of 0 that no input has.
+Rows are filled up to a multiple of `BLOCK` = 256 inputs with codes of 0.
 
 Shapes: N outputs, K inputs, W words of a row.
 """
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_linear.schemes import RUN, Scheme
+from kimi_linear.schemes import BLOCK, RUN, Scheme
 
 # Dtypes of a word's parts, and the bits of each slot in them.
 PLANES = {
@@ -33,7 +33,7 @@ PLANES = {
 def pack(codes: Tensor, scheme: Scheme) -> tuple[Tensor, ...]:
     """Codes uint8 [.., N, K] to planes [.., N, W]."""
     slots, num_inputs = scheme.slots, codes.shape[-1]
-    padded = F.pad(codes, (0, scheme.num_blocks(num_inputs) * scheme.block - num_inputs))
+    padded = F.pad(codes, (0, -num_inputs % BLOCK))
     blocks = padded.unflatten(-1, (-1, slots, RUN))  # [.., N, W / RUN, slots, RUN]
     planes, done = [], 0
     for dtype, bits in PLANES[scheme.bits]:

@@ -1,6 +1,6 @@
 """What Triton kernels do with packed weights: take words apart, and multiply by them.
 
-`block_values` gives a block of `SLOTS` tiles [N, 32] of weights in the inputs' dtype, scaled, each
+`block_values` gives a block of 8 tiles [N, 32] of weights in the inputs' dtype, scaled, each
 in the layout of the words that were loaded: the tensor cores' operand, where it is used as one. Of
 two words each, halves of registers are filled by masks and a shift: an integer that stands in the
 mantissa of 128 (bfloat16) or 1,024 (float16) is that number plus the integer. Without inline
@@ -16,7 +16,7 @@ Shapes: N outputs of a tile, K inputs, M columns (tokens) of a tile.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.ops.runtime import jit, tl
+from kimi_linear.ops.runtime import constexpr_function, jit, tl
 from kimi_linear.schemes import RUN as RUN_
 
 RUN = RUN_ if tl is None else tl.constexpr(RUN_)
@@ -181,6 +181,7 @@ def slot_values(
     upper = high.to(tl.int32)
     if BITS == 3:
         low &= 0xFFFF
+    found = ()
     if ASM:
         is_bf16: tl.constexpr = dtype == tl.bfloat16
         if BITS == 3:
@@ -192,21 +193,23 @@ def slot_values(
             bits = _eight(ASM_4 if is_bf16 else ASM_4_HALF, low)
         elif IS_FLOAT:
             bits = _four(ASM_FLOAT8 if is_bf16 else ASM_FLOAT8_HALF, low)
+            bits = bits + _four(ASM_FLOAT8 if is_bf16 else ASM_FLOAT8_HALF, upper)
         else:
             bits = _four(ASM_8 if is_bf16 else ASM_8_HALF, low)
-        found = ()
-        for slot in tl.static_range(4 if BITS == 8 else 8):
+            bits = bits + _four(ASM_8 if is_bf16 else ASM_8_HALF, upper)
+        for slot in tl.static_range(8):
             found = found + (bits[slot].to(dtype, bitcast=True),)
         return found
     else:
-        found = ()
-        for slot in tl.static_range(4 if BITS == 8 else 8):
+        for slot in tl.static_range(8):
             if BITS == 3:
                 code = ((low >> (2 * slot)) & 3) | (((upper >> slot) & 1) << 2)
             elif BITS == 4:
                 code = (low >> (4 * slot)) & 15
-            else:
+            elif slot < 4:
                 code = (low >> (8 * slot)) & 255
+            else:
+                code = (upper >> (8 * slot - 32)) & 255
             if IS_FLOAT:
                 exponent, mantissa = (code >> 3) & 15, (code & 7).to(tl.float32)
                 size = tl.where(
@@ -252,55 +255,103 @@ def _scaled(value, scale, zero, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
 
 @jit
 def load_words(low, high, block, BITS: tl.constexpr):
-    """Words [N, 32] of a block, and of 3 bits the plane of high bits, from pointers [N, 1] to rows'
-    first words."""
-    place = block * RUN + tl.arange(0, RUN)[None, :]
-    words = tl.load(low + place)
-    if BITS == 3:
-        return words, tl.load(high + place)
+    """Words [N, 32] of a block, and the plane of high bits (3 bits) or the second half (8 bits),
+    from pointers [N, 1] to rows' first words."""
+    j = tl.arange(0, RUN)[None, :]
+    if BITS == 8:
+        return tl.load(low + (block * 64 + j)), tl.load(low + (block * 64 + 32 + j))
+    elif BITS == 3:
+        return tl.load(low + (block * 32 + j)), tl.load(high + (block * 32 + j))
     else:
+        words = tl.load(low + (block * 32 + j))
         return words, words
+
+
+@constexpr_function
+def _sharing(group):
+    """How many slots of a block share a group, beginning at the first."""
+    if group == 0 or group % 256 == 0:
+        return 8
+    return group // 32 if 256 % group == 0 else 1
+
+
+@jit
+def _word_of(pointer, group, stride, PER_WORD: tl.constexpr, GROUPS: tl.constexpr):
+    """The 32 bits that hold a group's number."""
+    return tl.load(pointer + tl.minimum(group, GROUPS - 1) // PER_WORD * stride)
+
+
+@jit
+def load_scales(
+    scale,  # pointers [N] to words of scales of the first groups, and
+    zero,  # of zeros; anything without HAS_ZERO
+    block,
+    stride,  # from one word of a row to the next
+    K: tl.constexpr,
+    GROUP: tl.constexpr,  # 0: a row
+    HAS_ZERO: tl.constexpr,
+    SCALE: tl.constexpr,  # the scales' dtype
+):
+    """A tuple of the words that hold scales and zeros of a block's slots."""
+    SIZE: tl.constexpr = K if GROUP == 0 else GROUP
+    GROUPS: tl.constexpr = (K + SIZE - 1) // SIZE
+    PER_WORD: tl.constexpr = 1 if tl.float32 == SCALE else 2
+    SHARING: tl.constexpr = _sharing(GROUP)
+    found = ()
+    for slot in tl.static_range(8):
+        if slot % SHARING == 0:
+            group = (block * 8 + slot) * 32 // SIZE
+            found = found + (_word_of(scale, group, stride, PER_WORD, GROUPS),)
+            if HAS_ZERO:
+                found = found + (_word_of(zero, group, stride, 2, GROUPS),)
+    return found
+
+
+@jit
+def _half_of(word, block, slot: tl.constexpr, GROUP: tl.constexpr):
+    """The bits of a slot's group in a word that holds two; by a constant shift where it can be: the
+    layout of what depends on other numbers would not follow that of the words."""
+    if GROUP == 0:
+        return word & 0xFFFF
+    elif 256 % (2 * GROUP) == 0:
+        return (word >> (slot * 32 // GROUP % 2 * 16)) & 0xFFFF
+    else:
+        return (word >> ((block * 8 + slot) * 32 // GROUP % 2 * 16)) & 0xFFFF
 
 
 @jit
 def block_values(
     words,  # [N, 32] and
-    high,  # of 3 bits [N, 32], see `load_words`
-    scale,  # pointers [N] to the first group's scale and
-    zero,  # zero; anything without HAS_ZERO
+    high,  # [N, 32], see `load_words`
+    scales,  # see `load_scales`
     block,
-    scale_stride,  # from one group to the next
-    K: tl.constexpr,
     BITS: tl.constexpr,
-    GROUP: tl.constexpr,  # 0: a row
+    GROUP: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
     ASM: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """A tuple of weights [N, 32], one tile for each slot of the block."""
-    SLOTS: tl.constexpr = 4 if BITS == 8 else 8
+    """A tuple of weights [N, 32], one tile for each of the block's 8 slots."""
+    STEP: tl.constexpr = 2 if HAS_ZERO else 1
+    SHARING: tl.constexpr = _sharing(GROUP)
     values = slot_values(words, high, BITS, IS_FLOAT, ASM, dtype)
     found = ()
-    s = tl.load(scale) if GROUP == 0 else None
-    z = None
-    for slot in tl.static_range(SLOTS):
-        if GROUP > 0:
-            if slot * 32 % GROUP == 0:
-                group = (block * SLOTS + slot) * 32 // GROUP
-                if K % (SLOTS * 32) > 0:  # a block may reach beyond the last group
-                    group = tl.minimum(group, (K - 1) // GROUP)
-                s = tl.load(scale + group * scale_stride)
-                if HAS_ZERO:
-                    z = tl.load(zero + group * scale_stride).to(tl.int32) - (1 << (BITS - 1))
-                    z = z.to(tl.float32).to(dtype)
-        elif HAS_ZERO and slot == 0:
-            z = tl.load(zero).to(tl.int32) - (1 << (BITS - 1))
-            z = z.to(tl.float32).to(dtype)
-        like = values[slot]
-        spread = tl.broadcast_to(s[:, None], like.shape)
-        zeros = tl.broadcast_to(z[:, None], like.shape) if HAS_ZERO else spread
-        found = found + (_scaled(like, spread, zeros, HAS_ZERO, ASM),)
+    for slot in tl.static_range(8):
+        if slot % SHARING == 0:
+            word = scales[slot // SHARING * STEP]
+            if tl.float32 == SCALE:
+                scale = word.to(tl.float32, bitcast=True)
+            else:
+                scale = _half_of(word, block, slot, GROUP).to(tl.int16).to(SCALE, bitcast=True)
+            spread = tl.broadcast_to(scale[:, None], words.shape)
+            zeros = spread
+            if HAS_ZERO:
+                zero = _half_of(scales[slot // SHARING * STEP + 1], block, slot, GROUP)
+                zero = (zero - (1 << (BITS - 1))).to(tl.float32).to(dtype)
+                zeros = tl.broadcast_to(zero[:, None], words.shape)
+        found = found + (_scaled(values[slot], spread, zeros, HAS_ZERO, ASM),)
     return found
 
 
@@ -311,12 +362,11 @@ def add_products(
     x,  # pointers [1, M] to columns' first inputs, of the weights' dtype
     block,
     K: tl.constexpr,
-    SLOTS: tl.constexpr,
 ):
     """total + weights of a block by their inputs."""
-    for slot in tl.static_range(SLOTS):
-        k = (block * SLOTS + slot) * 32 + tl.arange(0, RUN)[:, None]
-        if K % (SLOTS * 32) == 0:
+    for slot in tl.static_range(8):
+        k = (block * 8 + slot) * 32 + tl.arange(0, RUN)[:, None]
+        if K % 256 == 0:
             a = tl.load(x + k)
         else:
             a = tl.load(x + k, mask=k < K, other=0.0)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.launch import is_jit_function
-from kimi_linear.ops.packed.kernels import RUN, block_values, load_words
+from kimi_linear.ops.packed.kernels import RUN, block_values, load_scales, load_words
 from kimi_linear.ops.runtime import ceil_div, is_traced, jit, tl, triton
+from kimi_linear.schemes import BLOCK
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -34,7 +35,16 @@ def form(weights: Any) -> dict[str, Any]:
         "GROUP": scheme.group or 0,
         "IS_FLOAT": scheme.is_float,
         "HAS_ZERO": weights.zero is not None,
+        "SCALE": getattr(tl, str(weights.scale.dtype).rpartition(".")[2]),
     }
+
+
+def planes(weights: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, high bits, and words of scales and zeros, with something in the place of what it has
+    not."""
+    scale = weights.scale.view(torch.int32)[..., 0]
+    zero = scale if weights.zero is None else weights.zero.view(torch.int32)[..., 0]
+    return weights.planes[0], weights.planes[-1], scale, zero
 
 
 def can_unpack(weights: Any) -> bool:
@@ -51,19 +61,19 @@ def unpack_on_gpu(weights: Any, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
     num_matrices = outer[0] if outer else 1
-    low, high = weights.planes[0], weights.planes[-1]
+    low, high, scale, zero = planes(weights)
     tiles = ceil_div(num_outputs, ROWS)
-    zero = weights.scale if weights.zero is None else weights.zero
     with torch.cuda.device_of(low):
-        _unpack[(tiles * num_matrices, scheme.num_blocks(num_inputs))](
+        _unpack[(tiles * num_matrices, ceil_div(num_inputs, BLOCK))](
             low,
             high,
-            weights.scale,
+            scale,
             zero,
             out,
             num_outputs,
-            weights.scale.shape[-2] * weights.scale.shape[-1],
-            weights.scale.shape[-1],
+            scale.shape[-2],
+            zero.shape[-2],
+            scale.shape[-1],
             tiles,
             K=num_inputs,
             SHARED=scheme.rows,
@@ -79,12 +89,13 @@ def unpack_on_gpu(weights: Any, out: Tensor | None = None) -> Tensor:
 def _unpack(
     low,  # [M, N, W] and
     high,  # of 3 bits [M, N, W]
-    scale,  # [M, G, N / SHARED] and
+    scale,  # int32 [M, words, N / SHARED] and
     zero,  # alike, or anything
     out,  # [M, N, K]
     N,
-    scale_size,  # of one matrix
-    scale_stride,  # from one group to the next
+    scale_words,  # of one row and
+    zero_words,
+    stride,  # from one word of a row to the next
     tiles,  # of one matrix
     K: tl.constexpr,
     SHARED: tl.constexpr,
@@ -94,29 +105,37 @@ def _unpack(
     GROUP: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
-    SLOTS: tl.constexpr = 4 if BITS == 8 else 8
-    WORDS: tl.constexpr = (K + SLOTS * 32 - 1) // (SLOTS * 32) * 32
+    WORDS: tl.constexpr = (K + 255) // 256 * (64 if BITS == 8 else 32)
     matrix, block = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     row = matrix * N + tl.minimum(n, N - 1)
-    place = matrix * scale_size + tl.minimum(n, N - 1) // SHARED
+    place = tl.minimum(n, N - 1) // SHARED
     words, upper = load_words(low + row[:, None] * WORDS, high + row[:, None] * WORDS, block, BITS)
+    scales = load_scales(
+        scale + matrix * scale_words * stride + place,
+        zero + matrix * zero_words * stride + place,
+        block,
+        stride,
+        K,
+        GROUP,
+        HAS_ZERO,
+        SCALE,
+    )
     values = block_values(
         words,
         upper,
-        scale + place,
-        zero + place,
+        scales,
         block,
-        scale_stride,
-        K,
         BITS,
         GROUP,
         IS_FLOAT,
         HAS_ZERO,
+        SCALE,
         ASM,
         out.dtype.element_ty,
     )
-    for slot in tl.static_range(SLOTS):
-        k = (block * SLOTS + slot) * 32 + tl.arange(0, RUN)[None, :]
+    for slot in tl.static_range(8):
+        k = (block * 8 + slot) * 32 + tl.arange(0, RUN)[None, :]
         tl.store(out + row[:, None] * K + k, values[slot], mask=(n < N)[:, None] & (k < K))

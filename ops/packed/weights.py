@@ -1,11 +1,13 @@
 """Weights in 3, 4 or 8 bits, in a parameter's place.
 
-Shapes: N outputs, K inputs, W words of a row, G groups of a row, R rows that share a scale.
+Shapes: N outputs, K inputs, W words of a row, G groups of a row, R rows that share a scale, P
+scales (or zeros) of neighbouring groups that fill 32 bits.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import DeviceLikeType
 
@@ -23,8 +25,8 @@ class PackedWeights(QuantizedTensor):
 
     Attributes:
         planes: Codes in the order of `codes.py`, each [.., N, W].
-        scale: [.., G, N / R], of a floating dtype.
-        zero: uint8 like `scale`; None if codes are symmetric or floats.
+        scale: [.., G / P, N / R, P], of a floating dtype: kernels load 32 bits.
+        zero: int16, alike; None if codes are symmetric or floats.
         scheme: How it is held.
     """
 
@@ -64,9 +66,8 @@ class PackedWeights(QuantizedTensor):
         Raises:
             ValueError: For parts that do not fit each other.
         """
-        turned = scale.transpose(-1, -2).contiguous()
-        turned_zero = None if zero is None else zero.transpose(-1, -2).contiguous()
-        return cls(pack(codes, scheme), turned, turned_zero, scheme, codes.shape[-1], dtype)
+        zero = None if zero is None else _to_words(zero.to(torch.int16))
+        return cls(pack(codes, scheme), _to_words(scale), zero, scheme, codes.shape[-1], dtype)
 
     @classmethod
     def empty(
@@ -74,16 +75,16 @@ class PackedWeights(QuantizedTensor):
     ) -> "PackedWeights":
         """Of a shape [.., N, K], to be filled by `fill`."""
         *outer, rows, num_inputs = shape
-        words = scheme.num_blocks(num_inputs) * 32
-        groups = (*outer, scheme.num_groups(num_inputs), ceil_div(rows, scheme.rows))
+        words = scheme.num_words(num_inputs)
         planes = tuple(
             torch.empty(*outer, rows, words, dtype=kind, device=device)
             for kind, _ in PLANES[scheme.bits]
         )
-        scale = torch.empty(groups, dtype=dtype, device=device)
-        zero = None
+        sizes = _group_shape(scheme, shape, dtype)
+        scale, zero = torch.empty(sizes, dtype=dtype, device=device), None
         if not scheme.is_symmetric:
-            zero = torch.empty(groups, dtype=torch.uint8, device=device)
+            sizes = _group_shape(scheme, shape, torch.int16)
+            zero = torch.empty(sizes, dtype=torch.int16, device=device)
         return cls(planes, scale, zero, scheme, num_inputs, dtype)
 
     def parts(self) -> dict[str, Tensor]:
@@ -107,6 +108,16 @@ class PackedWeights(QuantizedTensor):
             assert source.zero is not None
             self.zero[expert, :, columns].copy_(source.zero)
 
+    def scales(self) -> Tensor:
+        """[.., N / R, G], as checkpoints have them."""
+        return _from_words(self.scale, self.scheme.num_groups(self.shape[-1]))
+
+    def zeros(self) -> Tensor | None:
+        """[.., N / R, G], or None."""
+        if self.zero is None:
+            return None
+        return _from_words(self.zero, self.scheme.num_groups(self.shape[-1]))
+
     def codes(self) -> Tensor:
         """uint8 [.., N, K]."""
         return unpack(self.planes, self.scheme, self.shape[-1])
@@ -121,7 +132,7 @@ class PackedWeights(QuantizedTensor):
                 out[i] = self[i].dequantized()  # type: ignore[attr-defined]
             return out
         scheme, codes = self.scheme, self.codes()
-        scale, zero = self.scale.t(), None if self.zero is None else self.zero.t()  # [N / R, G]
+        scale, zero = self.scales(), self.zeros()
         wide = torch.promote_types(self.dtype, torch.float32)
         if scheme.is_float:
             values = codes.view(torch.float8_e4m3fn).to(wide)
@@ -165,8 +176,15 @@ class PackedWeights(QuantizedTensor):
             self.scheme.bits, self.scheme.group, self.scheme.is_float, self.scheme.is_symmetric
         )
         planes = tuple(plane[flat] for plane in self.planes)
-        zero = None if self.zero is None else self.zero[:, shared]
-        args = (planes, self.scale[:, shared], zero, scheme, self.shape[-1], self.dtype)
+        zero = None if self.zero is None else self.zero[:, shared].contiguous()
+        args = (
+            planes,
+            self.scale[:, shared].contiguous(),
+            zero,
+            scheme,
+            self.shape[-1],
+            self.dtype,
+        )
         return PackedWeights(*args).dequantized().view(*numbers.shape, self.shape[-1])
 
     def part(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -190,6 +208,30 @@ class PackedWeights(QuantizedTensor):
         return PackedWeights, parts
 
 
+def _per_word(dtype: torch.dtype) -> int:
+    """P for numbers of a dtype."""
+    return max(1, 4 // dtype.itemsize)
+
+
+def _group_shape(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of the scales, or zeros, of weights of a shape."""
+    *outer, rows, num_inputs = shape
+    each = _per_word(dtype)
+    words = ceil_div(scheme.num_groups(num_inputs), each)
+    return (*outer, words, ceil_div(rows, scheme.rows), each)
+
+
+def _to_words(numbers: Tensor) -> Tensor:
+    """[.., N / R, G] to [.., G / P, N / R, P]."""
+    each = _per_word(numbers.dtype)
+    padded = F.pad(numbers, (0, -numbers.shape[-1] % each))
+    return padded.unflatten(-1, (-1, each)).transpose(-3, -2).contiguous()
+
+
+def _from_words(words: Tensor, num_groups: int) -> Tensor:
+    return words.transpose(-3, -2).flatten(-2)[..., :num_groups]
+
+
 def _check_parts(
     planes: tuple[Tensor, ...],
     scale: Tensor,
@@ -198,17 +240,16 @@ def _check_parts(
     shape: tuple[int, ...],
 ) -> None:
     *outer, rows, num_inputs = shape
-    words = (*outer, rows, scheme.num_blocks(num_inputs) * 32)
+    words = (*outer, rows, scheme.num_words(num_inputs))
     kinds = [kind for kind, _ in PLANES[scheme.bits]]
-    groups = (*outer, scheme.num_groups(num_inputs), ceil_div(rows, scheme.rows))
     wanted = [(f"plane {i}", words, kind) for i, kind in enumerate(kinds)]
     found = list(planes)
-    wanted.append(("scale", groups, scale.dtype))
+    wanted.append(("scale", _group_shape(scheme, shape, scale.dtype), scale.dtype))
     found.append(scale)
     if (zero is None) != (scheme.is_symmetric or scheme.is_float):
         raise ValueError(f"zero={zero is not None} is not allowed with {scheme}")
     if zero is not None:
-        wanted.append(("zero", groups, torch.uint8))
+        wanted.append(("zero", _group_shape(scheme, shape, torch.int16), torch.int16))
         found.append(zero)
     if len(found) != len(wanted):
         raise ValueError(f"{len(planes)} planes are not allowed: {scheme} has {len(kinds)}")

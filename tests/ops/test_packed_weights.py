@@ -5,46 +5,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from packed_weights import SCHEMES, random_packed
 from torch import nn
 
 from kimi_linear.ops.packed.codes import pack, unpack
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.schemes import Scheme
 
-SCHEMES = {
-    "3 bits": Scheme(3, 64),
-    "4 bits": Scheme(4, 32),
-    "4 bits, zeros": Scheme(4, 128, is_symmetric=False),
-    "8 bits a row": Scheme(8, None),
-    "float8 blocks": Scheme(8, 128, is_float=True, rows=128),
-}
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-
-
-def random_packed(scheme, shape=(3, 40, 384), dtype=torch.bfloat16, device="cpu"):
-    """Packed weights of random codes, and the same weights by the definition."""
-    *outer, rows, num_inputs = shape
-    codes = torch.randint(0, 1 << scheme.bits, shape, dtype=torch.uint8)
-    if scheme.is_float:
-        codes = torch.where(codes & 127 == 127, 0, codes)  # no NaN
-    groups = (*outer, -(-rows // scheme.rows), scheme.num_groups(num_inputs))
-    scale = (torch.rand(groups) + 0.5).to(dtype)
-    zero = None
-    values = codes.view(torch.float8_e4m3fn).double() if scheme.is_float else codes.double()
-    size = scheme.group or num_inputs
-
-    def spread(x):
-        x = x.double().repeat_interleave(size, dim=-1).repeat_interleave(scheme.rows, dim=-2)
-        return x[..., :rows, :num_inputs]
-
-    if not scheme.is_symmetric:
-        zero = torch.randint(0, 1 << scheme.bits, groups, dtype=torch.uint8)
-        values = values - spread(zero)
-    elif not scheme.is_float:
-        values = values - (1 << (scheme.bits - 1))
-    expected = (values * spread(scale)).to(dtype)
-    packed = PackedWeights.of_codes(codes, scale, zero, scheme, dtype)
-    return packed.to(device), expected.to(device)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -54,7 +22,7 @@ def test_codes_come_back_from_words(bits, num_inputs):
     codes = torch.randint(0, 1 << bits, (2, 5, num_inputs), dtype=torch.uint8)
     planes = pack(codes, scheme)
     assert torch.equal(unpack(planes, scheme, num_inputs), codes)
-    words = -(-num_inputs // scheme.block) * 32
+    words = scheme.num_words(num_inputs)
     assert all(plane.shape == (2, 5, words) for plane in planes)
     assert sum(plane.nbytes for plane in planes) == 10 * words * scheme.slots * bits // 8
 
@@ -130,7 +98,7 @@ def test_schemes_are_checked(make, message):
 def test_parts_of_other_sizes_are_refused():
     packed, _ = random_packed(SCHEMES["4 bits"], (40, 384))
     low = packed.planes[0]
-    with pytest.raises(ValueError, match=r"scale of \[11, 40\] .* it must be \[12, 40\]"):
+    with pytest.raises(ValueError, match=r"scale of \[5, 40, 2\] .* it must be \[6, 40, 2\]"):
         PackedWeights((low,), packed.scale[1:], None, packed.scheme, 384, packed.dtype)
     with pytest.raises(ValueError, match="zero=True is not allowed"):
         PackedWeights((low,), packed.scale, packed.scale, packed.scheme, 384, packed.dtype)
