@@ -12,25 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kimi_linear.decode.few_rows import FewRowsStep
+from kimi_linear.decode.few_rows import FewRowsStep, power_below
 from kimi_linear.decode.many_rows import ManyRowsStep, MatrixProjection
-from kimi_linear.decode.packed_kernels import (
-    packed_in_kernel,
-    packed_out_kernel,
-    packed_project_kernel,
-)
+from kimi_linear.decode.packed_expert_kernels import packed_in_kernel, packed_out_kernel
+from kimi_linear.decode.packed_kernels import packed_project_kernel
 from kimi_linear.decode.step import linked
-from kimi_linear.ops.packed.unpacking import form, has_asm, planes
+from kimi_linear.ops.packed.unpacking import form, planes
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
 from kimi_linear.schemes import BLOCK
 
-# outputs of a tile, warps and stages: of dense products, and of both expert products
-PROJECT = (32, 2, 4)
-EXPERTS_IN = (16, 1, 3)
-EXPERTS_OUT = (32, 2, 4)
-# columns (tokens) of a tile
-MAX_COLUMNS = 64
+# rows of a tile, warps and stages: of dense products, and of both expert products
+PROJECT = (64, 2, 3)
+EXPERTS_IN = (64, 2, 3)
+EXPERTS_OUT = (64, 2, 3)
+# columns of a tile: at least, and at most
+MIN_COLUMNS, MAX_COLUMNS = 8, 64
+# parts into which inputs are cut, at most
+MAX_PARTS = 4
 # programs that keep a GPU of about 130 multiprocessors busy, and blocks that each has at least
 PROGRAMS, MIN_BLOCKS = 528, 2
 # pairs by expert from which a tile has 16 columns, not 8
@@ -44,7 +43,13 @@ def is_packed(model: nn.Module) -> bool:
 
 def columns_of(num_rows: int) -> int:
     """Columns of a tile for so many tokens."""
-    return min(MAX_COLUMNS, max(8, power_of_two(num_rows)))
+    return min(MAX_COLUMNS, max(MIN_COLUMNS, power_of_two(num_rows)))
+
+
+def parts_of(num_rows: int, num_inputs: int) -> int:
+    """Into how many parts the inputs of so few rows are cut."""
+    most = min(MAX_PARTS, MIN_COLUMNS // power_of_two(num_rows), num_inputs // BLOCK // 2)
+    return power_below(most)
 
 
 class PackedProjection:
@@ -69,15 +74,16 @@ class PackedProjection:
         self.size = weights[0].shape[1]
         self.packed = next(each for each in weights if isinstance(each, PackedWeights))
         self.has_plain = not all(isinstance(each, PackedWeights) for each in weights)
+        blocks = ceil_div(self.size, BLOCK)
+        self.parts = parts_of(num_rows, self.size)
         self.tiles = self._tiles(weights)
         self.up_tiles = self.tiles if up is None else self._tiles((up,))
-        blocks = ceil_div(self.size, BLOCK)
         wanted = ceil_div(PROGRAMS, self.tiles.shape[0])
-        self.parts = max(1, min(wanted, blocks // MIN_BLOCKS, 8))
+        self.splits = max(1, min(wanted, blocks // MIN_BLOCKS // self.parts, 8))
 
     def _tiles(self, weights: tuple[Tensor, ...]) -> Tensor:
         """Rows for the kernel, see `packed_project_kernel`."""
-        tiles, column, block = [], 0, PROJECT[0]
+        tiles, column, block = [], 0, PROJECT[0] // self.parts
         for weight in weights:
             if isinstance(weight, PackedWeights):
                 low, high, scale, zero = (part.data_ptr() for part in planes(weight))
@@ -91,13 +97,13 @@ class PackedProjection:
         return torch.tensor(tiles, dtype=torch.int64, device=self.packed.device)
 
     def launch(self, x: Tensor, out: Tensor) -> None:
-        """out [B, width] = x [B, K] @ weights^T, or gated with `up`; out [B, parts, width] gets
+        """out [B, width] = x [B, K] @ weights^T, or gated with `up`; out [B, splits, width] gets
         parts of the sum."""
-        parts = out.shape[1] if out.dim() == 3 else 1
-        block, num_warps, num_stages = PROJECT
+        splits = out.shape[1] if out.dim() == 3 else 1
+        rows, num_warps, num_stages = PROJECT
         columns = columns_of(self.num_rows)
         low, high, scale, zero = planes(self.packed)
-        grid = (self.tiles.shape[0], parts, ceil_div(self.num_rows, columns))
+        grid = (self.tiles.shape[0], splits, ceil_div(self.num_rows * self.parts, columns))
         packed_project_kernel[grid](
             x,
             self.tiles,
@@ -112,16 +118,15 @@ class PackedProjection:
             out.stride(0),
             out.stride(1) if out.dim() == 3 else 0,
             K=self.size,
-            SHARED=self.packed.scheme.rows,
-            PARTS=parts,
-            N=block,
+            SPLITS=splits,
+            V=rows,
             M=columns,
+            PARTS=self.parts,
             IS_GATED=self.up is not None,
             HAS_PLAIN=self.has_plain,
-            ASM=has_asm(packed_project_kernel, x.device),
+            FORM=form(self.packed, packed_project_kernel),
             num_warps=num_warps,
             num_stages=num_stages,
-            **form(self.packed),
             **linked(self.is_linked),
         )
 
@@ -133,7 +138,7 @@ class SeveralProjections:
         self.projections = projections
         self.width = sum(each.width for each in projections)
         self.size = projections[0].size
-        self.parts = 1
+        self.splits = 1
 
     def launch(self, x: Tensor, out: Tensor) -> None:
         start = 0
@@ -163,8 +168,8 @@ class PackedManyRowsStep(ManyRowsStep):
 
     def _prepare_attention(self) -> None:
         super()._prepare_attention()
-        parts = max(getattr(each, "parts", 1) for each in self.outputs)
-        self.attention_parts = self._empty(self.num_rows, parts, self.config.hidden_size)
+        splits = max(getattr(each, "splits", 1) for each in self.outputs)
+        self.attention_parts = self._empty(self.num_rows, splits, self.config.hidden_size)
 
     def _projection(self, *weights: Tensor) -> Any:
         return projection(weights, self.num_rows, self.is_linked)
@@ -173,9 +178,9 @@ class PackedManyRowsStep(ManyRowsStep):
         return projection((gate,), self.num_rows, self.is_linked, up=up)
 
     def _add(self, projection: Any, x: Tensor) -> None:
-        parts = getattr(projection, "parts", 1)
-        out = self.branch_out if parts == 1 else self.attention_parts[:, :parts]
-        projection.launch(x, out[:, 0] if parts == 1 else out)
+        splits = getattr(projection, "splits", 1)
+        out = self.branch_out if splits == 1 else self.attention_parts[:, :splits]
+        projection.launch(x, out[:, 0] if splits == 1 else out)
         self.to_add = out
 
     def _run_experts(self, i: int) -> None:
@@ -185,54 +190,90 @@ class PackedManyRowsStep(ManyRowsStep):
             super()._run_experts(i)
             return
         pairs = self.num_rows * self.top
+        E, D, width = (
+            self.config.num_experts,
+            self.config.hidden_size,
+            self.config.moe_intermediate_size,
+        )
         if self.is_sorted:
             self._group_pairs()
-        E, width = self.config.num_experts, self.config.moe_intermediate_size
-        most = min(E, pairs) if self.is_sorted else pairs
+        shared = self._joined_shared(i)
+        programs = min(E, pairs) if self.is_sorted else pairs
         chosen = (self.experts, self.order, self.begin, self.active)
-        parts, D = self.expert_parts, self.config.hidden_size
         sizes: dict[str, Any] = {
             "D": D,
             "I": width,
             "TOP": self.top,
-            "M": 16 if pairs >= WIDE_PAIRS * E else 8,
+            "M": 2 * MIN_COLUMNS if pairs >= WIDE_PAIRS * E else MIN_COLUMNS,
             "IS_SORTED": self.is_sorted,
-            "ASM": has_asm(packed_in_kernel, self.device),
+            "NUM_SHARED": self.num_shared if shared else 0,
             **linked(self.is_linked),
         }
-        block, num_warps, num_stages = EXPERTS_IN
-        packed_in_kernel[(ceil_div(width, block), most)](
+        first = [gate_up] if shared is None else shared[:2]
+        rows, num_warps, num_stages = EXPERTS_IN
+        parts = self._expert_parts(D)
+        grid = (ceil_div(width, rows // parts), programs + sizes["NUM_SHARED"])
+        packed_in_kernel[grid](
             self.normed,
             *chosen,
             *planes(gate_up),
             self.activations,
-            SCALE_WORDS=gate_up.scale.shape[1],
-            ZERO_WORDS=1 if gate_up.zero is None else gate_up.zero.shape[1],
-            SHARED=gate_up.scheme.rows,
-            N=block,
+            *planes(first[0]),
+            *planes(first[-1]),
+            self.mlp_inner,
+            self.num_rows,
+            **_expert_words(gate_up),
+            V=rows,
+            PARTS=parts,
+            FORM=form(gate_up, packed_in_kernel),
+            SHARED_FORM=form(first[0], packed_in_kernel),
             num_warps=num_warps,
             num_stages=num_stages,
-            **form(gate_up),
             **sizes,
         )
-        block, num_warps, num_stages = EXPERTS_OUT
-        packed_out_kernel[(ceil_div(D, block), most)](
+        second = down if shared is None else shared[2]
+        rows, num_warps, num_stages = EXPERTS_OUT
+        parts = self._expert_parts(width)
+        out = self.expert_parts
+        packed_out_kernel[(ceil_div(D, rows // parts), programs + (shared is not None))](
             self.activations,
             *chosen,
             self.weights,
             *planes(down),
-            parts,
-            PARTS=parts.shape[1],
-            SCALE_WORDS=down.scale.shape[1],
-            ZERO_WORDS=1 if down.zero is None else down.zero.shape[1],
-            SHARED=down.scheme.rows,
-            N=block,
+            out,
+            self.mlp_inner,
+            *planes(second),
+            self.num_rows,
+            **_expert_words(down),
+            V=rows,
+            PARTS=parts,
+            SLOTS=out.shape[1],
+            FORM=form(down, packed_out_kernel),
+            SHARED_FORM=form(second, packed_out_kernel),
             num_warps=num_warps,
             num_stages=num_stages,
-            **form(down),
             **sizes,
         )
-        self._run_shared(i, parts)
+        if shared is None:
+            self._run_shared(i, out)
+        self.to_add = out
+
+    def _expert_parts(self, num_inputs: int) -> int:
+        """Into how many parts an expert's inputs are cut."""
+        return 1
+
+    def _joined_shared(self, i: int) -> list[PackedWeights] | None:
+        """Gate, up and down of shared experts that the experts' launches take too."""
+        return None
+
+
+def _expert_words(weights: PackedWeights) -> dict[str, int]:
+    """Words of scales and zeros of a row, for the experts' kernels."""
+    zero = weights.zero
+    return {
+        "SCALE_WORDS": weights.scale.shape[1],
+        "ZERO_WORDS": 1 if zero is None else zero.shape[1],
+    }
 
 
 class PackedFewRowsStep(PackedManyRowsStep):
@@ -243,3 +284,17 @@ class PackedFewRowsStep(PackedManyRowsStep):
     _project_gates = FewRowsStep._project_gates
     _absorb = FewRowsStep._absorb
     _mix = FewRowsStep._mix
+
+    def _expert_parts(self, num_inputs: int) -> int:
+        return parts_of(1, num_inputs)
+
+    def _joined_shared(self, i: int) -> list[PackedWeights] | None:
+        if not self.num_shared:
+            return None
+        mlp = self.layers[i].block_sparse_moe.shared_experts
+        weights = [each.weight for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        if not all(isinstance(each, PackedWeights) for each in weights):
+            return None
+        gate, up = weights[:2]
+        is_alike = gate.scheme == up.scheme and gate.scale.dtype == up.scale.dtype
+        return weights if is_alike else None

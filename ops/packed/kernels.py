@@ -9,6 +9,10 @@ assembly (the interpreter, other devices than CUDA's) the same is done by plain 
 Values equal those of `PackedWeights.dequantized`, bit by bit, where a code minus its zero has at
 most 8 bits.
 
+FORM is a tuple of what a kernel is compiled for, `unpacking.form` makes it: bits, group (0: a row),
+whether codes are float8 numbers, whether groups have zeros, the scales' dtype, rows that share a
+scale, whether inline assembly is possible.
+
 Shapes: N outputs of a tile, K inputs, M columns (tokens) of a tile.
 """
 
@@ -40,18 +44,16 @@ def _twice(half: int) -> str:
     return f"0x{half << 16 | half:08X}"
 
 
-def _half_words(bits: int, slot: int, offset: int) -> str:
-    """PTX: `a0`, `a1` = offset + code of slots `slot` and `slot + 4` of both words, as halves."""
-    lines = []
-    for i in range(2):
-        word, high, out = f"w{i}", f"h{i}", f"a{i}"
-        lines.append(f"shr.b32 t, {word}, {slot * (4 if bits == 4 else 2)};")
-        mask = _twice(15 if bits == 4 else 3)
-        lines.append(f"lop3.b32 {out}, t, {mask}, {_twice(offset)}, {AND_OR};")
-        if bits == 3:
-            shift = f"shl.b32 t, {high}, {2 - slot};" if slot < 2 else ""
-            lines.append(shift or f"shr.b32 t, {high}, {slot - 2};")
-            lines.append(f"lop3.b32 {out}, t, {_twice(4)}, {out}, {AND_OR};")
+def _pair(bits: int, slot: int, offset: int) -> str:
+    """PTX: `t` = offset + code of a slot, of the first word in the lower half and of the second in
+    the upper one; `a` has such halves of words."""
+    width = 4 if bits == 4 else 2
+    lines = [f"shr.b32 t, a{slot // 4 if bits == 4 else 0}, {slot % (16 // width) * width};"]
+    mask = _twice((1 << width) - 1)
+    lines.append(f"lop3.b32 t, t, {mask}, {_twice(offset)}, {AND_OR};")
+    if bits == 3:
+        lines.append(f"shl.b32 u, h, {2 - slot};" if slot < 2 else f"shr.b32 u, h, {slot - 2};")
+        lines.append(f"lop3.b32 t, u, {_twice(4)}, t, {AND_OR};")
     return " ".join(lines)
 
 
@@ -59,17 +61,18 @@ def _slots_asm(bits: int, is_float: bool, kind: tuple[str, int, int, int, int, i
     """PTX that takes two words (of 3 bits, four) apart into pairs of values, one for each slot."""
     ptx, offset, one, minus_one, factor, shift = kind
     num_slots = 4 if bits == 8 else 8
-    lines = ["{ .reg .b32 t, u, a0, a1, w0, w1, h0, h1, factor, minus;"]
-    lines += [f"mov.b32 w0, ${num_slots}; mov.b32 w1, ${num_slots + 1};"]
-    if bits == 3:
-        lines += [f"mov.b32 h0, ${num_slots + 2}; mov.b32 h1, ${num_slots + 3};"]
+    first, second = f"${num_slots}", f"${num_slots + 1}"
+    lines = ["{ .reg .b32 t, u, a0, a1, h, factor, minus;"]
     if bits < 8:
+        lines += [f"prmt.b32 a0, {first}, {second}, 0x5410;"]
+        if bits == 4:
+            lines += [f"prmt.b32 a1, {first}, {second}, 0x7632;"]
+        else:
+            lines += [f"prmt.b32 h, ${num_slots + 2}, ${num_slots + 3}, 0x5410;"]
         lines += [f"mov.b32 factor, {_twice(one)}; mov.b32 minus, {_twice(_MINUS[bits, ptx])};"]
-        for slot in range(4):
-            lines.append(_half_words(bits, slot, offset))
-            for out, picked in ((slot, "0x5410"), (slot + 4, "0x7632")):
-                lines.append(f"prmt.b32 t, a0, a1, {picked};")
-                lines.append(f"fma.rn.{ptx} ${out}, t, factor, minus;")
+        for slot in range(8):
+            lines.append(_pair(bits, slot, offset))
+            lines.append(f"fma.rn.{ptx} ${slot}, t, factor, minus;")
         return " ".join([*lines, "}"])
     if is_float:
         lines += [f"mov.b32 factor, {_twice(factor)}; mov.b32 minus, 0x80008000;"]
@@ -78,8 +81,8 @@ def _slots_asm(bits: int, is_float: bool, kind: tuple[str, int, int, int, int, i
     else:
         lines += [f"mov.b32 factor, {_twice(minus_one)};"]
     for slot in range(4):
-        first, second = slot * 0x11, (4 + slot) * 0x11
-        lines.append(f"prmt.b32 t, w0, w1, 0x{second << 8 | first:04X};")
+        picked = (4 + slot) * 0x11 << 8 | slot * 0x11
+        lines.append(f"prmt.b32 t, {first}, {second}, 0x{picked:04X};")
         if is_float:
             lines.append(f"shl.b32 u, t, {shift};")
             lines.append(f"and.b32 u, u, {_twice(0x7F << shift)};")
@@ -173,10 +176,11 @@ def _four(asm: tl.constexpr, words):
 
 
 @jit
-def slot_values(
-    words, high, BITS: tl.constexpr, IS_FLOAT: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr
-):
+def slot_values(words, high, FORM: tl.constexpr, dtype: tl.constexpr):
     """A tuple of tiles, one by slot: code minus middle, or the float8 number."""
+    BITS: tl.constexpr = FORM[0]
+    IS_FLOAT: tl.constexpr = FORM[2]
+    ASM: tl.constexpr = FORM[6]
     low = words.to(tl.int32)
     upper = high.to(tl.int32)
     if BITS == 3:
@@ -185,9 +189,6 @@ def slot_values(
     if ASM:
         is_bf16: tl.constexpr = dtype == tl.bfloat16
         if BITS == 3:
-            # slots 4 to 7 in the upper halves
-            low |= low << 8
-            upper |= upper << 12
             bits = _eight_of_two(ASM_3 if is_bf16 else ASM_3_HALF, low, upper)
         elif BITS == 4:
             bits = _eight(ASM_4 if is_bf16 else ASM_4_HALF, low)
@@ -254,16 +255,17 @@ def _scaled(value, scale, zero, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit
-def load_words(low, high, block, BITS: tl.constexpr):
-    """Words [N, 32] of a block, and the plane of high bits (3 bits) or the second half (8 bits),
-    from pointers [N, 1] to rows' first words."""
+def load_words(low, high, block, FORM: tl.constexpr):
+    """Words [N, 32] of each row's block [N], and the plane of high bits (3 bits) or the second half
+    (8 bits), from pointers [N] to rows' first words."""
     j = tl.arange(0, RUN)[None, :]
-    if BITS == 8:
-        return tl.load(low + (block * 64 + j)), tl.load(low + (block * 64 + 32 + j))
-    elif BITS == 3:
-        return tl.load(low + (block * 32 + j)), tl.load(high + (block * 32 + j))
+    if FORM[0] == 8:
+        first = (low + block * 64)[:, None] + j
+        return tl.load(first), tl.load(first + 32)
+    elif FORM[0] == 3:
+        return tl.load((low + block * 32)[:, None] + j), tl.load((high + block * 32)[:, None] + j)
     else:
-        words = tl.load(low + (block * 32 + j))
+        words = tl.load((low + block * 32)[:, None] + j)
         return words, words
 
 
@@ -284,25 +286,24 @@ def _word_of(pointer, group, stride, PER_WORD: tl.constexpr, GROUPS: tl.constexp
 @jit
 def load_scales(
     scale,  # pointers [N] to words of scales of the first groups, and
-    zero,  # of zeros; anything without HAS_ZERO
-    block,
+    zero,  # of zeros, if there are any
+    block,  # [N], or one for all
     stride,  # from one word of a row to the next
     K: tl.constexpr,
-    GROUP: tl.constexpr,  # 0: a row
-    HAS_ZERO: tl.constexpr,
-    SCALE: tl.constexpr,  # the scales' dtype
+    FORM: tl.constexpr,
 ):
     """A tuple of the words that hold scales and zeros of a block's slots."""
+    GROUP: tl.constexpr = FORM[1]
     SIZE: tl.constexpr = K if GROUP == 0 else GROUP
     GROUPS: tl.constexpr = (K + SIZE - 1) // SIZE
-    PER_WORD: tl.constexpr = 1 if tl.float32 == SCALE else 2
+    PER_WORD: tl.constexpr = 1 if tl.float32 == FORM[4] else 2
     SHARING: tl.constexpr = _sharing(GROUP)
     found = ()
     for slot in tl.static_range(8):
         if slot % SHARING == 0:
             group = (block * 8 + slot) * 32 // SIZE
             found = found + (_word_of(scale, group, stride, PER_WORD, GROUPS),)
-            if HAS_ZERO:
+            if FORM[3]:
                 found = found + (_word_of(zero, group, stride, 2, GROUPS),)
     return found
 
@@ -325,18 +326,17 @@ def block_values(
     high,  # [N, 32], see `load_words`
     scales,  # see `load_scales`
     block,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    SCALE: tl.constexpr,
-    ASM: tl.constexpr,
+    FORM: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """A tuple of weights [N, 32], one tile for each of the block's 8 slots."""
+    BITS: tl.constexpr = FORM[0]
+    GROUP: tl.constexpr = FORM[1]
+    HAS_ZERO: tl.constexpr = FORM[3]
+    SCALE: tl.constexpr = FORM[4]
     STEP: tl.constexpr = 2 if HAS_ZERO else 1
     SHARING: tl.constexpr = _sharing(GROUP)
-    values = slot_values(words, high, BITS, IS_FLOAT, ASM, dtype)
+    values = slot_values(words, high, FORM, dtype)
     found = ()
     for slot in tl.static_range(8):
         if slot % SHARING == 0:
@@ -351,7 +351,7 @@ def block_values(
                 zero = _half_of(scales[slot // SHARING * STEP + 1], block, slot, GROUP)
                 zero = (zero - (1 << (BITS - 1))).to(tl.float32).to(dtype)
                 zeros = tl.broadcast_to(zero[:, None], words.shape)
-        found = found + (_scaled(values[slot], spread, zeros, HAS_ZERO, ASM),)
+        found = found + (_scaled(values[slot], spread, zeros, HAS_ZERO, FORM[6]),)
     return found
 
 
@@ -359,16 +359,19 @@ def block_values(
 def add_products(
     total,  # float32 [N, M], added to
     values,  # see `block_values`
-    x,  # pointers [1, M] to columns' first inputs, of the weights' dtype
-    block,
+    x,  # pointers [M] to columns' first inputs, of the weights' dtype
+    block,  # [M], or one for all
     K: tl.constexpr,
+    IS_WHOLE: tl.constexpr,  # no block reaches beyond K
 ):
     """total + weights of a block by their inputs."""
     for slot in tl.static_range(8):
-        k = (block * 8 + slot) * 32 + tl.arange(0, RUN)[:, None]
-        if K % 256 == 0:
-            a = tl.load(x + k)
+        first = block * 256 + slot * 32
+        k = tl.arange(0, RUN)[:, None]
+        if IS_WHOLE:
+            a = tl.load((x + first)[None, :] + k)
         else:
-            a = tl.load(x + k, mask=k < K, other=0.0)
+            inside = k < (K - first)[None, :] if first.type.is_block() else k < K - first
+            a = tl.load((x + first)[None, :] + k, mask=inside, other=0.0)
         total = tl.dot(values[slot], a, total)
     return total

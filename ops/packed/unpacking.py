@@ -17,6 +17,8 @@ from kimi_linear.ops.packed.kernels import RUN, block_values, load_scales, load_
 from kimi_linear.ops.runtime import ceil_div, is_traced, jit, tl, triton
 from kimi_linear.schemes import BLOCK
 
+# tuples of constants are Triton 3.4's
+HAS_KERNELS = hasattr(triton, "constexpr_function")
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
 ROWS = 32  # of a tile
@@ -27,16 +29,18 @@ def has_asm(kernel: Any, device: torch.device) -> bool:
     return is_jit_function(kernel) and device.type == "cuda" and torch.version.hip is None
 
 
-def form(weights: Any) -> dict[str, Any]:
-    """The arguments by which kernels are told a scheme."""
-    scheme = weights.scheme
-    return {
-        "BITS": scheme.bits,
-        "GROUP": scheme.group or 0,
-        "IS_FLOAT": scheme.is_float,
-        "HAS_ZERO": weights.zero is not None,
-        "SCALE": getattr(tl, str(weights.scale.dtype).rpartition(".")[2]),
-    }
+def form(weights: Any, kernel: Any) -> tuple[Any, ...]:
+    """FORM of `kernels.py`, by which a kernel is told how weights are held."""
+    scheme, scale = weights.scheme, str(weights.scale.dtype).rpartition(".")[2]
+    return (
+        scheme.bits,
+        scheme.group or 0,
+        scheme.is_float,
+        weights.zero is not None,
+        getattr(tl, scale),
+        scheme.rows,
+        has_asm(kernel, weights.planes[0].device),
+    )
 
 
 def planes(weights: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,7 +53,7 @@ def planes(weights: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def can_unpack(weights: Any) -> bool:
     """Whether `unpack_on_gpu` takes these weights."""
-    is_here = triton is not None and weights.device.type in DEVICES and not is_traced()
+    is_here = HAS_KERNELS and weights.device.type in DEVICES and not is_traced()
     is_exact = weights.zero is None or weights.scheme.bits < 8
     has_scales = weights.scale.dtype in (weights.dtype, torch.float32)
     return is_here and is_exact and weights.dtype in DTYPES and has_scales
@@ -57,7 +61,7 @@ def can_unpack(weights: Any) -> bool:
 
 def unpack_on_gpu(weights: Any, out: Tensor | None = None) -> Tensor:
     """`PackedWeights.dequantized`, into `out` if it is given."""
-    scheme, (*outer, num_outputs, num_inputs) = weights.scheme, weights.shape
+    *outer, num_outputs, num_inputs = weights.shape
     if out is None:
         out = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
     num_matrices = outer[0] if outer else 1
@@ -76,11 +80,9 @@ def unpack_on_gpu(weights: Any, out: Tensor | None = None) -> Tensor:
             scale.shape[-1],
             tiles,
             K=num_inputs,
-            SHARED=scheme.rows,
-            ASM=has_asm(_unpack, low.device),
+            FORM=form(weights, _unpack),
             ROWS=ROWS,
             num_warps=4,
-            **form(weights),
         )
     return out
 
@@ -89,7 +91,7 @@ def unpack_on_gpu(weights: Any, out: Tensor | None = None) -> Tensor:
 def _unpack(
     low,  # [M, N, W] and
     high,  # of 3 bits [M, N, W]
-    scale,  # int32 [M, words, N / SHARED] and
+    scale,  # int32 [M, words, N / rows that share one] and
     zero,  # alike, or anything
     out,  # [M, N, K]
     N,
@@ -98,44 +100,19 @@ def _unpack(
     stride,  # from one word of a row to the next
     tiles,  # of one matrix
     K: tl.constexpr,
-    SHARED: tl.constexpr,
-    ASM: tl.constexpr,
+    FORM: tl.constexpr,
     ROWS: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    SCALE: tl.constexpr,
 ):
-    WORDS: tl.constexpr = (K + 255) // 256 * (64 if BITS == 8 else 32)
+    WORDS: tl.constexpr = (K + 255) // 256 * (64 if FORM[0] == 8 else 32)
     matrix, block = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     row = matrix * N + tl.minimum(n, N - 1)
-    place = tl.minimum(n, N - 1) // SHARED
-    words, upper = load_words(low + row[:, None] * WORDS, high + row[:, None] * WORDS, block, BITS)
-    scales = load_scales(
-        scale + matrix * scale_words * stride + place,
-        zero + matrix * zero_words * stride + place,
-        block,
-        stride,
-        K,
-        GROUP,
-        HAS_ZERO,
-        SCALE,
-    )
-    values = block_values(
-        words,
-        upper,
-        scales,
-        block,
-        BITS,
-        GROUP,
-        IS_FLOAT,
-        HAS_ZERO,
-        SCALE,
-        ASM,
-        out.dtype.element_ty,
-    )
+    words, upper = load_words(low + row * WORDS, high + row * WORDS, block, FORM)
+    place = tl.minimum(n, N - 1) // FORM[5]
+    scale += matrix * scale_words * stride
+    zero += matrix * zero_words * stride
+    scales = load_scales(scale + place, zero + place, block, stride, K, FORM)
+    values = block_values(words, upper, scales, block, FORM, out.dtype.element_ty)
     for slot in tl.static_range(8):
         k = (block * 8 + slot) * 32 + tl.arange(0, RUN)[None, :]
         tl.store(out + row[:, None] * K + k, values[slot], mask=(n < N)[:, None] & (k < K))
