@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kimi_linear.decode.few_rows import FewRowsStep, power_below
+from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep, VectorProjection, power_below
 from kimi_linear.decode.many_rows import ManyRowsStep, MatrixProjection
 from kimi_linear.decode.packed_expert_kernels import packed_in_kernel, packed_out_kernel
 from kimi_linear.decode.packed_kernels import packed_project_kernel
@@ -22,8 +22,10 @@ from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
 from kimi_linear.schemes import BLOCK
 
-# rows of a tile, warps and stages: of dense products, and of both expert products
-PROJECT = (64, 2, 3)
+# rows of a tile, warps and stages: of dense products whose outputs fill a GPU without parts, of
+# others, and of both expert products
+WHOLE = (32, 2, 5)
+CUT = (64, 2, 4)
 EXPERTS_IN = (64, 2, 3)
 EXPERTS_OUT = (64, 2, 3)
 # columns of a tile: at least, and at most
@@ -75,7 +77,9 @@ class PackedProjection:
         self.packed = next(each for each in weights if isinstance(each, PackedWeights))
         self.has_plain = not all(isinstance(each, PackedWeights) for each in weights)
         blocks = ceil_div(self.size, BLOCK)
-        self.parts = parts_of(num_rows, self.size)
+        is_whole = self.width >= PROGRAMS // 2 * WHOLE[0]
+        self.tile = WHOLE if is_whole and num_rows <= FEW_ROWS else CUT
+        self.parts = 1 if is_whole else parts_of(num_rows, self.size)
         self.tiles = self._tiles(weights)
         self.up_tiles = self.tiles if up is None else self._tiles((up,))
         wanted = ceil_div(PROGRAMS, self.tiles.shape[0])
@@ -83,7 +87,7 @@ class PackedProjection:
 
     def _tiles(self, weights: tuple[Tensor, ...]) -> Tensor:
         """Rows for the kernel, see `packed_project_kernel`."""
-        tiles, column, block = [], 0, PROJECT[0] // self.parts
+        tiles, column, block = [], 0, self.tile[0] // self.parts
         for weight in weights:
             if isinstance(weight, PackedWeights):
                 low, high, scale, zero = (part.data_ptr() for part in planes(weight))
@@ -100,7 +104,7 @@ class PackedProjection:
         """out [B, width] = x [B, K] @ weights^T, or gated with `up`; out [B, splits, width] gets
         parts of the sum."""
         splits = out.shape[1] if out.dim() == 3 else 1
-        rows, num_warps, num_stages = PROJECT
+        rows, num_warps, num_stages = self.tile
         columns = columns_of(self.num_rows)
         low, high, scale, zero = planes(self.packed)
         grid = (self.tiles.shape[0], splits, ceil_div(self.num_rows * self.parts, columns))
@@ -284,6 +288,21 @@ class PackedFewRowsStep(PackedManyRowsStep):
     _project_gates = FewRowsStep._project_gates
     _absorb = FewRowsStep._absorb
     _mix = FewRowsStep._mix
+
+    def _prepare_experts(self) -> None:
+        super()._prepare_experts()
+        self.routers = [
+            VectorProjection((layer.block_sparse_moe.gate.weight,), self.num_rows, self.is_linked)
+            if layer.is_moe
+            else None
+            for layer in self.layers
+        ]
+
+    def _score_experts(self, i: int) -> None:
+        self._add_norm(self.layers[i].post_attention_layernorm)
+        router = self.routers[i]
+        assert router is not None
+        router.launch(self.normed, self.router_logits)
 
     def _expert_parts(self, num_inputs: int) -> int:
         return parts_of(1, num_inputs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from kimi_linear.ops.experts.packed import can_prefill_packed, packed_products
 from kimi_linear.ops.experts.prefill_kernels import TensorDescriptor, down, gate_up
 from kimi_linear.ops.experts.row_sums import weighted_sum
 from kimi_linear.ops.experts.sort import sort_pairs
@@ -33,32 +34,36 @@ def refuse(error: Exception) -> None:
 
 
 def can_prefill(experts: Any, x: Tensor) -> bool:
-    """Whether `prefill_experts` takes these experts and this input: on Hopper and later, which
-    copy the matrices' tiles by hardware."""
+    """Whether `prefill_experts` takes these experts and this input: packed ones, and plain ones on
+    Hopper and later, which copy the matrices' tiles by hardware."""
     matrices = experts.gate_up_proj, experts.down_proj
-    return bool(
-        has_kernels(x, *matrices)
-        and not experts.training
-        and not _refused
-        and TensorDescriptor is not None
+    if not has_kernels(x, *matrices) or experts.training or _refused:
+        return False
+    if not is_plain_silu(experts.act_fn) or x.dtype not in DTYPES:
+        return False
+    if x.shape[1] % 8 or matrices[1].shape[2] % 8:
+        return False
+    return can_prefill_packed(matrices, x) or bool(
+        TensorDescriptor is not None
         and all(type(m) in (nn.Parameter, Tensor) and m.is_contiguous() for m in matrices)
         and all(matrix.dtype == x.dtype for matrix in matrices)
-        and x.dtype in DTYPES
-        and x.shape[1] % 8 == matrices[1].shape[2] % 8 == 0
-        and is_plain_silu(experts.act_fn)
         and torch.cuda.get_device_capability(x.device)[0] >= 9
     )
 
 
 def prefill_experts(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """[T, D], experts and weights [T, k] to [T, D]."""
-    num_experts = experts.gate_up_proj.shape[0]
+    matrices = experts.gate_up_proj, experts.down_proj
+    num_experts, is_packed = matrices[0].shape[0], can_prefill_packed(matrices, x)
 
     def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         x = x.contiguous()
         order, ends, *_ = sort_pairs(index, num_experts)
-        inner = gate_up(x, order, ends, experts.gate_up_proj, index.shape[1])
-        pairs = down(inner, order, ends, experts.down_proj)
+        if is_packed:
+            pairs = packed_products(x, order, ends, matrices, index.shape[1])
+        else:
+            inner = gate_up(x, order, ends, matrices[0], index.shape[1])
+            pairs = down(inner, order, ends, matrices[1])
         return weighted_sum(pairs, weights.contiguous(), index.contiguous(), num_experts)
 
     return in_pieces(run, PIECE_TOKENS, x, index, weights)

@@ -5,9 +5,6 @@ expert's rows meet its own matrices, with what stands around them inside.
 in the pairs' order. On an H200 both together, at 16 to 1,024 rows an expert, are faster than
 `torch._grouped_mm` alone, and nothing is gathered, split or scattered through memory.
 
-A program makes one tile of one expert. How many tiles an expert has is read from `ends` by every
-program, so that the host never waits for it; programs beyond the last tile do nothing.
-
 Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs
 of a token and one of its experts, sorted by expert.
 """
@@ -20,6 +17,7 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 import torch
 from torch import Tensor
 
+from kimi_linear.ops.experts.tiles import find_tile, tiles_of
 from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
 
 try:
@@ -33,31 +31,72 @@ DOWN_TILE = (128, 256, 64)
 LAUNCH = {"num_warps": 8, "num_stages": 4}
 
 
-def gate_up(x: Tensor, order: Tensor, ends: Tensor, weight: Tensor, k: int) -> Tensor:
+def gate_up(
+    x: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    k: int,
+    first: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
     """[P, I], by expert: silu(gate) * up of the tokens' rows x [T, D], for weight [E, 2 I, D].
-    Rows with an out-of-range expert are left uninitialised."""
+    Rows with an out-of-range expert are left uninitialised. With `out`, only the rows of E experts
+    from the one numbered `first` on are written, to it."""
     P, (E, width, D) = order.numel(), weight.shape
     rows, columns, summands = GATE_UP_TILE
-    out = x.new_empty(P, width // 2)
+    if out is None:
+        out = x.new_empty(P, width // 2)
     matrices = TensorDescriptor.from_tensor(weight.view(E * width, D), [columns, summands])
-    grid = ((ceil_div(P, rows) + E) * ceil_div(width // 2, columns),)
+    grid = (tiles_of(P, E, rows) * ceil_div(width // 2, columns),)
     with torch.cuda.device_of(x):
         _gate_up[grid](
-            x, order, matrices, out, ends, K=k, D=D, I=width // 2, E=E, **_tile(E, GATE_UP_TILE)
+            x,
+            order,
+            matrices,
+            out,
+            ends[first : first + E],
+            ends[max(first - 1, 0)],
+            K=k,
+            D=D,
+            I=width // 2,
+            E=E,
+            HAS_BEFORE=first > 0,
+            **_tile(E, GATE_UP_TILE),
         )
     return out
 
 
-def down(inner: Tensor, order: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+def down(
+    inner: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    first: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
     """[P, D], in the pairs' order, from inner [P, I] by expert and weight [E, D, I].
-    Rows with an out-of-range expert are left uninitialised."""
+    Rows with an out-of-range expert are left uninitialised. `first` and `out` as in `gate_up`."""
     P, (E, D, width) = order.numel(), weight.shape
     rows, columns, summands = DOWN_TILE
-    out = inner.new_empty(P, D)
+    if out is None:
+        out = inner.new_empty(P, D)
     matrices = TensorDescriptor.from_tensor(weight.view(E * D, width), [columns, summands])
-    grid = ((ceil_div(P, rows) + E) * ceil_div(D, columns),)
+    grid = (tiles_of(P, E, rows) * ceil_div(D, columns),)
     with torch.cuda.device_of(inner):
-        _down[grid](inner, order, matrices, out, ends, D=D, I=width, E=E, **_tile(E, DOWN_TILE))
+        _down[grid](
+            inner,
+            order,
+            matrices,
+            out,
+            ends[first : first + E],
+            ends[max(first - 1, 0)],
+            D=D,
+            I=width,
+            E=E,
+            HAS_BEFORE=first > 0,
+            **_tile(E, DOWN_TILE),
+        )
     return out
 
 
@@ -69,37 +108,27 @@ def _tile(num_experts: int, sizes: tuple[int, int, int]) -> dict[str, int]:
 
 
 @jit
-def _find(ends, tile, E: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's expert (E if there is none), its first row, and the end of the expert's rows."""
-    expert = tl.arange(0, EXPERTS)
-    end = tl.load(ends + expert, mask=expert < E, other=0)
-    start = tl.load(ends + expert - 1, mask=(expert > 0) & (expert < E), other=0)
-    tiles = tl.where(expert < E, (end - start + ROWS - 1) // ROWS, 0)
-    upto = tl.cumsum(tiles)
-    found = tl.sum((upto <= tile).to(tl.int32))
-    here = expert == found
-    first = tl.sum(tl.where(here, start + (tile - upto + tiles) * ROWS, 0))
-    return tl.minimum(found, E), first, tl.sum(tl.where(here, end, 0))
-
-
-@jit
 def _gate_up(
     x,
     order,
     matrices,
     out,
-    ends,
+    ends,  # of these experts' rows, and
+    before,  # with HAS_BEFORE, of those before them
     K: tl.constexpr,
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     E: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SUMMANDS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
     across = tl.cdiv(I, COLUMNS)
-    expert, first, end = _find(ends, tl.program_id(0) // across, E, EXPERTS, ROWS)
+    expert, first, end = find_tile(
+        ends, tl.program_id(0) // across, E, EXPERTS, ROWS, before, HAS_BEFORE
+    )
     if expert >= E:
         return
     column = tl.program_id(0) % across * COLUMNS
@@ -132,17 +161,21 @@ def _down(
     order,
     matrices,
     out,
-    ends,
+    ends,  # of these experts' rows, and
+    before,  # with HAS_BEFORE, of those before them
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     E: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SUMMANDS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
     across = tl.cdiv(D, COLUMNS)
-    expert, first, end = _find(ends, tl.program_id(0) // across, E, EXPERTS, ROWS)
+    expert, first, end = find_tile(
+        ends, tl.program_id(0) // across, E, EXPERTS, ROWS, before, HAS_BEFORE
+    )
     if expert >= E:
         return
     column = tl.program_id(0) % across * COLUMNS

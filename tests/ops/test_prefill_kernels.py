@@ -9,9 +9,10 @@ import pytest
 import torch
 from expert_references import reference_down, reference_gate_up, reference_weighted_sum
 from interpreter import DEVICE, DTYPES, IS_INTERPRETED, draw, triton, with_kernels
+from packed_weights import SCHEMES, random_packed
 from tolerance import assert_close
 
-from kimi_linear.ops.experts import prefill_kernels
+from kimi_linear.ops.experts import packed, packed_kernels, prefill_kernels
 from kimi_linear.ops.experts.row_sums import launch_sum_of_rows, reference_sum_of_rows, weighted_sum
 from kimi_linear.ops.experts.sort import (
     SortedPairs,
@@ -21,6 +22,7 @@ from kimi_linear.ops.experts.sort import (
 )
 from kimi_linear.ops.short_conv.convolution import short_convolution
 from kimi_linear.ops.short_conv.prefill_kernels import convolve_three
+from kimi_linear.schemes import Scheme
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 
@@ -65,6 +67,59 @@ def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
     expected = reference_down(expected_inner, order, ends, down_weight)
     written = (experts < 6).flatten()
     assert_close(pairs[written], expected[written], dtype)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
+def test_products_of_some_experts_at_a_time(monkeypatch, dtype):
+    if IS_INTERPRETED:
+        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
+        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (16, 32, 16))
+    x, up, down = (draw(*s, dtype=dtype) for s in ((50, 40), (6, 128, 40), (6, 40, 64)))
+    experts = torch.rand(50, 8, device=DEVICE).topk(3, dim=-1).indices
+    order, ends, *_ = sort_pairs(experts, 6)
+    inner = x.new_zeros(150, 64)
+    pairs = x.new_zeros(150, 40)
+    for some in (slice(0, 4), slice(4, 6)):
+        prefill_kernels.gate_up(x, order, ends, up[some], 3, some.start, inner)
+        prefill_kernels.down(inner, order, ends, down[some], some.start, pairs)
+    whole = prefill_kernels.gate_up(x, order, ends, up, 3)
+    real, written = int(ends[-1]), (experts < 6).flatten()
+    assert torch.equal(inner[:real], whole[:real])
+    expected = prefill_kernels.down(whole, order, ends, down)
+    assert torch.equal(pairs[written], expected[written])
+
+
+PACKED = {
+    name: scheme for name, scheme in SCHEMES.items() if name in ("3 bits", "8 bits a row")
+} | {"4 bits, zeros": Scheme(4, 32, is_symmetric=False)}
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
+@pytest.mark.parametrize("scheme", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("is_written_out", [False, True])
+def test_products_by_packed_experts(monkeypatch, is_written_out, scheme, dtype):
+    if IS_INTERPRETED:
+        monkeypatch.setattr(packed_kernels, "GATE_UP_TILE", (32, 32, 4, 2))
+        monkeypatch.setattr(packed_kernels, "DOWN_TILE", (32, 32, 4, 2))
+        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
+        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (16, 32, 16))
+    if is_written_out:
+        monkeypatch.setattr(packed, "MANY_ROWS", 0)
+        monkeypatch.setattr(packed, "UNPACKED_BYTES", 1 << 15)
+        monkeypatch.setattr(packed, "_has_tiles", lambda x: True)
+    first, up = random_packed(scheme, (6, 128, 64), dtype, DEVICE)
+    second, down = random_packed(scheme, (6, 64, 64), dtype, DEVICE)
+    x = draw(90, 64, dtype=dtype)
+    experts = torch.rand(90, 8, device=DEVICE).topk(3, dim=-1).indices  # 6 and 7: other ranks'
+    experts[experts == 2] = 4
+    order, ends, *_ = sort_pairs(experts, 6)
+    pairs = packed.packed_products(x, order, ends, (first, second), 3)
+    written = (experts < 6).flatten()
+    inner = reference_gate_up(x, order, ends, up, 3)
+    expected = reference_down(inner, order, ends, down)[written]
+    assert_close(pairs[written] / expected.std(), expected / expected.std(), dtype)
 
 
 @with_kernels
