@@ -7,6 +7,7 @@ Backward passes make them again, so that a graph holds the quantised form.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -46,6 +47,17 @@ class QuantizedTensor(Tensor):
     def part(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """The result of an operation that needs only some of the weights; None: it needs all."""
         return None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The product of a linear layer where no graph is recorded, without the way through each of
+        its operations, which takes the host longer than a GPU to multiply."""
+        if func is F.linear and not kwargs and not torch.is_grad_enabled():
+            x, *others = (plain_weights(x) if isinstance(x, Tensor) else x for x in args)
+            return F.linear(x, *others)
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

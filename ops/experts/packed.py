@@ -23,7 +23,7 @@ from kimi_linear.ops.packed.weights import PackedWeights
 # Rows by expert from which experts are written out.
 MANY_ROWS = 320
 # Bytes that are written out at once.
-UNPACKED_BYTES = 256 << 20
+UNPACKED_BYTES = 512 << 20
 
 
 def can_prefill_packed(matrices: tuple[Tensor, Tensor], x: Tensor) -> bool:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.experts.tiles import find_tile, tiles_of
+from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.packed.kernels import add_products, block_values, load_scales, load_words
 from kimi_linear.ops.packed.unpacking import form, planes
 from kimi_linear.ops.runtime import ceil_div, jit, tl
 
 # outputs and rows of a tile, warps and stages
-GATE_UP_TILE = (64, 64, 4, 2)
-DOWN_TILE = (128, 64, 8, 2)
+GATE_UP_TILE = (128, 64, 4, 2)
+DOWN_TILE = (128, 64, 4, 2)
 
 
 def gate_up(x: Tensor, order: Tensor, ends: Tensor, weight: Any, k: int) -> Tensor:
@@ -88,6 +89,7 @@ def _sizes(weight: Any, outputs: int, rows: int, kernel: Any) -> dict[str, Any]:
     }
 
 
+@launch_directly
 @jit
 def _packed_gate_up(
     x,  # [T, D]
@@ -141,6 +143,7 @@ def _packed_gate_up(
     tl.store(target, y, mask=(row < end)[None, :] & (n < I)[:, None])
 
 
+@launch_directly
 @jit
 def _packed_down(
     inner,  # [P, I]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_linear.ops.launch import is_jit_function
+from kimi_linear.ops.launch import is_jit_function, launch_directly
 from kimi_linear.ops.packed.kernels import RUN, block_values, load_scales, load_words
 from kimi_linear.ops.runtime import ceil_div, is_traced, jit, tl, triton
 from kimi_linear.schemes import BLOCK
@@ -87,6 +87,7 @@ def unpack_on_gpu(weights: Any, out: Tensor | None = None) -> Tensor:
     return out
 
 
+@launch_directly
 @jit
 def _unpack(
     low,  # [M, N, W] and

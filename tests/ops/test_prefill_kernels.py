@@ -109,8 +109,9 @@ def test_products_by_packed_experts(monkeypatch, is_written_out, scheme, dtype):
         monkeypatch.setattr(packed, "MANY_ROWS", 0)
         monkeypatch.setattr(packed, "UNPACKED_BYTES", 1 << 15)
         monkeypatch.setattr(packed, "_has_tiles", lambda x: True)
-    first, up = random_packed(scheme, (6, 128, 64), dtype, DEVICE)
-    second, down = random_packed(scheme, (6, 64, 64), dtype, DEVICE)
+    factor = 0.25 / (1 << scheme.bits)  # weights as large as a model's
+    first, up = random_packed(scheme, (6, 128, 64), dtype, DEVICE, factor)
+    second, down = random_packed(scheme, (6, 64, 64), dtype, DEVICE, factor)
     x = draw(90, 64, dtype=dtype)
     experts = torch.rand(90, 8, device=DEVICE).topk(3, dim=-1).indices  # 6 and 7: other ranks'
     experts[experts == 2] = 4

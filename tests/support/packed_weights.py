@@ -15,14 +15,14 @@ SCHEMES = {
 }
 
 
-def random_packed(scheme, shape=(3, 40, 384), dtype=torch.bfloat16, device="cpu"):
+def random_packed(scheme, shape=(3, 40, 384), dtype=torch.bfloat16, device="cpu", factor=1.0):
     """Packed weights of random codes, and the same weights by the definition."""
     *outer, rows, num_inputs = shape
     codes = torch.randint(0, 1 << scheme.bits, shape, dtype=torch.uint8)
     if scheme.is_float:
         codes = torch.where(codes & 127 == 127, 0, codes)  # no NaN
     groups = (*outer, -(-rows // scheme.rows), scheme.num_groups(num_inputs))
-    scale = (torch.rand(groups) + 0.5).to(dtype)
+    scale = ((torch.rand(groups) + 0.5) * factor).to(dtype)
     zero = None
     values = codes.view(torch.float8_e4m3fn).double() if scheme.is_float else codes.double()
     size = scheme.group or num_inputs
