@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INPUTS := setup.cfg pyproject.toml constraints.txt
 # Folders of the package.
-ROOMS := cache checkpoints decode generation inputs layers ops parallel tokenizer training upstream
+ROOMS := cache checkpoints decode generation inputs layers ops parallel quantization tokenizer training upstream
 LINK := build/checked/kimi_linear
 ARGS ?=
 

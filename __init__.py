@@ -23,6 +23,7 @@ from kimi_linear.cache.sessions import (
 from kimi_linear.checkpoints.flat_copy import write_flat_copy
 from kimi_linear.checkpoints.pretrained import AUTO_MAP, KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
 from kimi_linear.modeling_kimi_linear import (
     KimiLinearBackbone,
     KimiLinearForCausalLM,
@@ -30,6 +31,7 @@ from kimi_linear.modeling_kimi_linear import (
     KimiLinearForTokenClassification,
 )
 from kimi_linear.presets import PRESETS
+from kimi_linear.quantization.packing import quantize_model
 from kimi_linear.training.lora import LORA_GROUPS, lora_targets
 from kimi_linear.upstream.remote_code import SavesCode
 
@@ -57,11 +59,13 @@ __all__ = [
     "KimiLinearForSequenceClassification",
     "KimiLinearForTokenClassification",
     "KimiLinearPreTrainedModel",
+    "KimiLinearQuantizationConfig",
     "Session",
     "cache_memory",
     "keep_prefix",
     "load_session",
     "lora_targets",
+    "quantize_model",
     "read_session",
     "save_session",
 ]

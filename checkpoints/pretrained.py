@@ -14,18 +14,23 @@ from kimi_linear.checkpoints.files import stored_tensors
 from kimi_linear.checkpoints.live_weights import write_weights
 from kimi_linear.checkpoints.names import other_spellings
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
+from kimi_linear.configuration_quantization import QUANT_METHOD
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
 from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
+from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.parallel.decay_sharding import decays_apart
 from kimi_linear.parallel.router_bias import carry_router_biases
 from kimi_linear.parallel.tensor import joined, register_styles
-from kimi_linear.training.quantized_experts import (
-    dequantize_experts,
-    has_quantized_experts,
-    quantizing_experts,
+from kimi_linear.quantization.packing import (
+    check_places,
+    dequantize_parameters,
+    has_quantized,
+    pack_rest,
+    packing_arrivals,
     saved_bytes,
 )
+from kimi_linear.training.quantized_experts import quantizing_experts
 from kimi_linear.upstream.interfaces import init
 from kimi_linear.upstream.models import (
     Loading,
@@ -34,6 +39,7 @@ from kimi_linear.upstream.models import (
     is_quantized,
     save_by_registered_names,
 )
+from kimi_linear.upstream.quantizers import quantization_name, register
 
 BACKBONE = "KimiLinearBackbone"
 AUTO_MAP = {
@@ -54,6 +60,7 @@ AUTO_MAP = {
 # pick it up.
 register_conversion(BACKBONE)
 register_styles()
+register()
 
 
 class KimiLinearPreTrainedModel(PreTrainedModelHooks):
@@ -122,9 +129,14 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         (`upstream/remote_code.py`).
 
         Raises:
-            ValueError: For a model whose experts are quantised; its adapters can be saved.
+            ValueError: For a model whose weights are quantised; its adapters can be saved.
         """
-        if has_quantized_experts(self) and not has_own_adapters(self):
+        if has_quantized(self, PackedWeights) and not has_own_adapters(self):
+            raise ValueError(
+                "a model with packed weights cannot be saved: save its adapters, or the wide model "
+                "that dequantize() makes"
+            )
+        if has_quantized(self) and not has_own_adapters(self):
             raise ValueError(
                 "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
                 "for them; save its adapters, and merge them into the model without quantisation, "
@@ -137,15 +149,35 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
             return super().save_pretrained(*args, **kwargs)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of parameters and buffers; of quantised experts, of their packed form."""
+        """Bytes of parameters and buffers; of packed weights and quantised experts, of what holds
+        them."""
         return super().get_memory_footprint(return_buffers) - saved_bytes(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
-        """Make wide what bitsandbytes has quantised, experts too, in place; see Transformers'
-        method. The model saves under the official names again."""
+        """Make wide what is quantised, in place: packed weights, and what bitsandbytes has
+        quantised, experts too; see Transformers' method. The model saves under the official names
+        again."""
+        is_packed = has_quantized(self, PackedWeights)
         model = super().dequantize(dtype=dtype)
-        dequantize_experts(self, dtype)
-        return model
+        dequantize_parameters(self, dtype)
+        return model if dtype is None or not is_packed else model.to(dtype)
+
+    def half(self, *args: Any) -> Any:
+        """To float16; Transformers' method refuses all quantised models."""
+        return self.to(torch.float16) if has_quantized(self, PackedWeights) else super().half(*args)
+
+    def float(self, *args: Any) -> Any:
+        """To float32; Transformers' method refuses all quantised models."""
+        wide = torch.float32
+        return self.to(wide) if has_quantized(self, PackedWeights) else super().float(*args)
+
+    def check_quantization(self, config: Any) -> None:
+        """See `check_places`; called before a checkpoint is read."""
+        check_places(self, config)
+
+    def finish_quantization(self, config: Any) -> None:
+        """Pack what no checkpoint had; see `pack_rest`."""
+        pack_rest(self, config)
 
     def prepared_for_fsdp(self) -> AbstractContextManager[None]:
         """See `decay_sharding.py`."""
@@ -187,15 +219,21 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
             return super().read_checkpoint(loading)
         state_dict, files = loading.state_dict, loading.files
         check_inside(self.name_or_path, files)
-        if state_dict is None and loading.is_plain and files and files[0].endswith(".safetensors"):
+        packs = quantization_name(loading.quantization) == QUANT_METHOD
+        if packs and loading.is_quantized_file:
+            raise ValueError(f"{self.name_or_path}: packed weights cannot be read")
+        is_plain = loading.is_plain or packs
+        if state_dict is None and is_plain and files and files[0].endswith(".safetensors"):
             if not loading.ignores_shapes:
                 check_checkpoint(
                     files, self, optional=self._new_heads, may_lack=loading.is_reported
                 )
             if not loading.is_divided:
                 state_dict = stored_tensors(files, self)
-        with quantizing_experts(
-            self, KimiLinearExperts, loading.quantization, loading.is_quantized_file
+        config, frees = loading.quantization, loading.state_dict is None  # else a caller has them
+        with (
+            quantizing_experts(self, config, loading.is_quantized_file, frees=frees),
+            packing_arrivals(self, config, frees=frees),
         ):
             return loading.read(state_dict, other_spellings())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
+_data: Any = Tensor.data
 
 
 class QuantizedTensor(Tensor):
@@ -48,6 +49,16 @@ class QuantizedTensor(Tensor):
         """The result of an operation that needs only some of the weights; None: it needs all."""
         return None
 
+    @property  # type: ignore[override]
+    def data(self) -> Tensor:
+        """As any tensor's. `Module.to` writes to it where the kind of device stays."""
+        return _data.__get__(self)
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        _data.__set__(self, new)
+        vars(self).update(vars(new))  # what holds the numbers, which torch knows nothing of
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -82,6 +93,35 @@ class QuantizedTensor(Tensor):
                 return found
         args, kwargs = tree_map_only(QuantizedTensor, lambda x: x.dequantized(), (args, kwargs))
         return func(*args, **kwargs)
+
+
+class TransposedWeights(QuantizedTensor):
+    """The transpose of a quantised matrix, which linear layers multiply by: their backward pass
+    keeps this one, not a plain matrix."""
+
+    of: QuantizedTensor
+
+    @staticmethod
+    def __new__(cls, of: QuantizedTensor) -> "TransposedWeights":
+        made = cls.wrap(reversed(of.shape), of.dtype, of.device)
+        made.of = of
+        return made
+
+    def dequantized(self) -> Tensor:
+        return self.of.dequantized().t()
+
+    def held_bytes(self) -> int:
+        return self.of.held_bytes()
+
+    def like(self, device: torch.device, dtype: torch.dtype) -> "TransposedWeights":
+        return TransposedWeights(self.of.like(device, dtype))
+
+    def part(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        # another tensor than `of`, which autograd would take for a view of this one
+        return self.of.like(self.device, self.dtype) if func is aten.t.default else None
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"TransposedWeights({self.of})"
 
 
 def plain_weights(weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from kimi_linear.ops.quantized import QuantizedTensor
+
 try:
     import triton
     import triton.language as tl
@@ -131,10 +133,16 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     """The weight [out, in] of a linear layer that computes `x @ weight.T` and nothing else; None
     with a bias, hooks, a forward or a class of its own, or a weight that is not all here
     (adapters, quantisation, sharding, offloading)."""
+    weight = linear_weight(module)
+    return weight if type(weight) in (nn.Parameter, Tensor) else None
+
+
+def linear_weight(module: nn.Module) -> Tensor | None:
+    """As `plain_weight`, or a `QuantizedTensor`."""
     if type(module) is not nn.Linear or module._parameters["bias"] is not None:
         return None
     own, weight = vars(module), module.weight
     if "forward" in own or any(own[hooks] for hooks in HOOKS):
         return None
-    is_here = type(weight) in (nn.Parameter, Tensor) and weight.dim() == 2 and not weight.is_meta
-    return weight if is_here else None
+    is_known = type(weight) in (nn.Parameter, Tensor) or isinstance(weight, QuantizedTensor)
+    return weight if is_known and weight.dim() == 2 and not weight.is_meta else None

@@ -41,6 +41,7 @@ NOTES = {
     "decode": "one token a row as one recorded CUDA graph, with its kernels",
     "training": "router losses and loads, safe trainer, LoRA, quantised experts",
     "parallel": "tensors, experts and tokens on several processes",
+    "quantization": "weights in few bits: packed as they load, or in place",
     "checkpoints": "official names in and out, the flat copy of the code",
     "layers": "KDA, latent attention, MLP, experts: the equations; a call's plan",
     "cache": "KDA states and MLA latents: grow, crop, fork, store",
@@ -51,6 +52,8 @@ NOTES = {
     "configuration_plans": "how Transformers divides the model among processes",
     "configuration_rules": "what each field may be",
     "outputs_kimi_linear": "what a call returns",
+    "configuration_quantization": "which part is held in how many bits; presets",
+    "schemes": "how a matrix is held in few bits",
     "presets": "named sizes, 2M to 48B",
 }
 

@@ -30,6 +30,8 @@ The 48B model on GPUs, adapters on attention and shared experts:
         --max-length 8192 --batch-size 1 --accumulate 16 --learning-rate 1e-4 --save-every 100 \\
         --resume --output runs/kimi-chat
 
+`--quantize 24gb` holds the frozen base in 3 and 8 bits (`docs/quantization.md`).
+
 `docs/finetuning.md` has the commands for the other recipes. The output folder holds the model or
 its adapters with the tokenizer, `eval_results.json`, the logged values in `metrics.jsonl` and for
 TensorBoard in `tensorboard/`, and their curves in `curves.png`.
@@ -60,7 +62,8 @@ from learning.rows import hold_out
 from learning.tokens import check_ids
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from kimi_linear import KimiLinearForCausalLM
+from kimi_linear import KimiLinearForCausalLM, KimiLinearQuantizationConfig
+from kimi_linear.configuration_quantization import PRESETS
 from kimi_linear.tokenizer import save_tokenizer
 
 CHAT_END = "<|im_end|>"
@@ -137,7 +140,9 @@ def load_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> KimiLi
 
 
 def _quantization(settings: Settings, dtype: torch.dtype) -> Any:
-    """Transformers' configuration of bitsandbytes, or None; the experts follow it too."""
+    """A preset of this package, Transformers' configuration of bitsandbytes, or None."""
+    if settings.quantize in PRESETS:
+        return KimiLinearQuantizationConfig.from_preset(settings.quantize)
     if settings.quantize == "4bit":
         return BitsAndBytesConfig(
             load_in_4bit=True,

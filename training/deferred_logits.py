@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from kimi_linear.ops.quantized import QuantizedTensor
 from kimi_linear.ops.runtime import no_autocast, product_dtype
 
 # Of the head's weight, by which a change is noticed.
@@ -131,10 +132,12 @@ def _product_later(x: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> _Once:
     """The product, unless the weights have changed when it is asked for."""
     x, weight_VD = x.detach(), weight_VD.detach()  # these share the version counters
     versions, sample = (x._version, weight_VD._version), _fingerprint(weight_VD)
+    is_plain = not isinstance(weight_VD, QuantizedTensor)
 
     def make() -> Tensor:
         has_changed = versions != (x._version, weight_VD._version)
-        is_gone = weight_VD.untyped_storage().size() == 0  # FSDP has divided it again
+        # FSDP has divided it again
+        is_gone = is_plain and weight_VD.untyped_storage().size() == 0
         # some optimizers write past the version counter
         if has_changed or is_gone or not torch.equal(_fingerprint(weight_VD), sample):
             raise RuntimeError(
@@ -150,5 +153,7 @@ def _product_later(x: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> _Once:
 
 
 def _fingerprint(weight: Tensor) -> Tensor:
-    """A copy of some numbers from all over the weight."""
+    """A copy of some numbers from all over the weight; none of what cannot be written to."""
+    if isinstance(weight, QuantizedTensor):
+        return torch.empty(0)
     return weight.flatten()[:: max(1, weight.numel() // SAMPLE_ELEMENTS)].clone()

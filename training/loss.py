@@ -16,7 +16,7 @@ from torch import Tensor
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, last_real_columns, sequence_layout
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
-from kimi_linear.ops.runtime import is_transformed, plain_weight, product_dtype
+from kimi_linear.ops.runtime import is_transformed, linear_weight, product_dtype
 from kimi_linear.outputs_kimi_linear import KimiLinearModelOutput
 from kimi_linear.training.deferred_logits import DeferredLogits
 from kimi_linear.training.router_losses import add_router_losses
@@ -171,7 +171,7 @@ def _obstacle(model: Any, x: Tensor, labels: Tensor, logits_to_keep: int | Tenso
         return "a transform of torch.func is at work"
     if getattr(model, "_is_replica", False):
         return "the model is a replica of nn.DataParallel, which gathers outputs"
-    dtype, weight = product_dtype(x), plain_weight(model.lm_head)
+    dtype, weight = product_dtype(x), linear_weight(model.lm_head)
     if weight is None:
         return "lm_head is not a plain nn.Linear without bias, hooks, adapters or a sharded weight"
     if tuple(weight.shape) != (model.config.vocab_size, x.shape[-1]) or weight.device != x.device:

@@ -5,63 +5,36 @@ the parameters, are fused tensors that it leaves as they are; here they are quan
 arrive from the checkpoint, one at a time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops.experts.quantized import QuantizedExperts, bitsandbytes
-from kimi_linear.ops.quantized import plain_weights
-from kimi_linear.upstream.models import mark_initialized
-
-EXPERT_TENSORS = ("gate_up_proj", "down_proj")
-
-
-def has_quantized_experts(model: nn.Module) -> bool:
-    """Whether some of the model's experts are quantised."""
-    return any(isinstance(parameter, QuantizedExperts) for parameter in model.parameters())
+from kimi_linear.quantization.arrivals import replacing_arrivals
+from kimi_linear.quantization.packing import EXPERT_TENSORS
+from kimi_linear.upstream.quantizers import quantization_name
 
 
-def saved_bytes(model: nn.Module) -> int:
-    """How many bytes fewer the model's experts take than their numbers and dtypes say."""
-    quantized = [each for each in model.parameters() if isinstance(each, QuantizedExperts)]
-    return sum(each.numel() * each.element_size() - each.held_bytes() for each in quantized)
-
-
-def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Put plain trainable parameters in the place of quantised experts, one at a time.
-
-    Args:
-        model: Any module.
-        dtype: Of the parameters; None: what computations see now.
-    """
-    for module in model.modules():
-        for name, weights in list(module.named_parameters(recurse=False)):
-            if isinstance(weights, QuantizedExperts):
-                setattr(module, name, nn.Parameter(plain_weights(weights, dtype)))
-
-
-@contextmanager
 def quantizing_experts(
-    model: nn.Module, kind: type, config: Any, is_quantized_file: bool
-) -> Iterator[None]:
-    """While a checkpoint is read, quantise what arrives in the model's experts.
+    model: nn.Module, config: Any, is_quantized_file: bool, *, frees: bool
+) -> AbstractContextManager[None]:
+    """While a checkpoint is read, quantise what arrives in the model's experts; nothing if `config`
+    is None or another kind's.
 
     Args:
         model: The model, on the meta device.
-        kind: The experts' class.
-        config: The quantisation's, or None; only bitsandbytes' counts.
+        config: The quantisation's configuration.
         is_quantized_file: Whether the checkpoint's weights are quantised already.
+        frees: See `replacing_arrivals`.
 
     Raises:
         ValueError: For a checkpoint that is quantised already.
     """
-    method = getattr(config, "quant_method", None)
-    if getattr(method, "value", method) != "bitsandbytes":
-        yield
-        return
+    if quantization_name(config) != "bitsandbytes":
+        return nullcontext()
     if is_quantized_file:
         raise ValueError(
             "quantization_config in the checkpoint is not allowed: bitsandbytes' layout has no "
@@ -71,26 +44,12 @@ def quantizing_experts(
     experts = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, kind) and not any(skip in name for skip in skipped)
+        if isinstance(module, KimiLinearExperts) and not any(skip in name for skip in skipped)
     ]
     if config.load_in_4bit:
         _keep_linears_exact(model)
-
-    class Arriving(kind):  # type: ignore[misc, valid-type]
-        """Experts that quantise what is put into them."""
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name in EXPERT_TENSORS and not value.is_meta:
-                value = _quantized(value, config)
-            super().__setattr__(name, value)
-
-    for module in experts:
-        module.__class__ = Arriving
-    try:
-        yield
-    finally:
-        for module in experts:
-            module.__class__ = kind
+    tensors = dict.fromkeys(EXPERT_TENSORS, partial(_quantized, config=config))
+    return replacing_arrivals(dict.fromkeys(experts, tensors), frees=frees)
 
 
 def _keep_linears_exact(model: nn.Module) -> None:
@@ -117,6 +76,4 @@ def _quantized(weights: Tensor, config: Any) -> nn.Parameter:
         quantized = QuantizedExperts.of(weights, 4, kind, is_double)
     else:
         quantized = QuantizedExperts.of(weights, 8)
-    made = nn.Parameter(quantized, requires_grad=False)
-    mark_initialized(made)
-    return made
+    return nn.Parameter(quantized, requires_grad=False)

@@ -19,6 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 
 from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES
+from kimi_linear.upstream.quantizers import check_quantized_once
 
 
 def has_own_adapters(model: Any) -> bool:
@@ -95,6 +96,8 @@ class PreTrainedModelHooks(PreTrainedModel):
     @classmethod
     @functools.wraps(PreTrainedModel.from_pretrained.__func__)
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_quantized_once(path, kwargs)
         token = _is_reported.set(bool(kwargs.get("output_loading_info")))
         try:
             return super().from_pretrained(*args, **kwargs)

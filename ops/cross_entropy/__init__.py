@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kimi_linear.ops.cross_entropy.kernels import loss_and_gradient, reference_loss_and_gradient
+from kimi_linear.ops.quantized import plain_weights
 from kimi_linear.ops.runtime import has_kernels, no_autocast, product_dtype
 from kimi_linear.ops.wide_product import add_wide_product, wide_product
 
@@ -73,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with no_autocast(x_ND.device):
             loss, dx_ND, dweight_VD = _by_chunks(
                 x_ND.to(dtype),
-                weight_VD.to(dtype),
+                plain_weights(weight_VD, dtype),
                 labels_N,
                 scale,
                 ignore_index,

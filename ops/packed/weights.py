@@ -13,7 +13,7 @@ from torch._prims_common import DeviceLikeType
 
 from kimi_linear.ops.packed.codes import PLANES, pack, unpack
 from kimi_linear.ops.packed.unpacking import can_unpack, unpack_on_gpu
-from kimi_linear.ops.quantized import QuantizedTensor
+from kimi_linear.ops.quantized import QuantizedTensor, TransposedWeights
 from kimi_linear.ops.runtime import ceil_div
 from kimi_linear.schemes import Scheme
 
@@ -190,6 +190,8 @@ class PackedWeights(QuantizedTensor):
     def part(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         if func is aten.embedding.default and self.dim() == 2:
             return self.rows(args[1])
+        if func is aten.t.default:
+            return TransposedWeights(self)
         if self.dim() == 3:  # some of the experts
             if func is aten.select.int and args[1] == 0:
                 return self._with(lambda x: x[args[2]])

@@ -15,12 +15,13 @@ import yaml
 from learning.optimizers import OPTIMIZERS, SCHEDULES
 from options.settings import setting
 
+from kimi_linear.configuration_quantization import PRESETS
 from kimi_linear.training.lora import LORA_GROUPS
 
 # May differ between a run and the one that goes on with it: none has a part in the loss curve.
 FREE_TO_CHANGE = ("output", "resume", "save_every", "keep_checkpoints", "merge")
 LOSS_TOKENS = ("assistant", "all")
-QUANTIZATIONS = ("4bit", "8bit")
+QUANTIZATIONS = ("4bit", "8bit", *PRESETS)  # bitsandbytes', and this package's
 DPO_LOSSES = ("sigmoid", "ipo", "hinge")
 
 
@@ -59,7 +60,7 @@ class Settings:
     lora_rank: int = setting(16, "of each adapter; of experts, of each expert's")
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / rank")
     lora_dropout: float = setting(0.0, "of the adapters' input; not with experts")
-    quantize: str | None = setting(None, "bits of the adapters' base", QUANTIZATIONS)
+    quantize: str | None = setting(None, "how the adapters' base is held", QUANTIZATIONS)
     merge: bool = setting(False, "save the model with its adapters merged, in OUTPUT/merged, too")
 
     def check(self) -> None:

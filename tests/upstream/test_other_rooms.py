@@ -31,6 +31,7 @@ DOCUMENTED = {
     "transformers.cache_utils": {"Cache", "CacheLayerMixin", "DynamicCache", "StaticCache"},
     "transformers.configuration_utils": {"PreTrainedConfig"},
     "transformers.modeling_outputs": {"ModelOutput", "TokenClassifierOutput"},
+    "transformers.utils.quantization_config": {"QuantizationConfigMixin"},
     "transformers.utils": {"get_json_schema", "logging"},
     "transformers.generation.streamers": {"BaseStreamer"},
     "transformers.integrations": {"TensorBoardCallback"},
