@@ -56,7 +56,7 @@ def packed_places(model: nn.Module, config: KimiLinearQuantizationConfig) -> Ite
     """
     for name, module in model.named_modules():
         scheme = config.scheme_of(name)
-        if scheme is None:
+        if scheme is None or next(module.parameters(), None) is None:  # another process' stage
             continue
         is_experts = isinstance(module, KimiLinearExperts)
         if not is_experts and not isinstance(module, nn.Linear | nn.Embedding):

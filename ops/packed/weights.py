@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import DeviceLikeType
 
 from kimi_linear.ops.packed.codes import PLANES, pack, unpack
@@ -203,6 +203,13 @@ class PackedWeights(QuantizedTensor):
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"PackedWeights(shape={tuple(self.shape)}, dtype={self.dtype}, {self.scheme})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        made: Tensor = self._with(torch.clone)
+        if isinstance(self, nn.Parameter):
+            made = nn.Parameter(made, self.requires_grad)
+        memo[id(self)] = made
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         zero = self.zero

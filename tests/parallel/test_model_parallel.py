@@ -26,7 +26,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kimi_linear import KimiLinearForCausalLM
+from kimi_linear import KimiLinearForCausalLM, KimiLinearQuantizationConfig
 from kimi_linear.parallel.tensor import joined
 
 pytestmark = [
@@ -286,11 +286,13 @@ class UnchangedQuantizer(HfQuantizer):
 
 def quantised_weights_are_not_divided(rank: int, world: int, folder: str) -> None:
     """Each process would quantise its part with scales of its own, and saving would fail."""
-    for name in ("tp_size", "fsdp_size"):
-        with pytest.raises(ValueError, match=f"^{name}={world} is not allowed with quantization"):
-            load(folder, f"of_{world}", quantization=Unchanged(), **{name: world})
-    model = load(folder, f"of_{world}", quantization=Unchanged(), pp_size=world)
-    same_text(model, load(folder, f"of_{world}", quantization=Unchanged()))
+    packed = dict.fromkeys(("experts", "attention", "head"), {"bits": 8, "group": None})
+    for config in (Unchanged(), KimiLinearQuantizationConfig(**packed)):
+        for name in ("tp_size", "fsdp_size"):
+            with pytest.raises(ValueError, match=f"^{name}={world} is not allowed with quantizat"):
+                load(folder, f"of_{world}", quantization=config, **{name: world})
+        model = load(folder, f"of_{world}", quantization=config, pp_size=world)
+        same_text(model, load(folder, f"of_{world}", quantization=config))
 
 
 REFUSED = {

@@ -13,13 +13,14 @@ from typing import Any
 import finetune
 import pytest
 import torch
-from finetune_runs import SUMS, grpo_options, logged, options, write_data, write_model
+from finetune_runs import PACKABLE, SUMS, grpo_options, logged, options, write_data, write_model
 from finetuning.data import load_rows, sft_rows
 from finetuning.settings import make_settings
 from tolerance import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.training import safe_trainer as safe_training
 
 pytestmark = pytest.mark.finetune
@@ -184,6 +185,32 @@ def test_sft_of_adapters_over_4_bits(start: Path, data: Path, tmp_path: Path) ->
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert_close(merged(ids).logits, adapted(ids).logits, torch.float32)
+
+
+def test_sft_of_adapters_over_a_preset(data: Path, tmp_path: Path) -> None:
+    """The base is packed; adapters merge into its weights in the folder; a run goes on."""
+    start, folder = write_model(tmp_path / "model", **PACKABLE), tmp_path / "run"
+    lora = {"lora": ["all"], "lora_rank": 2, "quantize": "24gb", "merge": True, "steps": 6}
+    settings = options(start, data / "chat.jsonl", save_every=3, **lora)
+    model = finetune.load_model(
+        make_settings("sft", {**settings, "output": "o"}), AutoTokenizer.from_pretrained(start)
+    )
+    experts = model.model.layers[1].block_sparse_moe.experts.down_proj
+    assert isinstance(experts, PackedWeights) and experts.scheme.bits == 3
+    assert isinstance(model.lm_head.weight, PackedWeights)
+    finetune.main("sft", output=str(folder), **settings)
+    whole = logged(folder)
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    merged = KimiLinearForCausalLM.from_pretrained(folder / "merged").eval()
+    base = KimiLinearForCausalLM.from_pretrained(start)
+    adapted = peft.PeftModel.from_pretrained(base, folder).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert_close(merged(ids).logits, adapted(ids).logits, torch.float32)
+    (tmp_path / "again").mkdir()
+    (folder / "checkpoint-3").rename(tmp_path / "again" / "checkpoint-3")
+    finetune.main("sft", output=str(tmp_path / "again"), resume=True, **settings)
+    assert logged(tmp_path / "again") == whole
 
 
 # ---- dpo ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""scripts/finetune.py on a GPU: each recipe in bfloat16, adapters over 4 and 8 bits."""
+"""scripts/finetune.py on a GPU: each recipe in bfloat16, adapters over 3, 4 and 8 bits."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,11 @@ from typing import Any
 import finetune
 import pytest
 import torch
-from finetune_runs import grpo_options, logged, options, write_data, write_model
+from finetune_runs import PACKABLE, grpo_options, logged, options, write_data, write_model
 from transformers import AutoTokenizer
 
 from kimi_linear import KimiLinearForCausalLM
+from kimi_linear.configuration_quantization import PRESETS
 
 pytest.importorskip("trl", reason="fine-tuning needs TRL: pip install '.[finetune]'")
 peft = pytest.importorskip("peft", reason="fine-tuning needs PEFT: pip install '.[finetune]'")
@@ -82,11 +83,13 @@ def test_sft_goes_on_where_it_was(start: Path, data: Path, tmp_path: Path) -> No
     )
 
 
-@pytest.mark.parametrize("quantize", [None, "4bit", "8bit"])
+@pytest.mark.parametrize("quantize", [None, "4bit", "8bit", "24gb", "48gb"])
 def test_adapters_of_every_part_and_the_two_merged(
     start: Path, data: Path, tmp_path: Path, quantize: str | None
 ) -> None:
-    if quantize:
+    if quantize in PRESETS:
+        start = write_model(tmp_path / "model", **PACKABLE)
+    elif quantize:
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
     folder = tmp_path / "run"
     lora = {"lora": ["all"], "lora_rank": 4, "quantize": quantize, "merge": True, "bf16": True}

@@ -11,6 +11,18 @@ from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.tokenizer import convert_tiktoken, train_bpe
 
 SUMS = [(left, right) for left in range(6) for right in range(4)]
+# Sizes that the presets of `KimiLinearQuantizationConfig` take: inputs are multiples of 128.
+PACKABLE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "linear_attn_config": {**TWO_LAYERS["linear_attn_config"], "num_heads": 8},
+}
 REWARD = """
 def low(completion_ids, answer, completions, **columns):
     assert len(answer) == len(completions) and completions[0][0]["role"] == "assistant"

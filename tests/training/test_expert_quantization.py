@@ -16,8 +16,8 @@ from transformers import BitsAndBytesConfig
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops.experts.quantized import QuantizedExperts, _moved
+from kimi_linear.quantization.packing import has_quantized
 from kimi_linear.training.lora import lora_targets
-from kimi_linear.training.quantized_experts import has_quantized_experts
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
 
@@ -147,7 +147,7 @@ def test_linear_layers_of_any_size(folder: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_a_quantised_model_computes_what_its_weights_say(folder: Path, experts: str) -> None:
     model = load(folder, 4)
-    assert len(experts_of(model)) == 6 and has_quantized_experts(model)
+    assert len(experts_of(model)) == 6 and has_quantized(model, QuantizedExperts)
     plain = unquantised(model, folder)
     for each in (model, plain):
         each.set_experts_implementation(experts)
@@ -251,7 +251,7 @@ def test_experts_are_packed_as_they_arrive(folder: Path, monkeypatch: Any) -> No
 
 def test_experts_that_are_to_be_left_alone_are(folder: Path) -> None:
     model = load(folder, 4, llm_int8_skip_modules=["experts", "lm_head"])
-    assert not has_quantized_experts(model)
+    assert not has_quantized(model, QuantizedExperts)
     assert all(type(p) is nn.Parameter for p in experts_of(model).values())
 
 
@@ -281,7 +281,7 @@ def test_a_dequantised_model_is_plain_and_saves(
         expected = model(IDS).logits
     packed = {name: weights.dequantized() for name, weights in experts_of(model).items()}
     assert model.dequantize(dtype=dtype) is model
-    assert not has_quantized_experts(model) and all(
+    assert not has_quantized(model, QuantizedExperts) and all(
         type(p) is nn.Parameter for p in model.parameters()
     )
     for name, weights in experts_of(model).items():

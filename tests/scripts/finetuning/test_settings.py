@@ -71,6 +71,7 @@ def test_settings_written_are_settings_read(tmp_path: Path) -> None:
         ("sft", {"lora": ["all", "experts"], "lora_dropout": 0.1}, "lora_dropout=0.1"),
         ("sft", {"lora": ["all"], "lora_dropout": 0.1}, "lora_dropout=0.1"),
         ("sft", {"quantize": "4bit"}, "quantize='4bit' is not allowed without lora"),
+        ("sft", {"quantize": "24gb"}, "quantize='24gb' is not allowed without lora"),
         ("sft", {"quantize": "3bit", "lora": ["all"]}, "quantize='3bit' is not allowed"),
         ("sft", {"merge": True}, "merge=True is not allowed without lora"),
         ("dpo", {"loss": "best"}, "loss='best' is not allowed"),
