@@ -5,6 +5,7 @@ their fused copies at once. `stored_tensors` reads every expert's bytes to their
 tensor instead, which needs no more memory than the model.
 """
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator
@@ -132,7 +133,8 @@ def _read_into(file: Any, block: StoredBlock, target: Tensor) -> None:
     """Fill `target`, which is contiguous, with the block's bytes."""
     if block.size == 0:
         return
-    view = target.view(torch.uint8).numpy().data
+    # `numpy()` would forbid the memory to be freed before its last tensor is (`quantization/`)
+    view = memoryview((ctypes.c_ubyte * block.size).from_address(target.data_ptr())).cast("B")
     file.seek(block.start)
     done = 0
     while done < block.size:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kimi_linear.checkpoints.checks import check_checkpoint, check_inside
 from kimi_linear.checkpoints.experts import register_conversion, take_matrices_in_state_dicts
-from kimi_linear.checkpoints.files import stored_tensors
+from kimi_linear.checkpoints.files import StoredTensor, stored_tensors
 from kimi_linear.checkpoints.live_weights import write_weights
 from kimi_linear.checkpoints.names import other_spellings
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
@@ -230,10 +230,11 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
                 )
             if not loading.is_divided:
                 state_dict = stored_tensors(files, self)
-        config, frees = loading.quantization, loading.state_dict is None  # else a caller has them
+        # other readers' tensors may share memory with each other, or be the caller's
+        frees = isinstance(next(iter((state_dict or {}).values()), None), StoredTensor)
         with (
-            quantizing_experts(self, config, loading.is_quantized_file, frees=frees),
-            packing_arrivals(self, config, frees=frees),
+            quantizing_experts(self, loading.quantization, loading.is_quantized_file),
+            packing_arrivals(self, loading.quantization, frees=frees),
         ):
             return loading.read(state_dict, other_spellings())
 

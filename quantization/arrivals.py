@@ -25,7 +25,7 @@ def replacing_arrivals(
     Args:
         places: By module, names of parameters, and what makes the new one of the one that arrived.
         frees: Whether the memory of what arrived is freed at once. Transformers holds a tensor
-            until it has read the next one. Only for tensors that nobody else uses.
+            until it has read the next one. Only for tensors that share memory with nothing else.
     """
     kinds: dict[type, type] = {}
 
@@ -39,8 +39,9 @@ def replacing_arrivals(
                 if replace is not None and is_plain and not value.is_meta:
                     arrived, value = value, replace(value)
                     mark_initialized(value)
-                    if frees:
-                        _free(arrived)
+                    storage = arrived.untyped_storage()
+                    if frees and storage.resizable():
+                        storage.resize_(0)
                 super().__setattr__(name, value)
 
         return Arriving
@@ -55,9 +56,3 @@ def replacing_arrivals(
     finally:
         for module, kind in before.items():
             module.__class__ = kind
-
-
-def _free(tensor: Tensor) -> None:
-    storage = tensor.untyped_storage()
-    if storage.resizable():  # a mapped file's is not
-        storage.resize_(0)

@@ -19,7 +19,7 @@ from kimi_linear.upstream.quantizers import quantization_name
 
 
 def quantizing_experts(
-    model: nn.Module, config: Any, is_quantized_file: bool, *, frees: bool
+    model: nn.Module, config: Any, is_quantized_file: bool
 ) -> AbstractContextManager[None]:
     """While a checkpoint is read, quantise what arrives in the model's experts; nothing if `config`
     is None or another kind's.
@@ -28,7 +28,6 @@ def quantizing_experts(
         model: The model, on the meta device.
         config: The quantisation's configuration.
         is_quantized_file: Whether the checkpoint's weights are quantised already.
-        frees: See `replacing_arrivals`.
 
     Raises:
         ValueError: For a checkpoint that is quantised already.
@@ -49,7 +48,7 @@ def quantizing_experts(
     if config.load_in_4bit:
         _keep_linears_exact(model)
     tensors = dict.fromkeys(EXPERT_TENSORS, partial(_quantized, config=config))
-    return replacing_arrivals(dict.fromkeys(experts, tensors), frees=frees)
+    return replacing_arrivals(dict.fromkeys(experts, tensors))
 
 
 def _keep_linears_exact(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from few_bits_models import (
     small_model,
     write_small_model,
 )
+from remote_code import run_stranger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
@@ -174,7 +175,8 @@ def test_weights_from_elsewhere(folder: Path, tmp_path: Path, source: str) -> No
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def test_one_tensor_is_wide_at_a_time(folder: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_tensor_is_wide_at_a_time(folder: Path, monkeypatch: Any, dtype: torch.dtype) -> None:
     """When a tensor is read, those that were packed before it are there no more."""
     read = StoredTensor.__getitem__
     arrived: list[Any] = []
@@ -191,7 +193,7 @@ def test_one_tensor_is_wide_at_a_time(folder: Path, monkeypatch: Any) -> None:
 
     monkeypatch.setattr(StoredTensor, "__getitem__", noted_read)
     monkeypatch.setattr(packing, "quantize", noted_quantize)
-    model = load_packed(folder, mixed())
+    model = load_packed(folder, mixed(), dtype=dtype)
     assert len(arrived) == len(packed_of(model)) > 0
     assert len(wide) > len(arrived) and not any(wide)
 
@@ -243,6 +245,20 @@ def test_tied_embeddings_are_one_packed_tensor(tmp_path: Path, way: str) -> None
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
 
 
+def test_tied_embeddings_of_one_memory(tmp_path: Path) -> None:
+    """A torch file's two names share theirs, which must not go with the first."""
+    write_small_model(tmp_path, tie_word_embeddings=True)
+    expected = load_packed(tmp_path, mixed())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    model = load_packed(tmp_path, mixed())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+
+
 def test_tied_embeddings_held_in_two_ways_are_refused(tmp_path: Path) -> None:
     write_small_model(tmp_path, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="head=None is not allowed with tie_word_embeddings=True"):
@@ -290,6 +306,48 @@ def test_adapters_come_after(folder: Path) -> None:
         ValueError, match="q_proj is a Linear, which cannot be quantised: .* before"
     ):
         quantize_model(adapted.base_model.model, mixed())
+
+
+STRANGER_IN_FEW_BITS = """
+import json
+config = json.loads(open(f"{out}/quantization.json").read())
+for number, folder in enumerate(folders):
+    model, info = load(
+        AutoModelForCausalLM, folder, quantization_config=config, dtype=torch.float32)
+    assert model.is_quantized and not info["missing_keys"], info
+    with torch.no_grad():
+        save_file({"logits": model(ids).logits}, f"{out}/results-{number}.safetensors")
+"""
+BOTH_IN_FEW_BITS = """
+import json
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+import kimi_linear
+config = json.loads(open(f"{out}/quantization.json").read())
+config = kimi_linear.KimiLinearQuantizationConfig(**config)
+for number, folder in enumerate(folders):
+    name = "modeling_kimi_linear.KimiLinearForCausalLM"
+    other = get_class_from_dynamic_module(name, folder)
+    assert other is not kimi_linear.KimiLinearForCausalLM
+    logits = []
+    for kind in (other, kimi_linear.KimiLinearForCausalLM, other):
+        model = kind.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+        assert model.is_quantized and type(model.lm_head.weight).__name__ == "PackedWeights"
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    save_file({"logits": logits[0]}, f"{out}/results-{number}.safetensors")
+"""
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_code_beside_weights_does_the_same(folder: Path, tmp_path: Path, installed: bool) -> None:
+    """Also beside the package, which has registered under the same name."""
+    (tmp_path / "quantization.json").write_text(json.dumps(mixed().to_dict()))
+    script = BOTH_IN_FEW_BITS if installed else STRANGER_IN_FEW_BITS
+    (found,) = run_stranger(script, [folder], tmp_path, installed=installed)
+    with torch.no_grad():
+        expected = load_packed(folder, mixed())(token_ids(2, 13)).logits
+    assert_close(found["logits"], expected, torch.float32)
 
 
 # ---- refusals -----------------------------------------------------------------------------------
