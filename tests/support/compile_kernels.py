@@ -4,13 +4,10 @@ Triton's interpreter runs what its compiler refuses, such as a name of two types
 own does this, since it takes the place of Triton's driver.
 """
 
-from typing import Any
-
 import torch
 import triton
+from compiling import Target, replace_kernels
 from decode_models import decode_model
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.decode import few_rows, many_rows
@@ -33,29 +30,6 @@ KERNELS = {
     row_sums: ["_weighted_sum", "_sum_of_rows"],
     sort: ["_count_pairs", "_place_pairs"],
 }
-
-
-class Hopper:
-    """What the compiler asks of a driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
-class OnlyCompiled:
-    """A kernel whose launches only compile it."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.kernel.warmup(*args, grid=grid, **kwargs)
 
 
 def compile_all(dtype: torch.dtype) -> None:
@@ -122,13 +96,8 @@ def compile_decode_steps() -> None:
             decode_step(model, num_rows, has_padding=num_rows == 6).run()
 
 
-def replace_kernels(module: Any, names: list[str]) -> None:
-    for name in names:
-        setattr(module, name, OnlyCompiled(getattr(module, name)))
-
-
 if __name__ == "__main__":
-    driver.set_active(Hopper())
+    Target(90)
     for module, names in KERNELS.items():
         replace_kernels(module, names)
     compile_all(torch.bfloat16)
