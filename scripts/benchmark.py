@@ -20,6 +20,16 @@ smaller one; then the longest context with this package only:
     python scripts/benchmark.py --preset 48b-a3b --models ours --measure decode,first-token \\
         --contexts 1m --new-tokens 128 --output long.jsonl
 
+Packed weights beside 16-bit ones, in one run so that they can be compared, and whether a model and
+its text fit a card:
+
+    python scripts/benchmark.py --preset 48b-a3b --models ours --quantize none,48gb,24gb,fp8 \\
+        --measure generate,prefill --batches 1,8,32,128 --contexts 4k,32k --new-tokens 64 \\
+        --time-limit 540 --output benchmarks/results/low_bits.jsonl --append
+    python scripts/benchmark.py --preset 48b-a3b --models ours --quantize 24gb,80gb,fp8 \\
+        --measure memory --contexts 32k,128k --new-tokens 64 --time-limit 300 \\
+        --output benchmarks/results/low_bits.jsonl --append
+
 Draw what was measured, without measuring:
 
     python scripts/benchmark.py --plot-from both.jsonl long.jsonl --plot speed.png
@@ -34,18 +44,32 @@ The kinds of measurement:
     train        forward, loss and backward of one packed row of --train-tokens, no optimiser
     first-call   the first generate() of a new process: with empty disk caches, and again with what
                  that left in them
+    memory       a new process that reads a text of each of --contexts and writes --new-tokens: what
+                 it takes altogether, while its allocator may take --memory-limit or, without that,
+                 what a card of the size in the weights' name has left beside CUDA's own memory
 
 `generate()` is timed by the difference between a run of 1 + --new-tokens tokens and a run of one:
 reading the prompt and what a call costs once drop out, and are "first_token_ms". On a GPU
 "device_ms_per_token" is the time between the beginning and the end of a forward as CUDA events see
 it, and "host_ms_per_token" the rest.
+
+--quantize says how weights of this package's model are held, one model after the other:
+
+    none                 as --dtype says
+    24gb, 48gb, 80gb     the presets of `KimiLinearQuantizationConfig`
+    fp8                  experts, shared experts and attention in float8 blocks of 128 x 128
+    experts=3/64+head=8  parts of it (experts, shared_experts, attention, embeddings, head) in 3, 4,
+                         8 bits or fp8; "/64": inputs that share a scale, "/row": a scale per row,
+                         "z" behind that: a zero for each group; behind a name from above: but for
+                         these parts
+
+Packed weights are random codes, with scales that give weights of a usual size. Lines of them say
+"quantize", "bits" (of a weight of each packed part, scales counted) and "held_bytes" (of all
+weights). They are frozen, so train leaves them out.
 """
 
 import functools
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -55,9 +79,12 @@ from typing import Any
 
 import torch
 from measuring.bench import Bench, Effort, TimeLimitError
+from measuring.child import ChildError, run_child
 from measuring.device import collect_garbage, measure_rates
+from measuring.forms import NONE, bits_of, quantization
 from measuring.limits import Limits
 from measuring.long_text import LongText
+from measuring.memory import DEFAULT_CHUNK, allocator_limit
 from measuring.models import build
 from measuring.plot import plot_lines
 from measuring.report import Line, Recorder, environment, read_lines, say, table
@@ -95,7 +122,8 @@ class Subject:
     def measure(self, measure: str, place: int) -> dict[str, Any]:
         """Figures of one kind of measurement, at a context, batch or number of tokens."""
         source = self.long_text if measure in ("decode", "first-token") else self.bench
-        return getattr(source, measure.replace("-", "_"))(place)
+        figures = getattr(source, measure.replace("-", "_"))(place)
+        return {"held_bytes": self.bench.held_bytes, **figures}
 
 
 class Run:
@@ -128,19 +156,21 @@ class Run:
                 "operations_per_second": self.rates.operations_per_second,
             }
         )
-        if "first-call" in self.settings.measure:
-            for kind in self.settings.models:
-                self._first_calls(kind)
-        if "train" in self.settings.measure:
+        subjects, wanted = self.settings.subjects(), self.settings.measure
+        for measure in ("first-call", "memory"):
+            for kind, form in subjects if measure in wanted else ():
+                self._new_processes(measure, kind, form)
+        if "train" in wanted:
             preset = self.settings.train_preset or self.settings.preset
             places = [("train", {"tokens": self.settings.train_tokens})]
-            for kind in self.settings.models:
-                self._with_model(kind, preset, self.deadline, places)
+            for kind, form in subjects:
+                if form == NONE:
+                    self._with_model(kind, form, preset, self.deadline, places)
         places = self._inference_places()
-        for i, kind in enumerate(self.settings.models if places else ()):
+        for i, (kind, form) in enumerate(subjects if places else ()):
             now = time.monotonic()
-            share = now + (self.deadline - now) / (len(self.settings.models) - i)
-            self._with_model(kind, self.settings.preset, share, places)
+            share = now + (self.deadline - now) / (len(subjects) - i)
+            self._with_model(kind, form, self.settings.preset, share, places)
 
     def _inference_places(self) -> list[tuple[str, dict[str, int]]]:
         """Measurements and where they are made, cheap ones first, contexts in rising order."""
@@ -158,23 +188,39 @@ class Run:
         return places
 
     def _with_model(
-        self, kind: str, preset: str, deadline: float, places: list[tuple[str, dict[str, int]]]
+        self,
+        kind: str,
+        form: str,
+        preset: str,
+        deadline: float,
+        places: list[tuple[str, dict[str, int]]],
     ) -> None:
         """Build a model, measure, and free it."""
-        subject = Subject(lambda: self._bench(kind, preset, deadline), max(self.settings.contexts))
+        subject = Subject(
+            lambda: self._bench(kind, form, preset, deadline), max(self.settings.contexts)
+        )
         for measure, place in places:
-            line = {"measure": measure, "model": kind, "preset": preset, **place}
+            line = {**self._line(measure, kind, form, preset), **place}
             call = functools.partial(subject.measure, measure, *place.values())
             self._attempt(line, call, deadline)
         del subject, call
         collect_garbage(self.device)
+        if self.device.type == "cuda" and (left := torch.cuda.memory_allocated(self.device)):
+            say(f"{kind} {form}: {left / 1e9:.2f} GB of it are still there")
 
-    def _bench(self, kind: str, preset: str, deadline: float) -> Bench:
+    def _line(self, measure: str, kind: str, form: str, preset: str) -> dict[str, Any]:
+        """How the lines of a model begin."""
+        line = {"measure": measure, "model": kind, "preset": preset}
+        if form != NONE:
+            line |= {"quantize": form, "bits": bits_of(form, self.dtype)}
+        return line
+
+    def _bench(self, kind: str, form: str, preset: str, deadline: float) -> Bench:
         """A model with random weights, ready to be measured."""
         settings, start = self.settings, time.perf_counter()
-        config = KimiLinearConfig.from_preset(preset)
-        limits = Limits.of(config, self.dtype, self.rates)
-        model = build(kind, config, device=self.device, dtype=self.dtype)
+        config, held = KimiLinearConfig.from_preset(preset), quantization(form)
+        limits = Limits.of(config, self.dtype, self.rates, held)
+        model = build(kind, config, device=self.device, dtype=self.dtype, quantization=held)
         effort = Effort(
             repeats=settings.repeats,
             new_tokens=settings.new_tokens,
@@ -182,50 +228,57 @@ class Run:
             prefill_chunk=settings.prefill_chunk,
             deadline=deadline,
         )
-        say(f"{kind}: {preset} built in {time.perf_counter() - start:.1f} s")
+        say(f"{kind} {form}: {preset} built in {time.perf_counter() - start:.1f} s")
         return Bench(kind, model, limits, effort)
 
-    def _first_calls(self, kind: str) -> None:
-        """Two new processes, one after the other, with disk caches of their own."""
-        settings = self.settings
+    def _new_processes(self, measure: str, kind: str, form: str) -> None:
+        """Measurements in processes of their own."""
         options = {
             "kind": kind,
-            "preset": settings.preset,
+            "form": form,
+            "preset": self.settings.preset,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "prompt_length": settings.prompt_length,
-            "new_tokens": settings.new_tokens,
+            "new_tokens": self.settings.new_tokens,
         }
-        with tempfile.TemporaryDirectory() as folder:
-            for caches in ("empty", "filled"):
-                line = {"measure": "first-call", "model": kind, "preset": settings.preset}
-                line["disk_caches"] = caches
-                self._attempt(line, lambda: self._first_call(options, folder), self.deadline)
+        line = self._line(measure, kind, form, self.settings.preset)
+        if measure == "first-call":
+            self._first_calls(line, options)
+        else:
+            self._memories(line, options)
 
-    def _first_call(self, options: dict[str, Any], folder: str) -> dict[str, Any]:
+    def _first_calls(self, line: Line, options: dict[str, Any]) -> None:
+        """Two new processes, one after the other, with disk caches of their own."""
+        options = {**options, "prompt_length": self.settings.prompt_length}
+        with tempfile.TemporaryDirectory() as folder:
+            variables = {name: f"{folder}/{name}" for name in DISK_CACHES}
+            for caches in ("empty", "filled"):
+                call = functools.partial(self._child, "first_call", options, variables)
+                self._attempt({**line, "disk_caches": caches}, call, self.deadline)
+
+    def _memories(self, line: Line, options: dict[str, Any]) -> None:
+        """A new process for each context."""
+        settings = self.settings
+        limit = allocator_limit(options["form"], settings.memory_limit)
+        options = {**options, "chunk": settings.prefill_chunk or DEFAULT_CHUNK}
+        for context in sorted(set(settings.contexts)):
+            collect_garbage(self.device)
+            is_cuda = self.device.type == "cuda"
+            free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else None
+            more = {"context": context, "limit_bytes": limit, "free_bytes": free}
+            call = functools.partial(self._child, "memory", {**options, **more})
+            place = {"context": context, "limit_bytes": limit}
+            self._attempt({**line, **place}, call, self.deadline)
+
+    def _child(
+        self, module: str, options: dict[str, Any], variables: dict[str, str] | None = None
+    ) -> dict[str, Any]:
         seconds = self.deadline - time.monotonic()
-        variables = {name: f"{folder}/{name}" for name in DISK_CACHES}
-        variables["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "measuring.first_call", json.dumps(options)],
-                env={**os.environ, **variables},
-                capture_output=True,
-                text=True,
-                timeout=None if seconds == float("inf") else seconds,
-            )
-        except subprocess.TimeoutExpired:
-            raise TimeLimitError from None
-        if done.returncode:
-            reason = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise RuntimeError(f"the process ended with {done.returncode}: {reason}")
-        return json.loads(done.stdout.splitlines()[-1])
+        return run_child(f"measuring.{module}", options, seconds, variables)
 
     def _attempt(self, line: Line, call: Callable[[], Line], deadline: float) -> None:
         """Measure and record one line; whatever goes wrong becomes the line's "error"."""
-        name = " ".join(str(value) for value in line.values())
+        name = " ".join(str(value) for value in line.values() if not isinstance(value, dict))
         spent = f"--time-limit {self.settings.time_limit} is spent"
         start = time.monotonic()
         if start > deadline:
@@ -237,6 +290,9 @@ class Run:
             result = {**line, **call()}
         except TimeLimitError:
             result = {**line, "error": f"not finished: {spent}"}
+        except ChildError as error:
+            text = f"not finished: {spent}" if error.is_late else f"RuntimeError: {error}"
+            result = {**line, **error.figures, "error": text[:MESSAGE_LENGTH]}
         # any kind: what a model refuses or cannot do is a result, and the others are still wanted
         except Exception as error:
             result = {**line, "error": f"{type(error).__name__}: {error}"[:MESSAGE_LENGTH]}
@@ -265,7 +321,7 @@ def main(**options: Any) -> list[Line]:
     if settings.plot_from:
         lines = read_lines([Path(path) for path in settings.plot_from])
     else:
-        recorder = Recorder(None if output is None else Path(output))
+        recorder = Recorder(None if output is None else Path(output), settings.append)
         Run(settings, recorder).run(["python", *sys.argv])
         lines = recorder.lines
     say("\n" + table(lines))

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kimi_linear.decode.graph import has_recording
 from measuring.device import PeakMemory, synchronise
 from measuring.limits import Limits
 from measuring.models import new_cache
+from measuring.packed import held_bytes
 
 # No further repeat is begun after so many seconds: what is slow needs fewer of them.
 REPEAT_SECONDS = 10.0
@@ -68,6 +70,7 @@ class Bench:
     def __init__(self, kind: str, model: PreTrainedModel, limits: Limits, effort: Effort) -> None:
         self.kind, self.model, self.limits, self.effort = kind, model, limits, effort
         self.device = next(model.parameters()).device
+        self.held_bytes = sum(map(held_bytes, model.parameters()))
         self.memory = PeakMemory(self.device)
 
     def random_ids(self, rows: int, count: int) -> Tensor:
@@ -183,6 +186,9 @@ class Bench:
         device_ms = self._forward_ms(run, min(count, COUNTED_FORWARDS))
         if device_ms is not None:
             figures |= {"device_ms_per_token": device_ms, "host_ms_per_token": ms - device_ms}
+        if self.kind == "ours" and self.device.type == "cuda":
+            is_recorded = has_recording(self.model, batch)
+            figures["backend"] = "graph" if is_recorded else "layer by layer"
         return figures, texts[-1]
 
     def _forward_ms(self, run: Callable[[int], Any], count: int) -> float | None:

@@ -11,7 +11,14 @@ import time
 
 
 def main(
-    *, kind: str, preset: str, device: str, dtype: str, prompt_length: int, new_tokens: int
+    *,
+    kind: str,
+    form: str,
+    preset: str,
+    device: str,
+    dtype: str,
+    prompt_length: int,
+    new_tokens: int,
 ) -> dict[str, float]:
     """Seconds of each step."""
     times = [time.perf_counter()]
@@ -19,6 +26,7 @@ def main(
 
     from kimi_linear import KimiLinearConfig
     from measuring.device import synchronise
+    from measuring.forms import quantization
     from measuring.models import build
 
     def lap() -> float:
@@ -29,7 +37,13 @@ def main(
     target = torch.device(device)
     figures = {"import_seconds": lap()}
     config = KimiLinearConfig.from_preset(preset)
-    model = build(kind, config, device=target, dtype=getattr(torch, dtype))
+    model = build(
+        kind,
+        config,
+        device=target,
+        dtype=getattr(torch, dtype),
+        quantization=quantization(form),
+    )
     figures["build_seconds"] = lap()
     ids = torch.randint(0, config.vocab_size, (1, prompt_length)).to(target)
     for name in ("first_call_seconds", "second_call_seconds"):

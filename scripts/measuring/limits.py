@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
 from measuring.device import Rates
+from measuring.packed import held_bytes, put_packed
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Limits:
 
     Attributes:
         config: The model's.
-        dtype: Of weights and latents.
+        dtype: Of latents, and of weights that are not packed.
         rates: The device's.
         expert_weights, head_weights, other_weights: Numbers in all routed experts, in the output
             head, and in everything else but the embedding table.
-        other_bytes: Bytes of `other_weights`, some of which are float32.
+        expert_bytes, head_bytes, other_bytes: Bytes of these, as they are held: some in float32,
+            packed ones with their scales.
+        total_bytes: Bytes of all weights, the embedding table among them.
     """
 
     config: KimiLinearConfig
@@ -44,23 +48,48 @@ class Limits:
     expert_weights: int
     head_weights: int
     other_weights: int
+    expert_bytes: int
+    head_bytes: int
     other_bytes: int
+    total_bytes: int
 
     @classmethod
-    def of(cls, config: KimiLinearConfig, dtype: torch.dtype, rates: Rates) -> "Limits":
+    def of(
+        cls,
+        config: KimiLinearConfig,
+        dtype: torch.dtype,
+        rates: Rates,
+        quantization: KimiLinearQuantizationConfig | None = None,
+    ) -> "Limits":
         """Count the weights of a model that takes no memory."""
         with torch.device("meta"):
             model = KimiLinearForCausalLM(config).to(dtype)
+        if quantization is not None:
+            put_packed(model, quantization)
         head = model.get_output_embeddings().weight
         table = model.get_input_embeddings().weight
-        experts = others = other_bytes = 0
+        experts = others = expert_bytes = other_bytes = total_bytes = 0
         for name, parameter in model.named_parameters():
+            num_bytes = held_bytes(parameter)
+            total_bytes += num_bytes
             if ".experts." in name:
                 experts += parameter.numel()
+                expert_bytes += num_bytes
             elif parameter is not table and parameter is not head:
                 others += parameter.numel()
-                other_bytes += parameter.numel() * parameter.element_size()
-        return cls(config, dtype, rates, experts, head.numel(), others, other_bytes)
+                other_bytes += num_bytes
+        return cls(
+            config,
+            dtype,
+            rates,
+            expert_weights=experts,
+            head_weights=head.numel(),
+            other_weights=others,
+            expert_bytes=expert_bytes,
+            head_bytes=held_bytes(head),
+            other_bytes=other_bytes,
+            total_bytes=total_bytes,
+        )
 
     def latent_bytes(self) -> int:
         """Bytes that one token adds to the cache."""
@@ -122,8 +151,7 @@ class Limits:
     def _weight_bytes(self, tokens: int) -> float:
         """Bytes of the weights that `tokens` tokens need together, with the head."""
         untouched = (1 - self.config.num_experts_per_token / self.config.num_experts) ** tokens
-        numbers = (1 - untouched) * self.expert_weights + self.head_weights
-        return numbers * self.dtype.itemsize + self.other_bytes
+        return (1 - untouched) * self.expert_bytes + self.head_bytes + self.other_bytes
 
     def _mixing_operations(self, tokens: int, pairs: int) -> int:
         """Operations between tokens: attention of the MLA layers, recurrence of the KDA layers."""

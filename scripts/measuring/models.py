@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
+from kimi_linear.ops.packed.weights import PackedWeights
+from measuring.packed import fill_packed, put_packed
 
 MODELS = ("ours", "native")
+WEIGHT_STD = 0.02
 NATIVE_MODULE = "transformers.models.kimi_linear.modeling_kimi_linear"
 # The fields that Transformers' own configuration knows too, under these or their older names.
 SHARED_FIELDS = (
@@ -47,23 +51,38 @@ SHARED_FIELDS = (
 
 
 def build(
-    kind: str, config: KimiLinearConfig, *, device: torch.device, dtype: torch.dtype
+    kind: str,
+    config: KimiLinearConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: KimiLinearQuantizationConfig | None = None,
 ) -> PreTrainedModel:
     """A model in eval mode with random weights, made on the device.
 
     Both kinds get the same weights: each tensor is drawn from a seed that is its official name's.
+    Packed weights are other ones, of the same size: they are drawn as they are held.
 
     Args:
         kind: One of `MODELS`.
         config: Of ours; the native model's is made from it.
         device, dtype: Of the weights; the decay parameters of ours stay in float32.
+        quantization: Which parts of ours are packed, and how.
     """
     with torch.device("meta"):
-        empty = KimiLinearForCausalLM(config) if kind == "ours" else _native_model(config, device)
-        empty = empty.to(dtype)
-    model = empty.to_empty(device=device).eval()
+        model = KimiLinearForCausalLM(config) if kind == "ours" else _native_model(config, device)
+        model = model.to(dtype)
+    if quantization is None:
+        model = model.to_empty(device=device)
+    else:
+        put_packed(model, quantization, device)
+        _to_empty(model, device)
+    model = model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if isinstance(parameter, PackedWeights):
+                fill_packed(name, parameter, WEIGHT_STD)
+                continue
             for official_name, part in official_parts(name, parameter):
                 _fill(official_name, part)
         for buffer in model.buffers():
@@ -72,6 +91,17 @@ def build(
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def _to_empty(model: PreTrainedModel, device: torch.device) -> None:
+    """As `to_empty`, of what is on the meta device only; packed weights are made already."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                made = torch.empty_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(made, parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def new_cache(kind: str, config: Any, reserve_tokens: int) -> Cache:
@@ -132,4 +162,4 @@ def _fill(name: str, part: Tensor) -> None:
     elif name.endswith("dt_bias"):
         part.uniform_(-6, -2, generator=generator)
     else:
-        part.normal_(0, 0.02, generator=generator)
+        part.normal_(0, WEIGHT_STD, generator=generator)

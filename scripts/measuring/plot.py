@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring.report import Line
+from measuring.report import Line, name_of
 
 # Colour, marker and name in the legend.
 STYLES = {
     "ours": ("#2f5d9b", "o", "this package"),
     "native": ("#c0562f", "s", "Transformers' own"),
 }
+# Colours and markers of this package with other weights, in the order in which they come.
+FORM_STYLES = (("#3f8f5b", "^"), ("#d08a2e", "v"), ("#7a5195", "D"), ("#444444", "P"))
+Styles = dict[str, tuple[str, str, str]]
 LIMIT_COLOUR = "#777777"
 # Highest over lowest value beyond which only powers of ten are numbered.
 WIDE_RANGE = 3000
@@ -47,14 +50,15 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     figure = Figure(figsize=(width, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
+    styles = _styles(lines)
     largest = max(line.get("peak_bytes_above_weights") or 0 for line in lines)
     unit, unit_name = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     for i, (measure, key, title, label) in enumerate(columns):
         points = _points(lines, measure, key)
         speed, memory = panels[0][i], panels[1][i]
-        _draw(speed, points, key, "tokens_per_second", 1)
-        _draw(memory, points, key, "peak_bytes_above_weights", unit)
-        _mark_failures(speed, lines, measure, key)
+        _draw(speed, points, styles, key, "tokens_per_second", 1)
+        _draw(memory, points, styles, key, "peak_bytes_above_weights", unit)
+        _mark_failures(speed, lines, styles, measure, key)
         speed.set_title(title, fontsize=10)
         memory.set_xlabel(label)
         set_ticks(memory, sorted({line[key] for line in lines if line["measure"] == measure}))
@@ -79,22 +83,40 @@ def _points(lines: Sequence[Line], measure: str, key: str) -> dict[str, list[Lin
     found: dict[str, list[Line]] = {}
     for line in sorted((x for x in lines if x["measure"] == measure), key=lambda x: x[key]):
         if "error" not in line:
-            found.setdefault(line["model"], []).append(line)
+            found.setdefault(name_of(line), []).append(line)
     return found
 
 
-def _draw(axes: Any, points: dict[str, list[Line]], key: str, field: str, unit: float) -> None:
-    """One line per model, and the limit that both have, dashed."""
+def _styles(lines: Sequence[Line]) -> Styles:
+    """Of each model, and of each way to hold weights."""
+    others = iter(FORM_STYLES * len(lines))
+    styles = dict(STYLES)
+    for line in lines:
+        if "model" in line and name_of(line) not in styles:
+            styles[name_of(line)] = (*next(others), f"this package, {line['quantize']}")
+    return styles
+
+
+def _draw(
+    axes: Any,
+    points: dict[str, list[Line]],
+    styles: Styles,
+    key: str,
+    field: str,
+    unit: float,
+) -> None:
+    """One line per model, and the limit, dashed: without packed weights if there are such."""
     limits: dict[int, float] = {}
     for kind, lines in points.items():
-        colour, marker, name = STYLES[kind]
+        colour, marker, name = styles[kind]
         known = [(line[key], line[field] / unit) for line in lines if line[field]]
         if known:
             axes.plot(*zip(*known, strict=True), color=colour, marker=marker, ms=4, label=name)
         for line in lines:
             is_speed = field == "tokens_per_second"
             limit = line["limit"][field] if is_speed else line["needed_bytes_above_weights"]
-            limits[line[key]] = limit / unit
+            if "quantize" not in line or line[key] not in limits:
+                limits[line[key]] = limit / unit
     name = "limit (speed: of the device; memory: the cache)"
     ordered = sorted(limits.items())
     marker = "" if len(ordered) > 1 else "_"
@@ -118,13 +140,16 @@ def number_upwards(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _mark_failures(axes: Any, lines: Sequence[Line], measure: str, key: str) -> None:
+def _mark_failures(
+    axes: Any, lines: Sequence[Line], styles: Styles, measure: str, key: str
+) -> None:
     """A cross at the bottom where a model failed; what was not run is left out."""
-    for kind, (colour, _, name) in STYLES.items():
+    for kind, (colour, _, name) in styles.items():
         failed = [
             line[key]
             for line in lines
-            if (line["measure"], line.get("model")) == (measure, kind)
+            if line["measure"] == measure
+            and name_of(line) == kind
             and "error" in line
             and not line["error"].startswith("not ")
         ]

@@ -25,14 +25,16 @@ class Recorder:
 
     Args:
         path: The file, made anew; None: no file.
+        is_appended: Whether what is in the file stays there.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, is_appended: bool = False) -> None:
         self.path = path
         self.lines: list[Line] = []
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("")
+            if not is_appended:
+                path.write_text("")
 
     def tell(self, line: Line) -> None:
         """Take one more line."""
@@ -96,7 +98,7 @@ def table(lines: Sequence[Line]) -> str:
 def _row(line: Line) -> tuple[str, ...]:
     places = ("context", "batch", "tokens", "disk_caches")
     at = next((f"{key} {line[key]}" for key in places if key in line), "")
-    start = (line["measure"], at.replace("_", " "), line["model"])
+    start = (line["measure"], at.replace("_", " "), name_of(line))
     if "error" in line:
         return (*start, line["error"][:TABLE_WIDTH], "", "", "")
     limit = line.get("limit", {})
@@ -110,9 +112,18 @@ def _row(line: Line) -> tuple[str, ...]:
     )
 
 
+def name_of(line: Line) -> str:
+    """A model, and how its weights are held if that is not as the dtype says."""
+    return " ".join(filter(None, (line["model"], line.get("quantize"))))
+
+
 def _figure(line: Line) -> str:
     if line["measure"] == "first-call":
         return f"{line['first_call_seconds']:.1f} s, then {line['second_call_seconds']:.2f} s"
+    if line["measure"] == "memory":
+        held = f"{_size(line['held_bytes'])} of weights"
+        whole = line.get("process_bytes")
+        return held if whole is None else f"{held}, {_size(whole)} in all"
     speed = f"{line['tokens_per_second']:,.4g} tokens/s"
     if line["tokens_per_second"] >= 1000:
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"

@@ -9,9 +9,11 @@ from generating.loading import DTYPES
 from options.settings import check_settings, require, require_some, setting
 
 from kimi_linear import PRESETS
+from measuring.forms import ALLOWED, NONE, quantization
 from measuring.models import MODELS
 
-MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call")
+MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call", "memory")
+DEFAULT_MEASURES = MEASURES[:5]
 DEVICES = ("auto", "cuda", "cpu")
 
 
@@ -30,7 +32,12 @@ class Settings:
     preset: str = setting("2m", "size, see presets.py", choices=PRESETS)
     train_preset: str | None = setting(None, "size for train; else --preset", choices=PRESETS)
     models: Sequence[str] = setting(MODELS, "in this order", choices=MODELS)
-    measure: Sequence[str] = setting(MEASURES[:-1], "default: all but first-call", choices=MEASURES)
+    quantize: Sequence[str] = setting(
+        (NONE,), "weights of ours, in this order: none,24gb,48gb,80gb,fp8, or parts (see above)"
+    )
+    measure: Sequence[str] = setting(
+        DEFAULT_MEASURES, "default: all but the last two", choices=MEASURES
+    )
     device: str = setting("auto", choices=DEVICES)
     dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
     contexts: Sequence[int] = setting((128, 512), "tokens, such as 4k,32k,1m", least=1)
@@ -43,10 +50,14 @@ class Settings:
     time_limit: float | None = setting(
         None, "begin no measurement after that", above=0, metavar="SECONDS"
     )
+    memory_limit: float | None = setting(
+        None, "that memory's allocator may take; else the card's", above=0, metavar="GIGABYTES"
+    )
     threads: int | None = setting(None, "CPU threads; else torch's choice", least=1)
     output: str | os.PathLike[str] | None = setting(
         None, "write the JSON lines here too", metavar="FILE"
     )
+    append: bool = setting(False, "keep what --output holds, and write behind it")
     plot: str | os.PathLike[str] | None = setting(
         None, "draw speed and memory over context and batch", metavar="PNG"
     )
@@ -56,6 +67,14 @@ class Settings:
     def __post_init__(self) -> None:
         check_settings(self)
         choose_device(self.device)
+        require(len(self.quantize) > 0, "quantize", self.quantize, ALLOWED)
+        for form in self.quantize:
+            quantization(form)  # says what is wrong with it
+
+    def subjects(self) -> list[tuple[str, str]]:
+        """Models and how their weights are held, in the order in which they are measured."""
+        forms = {kind: self.quantize if kind == "ours" else (NONE,) for kind in MODELS}
+        return [(kind, form) for kind in self.models for form in forms[kind]]
 
     def torch_device(self) -> torch.device:
         """The device itself."""

@@ -9,15 +9,22 @@ import commands
 import pytest
 import torch
 from measuring.bench import Bench, Effort, packed_lengths
+from measuring.child import ChildError, run_child
 from measuring.device import Rates
+from measuring.forms import FLOAT8_BLOCKS, bits_of, quantization
 from measuring.limits import Limits
 from measuring.long_text import LongText
+from measuring.memory import allocator_limit
 from measuring.models import MODELS, build
+from measuring.packed import code_spread, fill_packed
 from measuring.plot import plot_lines
+from measuring.report import Recorder
 from options.settings import numbers
 from tolerance import assert_close
 
 from kimi_linear import KimiLinearConfig
+from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.schemes import Scheme
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 CPU = torch.device("cpu")
@@ -94,6 +101,25 @@ def test_a_training_step_is_three_forwards_over_all_logits(limits: Limits) -> No
     assert limits.train(lengths)["operations"] == pytest.approx(3 * forward, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("form", "gigabytes", "one_row"),
+    [
+        ("none", 98.25, 6.21),
+        ("24gb", 21.25, 2.33),
+        ("48gb", 27.14, 2.51),
+        ("80gb", 49.96, 3.22),
+        ("fp8", 49.95, 3.55),
+        ("48gb+head=none", 27.51, 2.88),
+    ],
+)
+def test_bytes_of_packed_weights(form: str, gigabytes: float, one_row: float) -> None:
+    """Of all weights of the 48B model, and of those that a token needs."""
+    config = KimiLinearConfig.from_preset("48b-a3b")
+    found = Limits.of(config, torch.bfloat16, Rates(1e12, 1e14), quantization(form))
+    assert found.total_bytes == pytest.approx(1e9 * gigabytes, rel=1e-3)
+    assert found.decode(0)["weight_bytes"] == pytest.approx(1e9 * one_row, rel=2e-3)
+
+
 # ---- models -------------------------------------------------------------------------------------
 
 
@@ -107,6 +133,67 @@ def test_both_models_are_the_same_function() -> None:
             logits.append(model(ids).logits)
     assert logits[0].std() > 0.05
     assert_close(logits[0], logits[1], torch.float32)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(3, 64), Scheme(4, 32, is_symmetric=False), Scheme(8, None), FLOAT8_BLOCKS],
+    ids=str,
+)
+def test_random_packed_weights_have_a_usual_size(scheme: Scheme) -> None:
+    packed = PackedWeights.empty((3, 256, 1024), scheme, torch.bfloat16, CPU)
+    for part in packed.parts().values():
+        part.fill_(77)
+    fill_packed("any", packed, 0.02)
+    weights = packed.dequantized().float()
+    assert weights.isfinite().all() and len(packed.codes().unique()) >= min(128, 1 << scheme.bits)
+    assert weights.std().item() == pytest.approx(0.02, rel=0.1)
+    assert abs(weights.mean().item()) < 0.004
+    other = PackedWeights.empty((3, 256, 1024), scheme, torch.bfloat16, CPU)
+    fill_packed("any", other, 0.02)
+    assert torch.equal(other.dequantized(), packed.dequantized())
+
+
+def test_spread_of_codes() -> None:
+    assert code_spread(Scheme(3)) == pytest.approx(5.5**0.5)
+    assert 0.4 < code_spread(FLOAT8_BLOCKS) < 0.8
+
+
+def test_a_packed_model_has_no_wide_copy() -> None:
+    """Parts that are packed are so from the start; the others get the numbers that they had."""
+    config = KimiLinearConfig.from_preset("2m")
+    form = "experts=3+attention=8/64+embeddings=4z"
+    made = {"device": CPU, "dtype": torch.float32}
+    model = build("ours", config, quantization=quantization(form), **made)
+    plain = dict(build("ours", config, **made).named_parameters())
+    kinds = {name for name, each in model.named_parameters() if isinstance(each, PackedWeights)}
+    assert {name.split(".")[-1] for name in kinds} == {"weight", "gate_up_proj", "down_proj"}
+    assert "model.embed_tokens.weight" in kinds and "lm_head.weight" not in kinds
+    for name, parameter in model.named_parameters():
+        assert parameter.device == CPU and not parameter.is_meta
+        assert name in kinds or torch.equal(parameter, plain[name])
+    held = sum(each.held_bytes() for each in model.parameters() if hasattr(each, "held_bytes"))
+    rest = sum(each.nbytes for name, each in model.named_parameters() if name not in kinds)
+    limits = Limits.of(config, torch.float32, Rates(1, 1), quantization(form))
+    assert limits.total_bytes == held + rest
+    with torch.no_grad():
+        logits = model(torch.randint(0, 2048, (2, 37))).logits
+    assert logits.isfinite().all() and 0.05 < logits.std() < 1
+
+
+def test_forms_of_weights() -> None:
+    assert quantization("none") is None and quantization("head=none") is None
+    found = quantization("48gb+head=none+experts=4/32z")
+    assert found is not None and found.schemes["head"] is None
+    assert found.schemes["experts"] == Scheme(4, 32, is_symmetric=False)
+    assert found.schemes["attention"] == Scheme(8, 128)
+    blocks = quantization("fp8")
+    assert blocks is not None and blocks.schemes["embeddings"] is None
+    assert blocks.schemes["experts"] == FLOAT8_BLOCKS
+    assert quantization("head=8/row").schemes["head"] == Scheme(8, None)
+    bits = bits_of("24gb", torch.bfloat16)
+    assert bits["experts"] == 3.25 and bits["head"] == 8.125
+    assert bits_of("none", torch.bfloat16) == {}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -277,6 +364,21 @@ def test_a_run_on_a_gpu(tmp_path: Path) -> None:
             assert device > 0 and device + host == pytest.approx(line["ms_per_token"], rel=1e-3)
 
 
+@pytest.mark.gpu
+def test_packed_weights_on_a_gpu() -> None:
+    options = {**SMALL, "device": "cuda", "models": ("ours",), "new_tokens": 24, "repeats": 3}
+    options |= {"quantize": ("experts=3+head=4", "fp8"), "measure": ("generate", "memory")}
+    lines = benchmark.main(**{**options, "prompt_length": 64, "memory_limit": 2.0})
+    assert [line for line in lines if "error" in line] == []
+    for line in lines[1:]:
+        if line["measure"] == "generate":
+            assert line["backend"] in ("graph", "layer by layer")
+            continue
+        assert line["held_bytes"] <= line["build_allocated_bytes"] <= line["peak_allocated_bytes"]
+        assert line["peak_allocated_bytes"] <= line["peak_reserved_bytes"] <= 2e9
+        assert line["peak_reserved_bytes"] < line["process_bytes"]
+
+
 def test_the_first_call_of_a_new_process() -> None:
     options = {**SMALL, "models": ("native",), "measure": ("first-call",)}
     lines = benchmark.main(**options)
@@ -290,6 +392,80 @@ def test_a_first_call_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(benchmark.sys, "executable", "/bin/false")
     lines = benchmark.main(**{**SMALL, "models": ("ours",), "measure": ("first-call",)})
     assert lines[1]["error"] == "RuntimeError: the process ended with 1: no message"
+
+
+# ---- packed weights and memory ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Folder and lines of a run with and without packed weights."""
+    folder = tmp_path_factory.mktemp("packed")
+    options = {
+        **SMALL,
+        "models": ("ours",),
+        "quantize": ("experts=4/32+head=8", "none", "fp8"),
+        "measure": ("prefill", "memory", "train"),
+        "contexts": (8,),
+        "prefill_chunk": 3,
+        "new_tokens": 2,
+    }
+    return folder, benchmark.main(output=folder / "x.jsonl", plot=folder / "x.png", **options)
+
+
+def test_a_run_of_packed_weights(packed_run: tuple[Path, list[Any]]) -> None:
+    folder, lines = packed_run
+    assert [line for line in lines if "error" in line] == []
+    places = [(line["measure"], line.get("quantize", "none")) for line in lines[1:]]
+    forms = ["experts=4/32+head=8", "none", "fp8"]
+    wanted = [("memory", form) for form in forms] + [("train", "none")]
+    assert places == wanted + [("prefill", form) for form in forms]
+    sizes = {form: set() for form in forms}
+    for line in lines[1:]:
+        sizes[line.get("quantize", "none")].add(line["held_bytes"])
+        assert ("bits" in line) == ("quantize" in line)
+    assert all(len(found) == 1 for found in sizes.values())
+    assert max(sizes["fp8"]) < max(sizes["none"])
+    assert lines[1]["bits"] == {"experts": 5.0, "head": 8.25}  # scales of float32
+    assert (folder / "x.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_memory_of_a_process(packed_run: tuple[Path, list[Any]]) -> None:
+    line = packed_run[1][3]
+    assert line["context"] == 8 and line["chunk"] == 3 and line["new_tokens"] == 2
+    assert line["limit_bytes"] == 80 * 10**9 - 800 * 10**6
+    assert all(line[f"{step}_seconds"] > 0 for step in ("build", "prefill", "generate"))
+    assert allocator_limit("24gb", None) == (24 << 30) - 800 * 10**6
+    assert allocator_limit("24gb+head=4", 20.5) == 20_500_000_000
+    assert allocator_limit("none", None) is None
+
+
+def test_what_a_process_had_measured_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "#!/bin/sh\necho '{\"a\": 1}'; echo noise; echo '{\"b\": 2}'; %s\n"
+    options = {**SMALL, "models": ("ours",), "measure": ("memory",), "contexts": (8,)}
+
+    def run_as(path: Path, end: str) -> None:
+        path.write_text(program % end)
+        path.chmod(0o755)
+        monkeypatch.setattr(benchmark.sys, "executable", str(path))
+
+    run_as(tmp_path / "fails", "echo out of memory >&2; exit 3")
+    line = benchmark.main(**options)[1]
+    assert (line["a"], line["b"]) == (1, 2)
+    assert line["error"] == "RuntimeError: the process ended with 3: out of memory"
+    run_as(tmp_path / "sleeps", "exec sleep 60")
+    with pytest.raises(ChildError) as found:
+        run_child("any", {}, 0.5)
+    assert found.value.is_late and found.value.figures == {"a": 1, "b": 2}
+
+
+def test_lines_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    for is_appended, count in ((False, 1), (True, 2), (False, 1)):
+        Recorder(path, is_appended).tell({"measure": "environment"})
+        assert len(path.read_text().splitlines()) == count
 
 
 @pytest.mark.parametrize(
@@ -308,6 +484,12 @@ def test_a_first_call_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> No
         ({"threads": 0}, "--threads 0 .*at least 1"),
         ({"train_tokens": 3}, "--train-tokens 3 .*at least 16"),
         ({"time_limit": 0}, "--time-limit 0 .*above 0"),
+        ({"memory_limit": 0.0}, "--memory-limit 0.0 .*above 0"),
+        ({"quantize": ()}, r"--quantize \(\) .*none, 24gb"),
+        ({"quantize": ("none", "12gb")}, "--quantize '12gb' .*none, 24gb, 48gb, 80gb, fp8"),
+        ({"quantize": ("experts=5",)}, "--quantize 'experts=5' .*3, 4, 8"),
+        ({"quantize": ("24gb+router=4",)}, r"--quantize '24gb\+router=4' .*shared_experts"),
+        ({"quantize": ("experts=4/48",)}, "--quantize 'experts=4/48' .*group=48"),
     ],
 )
 def test_what_is_not_allowed_is_named(options: dict[str, Any], message: str) -> None:
