@@ -1,9 +1,10 @@
 """Compile the kernels of packed weights for one kind of GPU without having one.
 
-    python tests/support/compile_packed_kernels.py 90
+    python tests/support/compile_packed_kernels.py 90 unpack decode
 
 A line of JSON for each compiled kernel says what it takes (`compiling.resources`). All are compiled
-with PTX of their own, for each way to hold weights and both dtypes.
+with PTX of their own. A further kernel is an entry of `KERNELS`, and its name one of the test's
+(`tests/ops/test_packed_compile.py`).
 """
 
 import itertools
@@ -13,8 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from compiling import Target, replace_kernels, resources
+from compile_kernels import real_sizes
+from compiling import Skipped, Target, replace_kernels, resources
+from packed_models import every_part, fill_with_packed
 
+from kimi_linear.decode import few_rows, many_rows
+from kimi_linear.decode import packed as packed_step
+from kimi_linear.decode import step as decode_steps
+from kimi_linear.decode.recording import decode_step
 from kimi_linear.ops.packed import unpacking
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.schemes import Scheme
@@ -30,39 +37,69 @@ SCHEMES = {
     "float8 a row": Scheme(8, None, is_float=True),
     "float8 blocks": Scheme(8, 128, is_float=True, rows=128),
 }
+# Those whose decode steps are compiled, which takes longer.
+DECODED = ("3 bits", "4 bits, zeros", "float8 blocks")
 DTYPES = (torch.bfloat16, torch.float16)
 # Outputs and inputs of a matrix: the 48B model's, and one whose tiles and blocks are cut short.
 SIZES = ((2304, 2304), (40, 448))
+ROWS = (1, 40)
 
 
-def packed(scheme: Scheme, dtype: torch.dtype, *shape: int) -> PackedWeights:
-    """Weights of any numbers."""
-    return PackedWeights.empty(shape, scheme, dtype, "cpu")
+def unpack(scheme: Scheme, dtype: torch.dtype) -> None:
+    """Write weights out in full."""
+    for num_outputs, num_inputs in SIZES:
+        if scheme.rows > 1 or num_inputs % (scheme.group or 1) == 0:
+            shape = (2, num_outputs, num_inputs)
+            unpacking.unpack_on_gpu(PackedWeights.empty(shape, scheme, dtype, "cpu"))
 
 
-# Module, its kernels' names, and what launches them; of a scheme, a dtype, and outputs and inputs.
-Launch = Callable[[Scheme, torch.dtype, int, int], Any]
-KERNELS: list[tuple[Any, list[str], Launch]] = [
-    (unpacking, ["_unpack"], lambda s, t, n, k: unpacking.unpack_on_gpu(packed(s, t, 2, n, k))),
-]
+def decode(scheme: Scheme, dtype: torch.dtype) -> None:
+    """A step for few rows and for more, of a model with these weights."""
+    is_known = any(SCHEMES[name] == scheme for name in DECODED)
+    if not is_known or dtype != torch.bfloat16:
+        return
+    model = real_sizes()
+    fill_with_packed(model, every_part(scheme, scheme), "cpu")
+    for num_rows in ROWS:
+        decode_step(model, num_rows, has_padding=False).run()
 
 
-def main(arch: int) -> None:
+# By group: module, names of its kernels, and what launches them for a scheme and a dtype.
+KERNELS: dict[str, tuple[Any, list[str], Callable[[Scheme, torch.dtype], Any]]] = {
+    "unpack": (unpacking, ["_unpack"], unpack),
+    "decode": (
+        packed_step,
+        ["packed_project_kernel", "packed_in_kernel", "packed_out_kernel"],
+        decode,
+    ),
+}
+
+
+def skip_other_kernels(arch: int) -> None:
+    """Those of a step that `compile_kernels.py` compiles, and products that only CUDA has."""
+    for module in (decode_steps, few_rows, many_rows):
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                setattr(module, name, Skipped())
+    decode_steps.can_link = lambda device: arch >= 90
+    many_rows.ManyRowsStep._wide_product = lambda self, weight, out: None
+
+
+@torch.no_grad()
+def main(arch: int, groups: list[str]) -> None:
     Target(arch)
-    for module, names, launch in KERNELS:
+    skip_other_kernels(arch)
+    for module, names, launch in (KERNELS[group] for group in groups):
         kernels = replace_kernels(module, names)
         module.has_asm = lambda *_: True  # as on CUDA, though tensors are on a CPU
-        cases = itertools.product(SCHEMES.items(), DTYPES, SIZES)
-        for (title, scheme), dtype, (num_outputs, num_inputs) in cases:
-            if scheme.rows == 1 and num_inputs % (scheme.group or 1):
-                continue  # groups must divide the inputs
-            launch(scheme, dtype, num_outputs, num_inputs)
-            case = {"scheme": title, "dtype": str(dtype)[6:], "inputs": num_inputs}
+        for (title, scheme), dtype in itertools.product(SCHEMES.items(), DTYPES):
+            launch(scheme, dtype)
+            case = {"arch": arch, "scheme": title, "dtype": str(dtype)[6:]}
             for name, kernel in zip(names, kernels, strict=True):
-                for compiled in kernel.compiled:
+                for compiled in {each.hash: each for each in kernel.compiled}.values():
                     print(json.dumps({"kernel": name, **case, **resources(compiled)}), flush=True)
                 kernel.compiled.clear()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])
