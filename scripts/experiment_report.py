@@ -4,7 +4,8 @@
 
 Between the lines `<!-- results: NAME -->` and `<!-- end: NAME -->` the page holds what this command
 writes there: table, figure, and where it was measured, or that there are no results yet. The rest
-is left as it is. Results are read from `benchmarks/results/experiment_NAME*.jsonl`.
+is left as it is. Results are read from `benchmarks/results/experiment_NAME*.jsonl`, those of
+`quantization` from `quantization_quality*.jsonl`.
 """
 
 import os
@@ -12,16 +13,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.plots import PLOTS
+from experiments import plots, tables
+from experiments.quality import plot_quantization, quantization_table
 from experiments.runs import read_experiment
-from experiments.tables import TABLES, events, provenance
+from experiments.tables import events, provenance
 from measuring.report import Line
 from options.settings import command_parser, run_main
 
 ROOT = Path(__file__).parent.parent
+TABLES = {**tables.TABLES, "quantization": quantization_table}
+PLOTS = {**plots.PLOTS, "quantization": plot_quantization}
 # The kind of line without which there is nothing to show.
 NEEDED = {"synthetic": "run", "decays": "run", "ablation": "run", "needle": "cell"}
-NEEDED |= {"decoding": "decode", "kernels": "kernel"}
+NEEDED |= {"decoding": "decode", "kernels": "kernel", "quantization": "quality"}
+FILES = {"quantization": "quantization_quality"}
 NO_RESULTS = "No results yet."
 
 
@@ -75,7 +80,8 @@ def main(
         raise ValueError(f"--results {str(results)!r} is not allowed: it must be a folder")
     text, found = path.read_text(encoding="utf-8"), {}
     for name, plot in PLOTS.items():
-        lines = read_experiment(sorted(folder.glob(f"experiment_{name}*.jsonl")), name)
+        files = FILES.get(name, f"experiment_{name}")
+        lines = read_experiment(sorted(folder.glob(f"{files}*.jsonl")), name)
         image = f"experiment_{name}.png"
         text = replace_section(text, name, section(name, lines, image))
         found[name] = bool(events(lines, NEEDED[name]))

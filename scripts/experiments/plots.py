@@ -1,5 +1,6 @@
 """The figures of docs/experiments.md, from the lines of the experiments."""
 
+import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ STYLES = {
     "gdn-slow": ("#a3c644", "^"),
     "gdn-spread": ("#c0562f", "^"),
 }
+COLOURS = 64  # of a small PNG
 CURVE_LENGTH = 1024  # of figure 4's lower row
 DECODING_NAMES = {"kimi": "Kimi Linear", "mla": "MLA in every layer"}
 OPERATOR_NAMES = {
@@ -227,6 +229,16 @@ def plot_needle(lines: Sequence[Line], path: Path) -> None:
         row[0].set_ylabel(f"{recipe.split(' in a row')[0]}\ndepth (%)", fontsize=8)
     figure.colorbar(image, ax=list(panels.flat), label="accuracy (%), mean over seeds")
     figure.savefig(path, dpi=110)
+
+
+def save_small(figure: Any, path: Path) -> None:
+    """A PNG of few colours, which takes a third."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(COLOURS).save(path, format="PNG", optimize=True)
 
 
 PLOTS: Mapping[str, Callable[[Sequence[Line], Path], None]] = {

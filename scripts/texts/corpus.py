@@ -1,4 +1,5 @@
-"""Text for the demo: the source of Python's standard library, whole files of it held out.
+"""Text for the demo and the experiments: the source of Python's standard library, whole files of it
+held out; more of the kind in installed packages.
 
 Left out are test suites, and files that a program wrote (code page tables, documentation, build
 settings): they would be most of the bytes, and easy to predict for the wrong reason.
@@ -7,7 +8,7 @@ settings): they would be most of the bytes, and easy to predict for the wrong re
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ GENERATED = re.compile(
 )
 MARK_SEARCH_CHARS = 400
 HELD_OUT_PERCENT = 6
+# Longer ones are seldom written by hand.
+MAX_PACKAGE_FILE_BYTES = 200_000
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,36 @@ def standard_library(root: Path | None = None) -> list[SourceFile]:
     if not files:
         raise ValueError(f"root={str(root)!r} holds no Python modules; allowed: a library's folder")
     return files
+
+
+def installed_packages(
+    left_out: Collection[str] = (), root: Path | None = None
+) -> Iterator[SourceFile]:
+    """Hand-written modules of installed packages, of all packages in turn.
+
+    Args:
+        left_out: Names of files, without folders, such as those of another corpus: some are copies.
+        root: The folder of packages; None: that of the running interpreter.
+    """
+    root = Path(sysconfig.get_paths()["purelib"]) if root is None else root
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    for name in sorted(paths, key=name_hash):
+        path = paths[name]
+        is_wanted = path.name not in left_out and path.stat().st_size <= MAX_PACKAGE_FILE_BYTES
+        if is_wanted and not _is_skipped(Path(name)):
+            yield from (file for file in read_files(root, [path]) if not _is_generated(file.text))
+
+
+def first_bytes(files: Iterable[SourceFile], limit: float) -> list[SourceFile]:
+    """The first files that have so many bytes together, and no more than it takes."""
+    found: list[SourceFile] = []
+    size = 0
+    for file in files if limit > 0 else ():
+        found.append(file)
+        size += file.num_bytes
+        if size >= limit:
+            break
+    return found
 
 
 def read_files(root: Path, paths: Iterable[Path]) -> list[SourceFile]:

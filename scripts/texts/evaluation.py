@@ -76,7 +76,7 @@ def bits_per_byte(
     model.eval()
     nats = 0.0
     try:
-        for inputs, targets in _batches(pieces, batch_tokens):
+        for inputs, targets in filled_batches(pieces, batch_tokens):
             logits = model(input_ids=inputs.to(device), use_cache=False).logits
             nats += _nats(logits, targets.to(device))
     finally:
@@ -109,10 +109,10 @@ def windows(
         yield list(ids[start:end]), [IGNORED] * known + list(ids[start + known + 1 : end + 1])
 
 
-def _batches(
+def filled_batches(
     pieces: Iterable[tuple[list[int], list[int]]], batch_tokens: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and targets [B, T], of windows about as long as each other, filled up on the right.
+    """Inputs and targets [B, T], of `windows` about as long as each other, filled up on the right.
 
     What is filled in stands after everything that is scored, so that a causal model never reads it.
     """

@@ -34,7 +34,7 @@ def cases():
             yield pytest.param(group, arch, marks=marks, id=f"{group}-{arch}")
 
 
-@pytest.mark.parametrize(("group", "arch"), cases())
+@pytest.mark.parametrize(("group", "arch"), list(cases()))
 def test_nothing_spills(group, arch, tmp_path):
     """A kernel that spills keeps in memory what it meant to keep in registers."""
     from compiling import SHARED_BYTES

@@ -6,9 +6,9 @@ from typing import Any
 
 import experiment_report
 import pytest
-from experiment_report import NO_RESULTS, ROOT, replace_section
+from experiment_report import FILES, NO_RESULTS, ROOT, TABLES, replace_section
+from experiments.quality import form_name, quantization_table
 from experiments.tables import (
-    TABLES,
     ablation_table,
     best_runs,
     decays_table,
@@ -110,6 +110,42 @@ def needle_lines() -> list[dict[str, Any]]:
     return [begin, *cells]
 
 
+def quality(form: str, bits: float, is_calibrated: bool = False, gap: float = 0.0) -> Any:
+    return {
+        "experiment": "quantization",
+        "event": "quality",
+        "model": "b",
+        "form": form,
+        "is_calibrated": is_calibrated,
+        "bits_per_byte": 1.2 + gap,
+        "kl": gap * 2,
+        "agreement": 1 - gap,
+        "held_bytes": int(1.4e8 * bits),
+        "held_bytes_48b": int(6.1e9 * bits),
+        "eval_tokens": 1000,
+    }
+
+
+def quantization_lines() -> list[dict[str, Any]]:
+    every = "+".join(
+        f"{part}=4/64" for part in ("experts", "shared_experts", "attention", "embeddings", "head")
+    )
+    trained = {"experiment": "quantization", "event": "trained", "model": "b"}
+    trained |= {"parameters": 1.2e9, "tokens": 2e8, "train_seconds": 1200}
+    failed = {"experiment": "quantization", "event": "quality", "model": "b", "form": "fp8"}
+    return [
+        {**quality("24gb", 9, gap=0.5), "model": "a"},  # of a model before this one
+        trained,
+        quality("none", 16),
+        quality("24gb", 3.5, gap=0.05),
+        quality("24gb", 3.5, is_calibrated=True, gap=0.02),
+        quality(every, 4.25, gap=-0.0001),
+        {**failed, "is_calibrated": False, "error": "OutOfMemoryError"},
+        quality("head=3/64", 15.5, gap=0.004),
+        quality("experts=3/32z", 4, gap=0.003),
+    ]
+
+
 LINES = {
     "synthetic": synthetic_lines(),
     "decays": decays_lines(),
@@ -117,6 +153,7 @@ LINES = {
     "kernels": kernel_lines(),
     "ablation": ablation_lines(),
     "needle": needle_lines(),
+    "quantization": quantization_lines(),
 }
 
 
@@ -186,6 +223,21 @@ def test_other_tables() -> None:
     assert needle == "| KDA only | 75, 65 (50) | 0, 1 |"
 
 
+def test_quantization_tables() -> None:
+    text, whole, part, experts = quantization_table(LINES["quantization"]).split("\n\n")
+    assert text.startswith("1.20B parameters, 200M tokens in 20 minutes; 1.2000 bits a byte")
+    assert whole.splitlines()[2:] == [
+        "| 24gb | 0.49 | 21.4 | +0.0500, +0.0200 | 0.1, 0.04 | 95.0, 98.0 |",
+        "| every part in 4 bits, groups of 64 | 0.59 | 25.9 | -0.0001 | -0.0002 | 100.0 |",
+    ]
+    assert part.splitlines()[2].startswith("| head in 3 bits, groups of 64 | 2.17 |")
+    assert experts.splitlines()[2].startswith("| experts in 3 bits, groups of 32 with zeros |")
+    assert form_name("none") == "16 bits" and form_name("fp8") == "fp8"
+    assert form_name("head=8/row+shared_experts=4") == (
+        "head in 8 bits, a scale per row; shared experts in 4 bits"
+    )
+
+
 def test_page_with_and_without_results(tmp_path: Path) -> None:
     page, results = tmp_path / "page.md", tmp_path / "results"
     results.mkdir()
@@ -201,7 +253,8 @@ def test_page_with_and_without_results(tmp_path: Path) -> None:
     for name, lines in LINES.items():
         environment = {"experiment": name, "event": "environment", "gpu": "NVIDIA H200"}
         texts = [json.dumps(line) for line in [{**environment, "torch": "2.11"}, *lines]]
-        (results / f"experiment_{name}.jsonl").write_text("\n".join(texts) + "\n")
+        file = FILES.get(name, f"experiment_{name}")
+        (results / f"{file}.jsonl").write_text("\n".join(texts) + "\n")
     assert all(experiment_report.main(page=page, results=results).values())
     filled = page.read_text()
     measured = filled.count("Measured on NVIDIA H200, torch 2.11")

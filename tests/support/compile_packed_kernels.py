@@ -38,7 +38,7 @@ SCHEMES = {
     "float8 blocks": Scheme(8, 128, is_float=True, rows=128),
 }
 # Those whose decode steps are compiled, which takes longer.
-DECODED = ("3 bits", "4 bits, zeros", "float8 blocks")
+DECODED = ("3 bits", "4 bits, zeros")
 DTYPES = (torch.bfloat16, torch.float16)
 # Outputs and inputs of a matrix: the 48B model's, and one whose tiles and blocks are cut short.
 SIZES = ((2304, 2304), (40, 448))
