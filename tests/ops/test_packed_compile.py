@@ -2,9 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-import commands
 import pytest
 from interpreter import IS_INTERPRETED, triton
 
@@ -14,33 +15,40 @@ pytestmark = [
     pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile"),
 ]
 
-SCRIPT = Path(__file__).parents[1] / "support" / "compile_packed_kernels.py"
-# Compute capabilities of 8.0 to 8.9 are compiled for alike, and the last two have less memory.
-SOME = (86, 90)
-EACH = (80, 86, 89, 90, 120)
-# Groups of kernels (`compile_packed_kernels.KERNELS`), and for which GPUs they are compiled.
-GROUPS = {"unpack": EACH, "decode": SOME}
-# What is known to spill, or to want more shared memory than there is.
-TOO_LARGE = {"decode": "packed_project_kernel is too large for 40 rows of 3 and 4 bits"}
+SUPPORT = Path(__file__).parents[1] / "support"
+# Groups of kernels (`compile_packed_kernels.KERNELS`), compute capabilities, and ways to hold
+# weights; none: all of them. Of 8.0 to 8.9 the last two have the least memory.
+CASES = [
+    *(("unpack", arch, ()) for arch in (80, 86, 89, 90, 120)),
+    *(("prefill", arch, ("3 bits", "4 bits, zeros", "8 bits")) for arch in (80, 86, 89, 90, 120)),
+    ("decode", 86, ("3 bits", "8 bits")),  # the preset for cards of 24 GB
+    ("decode", 90, ("3 bits", "4 bits, zeros")),
+]
+# What is known to be too large.
+TOO_LARGE = {"decode": "packed_project_kernel for 40 rows spills, and wants more than 99 KiB"}
 
 
-def cases():
-    for group, arches in GROUPS.items():
-        marks = []
-        if group in TOO_LARGE:
-            reason = TOO_LARGE[group]
-            marks = [pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True)]
-        for arch in arches:
-            yield pytest.param(group, arch, marks=marks, id=f"{group}-{arch}")
-
-
-@pytest.mark.parametrize(("group", "arch"), list(cases()))
-def test_nothing_spills(group, arch, tmp_path):
-    """A kernel that spills keeps in memory what it meant to keep in registers."""
+@pytest.mark.parametrize(
+    ("group", "arch", "schemes"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1]}",
+            marks=[pytest.mark.xfail(reason=why, raises=AssertionError, strict=True)]
+            if (why := TOO_LARGE.get(case[0]))
+            else [],
+        )
+        for case in CASES
+    ],
+)
+def test_kernels_fit(group, arch, schemes, tmp_path):
+    """A kernel that spills keeps in memory what it meant to keep in registers; one that wants more
+    shared memory than there is cannot be launched."""
     from compiling import SHARED_BYTES
 
+    command = [sys.executable, SUPPORT / "compile_packed_kernels.py", str(arch), group, *schemes]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    found = commands.run([SCRIPT, arch, group], env=environment)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
     if found.returncode:  # which is never expected
         pytest.fail(found.stdout + found.stderr)
     lines = [json.loads(line) for line in found.stdout.splitlines()]

@@ -1,9 +1,9 @@
 """Compile the kernels of packed weights for one kind of GPU without having one.
 
-    python tests/support/compile_packed_kernels.py 90 unpack decode
+    python tests/support/compile_packed_kernels.py 90 decode "3 bits" "8 bits"
 
 A line of JSON for each compiled kernel says what it takes (`compiling.resources`). All are compiled
-with PTX of their own. A further kernel is an entry of `KERNELS`, and its name one of the test's
+with PTX of their own. A further kernel is a line of `KERNELS`, and its group a line of the test's
 (`tests/ops/test_packed_compile.py`).
 """
 
@@ -22,6 +22,7 @@ from kimi_linear.decode import few_rows, many_rows
 from kimi_linear.decode import packed as packed_step
 from kimi_linear.decode import step as decode_steps
 from kimi_linear.decode.recording import decode_step
+from kimi_linear.ops.experts import packed_kernels as packed_experts
 from kimi_linear.ops.packed import unpacking
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.schemes import Scheme
@@ -37,8 +38,6 @@ SCHEMES = {
     "float8 a row": Scheme(8, None, is_float=True),
     "float8 blocks": Scheme(8, 128, is_float=True, rows=128),
 }
-# Those whose decode steps are compiled, which takes longer.
-DECODED = ("3 bits", "4 bits, zeros")
 DTYPES = (torch.bfloat16, torch.float16)
 # Outputs and inputs of a matrix: the 48B model's, and one whose tiles and blocks are cut short.
 SIZES = ((2304, 2304), (40, 448))
@@ -55,8 +54,7 @@ def unpack(scheme: Scheme, dtype: torch.dtype) -> None:
 
 def decode(scheme: Scheme, dtype: torch.dtype) -> None:
     """A step for few rows and for more, of a model with these weights."""
-    is_known = any(SCHEMES[name] == scheme for name in DECODED)
-    if not is_known or dtype != torch.bfloat16:
+    if dtype != torch.bfloat16:  # which costs no less, and differs in few instructions
         return
     model = real_sizes()
     fill_with_packed(model, every_part(scheme, scheme), "cpu")
@@ -64,9 +62,21 @@ def decode(scheme: Scheme, dtype: torch.dtype) -> None:
         decode_step(model, num_rows, has_padding=False).run()
 
 
+def prefill(scheme: Scheme, dtype: torch.dtype) -> None:
+    """Both products of many tokens' experts."""
+    D, I, E, k = 2304, 1024, 16, 8  # noqa: E741
+    order, ends = torch.zeros(64 * k, dtype=torch.int64), torch.zeros(E, dtype=torch.int32)
+    weights = [
+        PackedWeights.empty(size, scheme, dtype, "cpu") for size in ((E, 2 * I, D), (E, D, I))
+    ]
+    packed_experts.gate_up(torch.zeros(64, D, dtype=dtype), order, ends, weights[0], k)
+    packed_experts.down(torch.zeros(64 * k, I, dtype=dtype), order, ends, weights[1])
+
+
 # By group: module, names of its kernels, and what launches them for a scheme and a dtype.
 KERNELS: dict[str, tuple[Any, list[str], Callable[[Scheme, torch.dtype], Any]]] = {
     "unpack": (unpacking, ["_unpack"], unpack),
+    "prefill": (packed_experts, ["_packed_gate_up", "_packed_down"], prefill),
     "decode": (
         packed_step,
         ["packed_project_kernel", "packed_in_kernel", "packed_out_kernel"],
@@ -86,20 +96,21 @@ def skip_other_kernels(arch: int) -> None:
 
 
 @torch.no_grad()
-def main(arch: int, groups: list[str]) -> None:
+def main(arch: int, group: str, names: list[str]) -> None:
+    """Compile a group of kernels for the schemes of these names, or all."""
     Target(arch)
     skip_other_kernels(arch)
-    for module, names, launch in (KERNELS[group] for group in groups):
-        kernels = replace_kernels(module, names)
-        module.has_asm = lambda *_: True  # as on CUDA, though tensors are on a CPU
-        for (title, scheme), dtype in itertools.product(SCHEMES.items(), DTYPES):
-            launch(scheme, dtype)
-            case = {"arch": arch, "scheme": title, "dtype": str(dtype)[6:]}
-            for name, kernel in zip(names, kernels, strict=True):
-                for compiled in {each.hash: each for each in kernel.compiled}.values():
-                    print(json.dumps({"kernel": name, **case, **resources(compiled)}), flush=True)
-                kernel.compiled.clear()
+    unpacking.has_asm = lambda *_: True  # as on CUDA, though tensors are on a CPU
+    module, kernel_names, launch = KERNELS[group]
+    kernels = replace_kernels(module, kernel_names)
+    for title, dtype in itertools.product(names or SCHEMES, DTYPES):
+        launch(SCHEMES[title], dtype)
+        case = {"arch": arch, "scheme": title, "dtype": str(dtype)[6:]}
+        for name, kernel in zip(kernel_names, kernels, strict=True):
+            for compiled in {each.hash: each for each in kernel.compiled}.values():
+                print(json.dumps({"kernel": name, **case, **resources(compiled)}), flush=True)
+            kernel.compiled.clear()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
