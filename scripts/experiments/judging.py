@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring.packed import packed_parameters
 from texts.evaluation import IGNORED, filled_batches, windows
 from torch import Tensor, nn
 
 from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
-from kimi_linear.ops.packed.rounding import quantize
+from kimi_linear.quantization.packing import quantize_model
 
 BATCH_TOKENS = 16384
 
@@ -88,9 +87,4 @@ def _log_probabilities(model: Any, inputs: Tensor, is_scored: Tensor) -> Tensor:
 def packed_model(model: nn.Module, quantization: KimiLinearQuantizationConfig) -> Any:
     """A model with packed weights, quantised without data; all others are the model's own."""
     shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
-    made = copy.deepcopy(model, shared)
-    for full_name, module, scheme in list(packed_parameters(made, quantization)):
-        name = full_name.rpartition(".")[2]
-        packed = quantize(getattr(module, name).data, scheme, full_name)
-        setattr(module, name, nn.Parameter(packed, requires_grad=False))
-    return made
+    return quantize_model(copy.deepcopy(model, shared), quantization)

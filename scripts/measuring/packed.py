@@ -1,7 +1,6 @@
 """Models whose weights are packed, of random numbers: made on a device without 16-bit copies."""
 
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
 from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.quantization.packing import check_places, packed_places
 from kimi_linear.schemes import Scheme
 
 # Of each byte of float8 codes all but the highest bit of the exponent: numbers below 2, no NaN.
@@ -17,33 +17,19 @@ FLOAT8_MASK = -0x40404041
 SPREAD = (0.75, 1.25)
 
 
-def packed_parameters(
-    model: nn.Module, quantization: KimiLinearQuantizationConfig
-) -> Iterator[tuple[str, nn.Module, Scheme]]:
-    """Name, module and scheme of each parameter that is packed.
+def put_packed(
+    model: Any, quantization: KimiLinearQuantizationConfig, device: Any = "meta"
+) -> None:
+    """Put packed weights that are not set in the place of all that are packed, one by one.
 
     Raises:
         ValueError: If groups do not divide the inputs of one.
     """
-    for module_name, module in model.named_modules():
-        scheme = quantization.scheme_of(module_name)
-        if scheme is None:
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1:
-                scheme.check_size(f"{module_name}.{name}", parameter.shape[-1])
-                yield f"{module_name}.{name}", module, scheme
-
-
-def put_packed(
-    model: nn.Module, quantization: KimiLinearQuantizationConfig, device: Any = "meta"
-) -> None:
-    """Put packed weights that are not set in the place of all that are packed, one by one."""
-    for full_name, module, scheme in list(packed_parameters(model, quantization)):
-        name = full_name.rpartition(".")[2]
-        old = getattr(module, name)
-        empty = PackedWeights.empty(tuple(old.shape), scheme, old.dtype, device)
-        setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    check_places(model, quantization)
+    for place in list(packed_places(model, quantization)):
+        old = place.weights
+        empty = PackedWeights.empty(tuple(old.shape), place.scheme, old.dtype, device)
+        setattr(place.module, place.attribute, nn.Parameter(empty, requires_grad=False))
 
 
 def fill_packed(name: str, weights: PackedWeights, std: float) -> None:

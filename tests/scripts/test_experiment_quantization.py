@@ -15,13 +15,13 @@ from experiments.judging import Judge, packed_model
 from experiments.slices import Recipe, SlicedTraining, load_trained, save_trained
 from experiments.sources import Sources, positions_of
 from measuring.forms import quantization
-from measuring.packed import packed_parameters
 from one_thread import one_thread  # noqa: F401
 from texts.corpus import first_bytes, installed_packages
 from texts.evaluation import bits_per_byte
 
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.quantization.packing import check_places, packed_places
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -219,7 +219,7 @@ def test_calibration_brings_predictions_nearer(sources: Sources, model: Any) -> 
     assert found is not None
     made = copy.deepcopy(model).requires_grad_(False)
     calibrate_model(made, sources.rows(8, 256, seed=1), found)
-    names = {name for name, _, _ in packed_parameters(model, found)}
+    names = {place.name for place in packed_places(model, found)}
     packed = {n for n, each in made.named_parameters() if isinstance(each, PackedWeights)}
     assert packed == names
     without_data = judge.figures(packed_model(model, found))["kl"]
@@ -240,7 +240,8 @@ def test_every_form_fits_the_model_that_is_trained() -> None:
     assert 1.0e9 < empty.num_parameters() < 1.3e9
     for form in itertools.chain(*SECTIONS.values()):
         held = quantization(form)
-        assert form == "none" or list(packed_parameters(empty, held)), form
+        if held is not None:
+            check_places(empty, held)
 
 
 def test_a_run_in_slices(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
