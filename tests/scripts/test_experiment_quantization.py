@@ -282,6 +282,22 @@ def test_what_there_is_no_time_for_is_left_to_the_next_call(
     assert lines[-1]["is_done"] is False
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size that all forms fit."""
+    forms = ("none", "24gb", "fp8", everything("8/64"))
+    sections = {"main": forms, "calibrated": forms[1:2]}
+    monkeypatch.setattr(experiment_quantization, "SECTIONS", sections)
+    options = {**SMALL, "device": "cuda", "preset": "20m", "expert_width": 128}
+    options |= {"corpus": str(corpus), "folder": str(tmp_path), "sections": tuple(sections)}
+    experiment_quantization.main(**options, time_limit=1e-6)
+    lines = experiment_quantization.main(**options)
+    found = [line for line in lines if line["event"] == "quality"]
+    assert [line for line in found if "error" in line] == []
+    assert [line["form"] for line in found] == [*forms, "24gb"]
+    assert found[0]["kl"] < found[3]["kl"] < found[1]["kl"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
