@@ -37,12 +37,13 @@ from kimi_linear.configuration_rules import (
 )
 from kimi_linear.presets import PRESETS
 from kimi_linear.upstream.remote_code import SavesCode
+from kimi_linear.upstream.stored import ReadsStored
 
 LAYER_TYPES = ("linear_attention", "full_attention")  # KDA and MLA
 LINEAR_ATTN_SIZES = {"head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4}
 
 
-class KimiLinearConfig(SavesCode, PreTrainedConfig):
+class KimiLinearConfig(SavesCode, ReadsStored, PreTrainedConfig):
     """Configuration of a Kimi Linear model.
 
     Args:

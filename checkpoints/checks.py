@@ -23,6 +23,7 @@ def check_checkpoint(
     *,
     optional: tuple[str, ...] = (),
     may_lack: bool = False,
+    matrices: Iterable[Any] = (),
 ) -> None:
     """Compare safetensors files with the model before anything is loaded.
 
@@ -31,6 +32,7 @@ def check_checkpoint(
         model: The model, possibly on the meta device.
         optional: Prefixes of model names that a checkpoint may lack (new task heads).
         may_lack: Whether tensors may be missing; those that are there are still checked.
+        matrices: Those that are quantised (`packed_parts.py`), which have been checked.
 
     Raises:
         CheckpointError: If a tensor is missing, has another shape, or is no floating-point one; the
@@ -42,13 +44,20 @@ def check_checkpoint(
     prefix = model.base_model_prefix
     seen: set[str] = set()
     names: list[str] = []
+    taken: set[str] = set()
+    for matrix in matrices:
+        taken.update(matrix.names())
+        names.append(f"{matrix.stem}.weight")
+        seen.add(own_name(names[-1], expected, prefix) or "")
     for path in files:
         for name, block in read_blocks(path).items():
             shape = block.shape
+            if name in taken:
+                continue
             names.append(name)
             own = own_name(name, expected, prefix) or own_name(name, fused, prefix)
             if own is None:
-                _check_expert(path, name, fused, prefix)
+                check_expert(path, name, fused, prefix)
                 continue
             if not block.dtype.startswith(("F", "BF")):
                 raise CheckpointError(
@@ -73,7 +82,7 @@ def check_checkpoint(
         )
 
 
-def _check_expert(path: str, name: str, fused: dict[str, Any], base_prefix: str) -> None:
+def check_expert(path: str, name: str, fused: dict[str, Any], base_prefix: str) -> None:
     """An expert that the model has no place for, in a layer where it has experts, is an error."""
     matrix = ExpertMatrix.from_name(name)
     own = matrix and own_name(matrix.fused_name, fused, base_prefix)

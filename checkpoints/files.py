@@ -104,6 +104,10 @@ class StoredTensor:
     ) -> None:
         self.blocks, self.shape, self.dtype = blocks, shape, dtype
 
+    def get_dtype(self) -> str:
+        """The dtype as safetensors names it, which Transformers' loader asks for."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
     def __getitem__(self, index: Any) -> Tensor:
         """The tensor [`shape`] on the CPU in `dtype`, or the part of it that `index` picks.
 
@@ -120,17 +124,21 @@ class StoredTensor:
                 count = block.size // DTYPES[block.dtype].itemsize
                 part = flat[position : position + count]
                 if DTYPES[block.dtype] == self.dtype:
-                    _read_into(files[block.path], block, part)
+                    read_into(files[block.path], block, part)
                 else:
                     staged = torch.empty(count, dtype=DTYPES[block.dtype], device="cpu")
-                    _read_into(files[block.path], block, staged)
+                    read_into(files[block.path], block, staged)
                     part.copy_(staged)
                 position += count
         return out[index]
 
 
-def _read_into(file: Any, block: StoredBlock, target: Tensor) -> None:
-    """Fill `target`, which is contiguous, with the block's bytes."""
+def read_into(file: Any, block: StoredBlock, target: Tensor) -> None:
+    """Fill `target`, which is flat, with the block's bytes.
+
+    Raises:
+        OSError: If the file has become shorter.
+    """
     if block.size == 0:
         return
     # `numpy()` would forbid the memory to be freed before its last tensor is (`quantization/`)
@@ -163,6 +171,11 @@ def stored_tensors(files: list[str], model: PreTrainedModel) -> dict[str, Stored
         blocks |= read_blocks(path)
     if any(block.dtype not in DTYPES for block in blocks.values()):
         return None
+    return tensors_of(blocks, model)
+
+
+def tensors_of(blocks: dict[str, StoredBlock], model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """As `stored_tensors`, of tensors that were found in files; takes experts out of `blocks`."""
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     fused = {
         name: ([blocks.pop(part) for part in parts], shape)

@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 
 from kimi_linear.checkpoints.checks import check_checkpoint, check_inside
 from kimi_linear.checkpoints.files import read_header
+from kimi_linear.checkpoints.packed_config import stored_schemes
+from kimi_linear.checkpoints.packed_files import read_packed
+from kimi_linear.upstream.stored import entry_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,7 +44,9 @@ def check_weights(folder: Path, model: PreTrainedModel) -> dict[str, tuple[int, 
         found |= dict.fromkeys(header, name)
     if places is not None:
         _check_index(folder / INDEX, places, found)
-    check_checkpoint([str(folder / name) for name in names], model)
+    paths, entry = [str(folder / name) for name in names], entry_of(model.config)
+    matrices = [] if entry is None else read_packed(paths, model, stored_schemes(entry))[1]
+    check_checkpoint(paths, model, matrices=matrices)
     return shapes
 
 

@@ -13,11 +13,15 @@ from kimi_linear.checkpoints.experts import register_conversion, take_matrices_i
 from kimi_linear.checkpoints.files import StoredTensor, stored_tensors
 from kimi_linear.checkpoints.live_weights import write_weights
 from kimi_linear.checkpoints.names import other_spellings
+from kimi_linear.checkpoints.packed_config import stored_schemes
+from kimi_linear.checkpoints.packed_files import element_size, read_packed
+from kimi_linear.checkpoints.packed_saving import entry_of_state, stored_state
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.configuration_quantization import QUANT_METHOD
 from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention, KimiLinearShortConv
 from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
+from kimi_linear.ops.experts.quantized import QuantizedExperts
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.parallel.decay_sharding import decays_apart
 from kimi_linear.parallel.router_bias import carry_router_biases
@@ -39,7 +43,8 @@ from kimi_linear.upstream.models import (
     is_quantized,
     save_by_registered_names,
 )
-from kimi_linear.upstream.quantizers import quantization_name, register
+from kimi_linear.upstream.quantizers import given_state, quantization_name, register
+from kimi_linear.upstream.stored import READ, STORED, is_described
 
 BACKBONE = "KimiLinearBackbone"
 AUTO_MAP = {
@@ -128,25 +133,57 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
         package `flat_copy.py`'s, of a model loaded with `trust_remote_code=True` its own files
         (`upstream/remote_code.py`).
 
+        Packed weights are written as compressed-tensors' formats hold them (`packed.py`), and
+        `config.json` says so; of copies, one shard's are in memory.
+
         Raises:
-            ValueError: For a model whose weights are quantised; its adapters can be saved.
+            ValueError: For a model that bitsandbytes has quantised; its adapters can be saved. For
+                blocks of float8 that belong to two matrices.
         """
-        if has_quantized(self, PackedWeights) and not has_own_adapters(self):
-            raise ValueError(
-                "a model with packed weights cannot be saved: save its adapters, or the wide model "
-                "that dequantize() makes"
-            )
-        if has_quantized(self) and not has_own_adapters(self):
+        if has_quantized(self, QuantizedExperts) and not has_own_adapters(self):
             raise ValueError(
                 "a model with quantised experts cannot be saved: bitsandbytes' layout has no place "
                 "for them; save its adapters, and merge them into the model without quantisation, "
                 "or save the wide model that dequantize() makes"
             )
         self.config.auto_map = dict(AUTO_MAP)
-        if not is_quantized(self):
+        if not is_quantized(self) or has_quantized(self, PackedWeights):
             save_by_registered_names(self)
-        with _named_as_written(type(self)):
+        given = args[2] if len(args) > 2 else kwargs.get("state_dict")
+        with _named_as_written(type(self)), self._described(given):
             return super().save_pretrained(*args, **kwargs)
+
+    @contextmanager
+    def _described(self, given: dict[str, Tensor] | None) -> Iterator[None]:
+        """Within, the configuration says how the weights that are saved are held.
+
+        Args:
+            given: `save_pretrained(state_dict=...)`.
+        """
+        state = given
+        if state is None:
+            state = self.state_dict() if has_quantized(self, PackedWeights) else {}
+        entry, before = entry_of_state(state), vars(self.config).get("quantization_config")
+        if entry is None and not is_described(before):
+            yield
+            return
+        token = given_state.set(given)
+        try:
+            if entry is not None:
+                self.config.quantization_config = entry
+            elif before is not None:
+                del self.config.quantization_config
+            yield
+        finally:
+            given_state.reset(token)
+            self.config.quantization_config = before
+            if before is None:
+                del self.config.quantization_config
+
+    def stored_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of packed weights what files have."""
+        tied = self.all_tied_weights_keys if self.config.tie_word_embeddings else {}
+        return stored_state(state_dict, tied)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of parameters and buffers; of packed weights and quantised experts, of what holds
@@ -219,9 +256,14 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
             return super().read_checkpoint(loading)
         state_dict, files = loading.state_dict, loading.files
         check_inside(self.name_or_path, files)
+        if quantization_name(loading.quantization) == STORED:
+            return self._read_packed(loading)
         packs = quantization_name(loading.quantization) == QUANT_METHOD
         if packs and loading.is_quantized_file:
-            raise ValueError(f"{self.name_or_path}: packed weights cannot be read")
+            raise ValueError(
+                f"{self.name_or_path}: quant_method={QUANT_METHOD!r} is not allowed in a "
+                f"checkpoint: it must be one of {', '.join(READ)}, as save_pretrained writes it"
+            )
         is_plain = loading.is_plain or packs
         if state_dict is None and is_plain and files and files[0].endswith(".safetensors"):
             if not loading.ignores_shapes:
@@ -237,6 +279,24 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
             packing_arrivals(self, loading.quantization, frees=frees),
         ):
             return loading.read(state_dict, other_spellings())
+
+    def _read_packed(self, loading: Loading) -> Any:
+        """Read a checkpoint that is quantised, packed as it is."""
+        files = loading.files
+        if loading.state_dict is not None or not all(f.endswith(".safetensors") for f in files):
+            raise ValueError(
+                f"{self.name_or_path}: quantised weights are read from safetensors files only"
+            )
+        schemes = stored_schemes(loading.quantization.stored)
+        tensors, matrices = read_packed(files, self, schemes)
+        if not loading.ignores_shapes:
+            optional, may_lack = self._new_heads, loading.is_reported
+            check_checkpoint(files, self, optional=optional, may_lack=may_lack, matrices=matrices)
+        return loading.read(tensors, other_spellings())
+
+    def stored_element_size(self, stored: dict[str, Any], name: str, parameter: Tensor) -> Any:
+        """Bytes that a number of a parameter takes in a checkpoint with the entry `stored`."""
+        return element_size(stored_schemes(stored), name, parameter)
 
 
 @contextmanager

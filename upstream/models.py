@@ -1,7 +1,7 @@
 """How `from_pretrained` loads and divides a model, and how `save_pretrained` writes it.
 
 `PreTrainedModelHooks` overrides the undocumented methods; the model's base class fills in
-`read_checkpoint`, `prepared_for_fsdp` and `joined_state`.
+`read_checkpoint`, `prepared_for_fsdp`, `joined_state` and `stored_state`.
 """
 
 import functools
@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kimi_linear.upstream.interfaces import ALL_PARALLEL_STYLES
 from kimi_linear.upstream.quantizers import check_quantized_once
+from kimi_linear.upstream.stored import wrapping_stored
 
 
 def has_own_adapters(model: Any) -> bool:
@@ -100,7 +101,8 @@ class PreTrainedModelHooks(PreTrainedModel):
         check_quantized_once(path, kwargs)
         token = _is_reported.set(bool(kwargs.get("output_loading_info")))
         try:
-            return super().from_pretrained(*args, **kwargs)
+            with wrapping_stored(kwargs):
+                return super().from_pretrained(*args, **kwargs)
         finally:
             _is_reported.reset(token)
 
@@ -192,7 +194,11 @@ class PreTrainedModelHooks(PreTrainedModel):
         state = self.joined_state(state_dict)
         state = super().gather_sharded_state_dict_for_save(model_to_save, state, *args, **kwargs)
         tied = {} if self._device_mesh is None else self.all_tied_weights_keys
-        return {name: x for name, x in state.items() if name not in tied}
+        return self.stored_state({name: x for name, x in state.items() if name not in tied})
+
+    def stored_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is written in the place of tensors; the model's class says what that is."""
+        return state_dict
 
     def joined_state(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put together what Transformers cannot; the model's class says what that is."""

@@ -6,6 +6,7 @@ and code beside weights register in one process, and the quantiser of one serves
 """
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.quantizers.auto import (
 )
 
 from kimi_linear.configuration_quantization import QUANT_METHOD, KimiLinearQuantizationConfig
+from kimi_linear.upstream.stored import STORED, StoredQuantization
 
 # Arguments of `from_pretrained` that say where a configuration is.
 PLACES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -61,6 +63,10 @@ class KimiLinearQuantizer(HfQuantizer):
             return param.element_size()
         return scheme.bits_per_weight(8 * param.element_size()) / 8
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict]:
+        """What `save_pretrained(state_dict=...)` was given, which it replaces by this."""
+        return given_state.get(), {}
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not hasattr(model, "check_quantization"):
             raise ValueError(
@@ -78,13 +84,34 @@ class KimiLinearQuantizer(HfQuantizer):
         return model  # its own `dequantize` does it
 
 
+class StoredQuantizer(KimiLinearQuantizer):
+    """Of checkpoints that are quantised already, which the model's class reads."""
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        return model.stored_element_size(self.quantization_config.stored, param_name, param)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Nothing: files are checked when they are read."""
+
+
+# What `save_pretrained(state_dict=...)` is given.
+given_state: ContextVar[dict[str, Tensor] | None] = ContextVar(
+    "kimi_linear_given_state", default=None
+)
+
+
 def register() -> None:
     """Make `quantization_config=` take this package's configuration, as an object, a dict, or a
     checkpoint's. Another copy of this code may have registered before."""
-    for registered in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
-        registered.pop(QUANT_METHOD, None)
-    register_quantization_config(QUANT_METHOD)(KimiLinearQuantizationConfig)
-    register_quantizer(QUANT_METHOD)(KimiLinearQuantizer)
+    pairs = {
+        QUANT_METHOD: (KimiLinearQuantizationConfig, KimiLinearQuantizer),
+        STORED: (StoredQuantization, StoredQuantizer),
+    }
+    for method, (config, quantizer) in pairs.items():
+        for registered in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+            registered.pop(method, None)
+        register_quantization_config(method)(config)
+        register_quantizer(method)(quantizer)
 
 
 def quantization_name(config: Any) -> str | None:
