@@ -34,12 +34,13 @@ def to_words(codes: Tensor, bits: int) -> Tensor:
         found = torch.stack([(joined >> (8 * i)).to(torch.uint8) for i in range(bits)], dim=-1)
     found, size = found.flatten(1), num_words(codes.shape[1], bits) * WORD_BYTES
     found = F.pad(found[:, :size], (0, max(0, size - found.shape[1])))
-    return found.contiguous().view(torch.int32)
+    return found.flatten().view(torch.int32).view(len(codes), -1)
 
 
 def from_words(words: Tensor, bits: int, num_codes: int) -> Tensor:
     """int32 [N, ceil(K B / 32)] to codes uint8 [N, K = `num_codes`]."""
-    found = words.contiguous().view(torch.uint8)
+    # flat: rows of one word may have any stride
+    found = words.flatten().contiguous().view(torch.uint8).view(len(words), -1)
     size = ceil_div(num_codes, 8) * bits
     found = F.pad(found, (0, max(0, size - found.shape[1])))[:, :size]
     if bits == 8:

@@ -12,6 +12,9 @@ from kimi_linear.checkpoints.experts import ExpertMatrix, split_names
 from kimi_linear.checkpoints.files import read_blocks
 from kimi_linear.checkpoints.names import official_shapes, own_name, some
 
+# What stands beside a quantised weight, whose numbers are not the model's.
+SCALES = ("_scale", "_scale_inv")
+
 
 class CheckpointError(ValueError, RuntimeError):
     """Weights that do not fit the model. Transformers raises RuntimeError there."""
@@ -50,7 +53,8 @@ def check_checkpoint(
         names.append(f"{matrix.stem}.weight")
         seen.add(own_name(names[-1], expected, prefix) or "")
     for path in files:
-        for name, block in read_blocks(path).items():
+        blocks = read_blocks(path)
+        for name, block in blocks.items():
             shape = block.shape
             if name in taken:
                 continue
@@ -62,6 +66,11 @@ def check_checkpoint(
             if not block.dtype.startswith(("F", "BF")):
                 raise CheckpointError(
                     f"{path}: tensor {name} is in {block.dtype}, the model needs floating point"
+                )
+            if any(f"{name}{end}" in blocks for end in SCALES):
+                raise CheckpointError(
+                    f"{path}: tensor {name} is in {block.dtype} with a scale, which needs a "
+                    "quantization_config in config.json that says what it stands for"
                 )
             needed = expected.get(own) or fused[own]
             if shape != needed:

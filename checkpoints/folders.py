@@ -25,7 +25,7 @@ def check_weights(folder: Path, model: PreTrainedModel) -> dict[str, tuple[int, 
         model: The model of its config, possibly on the meta device.
 
     Returns:
-        Shape by name, from the files' headers.
+        Shape by name, from the files' headers; of quantised matrices that of the weights.
 
     Raises:
         ValueError: A file or tensor is missing, is not listed, is truncated or has another shape.
@@ -47,6 +47,10 @@ def check_weights(folder: Path, model: PreTrainedModel) -> dict[str, tuple[int, 
     paths, entry = [str(folder / name) for name in names], entry_of(model.config)
     matrices = [] if entry is None else read_packed(paths, model, stored_schemes(entry))[1]
     check_checkpoint(paths, model, matrices=matrices)
+    for matrix in matrices:
+        for name in matrix.names():
+            del shapes[name]
+        shapes[f"{matrix.stem}.weight"] = matrix.shape
     return shapes
 
 

@@ -38,6 +38,7 @@ FLOAT8 = torch.float8_e4m3fn
 LINEAR_PARTS = ("experts", "shared_experts", "attention")
 FORMATS = {False: "pack-quantized", True: "float-quantized"}
 _PART_ORDER = [*PARTS, None]
+_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,23 @@ def entries(name: str, weights: PackedWeights, *, is_fp8: bool = False) -> Itera
     if weights.dim() == 2:
         yield from _of_matrix(names[0], tuple(weights.shape), weights, lambda: weights, is_fp8)
         return
+    check_matrices(name, weights)
     num_kinds = len(names) // len(weights)
-    rows, shared = weights.shape[1] // num_kinds, weights.scheme.rows
-    if num_kinds > 1 and rows % shared:
-        raise ValueError(
-            f"{name}: rows={shared} is not allowed: it must divide the {rows} rows of each of the "
-            f"{num_kinds} matrices that an expert has there"
-        )
+    rows = weights.shape[1] // num_kinds
     for i, official in enumerate(names):
         make = partial(_part, weights, i // num_kinds, i % num_kinds * rows, rows)
         yield from _of_matrix(official, (rows, weights.shape[2]), weights, make, is_fp8)
+
+
+def check_matrices(name: str, weights: PackedWeights) -> None:
+    """See `packed_entries`, which raises this ValueError."""
+    num_kinds, shared = len(FUSED.get(name.rpartition(".")[2], ())), weights.scheme.rows
+    if weights.dim() == 3 and num_kinds > 1 and weights.shape[1] // num_kinds % shared:
+        raise ValueError(
+            f"{name}: rows={shared} is not allowed: it must divide the "
+            f"{weights.shape[1] // num_kinds} rows of each of the {num_kinds} matrices that an "
+            "expert has there"
+        )
 
 
 def _part(weights: PackedWeights, expert: int, start: int, num_rows: int) -> PackedWeights:
@@ -121,13 +129,23 @@ def _of_matrix(
         bits, words = scheme.bits, (rows, num_words(num_inputs, scheme.bits))
         packed = f"{stem}.weight_packed"
         yield Entry(packed, words, torch.int32, lambda: to_words(make().codes(), bits))
-    name, sizes = f"{stem}.weight_scale{'_inv' * is_fp8}", (scale_rows, groups)
-    yield Entry(name, sizes, like.scale.dtype, lambda: _by_row(make().scales(), scheme, scale_rows))
+    name, sizes, kind = (
+        f"{stem}.weight_scale{'_inv' * is_fp8}",
+        (scale_rows, groups),
+        _kind_of(like),
+    )
+    yield Entry(name, sizes, kind, lambda: _by_row(make().scales(), scheme, scale_rows).to(kind))
     if not scheme.is_float:
         yield Entry(f"{stem}.weight_shape", (2,), torch.int64, lambda: torch.tensor(shape))
     if like.zero is not None:
         words = (num_words(rows, scheme.bits), groups)
         yield Entry(f"{stem}.weight_zero_point", words, torch.int32, lambda: _zeros(make(), rows))
+
+
+def _kind_of(weights: PackedWeights) -> torch.dtype:
+    """The dtype of scales in files: the weights', if no scale is rounded in it."""
+    held, wanted = weights.scale.dtype, weights.dtype
+    return wanted if torch.promote_types(held, wanted) == wanted else held
 
 
 def _float8(matrix: PackedWeights) -> Tensor:
@@ -316,7 +334,7 @@ def _targets(names: list[str], held: dict[str, Scheme | None]) -> list[str]:
         stem, _, last = name.removesuffix(".*").rpartition(".")
         stem = stem.removesuffix(".*")
         parent = stem.rpartition(".")[2]
-        if ".layers." not in name:
+        if not _LAYER.search(name):
             prefix = name
         elif chosen.issuperset(kinds[_kind(name)]):
             prefix = rf"re:.*\.{parent}"
@@ -330,7 +348,7 @@ def _targets(names: list[str], held: dict[str, Scheme | None]) -> list[str]:
 
 def _kind(name: str) -> str:
     """A module's name without the layer's number."""
-    return re.sub(r"\.layers\.\d+\.", ".layers.", name)
+    return _LAYER.sub(".layers.", name)
 
 
 def _target(prefix: str, leaves: list[str]) -> str:

@@ -178,9 +178,9 @@ def _group(name: str, group: Any, whole_format: Any) -> Group | None:
     _check_targets(f"{field}.targets", group.get("targets"))
     scheme, is_per_tensor = _weights(f"{field}.weights", weights)
     own = group.get("format")
-    written = whole_format if own is None else own
+    is_whole = own is None and whole_format != MIXED
+    written, where = (whole_format, _named("format")) if is_whole else (own, f"{field}.format")
     allowed_formats = FORMATS_OF_FLOATS if scheme.is_float else (FORMATS[False],)
-    where = _named("format") if own is None and whole_format != MIXED else f"{field}.format"
     kind = "float8" if scheme.is_float else "integers"
     allowed = f"{' or '.join(map(repr, allowed_formats))} for {kind}"
     require(written in allowed_formats, where, written, allowed)

@@ -1,14 +1,14 @@
 """Packed weights read from safetensors files straight to their place.
 
 What the model holds in one tensor is a `StoredPacked`, which is read when Transformers' loader asks
-for it, on the device that it is meant for: some experts at a time, so that loading takes the memory
-of the packed model and little more.
+for it, on the device that it is meant for: some experts, or some rows, at a time, so that loading
+takes the memory of the packed model and little more.
 
 Shapes: M matrices, N outputs, K inputs, G groups of a row, R rows that share a scale, E experts.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,16 @@ from kimi_linear.checkpoints.bits import from_words
 from kimi_linear.checkpoints.checks import CheckpointError
 from kimi_linear.checkpoints.experts import FUSED, ExpertMatrix
 from kimi_linear.checkpoints.files import DTYPES, StoredBlock, read_blocks, tensors_of
-from kimi_linear.checkpoints.packed import part_of
+from kimi_linear.checkpoints.packed import LINEAR_PARTS, part_of
 from kimi_linear.checkpoints.packed_config import StoredSchemes
 from kimi_linear.checkpoints.packed_parts import OpenFiles, StoredMatrix, stored_matrices
+from kimi_linear.configuration_quantization import PARTS
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div
 from kimi_linear.schemes import Scheme
 
 # Codes that are read at once.
-PIECE = 1 << 24
+PIECE = 1 << 23
 
 
 class StoredPacked:
@@ -57,55 +58,75 @@ class StoredPacked:
 
     def to(self, device: Any = None, dtype: Any = None) -> nn.Parameter:
         """The parameter on a device, in the model's own dtype."""
-        device = device or "cpu"
+        dtype = self.dtype if self.is_kept else torch.float32
+        outer = self.shape if len(self.shape) == 3 else (1, *self.shape)
+        whole: Any = PackedWeights.empty(outer, self.scheme, dtype, device or "cpu")
         with OpenFiles() as files:
-            if not self.is_kept:  # the model computes with it in 16 bits
-                wide = self._read(files, self.matrices, device, torch.float32).dequantized()
-                return nn.Parameter(wide[0].to(self.dtype))
-            if len(self.shape) == 2:
-                packed: Any = self._read(files, self.matrices, device, self.dtype)
-                return nn.Parameter(packed[0], requires_grad=False)
-            whole = PackedWeights.empty(self.shape, self.scheme, self.dtype, device)
-            step = max(1, PIECE // (self.shape[1] * self.shape[2]))
-            for start in range(0, self.shape[0], step):
-                some = self.matrices[start * self.num_kinds : (start + step) * self.num_kinds]
-                part = self._read(files, some, device, self.dtype)
-                whole.fill(slice(start, start + len(part)), part)
+            for experts, rows in self._pieces(outer):
+                chosen = slice(experts.start * self.num_kinds, experts.stop * self.num_kinds)
+                piece = self._read(files, self.matrices[chosen], rows, whole.device, dtype)
+                whole.fill((experts, rows), piece)
+        whole = whole if len(self.shape) == 3 else whole[0]
+        if self.is_kept:
             return nn.Parameter(whole, requires_grad=False)
+        return nn.Parameter(whole.dequantized().to(self.dtype))  # computed with in 16 bits
+
+    def _pieces(self, shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+        """Experts and rows that are read at once: some experts, or some rows of a matrix."""
+        num_experts, num_rows, num_inputs = shape
+        step = max(1, PIECE // (num_rows * num_inputs))
+        shared = self.scheme.rows
+        is_matrix = len(self.shape) == 2
+        rows = max(1, PIECE // num_inputs // shared) * shared if is_matrix else num_rows
+        for expert in range(0, num_experts, step):
+            for row in range(0, num_rows, rows):
+                experts = slice(expert, min(expert + step, num_experts))
+                yield experts, slice(row, min(row + rows, num_rows))
 
     def _read(
-        self, files: OpenFiles, matrices: list[StoredMatrix], device: Any, dtype: torch.dtype
+        self,
+        files: OpenFiles,
+        matrices: list[StoredMatrix],
+        rows: slice,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> PackedWeights:
-        """Some of the matrices, [M / kinds, N kinds, K]."""
+        """Rows of some of the matrices, [M / kinds, N kinds, K]. There are several matrices, or
+        kinds, only with all of their rows."""
+        scheme, (num_rows, num_inputs) = matrices[0].scheme, matrices[0].shape
+        rows = rows if len(matrices) == 1 else slice(0, num_rows)
 
-        def stacked(part: str) -> Tensor:
-            read = [files.read(matrix.parts[part]) for matrix in matrices]
+        def stacked(part: str, chosen: slice | None = None) -> Tensor:
+            read = [files.read(matrix.parts[part], chosen) for matrix in matrices]
             return torch.stack(read).to(device)
 
-        scheme, (rows, num_inputs) = matrices[0].scheme, matrices[0].shape
         if scheme.is_float:
-            codes = stacked("weight").view(torch.uint8)
+            codes = stacked("weight", rows).view(torch.uint8)
         else:
-            words = stacked("weight_packed").flatten(0, 1)
-            codes = from_words(words, scheme.bits, num_inputs).unflatten(0, (-1, rows))
+            words = stacked("weight_packed", rows)
+            codes = from_words(words.flatten(0, 1), scheme.bits, num_inputs)
+            codes = codes.unflatten(0, words.shape[:2])
         name = next(part for part in matrices[0].parts if part.startswith("weight_scale"))
-        scale = stacked(name).to(dtype)
         if matrices[0].group.is_per_tensor:
-            scale = scale.view(-1, 1, 1).expand(-1, rows, 1)
+            scale = stacked(name).to(dtype).view(-1, 1, 1).expand(-1, codes.shape[1], 1)
+        else:
+            shared = slice(rows.start // scheme.rows, ceil_div(rows.stop, scheme.rows))
+            scale = stacked(name, shared).to(dtype)
+        if self.scheme.rows != scheme.rows:
+            finer = scale.repeat_interleave(scheme.rows // self.scheme.rows, dim=1)
+            scale = finer[:, : ceil_div(num_rows, self.scheme.rows)]
         zero = None
         if not scheme.is_symmetric:
             by_group = stacked("weight_zero_point").transpose(1, 2)  # [M, G, ceil(N bits / 32)]
-            zeros = from_words(by_group.flatten(0, 1), scheme.bits, rows)
-            zero = zeros.unflatten(0, (-1, by_group.shape[1])).transpose(1, 2)
-        if self.scheme.rows != scheme.rows:
-            finer = scale.repeat_interleave(scheme.rows // self.scheme.rows, dim=1)
-            scale = finer[:, : ceil_div(rows, self.scheme.rows)]
+            zeros = from_words(by_group.flatten(0, 1), scheme.bits, num_rows)
+            zeros = zeros.unflatten(0, by_group.shape[:2]).transpose(1, 2)
+            zero = self._joined(zeros[:, rows])
+        joined = self._joined(codes), self._joined(scale)
+        return PackedWeights.of_codes(*joined, zero, self.scheme, dtype)
 
-        def joined(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, self.num_kinds)).flatten(1, 2)
-
-        zero = zero if zero is None else joined(zero)
-        return PackedWeights.of_codes(joined(codes), joined(scale), zero, self.scheme, dtype)
+    def _joined(self, by_matrix: Tensor) -> Tensor:
+        """[M, N, ..] to [M / kinds, N kinds, ..]."""
+        return by_matrix.unflatten(0, (-1, self.num_kinds)).flatten(1, 2)
 
 
 class Unread:
@@ -194,7 +215,8 @@ def element_size(schemes: StoredSchemes, name: str, parameter: Tensor) -> float:
         kind = FUSED[name.rpartition(".")[2]][0]
         stem = f"{name.rpartition('.')[0]}.0.{kind}"
     group = schemes.group_of(stem) if is_experts or name.endswith(".weight") else None
-    if group is None or part_of(stem) is None or parameter.dim() < 2:
+    parts = LINEAR_PARTS if schemes.is_fp8 else PARTS
+    if group is None or part_of(stem) not in parts or parameter.dim() < 2:
         return parameter.element_size()
     return group.scheme.bits_per_weight(8 * parameter.element_size()) / 8
 

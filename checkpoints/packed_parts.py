@@ -76,8 +76,17 @@ class OpenFiles(ExitStack):
         super().__init__()
         self._files: dict[str, Any] = {}
 
-    def read(self, block: StoredBlock) -> Tensor:
-        """A tensor as it is stored, on the CPU."""
+    def read(self, block: StoredBlock, rows: slice | None = None) -> Tensor:
+        """A tensor as it is stored, or some of its rows, on the CPU."""
+        if rows is not None:
+            size = block.size // block.shape[0]
+            block = StoredBlock(
+                block.path,
+                block.start + rows.start * size,
+                (rows.stop - rows.start) * size,
+                block.dtype,
+                (rows.stop - rows.start, *block.shape[1:]),
+            )
         if block.path not in self._files:
             file = open(block.path, "rb", buffering=0)  # noqa: SIM115
             self._files[block.path] = self.enter_context(file)

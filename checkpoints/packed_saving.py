@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kimi_linear.checkpoints.packed import FP8, config_of, entries
+from kimi_linear.checkpoints.packed import FP8, check_matrices, config_of, entries
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.schemes import Scheme
 from kimi_linear.upstream.deferred import DeferredTensor
@@ -19,13 +19,19 @@ def entry_of_state(state: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns:
         None if none of them is packed.
+
+    Raises:
+        ValueError: If some cannot be written, see `packed_entries`.
     """
     if not any(isinstance(x, PackedWeights) for x in state.values()):
         return None
     schemes: dict[str, Scheme | None] = {}
     for name, x in state.items():
         stem, _, last = name.rpartition(".")
-        scheme = x.scheme if isinstance(x, PackedWeights) else None
+        scheme = None
+        if isinstance(x, PackedWeights):
+            check_matrices(name, x)
+            scheme = x.scheme
         if stem.endswith("experts") and last != "weight":
             schemes[name] = scheme
         elif last == "weight" and x.dim() == 2:

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from kimi_linear import KimiLinearConfig
+from kimi_linear.upstream.stored import entry_of
 
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
 EMBEDDING = "embed_tokens.weight"
@@ -207,6 +208,9 @@ def architecture_rows(
         rows[1] = (rows[1][0], f"{active:,}")
     if config.dtype is not None:
         rows.append(("Weights", str(config.dtype).removeprefix("torch.")))
+    entry = entry_of(config)
+    if entry is not None:
+        rows.append(("Quantised", str(entry.get("format", entry["quant_method"]))))
     return rows
 
 

@@ -5,7 +5,6 @@ The pushing process has the package, the loading one has not: there, all code co
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub import TOKEN, Hub
+from hub import Hub, environment, run
 from safetensors import safe_open
 
 from kimi_linear.checkpoints.flat_copy import package_code
@@ -164,32 +163,6 @@ class Published:
     def files(self, name: str) -> dict[str, bytes]:
         """A repository's files as the server stores them."""
         return self.server.files(*name.split("@"))
-
-
-def environment(server: Hub, home: Path, **more: str) -> dict[str, str]:
-    """An environment whose only Hub is `server`, with an empty cache."""
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))
-    }
-    return kept | {
-        "HF_ENDPOINT": server.endpoint,
-        "HF_HOME": str(home),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
-        **more,
-    }
-
-
-def run(command: list[str], env: dict[str, str], cwd: Path) -> str:
-    """Run Python; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, *command], env=env, cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

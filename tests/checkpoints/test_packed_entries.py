@@ -113,6 +113,19 @@ def test_compressed_tensors_reads_the_same_weights(scheme, dtype):
     assert torch.equal(read, weights.dequantized())
 
 
+def test_scales_are_in_the_weights_dtype():
+    """As a model has them that was made wider; what is narrower might lose them."""
+    weights = packed(Scheme(4, 32), 40, 192)
+    for dtype, expected in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ):
+        found = dict(packed_entries("lm_head.weight", weights.like(weights.device, dtype)))
+        assert found["lm_head.weight_scale"].dtype == expected
+        assert torch.equal(found["lm_head.weight_scale"].float(), weights.scales().float())
+
+
 @pytest.mark.skipif(compressed_tensors is None, reason="compressed-tensors is not installed")
 @by_scheme
 def test_compressed_tensors_reads_each_expert(scheme):

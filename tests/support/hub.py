@@ -8,11 +8,15 @@ It has no Xet: clients that push need HF_HUB_DISABLE_XET=1. All reading and writ
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
@@ -329,3 +333,32 @@ class _Handler(BaseHTTPRequestHandler):
         new = repo.add(branch, title, files)
         url = f"{self.hub.endpoint}/{name}/commit/{new.id}"
         return {"success": True, "commitOid": new.id, "commitUrl": url}
+
+
+# ---- processes that use it ----------------------------------------------------------------------
+
+
+def environment(server: Hub, home: Path, **more: str) -> dict[str, str]:
+    """An environment whose only Hub is `server`, with an empty cache."""
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))
+    }
+    return kept | {
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+        **more,
+    }
+
+
+def run(command: list[str], env: dict[str, str], cwd: Path) -> str:
+    """Run Python; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, *command], env=env, cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stdout

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.core
 
 METHODS = (
     "_dequantize",
+    "get_state_dict_and_metadata",
     "_process_model_after_weight_loading",
     "_process_model_before_weight_loading",
     "is_serializable",
