@@ -45,6 +45,26 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def resumable_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `atomic_folder`, but what was written before an error or a kill stays, and is there when
+    the same folder is asked for again.
+
+    Args:
+        final: Its folder must exist; older contents are replaced. A link is followed.
+
+    Yields:
+        A folder beside it, "_unfinished-...-to-resume".
+    """
+    final = Path(os.path.realpath(final))
+    recover(final)
+    draft = final.with_name(f"{UNFINISHED}-{final.name}-to-resume")
+    draft.mkdir(exist_ok=True)
+    yield draft
+    sync_folder(draft)
+    publish(draft, final)
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until all files of a folder are on the disk.
 

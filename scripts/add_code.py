@@ -28,20 +28,20 @@ from pathlib import Path
 
 from publishing.folder import (
     CONFIG,
+    check_output,
     check_weight_values,
     empty_model,
     make_config,
     read_architecture,
     read_config,
+    tokenizer_code,
 )
 
 from kimi_linear import PRESETS, KimiLinearConfig
 from kimi_linear.checkpoints.atomic import atomic_folder
-from kimi_linear.checkpoints.code_in_folder import class_names, code_files
 from kimi_linear.checkpoints.flat_copy import package_code, write_flat_copy
 from kimi_linear.checkpoints.folders import check_weights
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
-from kimi_linear.tokenizer.snapshot import read_json
 
 # Written in place, through a link, by save_pretrained and push_to_hub: always copied.
 REWRITTEN = (".json", ".jinja", ".md")
@@ -128,30 +128,11 @@ def _without_weights(target: Path, config: KimiLinearConfig) -> Path:
     return target
 
 
-def check_output(output: Path) -> None:
-    """Check that `output` can be written.
-
-    Raises:
-        ValueError: It is a file, or a folder with something in it.
-    """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output={output} is a file; allowed: a new or an empty folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output={output} is not empty; allowed: a new or an empty folder")
-
-
 def _is_kept(path: Path, snapshot: Path) -> bool:
     """Whether a file or folder of the snapshot belongs into the output."""
     if path.name in (CONFIG, ".git", ".cache", "__pycache__") or path.name in package_code():
         return False
-    return path.suffix != ".py" or path.name in _tokenizer_code(snapshot)
-
-
-def _tokenizer_code(snapshot: Path) -> set[str]:
-    """Python files that the tokenizer's `auto_map` names, and what they import."""
-    path = snapshot / "tokenizer_config.json"
-    names = class_names(path, read_json(path).get("auto_map") or {})
-    return code_files(snapshot, names, f"auto_map of {path}")
+    return path.suffix != ".py" or path.name in tokenizer_code(snapshot)
 
 
 def _place(path: Path, target: Path, *, copy: bool) -> None:

@@ -15,6 +15,7 @@ from kimi_linear.checkpoints.checks import check_finite
 from kimi_linear.checkpoints.code_in_folder import check_classes, class_names, code_files
 from kimi_linear.checkpoints.folders import INDEX, check_weights, read_object, weight_files
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
+from kimi_linear.tokenizer.snapshot import read_json
 from publishing.model_card import TASKS
 
 CONFIG = "config.json"
@@ -163,6 +164,25 @@ def check_tokenizer(folder: Path, config: KimiLinearConfig) -> set[str]:
             f"{config.vocab_size} of config.json"
         )
     return code
+
+
+def tokenizer_code(snapshot: Path) -> set[str]:
+    """Python files that the `auto_map` of a snapshot's tokenizer names, and what they import."""
+    path = snapshot / "tokenizer_config.json"
+    names = class_names(path, read_json(path).get("auto_map") or {})
+    return code_files(snapshot, names, f"auto_map of {path}")
+
+
+def check_output(output: Path) -> None:
+    """Check that `output` can be written.
+
+    Raises:
+        ValueError: It is a file, or a folder with something in it.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={output} is a file; allowed: a new or an empty folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"output={output} is not empty; allowed: a new or an empty folder")
 
 
 def _token_ids(file: Path) -> list[int]:

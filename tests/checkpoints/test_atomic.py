@@ -10,7 +10,7 @@ import pytest
 from builders import tiny_model
 
 from kimi_linear.checkpoints import atomic
-from kimi_linear.checkpoints.atomic import atomic_folder
+from kimi_linear.checkpoints.atomic import atomic_folder, resumable_folder
 
 pytestmark = pytest.mark.core
 
@@ -139,3 +139,15 @@ def test_atomic_folder(tmp_path):
     with atomic_folder(final) as draft:
         (draft / "x").write_text("new")
     assert names(tmp_path) == ["saved"] and (final / "x").read_text() == "new"
+
+
+def test_a_resumable_folder_keeps_what_was_written_before_an_error(tmp_path):
+    final = tmp_path / "folder"
+    with pytest.raises(RuntimeError), resumable_folder(final) as draft:
+        (draft / "a").write_text("1")
+        raise RuntimeError
+    assert not final.exists() and draft.name == "_unfinished-folder-to-resume"
+    with resumable_folder(final) as draft:
+        assert (draft / "a").read_text() == "1"
+        (draft / "b").write_text("2")
+    assert sorted(path.name for path in final.iterdir()) == ["a", "b"] and not draft.exists()
