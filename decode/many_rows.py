@@ -177,7 +177,7 @@ class ManyRowsStep(DecodeStep):
         projection.launch(x, self.branch_out[:, 0])
         self.to_add = self.branch_out
 
-    def _project_gates(self, i: int) -> Tensor:
+    def _project_gates(self, i: int) -> Tensor | None:
         projection = self.gate_projections[i]
         assert projection is not None
         projection.launch(self.projected, self.gates)

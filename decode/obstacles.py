@@ -151,14 +151,15 @@ def weight_obstacle(model: nn.Module) -> str:
             return f"{name} has a forward of its own"
     for name, parameter in model.named_parameters():
         wide = name.endswith(("A_log", "dt_bias"))
-        is_packed = isinstance(parameter, PackedWeights)
-        if type(parameter) is not nn.Parameter and not is_packed:
+        parts: list[torch.Tensor] = [parameter]
+        if isinstance(parameter, PackedWeights):
+            parts = list(parameter.parts().values())
+        elif type(parameter) is not nn.Parameter:
             return f"{name} is a {type(parameter).__name__}"
         if parameter.device != device:
             return f"{name} is on {parameter.device}, others are on {device}"
         if parameter.dtype != (torch.float32 if wide else dtype):
             return f"{name} is {parameter.dtype}, others are {dtype}"
-        parts = parameter.parts().values() if is_packed else (parameter,)
         if not all(part.is_contiguous() and part.data_ptr() % 16 == 0 for part in parts):
             return f"{name} is not contiguous from a multiple of 16 bytes"
     return ""

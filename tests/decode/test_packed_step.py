@@ -4,12 +4,13 @@ import pytest
 import torch
 from builders import token_ids
 from decode_models import DEVICES, check, decode_model, finish, prepared, small_grids  # noqa: F401
-from packed_models import every_part, pack_model
+from packed_models import every_part
 
 from kimi_linear import KimiLinearCache
 from kimi_linear.decode.obstacles import Snapshot, weight_obstacle
 from kimi_linear.decode.packed import PackedFewRowsStep, PackedManyRowsStep
 from kimi_linear.decode.recording import decode_step
+from kimi_linear.quantization.packing import pack_rest
 from kimi_linear.schemes import Scheme
 
 pytestmark = [
@@ -34,7 +35,7 @@ def packed_model(device, way, **fields):
     model = decode_model(device, **{**sizes, **fields})
     if way.schemes["attention"] is not None and way.schemes["attention"].group == 96:
         way = every_part(way.schemes["experts"])
-    pack_model(model, way)
+    pack_rest(model, way)
     return model
 
 
@@ -72,7 +73,7 @@ def test_all_rows_on_one_expert(num_rows, device):
 @torch.no_grad()
 def test_rows_beyond_a_tile_of_columns(device):
     model = packed_model(device, WAYS["8 bits, plain"])
-    pack_model(model, WAYS["plain, 8 bits"])
+    pack_rest(model, WAYS["plain, 8 bits"])
     step = decode_step(model, 70, has_padding=False)
     hidden = torch.randn(70, 96, device=model.device, dtype=model.dtype)
     step.hidden.copy_(hidden)
