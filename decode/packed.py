@@ -23,13 +23,14 @@ from kimi_linear.ops.runtime import ceil_div, power_of_two
 from kimi_linear.schemes import BLOCK
 
 # rows of a tile, warps and stages: of dense products whose outputs fill a GPU without parts, of
-# others, and of both expert products
+# others, of those with more than `FEW_COLUMNS` tokens, and of both expert products
 WHOLE = (32, 2, 5)
 CUT = (64, 2, 4)
+MANY = (64, 4, 2)
 EXPERTS_IN = (64, 2, 3)
 EXPERTS_OUT = (64, 2, 3)
 # columns of a tile: at least, and at most
-MIN_COLUMNS, MAX_COLUMNS = 8, 64
+MIN_COLUMNS, FEW_COLUMNS, MAX_COLUMNS = 8, 16, 64
 # parts into which inputs are cut, at most
 MAX_PARTS = 4
 # programs that keep a GPU of about 130 multiprocessors busy, and blocks that each has at least
@@ -78,7 +79,11 @@ class PackedProjection:
         self.has_plain = not all(isinstance(each, PackedWeights) for each in weights)
         blocks = ceil_div(self.size, BLOCK)
         is_whole = self.width >= PROGRAMS // 2 * WHOLE[0]
-        self.tile = WHOLE if is_whole and num_rows <= FEW_ROWS else CUT
+        self.columns = columns_of(num_rows)
+        if self.columns > FEW_COLUMNS:
+            self.tile = MANY
+        else:
+            self.tile = WHOLE if is_whole and num_rows <= FEW_ROWS else CUT
         self.parts = 1 if is_whole else parts_of(num_rows, self.size)
         self.tiles = self._tiles(weights)
         self.up_tiles = self.tiles if up is None else self._tiles((up,))
@@ -105,9 +110,8 @@ class PackedProjection:
         parts of the sum."""
         splits = out.shape[1] if out.dim() == 3 else 1
         rows, num_warps, num_stages = self.tile
-        columns = columns_of(self.num_rows)
         low, high, scale, zero = planes(self.packed)
-        grid = (self.tiles.shape[0], splits, ceil_div(self.num_rows * self.parts, columns))
+        grid = (self.tiles.shape[0], splits, ceil_div(self.num_rows * self.parts, self.columns))
         packed_project_kernel[grid](
             x,
             self.tiles,
@@ -124,7 +128,7 @@ class PackedProjection:
             K=self.size,
             SPLITS=splits,
             V=rows,
-            M=columns,
+            M=self.columns,
             PARTS=self.parts,
             IS_GATED=self.up is not None,
             HAS_PLAIN=self.has_plain,

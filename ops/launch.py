@@ -22,7 +22,7 @@ try:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 except ImportError:  # no triton, or one before 3.4
-    JITFunction = None
+    JITFunction = driver = None
 
 TENSORS = frozenset({Tensor, nn.Parameter})
 MAX_KERNELS = 1024  # remembered of one function: lengths of texts are among the values

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.experts.tiles import find_tile, tiles_of
-from kimi_linear.ops.launch import launch_directly
+from kimi_linear.ops.launch import driver, launch_directly
 from kimi_linear.ops.packed.kernels import add_products, block_values, load_scales, load_words
 from kimi_linear.ops.packed.unpacking import form, planes
 from kimi_linear.ops.runtime import ceil_div, jit, tl
 
-# outputs and rows of a tile, warps and stages
-GATE_UP_TILE = (128, 64, 4, 2)
-DOWN_TILE = (128, 64, 4, 2)
+# outputs and rows of a tile, warps and stages; the large ones are for Hopper's registers
+TILE, HOPPER_TILE, HOPPER_LARGE_TILE = (64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 4, 2)
+HOPPER = 90
 
 
 def gate_up(x: Tensor, order: Tensor, ends: Tensor, weight: Any, k: int) -> Tensor:
@@ -33,7 +33,9 @@ def gate_up(x: Tensor, order: Tensor, ends: Tensor, weight: Any, k: int) -> Tens
     Rows with an out-of-range expert are left uninitialised."""
     E, width, D = weight.shape
     out = x.new_empty(order.numel(), width // 2)
-    outputs, rows, num_warps, num_stages = GATE_UP_TILE
+    # both halves' sums take registers; what is taken apart in more steps leaves fewer of them
+    is_simple = weight.scheme.bits == 4 and weight.zero is None
+    outputs, rows, num_warps, num_stages = _tile(weight, _packed_gate_up, is_simple)
     grid = (tiles_of(order.numel(), E, rows), ceil_div(width // 2, outputs))
     with torch.cuda.device_of(x):
         _packed_gate_up[grid](
@@ -57,7 +59,7 @@ def down(inner: Tensor, order: Tensor, ends: Tensor, weight: Any) -> Tensor:
     Rows with an out-of-range expert are left uninitialised."""
     E, D, width = weight.shape
     out = inner.new_empty(order.numel(), D)
-    outputs, rows, num_warps, num_stages = DOWN_TILE
+    outputs, rows, num_warps, num_stages = _tile(weight, _packed_down, True)
     grid = (tiles_of(order.numel(), E, rows), ceil_div(D, outputs))
     with torch.cuda.device_of(inner):
         _packed_down[grid](
@@ -73,6 +75,14 @@ def down(inner: Tensor, order: Tensor, ends: Tensor, weight: Any) -> Tensor:
             num_stages=num_stages,
         )
     return out
+
+
+def _tile(weight: Any, kernel: Any, is_large: bool) -> tuple[int, int, int, int]:
+    """The tile for the GPU that a kernel is compiled for."""
+    is_compiled = form(weight, kernel)[6]
+    if not is_compiled or driver.active.get_current_target().arch != HOPPER:
+        return TILE
+    return HOPPER_LARGE_TILE if is_large else HOPPER_TILE
 
 
 def _sizes(weight: Any, outputs: int, rows: int, kernel: Any) -> dict[str, Any]:

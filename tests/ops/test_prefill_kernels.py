@@ -101,8 +101,7 @@ PACKED = {
 @pytest.mark.parametrize("is_written_out", [False, True])
 def test_products_by_packed_experts(monkeypatch, is_written_out, scheme, dtype):
     if IS_INTERPRETED:
-        monkeypatch.setattr(packed_kernels, "GATE_UP_TILE", (32, 32, 4, 2))
-        monkeypatch.setattr(packed_kernels, "DOWN_TILE", (32, 32, 4, 2))
+        monkeypatch.setattr(packed_kernels, "TILE", (32, 32, 4, 2))
         monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
         monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (16, 32, 16))
     if is_written_out:
