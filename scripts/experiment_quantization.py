@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.calibrating import calibrate_model
 from experiments.judging import Judge, packed_model
 from experiments.runs import Clock, Lines, RunSettings
 from experiments.slices import Recipe, SlicedTraining, load_trained, save_trained
@@ -270,8 +271,6 @@ class _Measurement:
             return self.model
         if not is_calibrated:
             return packed_model(self.model, found)
-        from experiments.calibrating import calibrate_model
-
         made = copy.deepcopy(self.model)
         length = 2048
         count = self.settings.calibration_tokens // length

@@ -11,6 +11,7 @@ import pytest
 import torch
 from experiment_quantization import SECTIONS, Settings, everything
 from experiments import slices
+from experiments.calibrating import calibrate_model
 from experiments.judging import Judge, packed_model
 from experiments.slices import Recipe, SlicedTraining, load_trained, save_trained
 from experiments.sources import Sources, positions_of
@@ -211,9 +212,6 @@ def test_fewer_bits_are_further_away(sources: Sources, model: Any) -> None:
 
 
 def test_calibration_brings_predictions_nearer(sources: Sources, model: Any) -> None:
-    pytest.importorskip("quantizing.modules")
-    from experiments.calibrating import calibrate_model
-
     judge = Judge(model, sources.held_out, sources.held_out_bytes, 600)
     found = quantization(everything("3/64"))
     assert found is not None
