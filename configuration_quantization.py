@@ -29,8 +29,8 @@ PARTS = {
 }
 EIGHT_BITS = {"bits": 8, "group": 128}
 _DENSE = dict.fromkeys(("shared_experts", "attention", "embeddings", "head"), EIGHT_BITS)
-# By the memory of the GPU that the 48B model is meant for, with room for 128k tokens. Where there is
-# more than enough, the embedding stays wide: vLLM's Kimi Linear reads no packed one.
+# By the memory of the GPU that the 48B model is meant for, with room for 128k tokens. Where there
+# is more than enough, the embedding stays wide: vLLM's Kimi Linear reads no packed one.
 PRESETS: dict[str, dict[str, Any]] = {
     "24gb": {"experts": {"bits": 3, "group": 64}, **_DENSE},
     "48gb": {"experts": {"bits": 4, "group": 64}, **_DENSE, "embeddings": None},
