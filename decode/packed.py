@@ -197,74 +197,88 @@ class PackedManyRowsStep(ManyRowsStep):
         if not (isinstance(gate_up, PackedWeights) and isinstance(down, PackedWeights)):
             super()._run_experts(i)
             return
-        pairs = self.num_rows * self.top
-        E, D, width = (
-            self.config.num_experts,
-            self.config.hidden_size,
-            self.config.moe_intermediate_size,
-        )
         if self.is_sorted:
             self._group_pairs()
         shared = self._joined_shared(i)
-        programs = min(E, pairs) if self.is_sorted else pairs
-        chosen = (self.experts, self.order, self.begin, self.active)
-        sizes: dict[str, Any] = {
-            "D": D,
-            "I": width,
-            "TOP": self.top,
-            "M": 2 * MIN_COLUMNS if pairs >= WIDE_PAIRS * E else MIN_COLUMNS,
-            "IS_SORTED": self.is_sorted,
-            "NUM_SHARED": self.num_shared if shared else 0,
-            **linked(self.is_linked),
-        }
         first = [gate_up] if shared is None else shared[:2]
-        rows, num_warps, num_stages = EXPERTS_IN
-        parts = self._expert_parts(D)
-        grid = (ceil_div(width, rows // parts), programs + sizes["NUM_SHARED"])
-        packed_in_kernel[grid](
-            self.normed,
-            *chosen,
-            *planes(gate_up),
-            self.activations,
-            *planes(first[0]),
-            *planes(first[-1]),
-            self.mlp_inner,
-            self.num_rows,
-            **_expert_words(gate_up),
-            V=rows,
-            PARTS=parts,
-            FORM=form(gate_up, packed_in_kernel),
-            SHARED_FORM=form(first[0], packed_in_kernel),
-            num_warps=num_warps,
-            num_stages=num_stages,
-            **sizes,
+        num_shared = 0 if shared is None else self.num_shared
+        self._launch_experts(
+            packed_in_kernel,
+            EXPERTS_IN,
+            (self.normed,),
+            gate_up,
+            (self.activations, *planes(first[0]), *planes(first[-1]), self.mlp_inner),
+            first[0],
+            more_programs=num_shared,
+            NUM_SHARED=num_shared,
         )
-        second = down if shared is None else shared[2]
-        rows, num_warps, num_stages = EXPERTS_OUT
-        parts = self._expert_parts(width)
-        out = self.expert_parts
-        packed_out_kernel[(ceil_div(D, rows // parts), programs + (shared is not None))](
-            self.activations,
-            *chosen,
-            self.weights,
-            *planes(down),
-            out,
-            self.mlp_inner,
-            *planes(second),
-            self.num_rows,
-            **_expert_words(down),
-            V=rows,
-            PARTS=parts,
+        second, out = down if shared is None else shared[2], self.expert_parts
+        self._launch_experts(
+            packed_out_kernel,
+            EXPERTS_OUT,
+            (self.activations, self.weights),
+            down,
+            (out, self.mlp_inner, *planes(second)),
+            second,
+            more_programs=min(1, num_shared),
+            NUM_SHARED=num_shared,
             SLOTS=out.shape[1],
-            FORM=form(down, packed_out_kernel),
-            SHARED_FORM=form(second, packed_out_kernel),
-            num_warps=num_warps,
-            num_stages=num_stages,
-            **sizes,
         )
         if shared is None:
             self._run_shared(i, out)
         self.to_add = out
+
+    def _launch_experts(
+        self,
+        kernel: Any,
+        tile: tuple[int, int, int],
+        inputs: tuple[Tensor, ...],
+        weights: PackedWeights,
+        others: tuple[Tensor, ...],
+        shared: PackedWeights,
+        more_programs: int,
+        **sizes: int,
+    ) -> None:
+        """One of the experts' two products.
+
+        Args:
+            inputs: The first arguments but for what was chosen, which comes after x.
+            others: The arguments behind the weights.
+            shared: The shared experts' weights, or any.
+            more_programs: For each tile of outputs, beside those of the pairs or experts.
+        """
+        config, pairs, num_inputs = self.config, self.num_rows * self.top, weights.shape[2]
+        E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        rows, num_warps, num_stages = tile
+        parts, zero = self._expert_parts(num_inputs), weights.zero
+        outputs = width if kernel is packed_in_kernel else D
+        programs = (min(E, pairs) if self.is_sorted else pairs) + more_programs
+        kernel[(ceil_div(outputs, rows // parts), programs)](
+            inputs[0],
+            self.experts,
+            self.order,
+            self.begin,
+            self.active,
+            *inputs[1:],
+            *planes(weights),
+            *others,
+            self.num_rows,
+            D=D,
+            I=width,
+            TOP=self.top,
+            SCALE_WORDS=weights.scale.shape[1],
+            ZERO_WORDS=1 if zero is None else zero.shape[1],
+            V=rows,
+            M=2 * MIN_COLUMNS if pairs >= WIDE_PAIRS * E else MIN_COLUMNS,
+            PARTS=parts,
+            IS_SORTED=self.is_sorted,
+            FORM=form(weights, kernel),
+            SHARED_FORM=form(shared, kernel),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            **sizes,
+            **linked(self.is_linked),
+        )
 
     def _expert_parts(self, num_inputs: int) -> int:
         """Into how many parts an expert's inputs are cut."""
@@ -273,15 +287,6 @@ class PackedManyRowsStep(ManyRowsStep):
     def _joined_shared(self, i: int) -> list[PackedWeights] | None:
         """Gate, up and down of shared experts that the experts' launches take too."""
         return None
-
-
-def _expert_words(weights: PackedWeights) -> dict[str, int]:
-    """Words of scales and zeros of a row, for the experts' kernels."""
-    zero = weights.zero
-    return {
-        "SCALE_WORDS": weights.scale.shape[1],
-        "ZERO_WORDS": 1 if zero is None else zero.shape[1],
-    }
 
 
 class PackedFewRowsStep(PackedManyRowsStep):
