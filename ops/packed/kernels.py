@@ -116,37 +116,15 @@ MINUS, MINUS_HALF = (
     _constant(_LESS.format(_twice(kind[3]), kind[0])) for kind in (_BFLOAT16, _FLOAT16)
 )
 OUT_4 = _constant("=r,=r,=r,=r,r,r")
-OUT_8 = _constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r")
-OUT_8_OF_4 = _constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")
+OUT_8 = _constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")  # 4 bits leave the last two alone
 
 
 @jit
-def _eight(asm: tl.constexpr, words):
+def _eight(asm: tl.constexpr, words, high):
     """Values as int16 of their bits, so that one list of types serves both dtypes."""
     return tl.inline_asm_elementwise(
         asm,
         OUT_8,
-        [words],
-        dtype=(
-            tl.int16,
-            tl.int16,
-            tl.int16,
-            tl.int16,
-            tl.int16,
-            tl.int16,
-            tl.int16,
-            tl.int16,
-        ),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@jit
-def _eight_of_two(asm: tl.constexpr, words, high):
-    return tl.inline_asm_elementwise(
-        asm,
-        OUT_8_OF_4,
         [words, high],
         dtype=(
             tl.int16,
@@ -189,9 +167,9 @@ def slot_values(words, high, FORM: tl.constexpr, dtype: tl.constexpr):
     if ASM:
         is_bf16: tl.constexpr = dtype == tl.bfloat16
         if BITS == 3:
-            bits = _eight_of_two(ASM_3 if is_bf16 else ASM_3_HALF, low, upper)
+            bits = _eight(ASM_3 if is_bf16 else ASM_3_HALF, low, upper)
         elif BITS == 4:
-            bits = _eight(ASM_4 if is_bf16 else ASM_4_HALF, low)
+            bits = _eight(ASM_4 if is_bf16 else ASM_4_HALF, low, upper)
         elif IS_FLOAT:
             bits = _four(ASM_FLOAT8 if is_bf16 else ASM_FLOAT8_HALF, low)
             bits = bits + _four(ASM_FLOAT8 if is_bf16 else ASM_FLOAT8_HALF, upper)
