@@ -23,13 +23,13 @@ from kimi_linear.layers.moe import KimiLinearExperts, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
 from kimi_linear.ops.experts.quantized import QuantizedExperts
 from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.ops.quantized import has_quantized
 from kimi_linear.parallel.decay_sharding import decays_apart
 from kimi_linear.parallel.router_bias import carry_router_biases
 from kimi_linear.parallel.tensor import joined, register_styles
 from kimi_linear.quantization.packing import (
     check_places,
     dequantize_parameters,
-    has_quantized,
     pack_rest,
     packing_arrivals,
     saved_bytes,

@@ -149,6 +149,9 @@ def weight_obstacle(model: nn.Module) -> str:
             return f"{name} has a bias"
         if name and "forward" in vars(module):
             return f"{name} has a forward of its own"
+        fused = [getattr(module, each, None) for each in ("gate_up_proj", "down_proj")]
+        if len({isinstance(each, PackedWeights) for each in fused}) > 1:
+            return f"{name} is packed in part"
     for name, parameter in model.named_parameters():
         wide = name.endswith(("A_log", "dt_bias"))
         parts: list[torch.Tensor] = [parameter]

@@ -10,7 +10,8 @@ Shapes: B rows, D hidden size, N outputs, K inputs, E experts, I expert width.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep, VectorProjection, power_below
 from kimi_linear.decode.many_rows import ManyRowsStep, MatrixProjection
@@ -37,11 +38,6 @@ MAX_PARTS = 4
 PROGRAMS, MIN_BLOCKS = 528, 2
 # pairs by expert from which a tile has 16 columns, not 8
 WIDE_PAIRS = 6
-
-
-def is_packed(model: nn.Module) -> bool:
-    """Whether some of the model's weights are packed."""
-    return any(isinstance(each, PackedWeights) for each in model.parameters())
 
 
 def columns_of(num_rows: int) -> int:
@@ -155,6 +151,24 @@ class SeveralProjections:
             start += each.width
 
 
+class GatedProjections:
+    """Both halves of a gated MLP, which no single launch takes: one is plain, or packed otherwise.
+
+    Args:
+        gate, up: As `projection` makes them.
+        like: A weight of either; says dtype and device.
+    """
+
+    def __init__(self, gate: Any, up: Any, num_rows: int, like: Tensor) -> None:
+        self.gate, self.up, self.width, self.size = gate, up, gate.width, gate.size
+        self.other = torch.empty(num_rows, up.width, dtype=like.dtype, device=like.device)
+
+    def launch(self, x: Tensor, out: Tensor) -> None:
+        self.gate.launch(x, out)
+        self.up.launch(x, self.other)
+        torch.mul(F.silu(out), self.other, out=out)
+
+
 def projection(
     weights: tuple[Tensor, ...], num_rows: int, is_linked: bool, up: Tensor | None = None
 ) -> Any:
@@ -166,7 +180,11 @@ def projection(
     ways = {(each.scheme, each.scale.dtype) for each in packed}
     if len(ways) == 1 and (up is None or len(packed) == 2):
         return PackedProjection(weights, num_rows, is_linked, up=up)
-    return SeveralProjections([projection((each,), num_rows, is_linked) for each in weights])
+    alone = [projection((each,), num_rows, is_linked) for each in every]
+    if up is not None:
+        gate, other = alone
+        return GatedProjections(gate, other, num_rows, up)
+    return SeveralProjections(alone)
 
 
 class PackedManyRowsStep(ManyRowsStep):

@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from kimi_linear.decode.addresses import AddressTable, KDAAddresses, LatentAddresses, padded
 from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
-from kimi_linear.decode.packed import PackedFewRowsStep, PackedManyRowsStep, is_packed
+from kimi_linear.decode.packed import PackedFewRowsStep, PackedManyRowsStep
 from kimi_linear.decode.step import DecodeStep
+from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.ops.quantized import has_quantized
 
 PLAIN_KINDS = (FewRowsStep, ManyRowsStep)
+PACKED_KINDS = (PackedFewRowsStep, PackedManyRowsStep)
 
 
 def decode_step(model: nn.Module, num_rows: int, has_padding: bool) -> DecodeStep:
     """The step for B = `num_rows` rows."""
-    kinds = (PackedFewRowsStep, PackedManyRowsStep) if is_packed(model) else PLAIN_KINDS
+    is_packed = has_quantized(model, PackedWeights)
+    kinds = PACKED_KINDS if is_packed else PLAIN_KINDS
     return kinds[num_rows > FEW_ROWS](model, num_rows, has_padding)
 
 

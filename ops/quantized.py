@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
@@ -135,3 +135,8 @@ def indexed_weights(weights: Tensor) -> Tensor:
     """What to take single matrices of [E, .., ..] from: plain weights where each would cost all."""
     is_indexable = not isinstance(weights, QuantizedTensor) or weights.is_indexable
     return weights if is_indexable else plain_weights(weights)
+
+
+def has_quantized(model: nn.Module, kind: type = QuantizedTensor) -> bool:
+    """Whether some of the model's parameters are quantised tensors, of a kind if one is given."""
+    return any(isinstance(parameter, kind) for parameter in model.parameters())

@@ -181,11 +181,6 @@ def _check_weights(place: Place) -> None:
         raise ValueError(f"{place.name} has numbers that are not finite, and cannot be quantised")
 
 
-def has_quantized(model: nn.Module, kind: type = QuantizedTensor) -> bool:
-    """Whether some of the model's parameters are quantised tensors, of a kind if one is given."""
-    return any(isinstance(parameter, kind) for parameter in model.parameters())
-
-
 def saved_bytes(model: nn.Module) -> int:
     """How many bytes fewer the parameters take than their numbers and dtypes say."""
     quantized = [each for each in model.parameters() if isinstance(each, QuantizedTensor)]

@@ -5,6 +5,7 @@ import torch
 from builders import token_ids
 from decode_models import DEVICES, check, decode_model, finish, prepared, small_grids  # noqa: F401
 from packed_models import every_part
+from torch import nn
 
 from kimi_linear import KimiLinearCache
 from kimi_linear.decode.obstacles import Snapshot, weight_obstacle
@@ -52,6 +53,30 @@ def test_steps_equal_the_layers(num_rows, way, device):
     step.ids.copy_(ids)
     step.run()
     check(step.logits, model(ids, cache=other).logits[:, 0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 6])
+@torch.no_grad()
+def test_gated_mlps_that_are_packed_in_part(num_rows, device):
+    """Checkpoints of others may leave out some matrices: both halves count all the same."""
+    model = packed_model(device, WAYS["3 bits, 8 bits"])
+    first, second = model.model.layers
+    for linear in (first.mlp.up_proj, second.block_sparse_moe.shared_experts.gate_proj):
+        linear.weight = nn.Parameter(linear.weight.dequantized(), requires_grad=False)
+    assert weight_obstacle(model) == ""
+    step, cache = prepared(model, num_rows)
+    other, ids = cache.copy(), token_ids(num_rows, 1, seed=1).to(model.device)
+    model.decode_backend = "eager"
+    step.ids.copy_(ids)
+    step.run()
+    check(step.logits, model(ids, cache=other).logits[:, 0])
+
+
+def test_experts_that_are_packed_in_part_are_an_obstacle(device):
+    model = packed_model(device, WAYS["3 bits, 8 bits"])
+    experts = model.model.layers[1].block_sparse_moe.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.dequantized(), requires_grad=False)
+    assert weight_obstacle(model) == "model.layers.1.block_sparse_moe.experts is packed in part"
 
 
 @pytest.mark.parametrize("num_rows", [3, 40])

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 from kimi_linear import KimiLinearForCausalLM
 from kimi_linear.layers.moe import KimiLinearExperts
 from kimi_linear.ops.experts.quantized import QuantizedExperts, _moved
-from kimi_linear.quantization.packing import has_quantized
+from kimi_linear.ops.quantized import has_quantized
 from kimi_linear.training.lora import lora_targets
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
