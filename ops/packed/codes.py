@@ -8,7 +8,7 @@ what it has unpacked without moving it between threads.
 | bits | slots | a word                                                        |
 |------|-------|---------------------------------------------------------------|
 | 8    | 4     | int32, slot s in byte s                                       |
-| 4    | 8     | int32, slot s in bits 4 s to 4 s + 3                          |
+| 4    | 8     | int32, slots s and s + 4 in the lower and upper half of byte s |
 | 3    | 8     | int16, slot s' low bits in 2 s and 2 s + 1; uint8, its high bit in bit s |
 
 Rows are filled up to a multiple of `BLOCK` = 256 inputs with codes of 0.
@@ -30,6 +30,11 @@ PLANES = {
 }
 
 
+def slot_shift(slot: int, bits: int) -> int:
+    """The lowest bit of a slot in a word."""
+    return slot % 4 * 8 + slot // 4 * 4 if bits == 4 else slot * bits
+
+
 def pack(codes: Tensor, scheme: Scheme) -> tuple[Tensor, ...]:
     """Codes uint8 [.., N, K] to planes [.., N, W]."""
     slots, num_inputs = scheme.slots, codes.shape[-1]
@@ -41,7 +46,7 @@ def pack(codes: Tensor, scheme: Scheme) -> tuple[Tensor, ...]:
         words = blocks.new_zeros((*blocks.shape[:-2], RUN), dtype=wide)
         for slot in range(slots):
             part = (blocks[..., slot, :] >> done) & ((1 << bits) - 1)
-            words |= part.to(wide) << (slot * bits)
+            words |= part.to(wide) << slot_shift(slot, bits)
         planes.append(_signed(words, dtype).flatten(-2))
         done += bits
     return tuple(planes)
@@ -60,7 +65,8 @@ def unpack(planes: tuple[Tensor, ...], scheme: Scheme, num_inputs: int) -> Tenso
     codes, done = None, 0
     for plane, (_, bits) in zip(planes, PLANES[scheme.bits], strict=True):
         words = plane.unflatten(-1, (-1, 1, RUN))
-        shifts = torch.arange(0, scheme.slots * bits, bits, device=plane.device, dtype=plane.dtype)
+        places = [slot_shift(slot, bits) for slot in range(scheme.slots)]
+        shifts = torch.tensor(places, device=plane.device, dtype=plane.dtype)
         part = (words >> shifts[:, None]) & ((1 << bits) - 1)  # [.., N, W / RUN, slots, RUN]
         part = part.to(torch.uint8) << done
         codes = part if codes is None else codes | part

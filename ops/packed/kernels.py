@@ -47,9 +47,9 @@ def _twice(half: int) -> str:
 def _pair(bits: int, slot: int, offset: int) -> str:
     """PTX: `t` = offset + code of a slot, of the first word in the lower half and of the second in
     the upper one; `a` has such halves of words."""
-    width = 4 if bits == 4 else 2
-    lines = [f"shr.b32 t, a{slot // 4 if bits == 4 else 0}, {slot % (16 // width) * width};"]
-    mask = _twice((1 << width) - 1)
+    half, place = (slot % 4 // 2, slot % 2 * 8 + slot // 4 * 4) if bits == 4 else (0, 2 * slot)
+    lines = [f"shr.b32 t, a{half}, {place};"]
+    mask = _twice(15 if bits == 4 else 3)
     lines.append(f"lop3.b32 t, t, {mask}, {_twice(offset)}, {AND_OR};")
     if bits == 3:
         lines.append(f"shl.b32 u, h, {2 - slot};" if slot < 2 else f"shr.b32 u, h, {slot - 2};")
@@ -99,24 +99,24 @@ def _slots_asm(bits: int, is_float: bool, kind: tuple[str, int, int, int, int, i
     return " ".join([*lines, "}"])
 
 
-def _constant(value: str) -> object:
+def constant(value: str) -> object:
     return value if tl is None else tl.constexpr(value)
 
 
-ASM_3, ASM_4 = (_constant(_slots_asm(bits, False, _BFLOAT16)) for bits in (3, 4))
-ASM_8, ASM_FLOAT8 = (_constant(_slots_asm(8, is_float, _BFLOAT16)) for is_float in (False, True))
-ASM_3_HALF, ASM_4_HALF = (_constant(_slots_asm(bits, False, _FLOAT16)) for bits in (3, 4))
+ASM_3, ASM_4 = (constant(_slots_asm(bits, False, _BFLOAT16)) for bits in (3, 4))
+ASM_8, ASM_FLOAT8 = (constant(_slots_asm(8, is_float, _BFLOAT16)) for is_float in (False, True))
+ASM_3_HALF, ASM_4_HALF = (constant(_slots_asm(bits, False, _FLOAT16)) for bits in (3, 4))
 ASM_8_HALF, ASM_FLOAT8_HALF = (
-    _constant(_slots_asm(8, is_float, _FLOAT16)) for is_float in (False, True)
+    constant(_slots_asm(8, is_float, _FLOAT16)) for is_float in (False, True)
 )
 _TIMES = "{{ .reg .b32 c; mov.b32 c, 0x80008000; fma.rn.{} $0, $1, $2, c; }}"
 _LESS = "{{ .reg .b32 c; mov.b32 c, {}; fma.rn.{} $0, $2, c, $1; }}"
-SCALE, SCALE_HALF = (_constant(_TIMES.format(kind[0])) for kind in (_BFLOAT16, _FLOAT16))
+SCALE, SCALE_HALF = (constant(_TIMES.format(kind[0])) for kind in (_BFLOAT16, _FLOAT16))
 MINUS, MINUS_HALF = (
-    _constant(_LESS.format(_twice(kind[3]), kind[0])) for kind in (_BFLOAT16, _FLOAT16)
+    constant(_LESS.format(_twice(kind[3]), kind[0])) for kind in (_BFLOAT16, _FLOAT16)
 )
-OUT_4 = _constant("=r,=r,=r,=r,r,r")
-OUT_8 = _constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")  # 4 bits leave the last two alone
+OUT_4 = constant("=r,=r,=r,=r,r,r")
+OUT_8 = constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r")  # 4 bits leave the last two alone
 
 
 @jit
@@ -184,7 +184,7 @@ def slot_values(words, high, FORM: tl.constexpr, dtype: tl.constexpr):
             if BITS == 3:
                 code = ((low >> (2 * slot)) & 3) | (((upper >> slot) & 1) << 2)
             elif BITS == 4:
-                code = (low >> (4 * slot)) & 15
+                code = (low >> (slot % 4 * 8 + slot // 4 * 4)) & 15
             elif slot < 4:
                 code = (low >> (8 * slot)) & 255
             else:
