@@ -77,5 +77,5 @@ def adapt(model: Any, *groups: str) -> Any:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
-            parameter.data.normal_(0, 0.05, generator=generator)
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model
