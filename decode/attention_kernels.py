@@ -11,6 +11,7 @@ N key size without the shared part, V value size, L latent rank, P shared key pa
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
 from kimi_linear.decode.addresses import KDAAddresses, LatentAddresses, columns
+from kimi_linear.decode.fixed_point_kernels import largest, store_fixed_point
 from kimi_linear.decode.projection_kernels import norm_scale, pointer_to, wait
 from kimi_linear.ops.runtime import jit, tl
 
@@ -103,6 +104,14 @@ def kda_kernel(
 
 
 @jit
+def _store_also(x, d, out, row, FIXED: tl.constexpr):
+    """Numbers of one row, in fixed point."""
+    x, size = x[:, None], tl.zeros([1], tl.float32) + largest(x, 0)
+    row = tl.zeros([1], tl.int64) + row
+    store_fixed_point(x, size, d, (d >= 0)[:, None], out, row, FIXED)
+
+
+@jit
 def kda_out_kernel(
     x,  # as in `kda_kernel`
     gates,
@@ -111,9 +120,14 @@ def kda_out_kernel(
     table,
     mixed,  # float32 [B, H, K], what `kda_kernel` has written
     out,  # [B, out_stride]
+    columns,  # int8 [B, 8, FIXED] and
+    wide_columns,  # float16 [B, 4, FIXED] and
+    halves,  # int8 [B, 2, FIXED] and
+    unit,  # float32 [B, FIXED / 32]: out in fixed point; without FIXED anything
     x_stride,
     out_stride,
     eps,
+    FIXED: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -147,7 +161,11 @@ def kda_out_kernel(
         g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
         gate = tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
     o *= norm_scale(tl.sum(o * o), K, eps) * weight
-    tl.store(out + row * out_stride + channel, o * tl.sigmoid(gate))
+    o *= tl.sigmoid(gate)
+    tl.store(out + row * out_stride + channel, o)
+    if FIXED > 0:
+        fixed = (columns, wide_columns, halves, unit)
+        _store_also(o, channel, fixed, row, FIXED)
 
 
 # --------------------------------------------------------------------------------- latent attention
@@ -271,7 +289,12 @@ def mix_kernel(
     weight,  # float32 [B, SPLITS, 2, H]
     kv_b,  # [H, N + V, L]
     out,  # [B, out_stride], or without HAS_VALUES [B, H, L]
+    columns,  # int8 [B, 8, FIXED] and
+    wide_columns,  # float16 [B, 4, FIXED] and
+    halves,  # int8 [B, 2, FIXED] and
+    unit,  # float32 [B, FIXED / 32]: out in fixed point; without FIXED anything
     out_stride,
+    FIXED: tl.constexpr,
     H: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,
@@ -309,5 +332,8 @@ def mix_kernel(
     if HAS_VALUES:
         y = tl.sum(weights.to(tl.float32) * latent[None, :], axis=1)
         tl.store(out + row * out_stride + head * V + v, y)
+        if FIXED > 0:
+            fixed = (columns, wide_columns, halves, unit)
+            _store_also(y, head * V + v, fixed, row, FIXED)
     else:
         tl.store(out + (row * H + head) * L + m, latent)

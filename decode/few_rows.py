@@ -127,8 +127,9 @@ class FewRowsStep(DecodeStep):
     def _absorb(self, a: Any, table: Tensor) -> None:
         self._launch_absorb(a, table, has_queries=True)
 
-    def _mix(self, a: Any, out: Tensor) -> None:
-        self._launch_mix(a, out, min(32, a.value_dim), has_values=True)
+    def _mix(self, i: int, out: Tensor) -> None:
+        block = min(32, self.layers[i].self_attn.value_dim)
+        self._launch_mix(i, out, block, has_values=True)
 
     def _dense(self, i: int) -> None:
         mlp, norm = self.layers[i].mlp, self.layers[i].post_attention_layernorm

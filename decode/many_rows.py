@@ -155,13 +155,19 @@ class ManyRowsStep(DecodeStep):
 
     def _add_norm(self, norm: Any, log: Tensor | None = None) -> None:
         """hidden += what the last branch adds; normed = norm(hidden)."""
+        self._launch_norm(add_norm_kernel, (), norm, log)
+
+    def _launch_norm(
+        self, kernel: Any, others: tuple[Tensor, ...], norm: Any, log: Tensor | None, **sizes: int
+    ) -> None:
         D, parts = self.config.hidden_size, self.to_add
         self.to_add = None
-        add_norm_kernel[(self.num_rows,)](
+        kernel[(self.num_rows,)](
             self.hidden,
             self.hidden if parts is None else parts,
             norm.weight,
             self.normed,
+            *others,
             self.hidden if log is None else log,
             self.counters,
             norm.eps,
@@ -170,6 +176,7 @@ class ManyRowsStep(DecodeStep):
             PARTS=0 if parts is None else parts.shape[1],
             HAS_LOG=log is not None,
             num_warps=8,
+            **sizes,
             **linked(self.is_linked),
         )
 
@@ -192,8 +199,9 @@ class ManyRowsStep(DecodeStep):
         torch.bmm(query[..., :N].transpose(0, 1), keys, out=target)
         self.query[..., L:].copy_(query[..., N:])
 
-    def _mix(self, a: Any, out: Tensor) -> None:
-        self._launch_mix(a, self.latents, a.value_dim, has_values=False)
+    def _mix(self, i: int, out: Tensor) -> None:
+        a = self.layers[i].self_attn
+        self._launch_mix(i, self.latents, a.value_dim, has_values=False)
         H = a.num_heads
         values = a.kv_b_proj.weight.unflatten(0, (H, -1))[:, a.key_dim :]  # [H, V, L]
         torch.bmm(

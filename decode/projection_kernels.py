@@ -184,6 +184,27 @@ def project_many_kernel(
 
 
 @jit
+def add_parts(hidden, parts, row, d, inside, D: tl.constexpr, PARTS: tl.constexpr):
+    """float32 [places]: a row of hidden [B, D] after adding its parts [B, PARTS, D]."""
+    x = tl.load(hidden + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(PARTS):
+        part = tl.load(parts + (row * PARTS + i) * D + d, mask=inside, other=0.0)
+        x += part.to(tl.float32)
+    if PARTS > 0:
+        tl.debug_barrier()  # small rows are held by several threads, all of which must have read
+        tl.store(hidden + row * D + d, x, mask=inside)
+    return x
+
+
+@jit
+def log_normed(x, d, inside, row, table, counters, like, D: tl.constexpr):
+    """Write a normed row to the log of the cache, if it has one, in the dtype of `like`."""
+    if tl.load(table + LOG) != 0:
+        entry = tl.load(table + LOG).to(like.dtype) + row * tl.load(table + LOG_STRIDE)
+        tl.store(entry + tl.load(counters + 1) * D + d, x, mask=inside)
+
+
+@jit
 def add_norm_kernel(
     hidden,  # [B, D], added to
     parts,  # [B, PARTS, D]
@@ -203,18 +224,9 @@ def add_norm_kernel(
     d = tl.arange(0, PLACES)
     inside = d < D
     wait(IS_LINKED)
-    x = tl.load(hidden + row * D + d, mask=inside, other=0.0).to(tl.float32)
-    for i in tl.static_range(PARTS):
-        part = tl.load(parts + (row * PARTS + i) * D + d, mask=inside, other=0.0)
-        x += part.to(tl.float32)
-    if PARTS > 0:
-        tl.debug_barrier()  # small rows are held by several threads, all of which must have read
-        tl.store(hidden + row * D + d, x, mask=inside)
+    x = add_parts(hidden, parts, row, d, inside, D, PARTS)
     x *= norm_scale(tl.sum(x * x), D, eps)
     x *= tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * D + d, x, mask=inside)
     if HAS_LOG:
-        entry = tl.load(table + LOG).to(out.dtype) + row * tl.load(table + LOG_STRIDE)
-        entry += tl.load(counters + 1) * D
-        if tl.load(table + LOG) != 0:
-            tl.store(entry + d, x, mask=inside)
+        log_normed(x, d, inside, row, table, counters, out, D)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from kimi_linear.decode.addresses import AddressTable, KDAAddresses, LatentAddresses, padded
 from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
-from kimi_linear.decode.packed import PackedFewRowsStep, PackedManyRowsStep
+from kimi_linear.decode.packed import PackedManyRowsStep
+from kimi_linear.decode.packed_few_rows import PackedFewRowsStep
 from kimi_linear.decode.step import DecodeStep
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.quantized import has_quantized

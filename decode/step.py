@@ -98,7 +98,7 @@ class DecodeStep(ABC):
         self.reserve_mask(1)
         self.hidden = self._empty(num_rows, config.hidden_size, dtype=torch.float32)
         lm_head: Any = model.lm_head
-        self.head = self._projection(lm_head.weight)
+        self.head = self._input_projection(lm_head.weight)
         self.logits = self._empty(num_rows, lm_head.weight.shape[0])
         self._prepare_attention()
         if any(layer.is_moe for layer in self.layers):
@@ -129,8 +129,8 @@ class DecodeStep(ABC):
                 if is_kda
                 else (a.q_proj, a.kv_a_proj_with_mqa)
             )
-            self.inputs.append(self._projection(*(proj.weight for proj in projs)))
-            self.outputs.append(self._projection(a.o_proj.weight))
+            self.inputs.append(self._input_projection(*(proj.weight for proj in projs)))
+            self.outputs.append(self._output_projection(a.o_proj.weight))
         H, L, P = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         linear = config.linear_attn_config
         wide = torch.float32
@@ -155,6 +155,14 @@ class DecodeStep(ABC):
     def _projection(self, *weights: Tensor) -> Any:
         """Weights [n, D] of one input, whose outputs come side by side, for `_project`, `_add`."""
 
+    def _input_projection(self, *weights: Tensor) -> Any:
+        """A `_projection` of a normed input, for `_project` alone."""
+        return self._projection(*weights)
+
+    def _output_projection(self, weight: Tensor) -> Any:
+        """A `_projection` of an attention's output, for `_add`."""
+        return self._projection(weight)
+
     @abstractmethod
     def _project(self, projection: Any, norm: Any, out: Tensor, log: Tensor | None = None) -> None:
         """out = projection of norm(hidden); the log of the table's row `log` gets norm(hidden)."""
@@ -172,8 +180,12 @@ class DecodeStep(ABC):
         """The new latent into the cache, the queries into the latents' coordinates."""
 
     @abstractmethod
-    def _mix(self, a: Any, out: Tensor) -> None:
+    def _mix(self, i: int, out: Tensor) -> None:
         """Join the shares of attention, and apply the heads' value matrices."""
+
+    def _fixed_output(self, i: int) -> tuple[tuple[Tensor, ...], int]:
+        """Where an attention's output goes in fixed point too, and its places; here nowhere."""
+        return (self.hidden,) * 4, 0
 
     @abstractmethod
     def _dense(self, i: int) -> None:
@@ -235,6 +247,7 @@ class DecodeStep(ABC):
             **sizes,
         )
         out = self.mixed_heads[:, : H * K]
+        fixed, places = self._fixed_output(i)
         kda_out_kernel[(self.num_rows, H)](
             self.projected,
             self.projected if gates is None else gates,
@@ -243,8 +256,10 @@ class DecodeStep(ABC):
             table,
             self.kda_out,
             out,
+            *fixed,
             out_stride=out.stride(0),
             eps=a.o_norm.eps,
+            FIXED=places,
             **sizes,
         )
         self._add(self.outputs[i], out)
@@ -274,7 +289,7 @@ class DecodeStep(ABC):
             **linked(self.is_linked),
         )
         out = self.mixed_heads[:, : a.num_heads * a.value_dim]
-        self._mix(a, out)
+        self._mix(i, out)
         self._add(self.outputs[i], out)
 
     def _launch_absorb(self, a: Any, table: Tensor, has_queries: bool) -> None:
@@ -302,14 +317,18 @@ class DecodeStep(ABC):
             **linked(self.is_linked),
         )
 
-    def _launch_mix(self, a: Any, out: Tensor, block: int, has_values: bool) -> None:
+    def _launch_mix(self, i: int, out: Tensor, block: int, has_values: bool) -> None:
         """`mix_kernel`, a block of a head's values by program; without values, all its latents."""
+        a = self.layers[i].self_attn
+        fixed, places = self._fixed_output(i)
         mix_kernel[(self.num_rows, a.num_heads, a.value_dim // block)](
             self.shares,
             self.share_weights,
             a.kv_b_proj.weight,
             out,
+            *fixed,
             out.stride(0),
+            FIXED=places,
             H=a.num_heads,
             L=a.latent_dim,
             SPLITS=self.splits,

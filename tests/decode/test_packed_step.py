@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from builders import token_ids
+from builders import TWO_LAYERS, token_ids
 from decode_models import DEVICES, check, decode_model, finish, prepared, small_grids  # noqa: F401
 from packed_models import every_part
 from torch import nn
 
 from kimi_linear import KimiLinearCache
+from kimi_linear.decode.fixed_point import FixedProjection
 from kimi_linear.decode.obstacles import Snapshot, weight_obstacle
-from kimi_linear.decode.packed import PackedFewRowsStep, PackedManyRowsStep
+from kimi_linear.decode.packed import PackedManyRowsStep
+from kimi_linear.decode.packed_few_rows import PackedFewRowsStep
 from kimi_linear.decode.recording import decode_step
 from kimi_linear.quantization.packing import pack_rest
 from kimi_linear.schemes import Scheme
@@ -28,6 +30,10 @@ WAYS = {
     "8 bits, plain": every_part(Scheme(8, 32), None),
     "plain, 8 bits": every_part(None, Scheme(8, 32)),  # type: ignore[arg-type]
 }
+
+
+# Few rows' inputs have 16 bits, and 11 where weights are float8.
+EXCESS = 100
 
 
 def packed_model(device, way, **fields):
@@ -52,7 +58,21 @@ def test_steps_equal_the_layers(num_rows, way, device):
     model.decode_backend = "eager"
     step.ids.copy_(ids)
     step.run()
-    check(step.logits, model(ids, cache=other).logits[:, 0])
+    check(step.logits, model(ids, cache=other).logits[:, 0], excess=EXCESS)
+
+
+@pytest.mark.parametrize("way", ["3 bits, 8 bits", "float8"])
+@torch.no_grad()
+def test_attention_writes_whole_runs_in_fixed_point(way, device):
+    linear = {**TWO_LAYERS["linear_attn_config"], "head_dim": 32}
+    model = packed_model(device, WAYS[way], linear_attn_config=linear)
+    step, cache = prepared(model, 2)
+    assert all(isinstance(output, FixedProjection) for output in step.outputs)
+    other, ids = cache.copy(), token_ids(2, 1, seed=1).to(model.device)
+    model.decode_backend = "eager"
+    step.ids.copy_(ids)
+    step.run()
+    check(step.logits, model(ids, cache=other).logits[:, 0], excess=EXCESS)
 
 
 @pytest.mark.parametrize("num_rows", [1, 6])
@@ -69,7 +89,7 @@ def test_gated_mlps_that_are_packed_in_part(num_rows, device):
     model.decode_backend = "eager"
     step.ids.copy_(ids)
     step.run()
-    check(step.logits, model(ids, cache=other).logits[:, 0])
+    check(step.logits, model(ids, cache=other).logits[:, 0], excess=EXCESS)
 
 
 def test_experts_that_are_packed_in_part_are_an_obstacle(device):
@@ -92,7 +112,7 @@ def test_all_rows_on_one_expert(num_rows, device):
     step._experts(1)
     out = finish(step) - hidden
     assert set(step.experts.flatten().tolist()) == {1, 4}
-    check(out, layer.block_sparse_moe(layer.post_attention_layernorm(hidden)))
+    check(out, layer.block_sparse_moe(layer.post_attention_layernorm(hidden)), excess=EXCESS)
 
 
 @torch.no_grad()
@@ -127,4 +147,4 @@ def test_caches_of_packed_models_take_turns_with_the_graph(device):
     model.decode_backend = "eager"
     other = KimiLinearCache(model.config)
     model(ids, cache=other)
-    check(first, model(ids[:, :1], cache=other).logits)
+    check(first, model(ids[:, :1], cache=other).logits, excess=EXCESS)

@@ -29,6 +29,10 @@ CASES = [
     ("prefill", 120, ("3 bits",)),
     ("decode", 86, ("3 bits",)),  # of the preset for cards of 24 GB
     ("decode", 90, ("4 bits, zeros",)),
+    ("decode, few rows", 80, ("4 bits, zeros",)),
+    ("decode, few rows", 86, ("3 bits",)),
+    ("decode, few rows", 89, ("float8 blocks",)),
+    ("decode, few rows", 90, ("4 bits",)),
 ]
 
 

@@ -7,10 +7,11 @@ with PTX of their own. A further kernel is a line of `KERNELS`, and its group a 
 (`tests/ops/test_packed_compile.py`).
 """
 
+import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from compile_kernels import real_sizes
 from compiling import Skipped, Target, replace_kernels, resources
 from packed_models import every_part, fill_with_packed
 
-from kimi_linear.decode import few_rows, many_rows
+from kimi_linear.decode import few_rows, fixed_point, many_rows, packed_few_rows
 from kimi_linear.decode import packed as packed_step
 from kimi_linear.decode import step as decode_steps
 from kimi_linear.decode.recording import decode_step
@@ -41,7 +42,7 @@ SCHEMES = {
 DTYPES = (torch.bfloat16, torch.float16)
 # Outputs and inputs of a matrix: the 48B model's, and one whose tiles and blocks are cut short.
 SIZES = ((2304, 2304), (40, 448))
-ROWS = (1, 40)
+FEW_ROWS, MANY_ROWS = (1, 4), (40,)
 
 
 def unpack(scheme: Scheme, dtype: torch.dtype) -> None:
@@ -52,13 +53,13 @@ def unpack(scheme: Scheme, dtype: torch.dtype) -> None:
             unpacking.unpack_on_gpu(PackedWeights.empty(shape, scheme, dtype, "cpu"))
 
 
-def decode(scheme: Scheme, dtype: torch.dtype) -> None:
-    """A step for few rows and for more, of a model with these weights."""
+def decode(all_rows: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> None:
+    """Steps for these numbers of rows, of a model with these weights."""
     if dtype != torch.bfloat16:  # which costs no less, and differs in few instructions
         return
     model = real_sizes()
     fill_with_packed(model, every_part(scheme, scheme), "cpu")
-    for num_rows in ROWS:
+    for num_rows in all_rows:
         decode_step(model, num_rows, has_padding=False).run()
 
 
@@ -73,21 +74,28 @@ def prefill(scheme: Scheme, dtype: torch.dtype) -> None:
     packed_experts.down(torch.zeros(64 * k, I, dtype=dtype), order, ends, weights[1])
 
 
-# By group: module, names of its kernels, and what launches them for a scheme and a dtype.
-KERNELS: dict[str, tuple[Any, list[str], Callable[[Scheme, torch.dtype], Any]]] = {
-    "unpack": (unpacking, ["_unpack"], unpack),
-    "prefill": (packed_experts, ["_packed_gate_up", "_packed_down"], prefill),
+# By group: its kernels, by module, and what launches them for a scheme and a dtype.
+KERNELS: dict[str, tuple[dict[Any, list[str]], Callable[[Scheme, torch.dtype], Any]]] = {
+    "unpack": ({unpacking: ["_unpack"]}, unpack),
+    "prefill": ({packed_experts: ["_packed_gate_up", "_packed_down"]}, prefill),
     "decode": (
-        packed_step,
-        ["packed_project_kernel", "packed_in_kernel", "packed_out_kernel"],
-        decode,
+        {packed_step: ["packed_project_kernel", "packed_in_kernel", "packed_out_kernel"]},
+        functools.partial(decode, MANY_ROWS),
+    ),
+    "decode, few rows": (
+        {
+            fixed_point: ["fixed_project_kernel"],
+            packed_few_rows: ["add_norm_fixed_kernel", "fixed_in_kernel", "fixed_out_kernel"],
+        },
+        functools.partial(decode, FEW_ROWS),
     ),
 }
 
 
-def skip_other_kernels(arch: int) -> None:
-    """Those of a step that `compile_kernels.py` compiles, and products that only CUDA has."""
-    for module in (decode_steps, few_rows, many_rows):
+def skip_other_kernels(arch: int, modules: Iterable[Any]) -> None:
+    """Those of a step that other groups or `compile_kernels.py` compile, and products that only
+    CUDA has."""
+    for module in {decode_steps, few_rows, many_rows, packed_step}.difference(modules):
         for name in vars(module):
             if name.endswith("_kernel"):
                 setattr(module, name, Skipped())
@@ -99,14 +107,18 @@ def skip_other_kernels(arch: int) -> None:
 def main(arch: int, group: str, names: list[str]) -> None:
     """Compile a group of kernels for the schemes of these names, or all."""
     Target(arch)
-    skip_other_kernels(arch)
     unpacking.has_asm = lambda *_: True  # as on CUDA, though tensors are on a CPU
-    module, kernel_names, launch = KERNELS[group]
-    kernels = replace_kernels(module, kernel_names)
+    modules, launch = KERNELS[group]
+    skip_other_kernels(arch, modules)
+    kernels = [
+        (name, replace_kernels(module, [name])[0])
+        for module, kernel_names in modules.items()
+        for name in kernel_names
+    ]
     for title, dtype in itertools.product(names or SCHEMES, DTYPES):
         launch(SCHEMES[title], dtype)
         case = {"arch": arch, "scheme": title, "dtype": str(dtype)[6:]}
-        for name, kernel in zip(kernel_names, kernels, strict=True):
+        for name, kernel in kernels:
             for compiled in {each.hash: each for each in kernel.compiled}.values():
                 print(json.dumps({"kernel": name, **case, **resources(compiled)}), flush=True)
             kernel.compiled.clear()

@@ -1,0 +1,108 @@
+"""Triton kernels that write inputs of few rows in fixed point: integers of 16 bits, in units of the
+largest number beside them, as a high and a low half of 8 bits.
+
+`packed_fixed_kernels.py` multiplies by them, and says why they are written twice: `halves` has them
+in their order; `columns` as four runs of 32 inputs lie side by side in a tile of 128 bytes
+(`ops/packed/codes.py`), each run in columns of its own, which are 0 in the places of the other
+three. Nothing is ever written there. `wide_columns` are the same numbers in float16, unhalved, for
+weights in float8.
+
+Shapes: B rows (one token each), T of them at once, D hidden size, P inputs in whole blocks of 256,
+R = P / 32.
+"""
+
+# mypy: disable-error-code="no-untyped-def,union-attr,operator,assignment"
+
+from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
+
+from kimi_linear.decode.projection_kernels import add_parts, log_normed, norm_scale, wait
+from kimi_linear.ops.runtime import jit, tl
+
+
+@jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def largest(x, axis: tl.constexpr):
+    """The largest number's size; NaN where there is any."""
+    return tl.reduce(tl.abs(x), axis, _larger)
+
+
+@jit
+def store_fixed_point(
+    x,  # float32 [places, T]
+    size,  # float32 [T], the largest number's
+    d,  # [places], a whole number of runs
+    inside,  # [places, T]
+    out,  # columns int8 [B, 8, P], wide columns float16 [B, 4, P], halves int8 [B, 2, P] and unit
+    # float32 [B, R]
+    row,  # int64 [T]
+    P: tl.constexpr,
+):
+    """Write inputs of rows in fixed point. What is not finite makes their unit so."""
+    columns, wide_columns, halves, unit = out
+    size = size / 32512.0 + 1e-30
+    x = x / size[None, :]
+    number = tl.floor(x + 0.5).to(tl.int32)
+    high = (number + 128) >> 8
+    low = number - high * 256
+    run = d // 32 % 4
+    place = d // 128 * 128 + d % 32 * 4 + run
+    column = (row * 4)[None, :] * P + (P * run + place)[:, None]
+    tl.store(wide_columns + column, x.to(tl.float16), mask=inside)
+    for half in tl.static_range(2):
+        value = (high if half == 0 else low).to(tl.int8)
+        column = (row * 8 + half)[None, :] * P + (2 * P * run + place)[:, None]
+        tl.store(columns + column, value, mask=inside)
+        tl.store(halves + (row * 2 + half)[None, :] * P + d[:, None], value, mask=inside)
+    is_first = (d % 32 == 0)[:, None] & inside
+    target = unit + row[None, :] * (P // 32) + (d // 32)[:, None]
+    tl.store(target, tl.broadcast_to(size[None, :], x.shape), mask=is_first)
+
+
+@jit
+def add_norm_fixed_kernel(
+    hidden,  # [B, D], added to
+    parts,  # [B, PARTS, D]
+    norm,  # [D]
+    out,  # [B, D], to be written
+    columns,  # int8 [B, 8, P] and
+    wide_columns,  # float16 [B, 4, P] and
+    halves,  # int8 [B, 2, P] and
+    unit,  # float32 [B, R], alike
+    table,  # int64, columns of `KDAAddresses`; its log takes the normed rows
+    counters,  # int64 [2]: cached tokens, logged tokens
+    eps,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    PLACES: tl.constexpr,  # D, or more, a power of two
+    PARTS: tl.constexpr,
+    HAS_LOG: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """hidden += sum of parts; out = norm(hidden), also in fixed point; a row by program."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, PLACES)
+    inside = d < D
+    weight = tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
+    wait(IS_LINKED)
+    x = add_parts(hidden, parts, row, d, inside, D, PARTS)
+    scale = norm_scale(tl.sum(x * x), D, eps)
+    x *= weight
+    size = largest(x, 0) * scale
+    x *= scale
+    tl.store(out + row * D + d, x, mask=inside)
+    size = tl.zeros([1], tl.float32) + size
+    store_fixed_point(
+        x[:, None],
+        size,
+        d,
+        inside[:, None],
+        (columns, wide_columns, halves, unit),
+        tl.zeros([1], tl.int64) + row,
+        P,
+    )
+    if HAS_LOG:
+        log_normed(x, d, inside, row, table, counters, out, D)

@@ -1,0 +1,621 @@
+"""Triton kernels of the decode step of few rows: packed weights by inputs in fixed point.
+
+The tensor cores multiply integer codes as they lie in memory by inputs that are integers too,
+halves of 8 bits (`fixed_point_kernels.py`). Sums are exact, and groups' scales multiply the sums,
+not the weights, so that a weight costs about one instruction. Codes in float8 are widened to
+float16, and so are their inputs.
+
+A tile of 128 bytes holds four runs of 32 inputs side by side (`ops/packed/codes.py`). Each run has
+columns of its own, since its scale may be its own: a token takes eight columns, a high and a low
+half by run, as many as the tensor cores multiply at once; of float8, four. Bytes of 3 bits hold
+more runs, which are taken apart into tiles of their own.
+
+Values of 3 and 4 bits stand in the upper bits of a byte: they are 32 and 16 times what they mean.
+
+FORM, IS_LINKED: see `ops/packed/kernels.py`, `projection_kernels.py`. `x` and `out` in fixed point
+are tuples, see `store_fixed_point`.
+
+Shapes: B rows (one token each), D hidden size, E experts, I expert width, K inputs, P inputs in
+whole blocks of 256, R = P / 32, W words of a row; of a tile V weights' rows, T tokens, M columns.
+"""
+
+# mypy: disable-error-code="no-untyped-def,union-attr,operator,assignment"
+
+from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
+
+from kimi_linear.decode.expert_kernels import gated
+from kimi_linear.decode.fixed_point_kernels import largest, store_fixed_point
+from kimi_linear.decode.packed_kernels import plain_product
+from kimi_linear.decode.projection_kernels import pointer_to, wait, wait_first
+from kimi_linear.ops.packed.kernels import AND_XOR, constant
+from kimi_linear.ops.runtime import constexpr_function, jit, tl
+
+
+def _threes_asm() -> str:
+    """PTX that takes four words of 3-bit codes and their high bits apart into a value in each byte,
+    for each of eight slots."""
+    lines = ["{ .reg .b32 t, u, a0, a1;"]
+    lines += ["prmt.b32 a0, $8, $9, 0x6420; prmt.b32 a1, $8, $9, 0x7531;"]
+    for slot in range(8):
+        shift = 5 - 2 * (slot % 4)
+        move = f"shl.b32 t, a{slot // 4}, {shift};" if shift > 0 else f"shr.b32 t, a{slot // 4}, 1;"
+        lines.append(f"{move} shl.b32 u, $10, {7 - slot};")
+        lines.append(f"lop3.b32 u, u, 0x80808080, 0x80808080, {AND_XOR};")
+        lines.append(f"lop3.b32 ${slot}, t, 0x60606060, u, {AND_XOR};")
+    return " ".join([*lines, "}"])
+
+
+_FOUR = f"0xF0F0F0F0, 0x80808080, {AND_XOR};"
+EIGHTS = constant("xor.b32 $0, $1, 0x80808080;")
+FOURS = constant(
+    f"{{ .reg .b32 t; shl.b32 t, $2, 4; lop3.b32 $0, t, {_FOUR} lop3.b32 $1, $2, {_FOUR} }}"
+)
+THREES = constant(_threes_asm())
+THREES_OUT = constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r")
+
+
+@constexpr_function
+def _columns_of(tokens, is_float):
+    """M for so many tokens."""
+    return max(8, 4 * tokens) if is_float else 8 * tokens
+
+
+@jit
+def _run_of(M: tl.constexpr, FORM: tl.constexpr):
+    """[M]: which of four runs a column is for."""
+    return tl.arange(0, M) % 4 if FORM[2] else tl.arange(0, M) % 8 // 2
+
+
+@constexpr_function
+def _is_shared(group):
+    """Whether all four runs of a tile share a scale; 0: a row does."""
+    return group % 128 == 0
+
+
+@jit
+def _factors(
+    scale,  # pointers [V] to the first groups' words of scales
+    unit,  # pointers [M] to the first runs' units
+    tile,  # of 128 inputs
+    stride,  # from one word of a row to the next
+    M: tl.constexpr,
+    K: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """What a tile's sums are multiplied by: float32 [V, M], in units of x."""
+    units = tl.load(unit + tile * 4 + _run_of(M, FORM))[None, :]
+    return _of_groups(scale, tile, stride, FORM[4], M, K, FORM).to(tl.float32) * units
+
+
+@jit
+def _of_groups(
+    numbers,  # pointers [V] to the first groups' words
+    tile,  # of 128 inputs
+    stride,  # from one word of a row to the next
+    dtype: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Scales or zeros of a tile's runs: [V, M], or [V, 1] where all share one."""
+    numbers = numbers.to(tl.pointer_type(dtype), bitcast=True)
+    GROUP: tl.constexpr = K if FORM[1] == 0 else FORM[1]
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    PER_WORD: tl.constexpr = 1 if tl.float32 == dtype else 2
+    if _is_shared(FORM[1]):
+        group = tl.minimum(tile * 128 // GROUP, GROUPS - 1)
+        place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
+        return tl.load(numbers + place)[:, None]
+    else:
+        group = tl.minimum((tile * 4 + _run_of(M, FORM)) * 32 // GROUP, GROUPS - 1)
+        place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
+        return tl.load(numbers[:, None] + place[None, :])
+
+
+@jit
+def _column_tile(columns, first):
+    """[128, M]: inputs of a tile, from pointers [M]."""
+    return tl.load(columns[None, :] + first + tl.arange(0, 128)[:, None])
+
+
+@jit
+def _run_tile(halves, first, run, M: tl.constexpr, FORM: tl.constexpr):
+    """int8 [32, M]: inputs of one run in its own columns, from pointers [M] to halves."""
+    own = (_run_of(M, FORM) == run)[None, :]
+    return tl.load(halves[None, :] + first + tl.arange(0, 32)[:, None], mask=own, other=0)
+
+
+@jit
+def _signed_bytes(words, ASM: tl.constexpr):
+    """Codes of 8 bits minus 128."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            EIGHTS, "=r,r", [words], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        return (words.to(tl.int32) ^ -128).to(tl.int8)
+
+
+@jit
+def _upper_fours(words, ASM: tl.constexpr):
+    """Two codes of 4 bits in each byte, 16 times what they mean: those of the first four runs, and
+    of the others."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            FOURS, "=r,=r,r", [words], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        wide = words.to(tl.int32)
+        return ((wide << 4) ^ 128).to(tl.int8), ((wide & 0xF0) ^ 128).to(tl.int8)
+
+
+@jit
+def _upper_threes(words, high, ASM: tl.constexpr):
+    """A tuple of tiles [V, 32], one by slot: codes of 3 bits, 32 times what they mean."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            THREES,
+            THREES_OUT,
+            [words, high],
+            dtype=(
+                tl.int8,
+                tl.int8,
+                tl.int8,
+                tl.int8,
+                tl.int8,
+                tl.int8,
+                tl.int8,
+                tl.int8,
+            ),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, upper, found = words.to(tl.int32), high.to(tl.int32), ()
+        for slot in tl.static_range(8):
+            code = ((low >> (2 * slot)) & 3) | ((upper >> slot) & 1) << 2
+            found = found + (((code << 5) ^ 128).to(tl.int8),)
+        return found
+
+
+@jit
+def _added(sums, codes, x, HAS_ZERO: tl.constexpr):
+    """A pair int32 [V, M], added to: values by a tile of x, and the sums of x for their zeros."""
+    by_value = tl.dot(codes, x, sums[0], out_dtype=tl.int32)
+    if HAS_ZERO:
+        ones = tl.full(codes.shape, 1, tl.int8)
+        return by_value, tl.dot(ones, x, sums[1], out_dtype=tl.int32)
+    else:
+        return by_value, sums[1]
+
+
+@jit
+def _less_zeros(sums, zeros, HAS_ZERO: tl.constexpr):
+    """float32 [V, M]"""
+    if HAS_ZERO:
+        return sums[0].to(tl.float32) - sums[1].to(tl.float32) * zeros
+    else:
+        return sums[0].to(tl.float32)
+
+
+@jit
+def _block_sums(
+    low,  # pointers [V] to rows' first bytes (3 bits: words), and
+    high,  # of 3 bits, to their high bits
+    columns,  # pointers [M] to tokens' columns and
+    halves,  # halves
+    block,
+    zeros,  # a pair of [V, M] for both tiles, with HAS_ZERO
+    V: tl.constexpr,
+    M: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """float32 [V, M] twice: products of both tiles of a block, by run."""
+    BITS: tl.constexpr = FORM[0]
+    HAS_ZERO: tl.constexpr = FORM[3]
+    first, second, q = block * 256, block * 256 + 128, tl.arange(0, 128)[None, :]
+    none = tl.zeros([V, M], tl.int32)
+    one, two = (none, none), (none, none)
+    if BITS == 3:
+        j = tl.arange(0, 32)[None, :]
+        words, upper = tl.load((low + block * 32)[:, None] + j), (high + block * 32)[:, None] + j
+        found = _upper_threes(words, tl.load(upper), FORM[6])
+        for run in tl.static_range(4):
+            x = _run_tile(halves, first + run * 32, run, M, FORM)
+            one = _added(one, found[run], x, HAS_ZERO)
+            x = _run_tile(halves, second + run * 32, run, M, FORM)
+            two = _added(two, found[4 + run], x, HAS_ZERO)
+    else:
+        if BITS == 4:
+            a, b = _upper_fours(tl.load((low + block * 128)[:, None] + q), FORM[6])
+        else:
+            a, b = tl.load((low + first)[:, None] + q), tl.load((low + second)[:, None] + q)
+        x, y = _column_tile(columns, first), _column_tile(columns, second)
+        if FORM[2]:
+            one, two = (tl.dot(a.to(tl.float16), x), none), (tl.dot(b.to(tl.float16), y), none)
+        else:
+            if BITS == 8:
+                a, b = _signed_bytes(a, FORM[6]), _signed_bytes(b, FORM[6])
+            one, two = _added(one, a, x, HAS_ZERO), _added(two, b, y, HAS_ZERO)
+    return _less_zeros(one, zeros[0], HAS_ZERO), _less_zeros(two, zeros[1], HAS_ZERO)
+
+
+@jit
+def _zeros(
+    zero,  # pointers [V] to the first groups' words of zeros
+    tile,
+    stride,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Zeros of a tile, in units of values: float32 [V, M] or [V, 1]; without zeros nothing."""
+    if FORM[3]:
+        found = _of_groups(zero, tile, stride, tl.int16, M, K, FORM).to(tl.float32)
+        return (found - (1 << (FORM[0] - 1))) * _unit_of(FORM[0])
+    else:
+        return 0.0
+
+
+@constexpr_function
+def _unit_of(bits):
+    """What a value of 1 is written as."""
+    return 1 << (8 - bits)
+
+
+@jit
+def fixed_product(
+    low,  # pointers [V] to rows' first words, and
+    high,  # of 3 bits, to their high bits
+    scale,  # pointers [V] to rows' first words of scales and
+    zero,  # of zeros
+    stride,  # from one word of scales to the next
+    x,  # int8 [B, 8, P], float16 [B, 4, P], int8 [B, 2, P] and float32 [B, R]
+    token,  # the first of the tile
+    num_tokens,  # B
+    first,  # block, and
+    stop,  # the one behind the last
+    V: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """float32 [V, T]: rows by tokens."""
+    M: tl.constexpr = _columns_of(T, FORM[2])
+    EACH: tl.constexpr = 4 if FORM[2] else 8
+    BLOCKS: tl.constexpr = (K + 255) // 256
+    c = tl.arange(0, M)
+    which = tl.minimum(token + tl.minimum(c // EACH, T - 1), num_tokens - 1).to(tl.int64)
+    columns = (x[1] if FORM[2] else x[0]) + (which * EACH + c % EACH) * (BLOCKS * 256)
+    halves = x[2] + (which * 2 + c % 2) * (BLOCKS * 256)
+    unit = x[3] + which * (BLOCKS * 8)
+    if FORM[0] != 3:
+        code: tl.constexpr = tl.float8e4nv if FORM[2] else tl.int8
+        low = low.to(tl.pointer_type(code), bitcast=True)
+    total = tl.zeros([V, M], tl.float32)
+    # a block ahead: what is no operand of a product is not loaded ahead by the compiler
+    tile = first * 2
+    next_one = _factors(scale, unit, tile, stride, M, K, FORM)
+    next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
+    for block in range(first, stop):
+        tile = block * 2
+        zeros = (
+            _zeros(zero, tile, stride, M, K, FORM),
+            _zeros(zero, tile + 1, stride, M, K, FORM),
+        )
+        one, two = _block_sums(low, high, columns, halves, block, zeros, V, M, FORM)
+        total += one * next_one + two * next_two
+        tile = tl.minimum(block + 1, BLOCKS - 1) * 2
+        next_one = _factors(scale, unit, tile, stride, M, K, FORM)
+        next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
+    if FORM[2]:
+        total = tl.where((c < 4 * T)[None, :], total, 0.0)
+    else:
+        of_low: tl.constexpr = 1.0 / _unit_of(FORM[0])
+        total *= tl.where(c % 2 == 0, 256.0 * of_low, of_low)[None, :]
+    return tl.sum(tl.reshape(total, [V, T, M // T]), axis=2)
+
+
+@jit
+def fixed_project_kernel(
+    x,  # [B, K], rows of x_stride, for plain weights
+    columns,  # int8 [B, 8, P] and
+    wide_columns,  # float16 [B, 4, P] and
+    halves,  # int8 [B, 2, P] and
+    unit,  # float32 [B, R]: x in fixed point
+    tiles,  # int64 [tiles, 8], and
+    ups,  # with IS_GATED, alike: see `packed_project_kernel`
+    words,  # any tensors of these dtypes
+    uppers,
+    scales,
+    zeros,
+    out,  # [B, SPLITS, N], rows of out_stride, splits of split_stride
+    num_rows,
+    x_stride,
+    out_stride,
+    split_stride,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,  # of the inputs, each a program's
+    V: tl.constexpr,
+    T: tl.constexpr,  # B, or more, a power of two up to 8
+    IS_GATED: tl.constexpr,
+    HAS_PLAIN: tl.constexpr,
+    FORM: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """out = x @ weights^T, or silu(x @ weights^T) * (x @ ups^T); splits of a sum side by side."""
+    BLOCKS: tl.constexpr = (K + 255) // 256
+    WORDS: tl.constexpr = BLOCKS * (64 if FORM[0] == 8 else 32)
+    SHARE: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    first = tl.program_id(1) * SHARE
+    stop = tl.minimum(first + SHARE, BLOCKS)
+    tile = tiles + tl.program_id(0) * 8
+    size = tl.load(tile + 6)
+    row = tl.load(tile + 5) + tl.minimum(tl.arange(0, V), size - 1)
+    is_plain = tl.load(tile + 2) == 0
+    total = tl.zeros([V, T], tl.float32)
+    for i in tl.static_range(2 if IS_GATED else 1):
+        source = tile if i == 0 else ups + tl.program_id(0) * 8
+        low = pointer_to(tl.load(source), words) + row * WORDS
+        if i == 0:
+            wait(IS_LINKED)
+        y = tl.zeros([V, T], tl.float32)
+        if HAS_PLAIN:
+            if is_plain:
+                weight = pointer_to(tl.load(source), x) + row * K
+                token = tl.minimum(tl.arange(0, 8) // (8 // T), num_rows - 1)
+                address, last = x + token * x_stride, tl.minimum(stop * 256, K)
+                wide = plain_product(weight, address, first * 256, last, V, 8, K, 128)
+                one = (tl.arange(0, 8) % (8 // T) == 0)[None, :]
+                y = tl.sum(tl.reshape(tl.where(one, wide, 0.0), [V, T, 8 // T]), axis=2)
+        if not is_plain:
+            y = fixed_product(
+                low,
+                pointer_to(tl.load(source + 1), uppers) + row * WORDS,
+                tl.load(source + 2).to(scales.dtype) + row // FORM[5],
+                tl.load(source + 3).to(zeros.dtype) + row // FORM[5],
+                tl.load(source + 4),
+                (columns, wide_columns, halves, unit),
+                0,
+                num_rows,
+                first,
+                stop,
+                V,
+                T,
+                K,
+                FORM,
+            )
+        total = y if i == 0 else gated(total, y)
+    n, t = tl.arange(0, V)[:, None], tl.arange(0, T)[None, :]
+    target = out + t.to(tl.int64) * out_stride + tl.program_id(1) * split_stride
+    target += tl.load(tile + 7) + n
+    tl.store(target, total, mask=(t < num_rows) & (n < size))
+
+
+@jit
+def _store_gated(
+    y,  # float32 [V, T], gate and up in turn
+    first,  # output
+    stop,  # the one behind the last
+    out,  # [.., N] in fixed point, see `fixed_product`
+    row,  # the first token's
+    num_tokens,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+):
+    """silu(gate) * up, written in fixed point."""
+    gate, up = tl.split(tl.trans(tl.reshape(y, [V // 2, 2, T]), 0, 2, 1))
+    n, t = first + tl.arange(0, V // 2), tl.arange(0, T)
+    inside = (n < stop)[:, None] & (t < num_tokens)[None, :]
+    x = tl.where(inside, gated(gate, up), 0.0)
+    P: tl.constexpr = (N + 255) // 256 * 256
+    store_fixed_point(x, largest(x, 0), n, inside, out, row + t.to(tl.int64), P)
+
+
+@jit
+def fixed_in_kernel(
+    columns,  # int8 [B, 8, P] and
+    wide_columns,  # float16 [B, 4, P] and
+    halves,  # int8 [B, 2, P] and
+    unit,  # float32 [B, R]: x in fixed point
+    experts,  # int32 [B * TOP]
+    low,  # [E, 2 * I, W] and
+    high,  # of 3 bits [E, 2 * I, W]
+    scale,  # int32 [E, words, 2 * I / rows that share one] and
+    zero,  # alike
+    out_columns,  # of out [B * TOP, I], in fixed point
+    out_wide_columns,
+    out_halves,
+    out_unit,
+    shared_columns,  # of out of shared experts [B, shared * I], in fixed point
+    shared_wide_columns,
+    shared_halves,
+    shared_unit,
+    gate_low,  # the shared experts' [shared * I, W] and so on, with NUM_SHARED
+    gate_high,
+    gate_scale,
+    gate_zero,
+    up_low,
+    up_high,
+    up_scale,
+    up_zero,
+    num_rows,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TOP: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    ZERO_WORDS: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,  # B, or more, a power of two up to 8
+    FORM: tl.constexpr,
+    SHARED_FORM: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """silu(gate) * up of the rows and the experts that they chose, a tile of a pair by program.
+
+    Programs of shared experts, whose weights need no choice, come first.
+    """
+    BLOCKS: tl.constexpr = (D + 255) // 256
+    WORDS: tl.constexpr = BLOCKS * (64 if FORM[0] == 8 else 32)
+    first = tl.program_id(0) * (V // 2)
+    n = tl.minimum(first + tl.arange(0, V) // 2, I - 1)
+    is_up = tl.arange(0, V) % 2 == 1
+    pair = tl.program_id(1) - NUM_SHARED
+    if NUM_SHARED > 0:
+        if pair < 0:
+            SIZE: tl.constexpr = BLOCKS * (64 if SHARED_FORM[0] == 8 else 32)
+            own = tl.program_id(1) * I + n
+            group = own // SHARED_FORM[5]
+            source = tl.where(is_up, up_low + own * SIZE, gate_low + own * SIZE)
+            wait_first(IS_LINKED)
+            y = fixed_product(
+                source,
+                tl.where(is_up, up_high + own * SIZE, gate_high + own * SIZE),
+                tl.where(is_up, up_scale + group, gate_scale + group),
+                tl.where(is_up, up_zero + group, gate_zero + group),
+                (NUM_SHARED * I + SHARED_FORM[5] - 1) // SHARED_FORM[5],
+                (columns, wide_columns, halves, unit),
+                0,
+                num_rows,
+                0,
+                BLOCKS,
+                V,
+                T,
+                D,
+                SHARED_FORM,
+            )
+            start = tl.program_id(1) * I
+            _store_gated(
+                y,
+                start + first,
+                start + I,
+                (shared_columns, shared_wide_columns, shared_halves, shared_unit),
+                0,
+                num_rows,
+                NUM_SHARED * I,
+                V,
+                T,
+            )
+            return
+    wait_first(IS_LINKED)
+    expert = tl.load(experts + pair).to(tl.int64)
+    row = tl.where(is_up, I, 0) + n
+    STRIDE: tl.constexpr = (2 * I + FORM[5] - 1) // FORM[5]
+    own = (expert * 2 * I + row) * WORDS
+    y = fixed_product(
+        low + own,
+        high + own,
+        scale + expert * SCALE_WORDS * STRIDE + row // FORM[5],
+        zero + expert * ZERO_WORDS * STRIDE + row // FORM[5],
+        STRIDE,
+        (columns, wide_columns, halves, unit),
+        pair // TOP,
+        num_rows,
+        0,
+        BLOCKS,
+        V,
+        1,
+        D,
+        FORM,
+    )
+    out = (out_columns, out_wide_columns, out_halves, out_unit)
+    _store_gated(y, first, I, out, pair, 1, I, V, 1)
+
+
+@jit
+def fixed_out_kernel(
+    columns,  # of x [B * TOP, I], in fixed point
+    wide_columns,
+    halves,
+    unit,
+    shared_columns,  # of x of shared experts [B, shared * I]
+    shared_wide_columns,
+    shared_halves,
+    shared_unit,
+    experts,  # int32 [B * TOP]
+    weights,  # float32 [B * TOP]
+    low,  # [E, D, W] and
+    high,  # of 3 bits [E, D, W]
+    scale,  # int32 [E, words, D / rows that share one] and
+    zero,  # alike
+    out,  # [B, SLOTS, D], the first TOP of each row, and one more with NUM_SHARED
+    shared_low,  # the shared experts' [D, W] and so on, with NUM_SHARED
+    shared_high,
+    shared_scale,
+    shared_zero,
+    num_rows,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TOP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    ZERO_WORDS: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,  # B, or more, a power of two up to 8
+    FORM: tl.constexpr,
+    SHARED_FORM: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """Weighted outputs of the pairs, and those of the shared experts; a tile of a pair by program.
+
+    What was chosen is known: `fixed_in_kernel`, before this one, starts it after its own wait.
+    """
+    BLOCKS: tl.constexpr = (I + 255) // 256
+    WORDS: tl.constexpr = BLOCKS * (64 if FORM[0] == 8 else 32)
+    first = tl.program_id(0) * V
+    row = tl.minimum(first + tl.arange(0, V), D - 1)
+    n = (first + tl.arange(0, V))[:, None]
+    pair = tl.program_id(1) - (1 if NUM_SHARED > 0 else 0)
+    if NUM_SHARED > 0:
+        if pair < 0:
+            K: tl.constexpr = NUM_SHARED * I
+            ALL: tl.constexpr = (K + 255) // 256
+            own = row * (ALL * (64 if SHARED_FORM[0] == 8 else 32))
+            wait(IS_LINKED)
+            y = fixed_product(
+                shared_low + own,
+                shared_high + own,
+                shared_scale + row // SHARED_FORM[5],
+                shared_zero + row // SHARED_FORM[5],
+                (D + SHARED_FORM[5] - 1) // SHARED_FORM[5],
+                (shared_columns, shared_wide_columns, shared_halves, shared_unit),
+                0,
+                num_rows,
+                0,
+                ALL,
+                V,
+                T,
+                K,
+                SHARED_FORM,
+            )
+            t = tl.arange(0, T)[None, :]
+            target = out + (t * SLOTS + TOP).to(tl.int64) * D + n
+            tl.store(target, y, mask=(n < D) & (t < num_rows))
+            return
+    # a multiprocessor's cache may still hold an older choice
+    expert = tl.load(experts + pair, cache_modifier=".cg").to(tl.int64)
+    STRIDE: tl.constexpr = (D + FORM[5] - 1) // FORM[5]
+    source = low + (expert * D + row) * WORDS
+    wait(IS_LINKED)
+    y = fixed_product(
+        source,
+        high + (expert * D + row) * WORDS,
+        scale + expert * SCALE_WORDS * STRIDE + row // FORM[5],
+        zero + expert * ZERO_WORDS * STRIDE + row // FORM[5],
+        STRIDE,
+        (columns, wide_columns, halves, unit),
+        pair,
+        tl.num_programs(1),
+        0,
+        BLOCKS,
+        V,
+        1,
+        I,
+        FORM,
+    )
+    slot = pair // TOP * SLOTS + pair % TOP
+    y *= tl.load(weights + pair)
+    tl.store(out + slot.to(tl.int64) * D + n, y, mask=n < D)

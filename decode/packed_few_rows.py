@@ -1,0 +1,181 @@
+"""The decode step of a model whose weights are packed, for up to `FEW_ROWS` rows.
+
+Norms and attention write their outputs in fixed point too, which packed weights multiply.
+
+Shapes: B rows, K inputs, P inputs in whole blocks of 256, I expert width.
+"""
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from kimi_linear.decode.few_rows import FewRowsStep, VectorProjection
+from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection, can_multiply
+from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
+from kimi_linear.decode.fixed_product_kernels import fixed_in_kernel, fixed_out_kernel
+from kimi_linear.decode.packed import MAX_SPLITS, PackedManyRowsStep, projection
+from kimi_linear.decode.step import linked
+from kimi_linear.ops.packed.unpacking import form, planes
+from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.ops.runtime import ceil_div, power_of_two
+from kimi_linear.schemes import RUN
+
+# rows of a tile (gate and up in turn), warps and stages of both expert products
+EXPERTS_IN = (64, 4, 5)
+EXPERTS_OUT = (32, 2, 4)
+
+
+class PackedFewRowsStep(PackedManyRowsStep):
+    """What packed weights multiply is in fixed point; small matrices by the kernels of few rows."""
+
+    kda_block, kda_warps = FewRowsStep.kda_block, FewRowsStep.kda_warps
+    _project_gates = FewRowsStep._project_gates
+    _absorb = FewRowsStep._absorb
+    _mix = FewRowsStep._mix
+
+    @functools.cached_property
+    def fixed(self) -> FixedPoint:
+        """What `normed` holds, in fixed point."""
+        return FixedPoint(self.num_rows, self.config.hidden_size, self.device)
+
+    @functools.cached_property
+    def fixed_outputs(self) -> dict[int, FixedPoint]:
+        """What attention gives in fixed point, by its size."""
+        return {}
+
+    def _input_projection(self, *weights: Tensor) -> Any:
+        return projection(weights, self.num_rows, self.is_linked, fixed=self.fixed)
+
+    def _gated_projection(self, gate: Tensor, up: Tensor) -> Any:
+        return projection((gate,), self.num_rows, self.is_linked, up=up, fixed=self.fixed)
+
+    def _add_norm(self, norm: Any, log: Tensor | None = None) -> None:
+        self._launch_norm(add_norm_fixed_kernel, self.fixed.parts, norm, log, P=self.fixed.size)
+
+    def _output_projection(self, weight: Tensor) -> Any:
+        fixed, splits = None, 1
+        if isinstance(weight, PackedWeights) and self._writes_runs():
+            size = weight.shape[1]
+            fixed = self.fixed_outputs.setdefault(
+                size, FixedPoint(self.num_rows, size, self.device)
+            )
+            splits = MAX_SPLITS
+        return projection((weight,), self.num_rows, self.is_linked, None, fixed, splits)
+
+    def _writes_runs(self) -> bool:
+        """Whether the programs of attention write whole runs of outputs."""
+        sizes = self.config.linear_attn_config["head_dim"], self.config.v_head_dim
+        return all(size % RUN == 0 for size in sizes)
+
+    def _fixed_output(self, i: int) -> tuple[tuple[Tensor, ...], int]:
+        output = self.outputs[i]
+        if not isinstance(output, FixedProjection):
+            return super()._fixed_output(i)
+        return output.x.parts, output.x.size
+
+    def _run_experts(self, i: int) -> None:
+        """A program for each pair of a row and an expert. The shared experts come with them, where
+        they are packed too: a launch of their own would take as long."""
+        experts = self.layers[i].block_sparse_moe.experts
+        if not self._can_pair(experts):
+            super()._run_experts(i)
+            return
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        joined = self._joined_shared(i)
+        num_shared = self.num_shared if joined else 0
+        shared = joined or (gate_up, gate_up, down)
+        B, pairs = self.num_rows, self.num_rows * self.top
+        sizes: dict[str, Any] = {
+            "D": self.config.hidden_size,
+            "I": self.config.moe_intermediate_size,
+            "TOP": self.top,
+            "NUM_SHARED": num_shared,
+            "T": power_of_two(B),
+            **linked(self.is_linked),
+        }
+        inner = *self.inner.parts, *self.shared_inner.parts
+        rows, num_warps, num_stages = EXPERTS_IN
+        fixed_in_kernel[(ceil_div(sizes["I"], rows // 2), pairs + num_shared)](
+            *self.fixed.parts,
+            self.experts,
+            *planes(gate_up),
+            *inner,
+            *planes(shared[0]),
+            *planes(shared[1]),
+            B,
+            V=rows,
+            FORM=form(gate_up, fixed_in_kernel),
+            SHARED_FORM=form(shared[0], fixed_in_kernel),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            **_words(gate_up),
+            **sizes,
+        )
+        rows, num_warps, num_stages = EXPERTS_OUT
+        fixed_out_kernel[(ceil_div(sizes["D"], rows), pairs + min(1, num_shared))](
+            *inner,
+            self.experts,
+            self.weights,
+            *planes(down),
+            self.expert_parts,
+            *planes(shared[2]),
+            B,
+            SLOTS=self.expert_parts.shape[1],
+            V=rows,
+            FORM=form(down, fixed_out_kernel),
+            SHARED_FORM=form(shared[2], fixed_out_kernel),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            **_words(down),
+            **sizes,
+        )
+        self.to_add = self.expert_parts
+        if not joined:
+            self._run_shared(i, self.expert_parts)
+
+    def _can_pair(self, experts: Any) -> bool:
+        """Whether experts' outputs are whole runs, and both products are packed."""
+        weights = experts.gate_up_proj, experts.down_proj
+        is_packed = all(isinstance(each, PackedWeights) and can_multiply(each) for each in weights)
+        return is_packed and self.config.moe_intermediate_size % RUN == 0
+
+    def _prepare_experts(self) -> None:
+        super()._prepare_experts()
+        width = self.config.moe_intermediate_size
+        self.inner = FixedPoint(self.num_rows * self.top, width, self.device)
+        shared_width = max(1, self.num_shared) * width
+        self.shared_inner = FixedPoint(self.num_rows, shared_width, self.device)
+        self.routers = [
+            VectorProjection((layer.block_sparse_moe.gate.weight,), self.num_rows, self.is_linked)
+            if layer.is_moe
+            else None
+            for layer in self.layers
+        ]
+
+    def _score_experts(self, i: int) -> None:
+        self._add_norm(self.layers[i].post_attention_layernorm)
+        router = self.routers[i]
+        assert router is not None
+        router.launch(self.normed, self.router_logits)
+
+    def _joined_shared(self, i: int) -> tuple[PackedWeights, ...] | None:
+        """Gate, up and down of shared experts that the experts' launches take too."""
+        if not self.num_shared:
+            return None
+        mlp = self.layers[i].block_sparse_moe.shared_experts
+        weights = tuple(each.weight for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        if not all(isinstance(each, PackedWeights) and can_multiply(each) for each in weights):
+            return None
+        gate, up, _ = weights
+        is_alike = gate.scheme == up.scheme and gate.scale.dtype == up.scale.dtype
+        return weights if is_alike else None
+
+
+def _words(weights: PackedWeights) -> dict[str, int]:
+    """Words of scales and zeros from one expert to the next, in words of a row."""
+    zero = weights.zero
+    return {
+        "SCALE_WORDS": weights.scale.shape[1],
+        "ZERO_WORDS": 1 if zero is None else zero.shape[1],
+    }

@@ -1,0 +1,143 @@
+"""Inputs in fixed point, and packed weights by them, against the same sums in float64."""
+
+import pytest
+import torch
+from decode_models import DEVICES, small_grids  # noqa: F401
+from packed_weights import SCHEMES, random_packed
+
+from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection
+from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
+from kimi_linear.ops.runtime import power_of_two
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.interpreted,
+    pytest.mark.usefixtures("small_grids"),
+    pytest.mark.parametrize("device", DEVICES),
+]
+RUN = 32
+
+
+def written(x):
+    """The norm of rows [B, D], by the kernel, and in fixed point."""
+    num_rows, size = x.shape
+    fixed = FixedPoint(num_rows, size, x.device)
+    out = torch.empty_like(x)
+    counters = torch.zeros(2, dtype=torch.int64, device=x.device)
+    weight = torch.linspace(0.5, 2.0, size, device=x.device)
+    add_norm_fixed_kernel[(num_rows,)](
+        x.clone(),
+        x,
+        weight,
+        out,
+        *fixed.parts,
+        x,
+        counters,
+        1e-6,
+        D=size,
+        P=fixed.size,
+        PLACES=power_of_two(size),
+        PARTS=0,
+        HAS_LOG=False,
+        num_warps=8,
+        IS_LINKED=False,
+    )
+    return out, fixed
+
+
+def numbers_of(fixed, size):
+    """float64 [B, size]: what the halves say."""
+    _, _, halves, unit = fixed.parts
+    high, low = halves.double().unbind(1)
+    return ((256 * high + low) * unit.double().repeat_interleave(RUN, dim=1))[:, :size]
+
+
+def of_columns(columns, size):
+    """[B, size] of columns [B, 4, P] or [B, 4, P, ..], and whether all else is 0."""
+    lanes = columns.unflatten(2, (-1, RUN, 4))  # [B, column's run, tiles, lane, run]
+    own = torch.stack([lanes[:, run, :, :, run] for run in range(4)], dim=2)
+    is_rest_zero = bool(lanes.count_nonzero() == own.count_nonzero())
+    return own.flatten(1, 3)[:, :size], is_rest_zero
+
+
+@pytest.mark.parametrize("size", [96, 256, 320])
+def test_all_forms_say_what_the_norm_gives(size, device):
+    x = torch.randn(3, size, device=device) * torch.tensor([[1.0], [1e-4], [1e3]], device=device)
+    out, fixed = written(x)
+    columns, wide_columns, _, unit = fixed.parts
+    largest = out.abs().amax(1, keepdim=True).double()
+    found = numbers_of(fixed, size)
+    assert ((found - out).abs() <= 0.51 * largest / 32512).all()
+    high, is_high_alone = of_columns(columns[:, 0::2], size)
+    low, is_low_alone = of_columns(columns[:, 1::2], size)
+    wide, is_wide_alone = of_columns(wide_columns, size)
+    assert is_high_alone and is_low_alone and is_wide_alone
+    units = unit.double().repeat_interleave(RUN, dim=1)[:, :size]
+    assert torch.equal((256 * high.double() + low.double()) * units, found)
+    assert ((wide.double() * units - out).abs() <= 2**-11 * out.abs() + 1e-9 * largest).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value, device):
+    x = torch.randn(2, 96, device=device)
+    x[1, 40] = value
+    _, fixed = written(x)
+    assert numbers_of(fixed, 96)[0].isfinite().all()
+    assert not numbers_of(fixed, 96)[1].isfinite().any()
+
+
+def product(x, fixed, *weights, splits=1, up=None):
+    """What the launch gives: float32 [B, n], parts of a sum added up."""
+    projection = FixedProjection(weights, fixed, is_linked=False, up=up, most_splits=splits)
+    assert projection.splits == splits
+    width = sum(weight.shape[0] for weight in weights)
+    out = torch.full((len(x), splits, width), float("nan"), device=x.device)
+    projection.launch(x, out if splits > 1 else out[:, 0])
+    return out.sum(1)
+
+
+def tolerance(scheme):
+    """Float8 weights are multiplied by 11 bits of their inputs."""
+    return 1e-3 if scheme.is_float else 2e-6
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
+def test_products(num_rows, name, device):
+    scheme, size = SCHEMES[name], 576 if "across" in name else 640
+    x, fixed = written(torch.randn(num_rows, size, device=device))
+    first, second = (
+        random_packed(scheme, (rows, size), torch.float32, device, factor=0.01)[0]
+        for rows in (40, 33)
+    )
+    plain = torch.randn(19, size, device=device)
+    inputs = numbers_of(fixed, size)
+    wide = [weight.dequantized().double() for weight in (first, second)]
+    sums = [*(inputs @ each.t() for each in wide), x.double() @ plain.double().t()]
+    expected = torch.cat(sums, dim=1)
+    found = product(x, fixed, first, second, plain)
+    is_exact = device == "cpu"  # GPUs round float32's inputs to 10 bits in plain products
+    width = expected.shape[1] if is_exact else 73
+    scale = expected.abs().max()
+    torch.testing.assert_close(
+        found.double()[:, :width], expected[:, :width], rtol=0, atol=tolerance(scheme) * scale
+    )
+    parts = product(x, fixed, first, splits=2)
+    torch.testing.assert_close(
+        parts.double(), expected[:, :40], rtol=0, atol=tolerance(scheme) * scale
+    )
+
+
+@pytest.mark.parametrize("name", ["3 bits", "float8 blocks"])
+def test_gated_products(name, device):
+    scheme, size = SCHEMES[name], 384
+    x, fixed = written(torch.randn(2, size, device=device))
+    gate, up = (
+        random_packed(scheme, (48, size), torch.float32, device, factor=0.01)[0] for _ in range(2)
+    )
+    inputs = numbers_of(fixed, size)
+    first, second = (inputs @ each.dequantized().double().t() for each in (gate, up))
+    expected = torch.nn.functional.silu(first) * second
+    found = product(x, fixed, gate, up=up).double()
+    atol = 3 * tolerance(scheme) * expected.abs().max()
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
