@@ -119,10 +119,10 @@ def _column_tile(columns, first):
 
 
 @jit
-def _run_tile(halves, first, run, M: tl.constexpr, FORM: tl.constexpr):
-    """int8 [32, M]: inputs of one run in its own columns, from pointers [M] to halves."""
-    own = (_run_of(M, FORM) == run)[None, :]
-    return tl.load(halves[None, :] + first + tl.arange(0, 32)[:, None], mask=own, other=0)
+def _runs_tile(halves, first, M: tl.constexpr, FORM: tl.constexpr):
+    """int8 [32, M]: four runs side by side, from pointers [M] to halves."""
+    start = first + _run_of(M, FORM) * 32
+    return tl.load((halves + start)[None, :] + tl.arange(0, 32)[:, None])
 
 
 @jit
@@ -179,14 +179,28 @@ def _upper_threes(words, high, ASM: tl.constexpr):
 
 
 @jit
-def _added(sums, codes, x, HAS_ZERO: tl.constexpr):
-    """A pair int32 [V, M], added to: values by a tile of x, and the sums of x for their zeros."""
-    by_value = tl.dot(codes, x, sums[0], out_dtype=tl.int32)
+def _sums(codes, x, HAS_ZERO: tl.constexpr):
+    """A pair int32 [V, M]: values by a tile of x, and the sums of x for their zeros."""
+    by_value = tl.dot(codes, x, out_dtype=tl.int32)
+    return by_value, _sums_of(codes, x, by_value, HAS_ZERO)
+
+
+@jit
+def _sums_of(codes, x, like, HAS_ZERO: tl.constexpr):
     if HAS_ZERO:
-        ones = tl.full(codes.shape, 1, tl.int8)
-        return by_value, tl.dot(ones, x, sums[1], out_dtype=tl.int32)
+        return tl.dot(tl.full(codes.shape, 1, tl.int8), x, out_dtype=tl.int32)
     else:
-        return by_value, sums[1]
+        return like
+
+
+@jit
+def _sums_by_run(codes, x, HAS_ZERO: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr):
+    """As `_sums`, of four tiles [V, 32], each by its own columns of x [32, M]."""
+    by_value = tl.dot(codes[0], x, out_dtype=tl.int32)
+    for run in tl.static_range(1, 4):
+        own = (_run_of(M, FORM) == run)[None, :]
+        by_value = tl.where(own, tl.dot(codes[run], x, out_dtype=tl.int32), by_value)
+    return by_value, _sums_of(codes[0], x, by_value, HAS_ZERO)
 
 
 @jit
@@ -214,17 +228,13 @@ def _block_sums(
     BITS: tl.constexpr = FORM[0]
     HAS_ZERO: tl.constexpr = FORM[3]
     first, second, q = block * 256, block * 256 + 128, tl.arange(0, 128)[None, :]
-    none = tl.zeros([V, M], tl.int32)
-    one, two = (none, none), (none, none)
     if BITS == 3:
         j = tl.arange(0, 32)[None, :]
         words, upper = tl.load((low + block * 32)[:, None] + j), (high + block * 32)[:, None] + j
         found = _upper_threes(words, tl.load(upper), FORM[6])
-        for run in tl.static_range(4):
-            x = _run_tile(halves, first + run * 32, run, M, FORM)
-            one = _added(one, found[run], x, HAS_ZERO)
-            x = _run_tile(halves, second + run * 32, run, M, FORM)
-            two = _added(two, found[4 + run], x, HAS_ZERO)
+        x, y = _runs_tile(halves, first, M, FORM), _runs_tile(halves, second, M, FORM)
+        one = _sums_by_run(found[:4], x, HAS_ZERO, M, FORM)
+        two = _sums_by_run(found[4:], y, HAS_ZERO, M, FORM)
     else:
         if BITS == 4:
             a, b = _upper_fours(tl.load((low + block * 128)[:, None] + q), FORM[6])
@@ -232,11 +242,12 @@ def _block_sums(
             a, b = tl.load((low + first)[:, None] + q), tl.load((low + second)[:, None] + q)
         x, y = _column_tile(columns, first), _column_tile(columns, second)
         if FORM[2]:
-            one, two = (tl.dot(a.to(tl.float16), x), none), (tl.dot(b.to(tl.float16), y), none)
+            one, two = tl.dot(a.to(tl.float16), x), tl.dot(b.to(tl.float16), y)
+            one, two = (one, one), (two, two)
         else:
             if BITS == 8:
                 a, b = _signed_bytes(a, FORM[6]), _signed_bytes(b, FORM[6])
-            one, two = _added(one, a, x, HAS_ZERO), _added(two, b, y, HAS_ZERO)
+            one, two = _sums(a, x, HAS_ZERO), _sums(b, y, HAS_ZERO)
     return _less_zeros(one, zeros[0], HAS_ZERO), _less_zeros(two, zeros[1], HAS_ZERO)
 
 

@@ -5,6 +5,7 @@ import torch
 from decode_models import DEVICES, small_grids  # noqa: F401
 from packed_weights import SCHEMES, random_packed
 
+from kimi_linear.decode import fixed_point
 from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection
 from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
 from kimi_linear.ops.runtime import power_of_two
@@ -12,10 +13,16 @@ from kimi_linear.ops.runtime import power_of_two
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.interpreted,
-    pytest.mark.usefixtures("small_grids"),
+    pytest.mark.usefixtures("small_grids", "many_splits"),
     pytest.mark.parametrize("device", DEVICES),
 ]
 RUN = 32
+
+
+@pytest.fixture
+def many_splits(monkeypatch):
+    """As many parts of a sum as a projection may have, on any device."""
+    monkeypatch.setattr(fixed_point, "MIN_BLOCKS", 1)
 
 
 def written(x):
