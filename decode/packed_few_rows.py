@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from kimi_linear.decode.few_rows import FewRowsStep, VectorProjection
+from kimi_linear.decode.fixed_expert_kernels import fixed_in_kernel, fixed_out_kernel
 from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection, can_multiply
 from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
-from kimi_linear.decode.fixed_product_kernels import fixed_in_kernel, fixed_out_kernel
 from kimi_linear.decode.packed import MAX_SPLITS, PackedManyRowsStep, projection
 from kimi_linear.decode.step import linked
 from kimi_linear.ops.packed.unpacking import form, planes
