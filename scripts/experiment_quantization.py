@@ -7,7 +7,7 @@ out. Then its weights are quantised and judged, one form after the other (`measu
 their names), in this order:
 
     main               the presets 24gb, 48gb and 80gb, fp8, all parts in 3, 4 and 8 bits; no data
-    calibrated         these with GPTQ, on --calibration-tokens of the training text
+    calibrated         those of 3 and 4 bits with GPTQ, on --calibration-tokens of the training text
     parts              one part alone in 3 and in 4 bits
     groups             experts alone, with groups of 32, 64 and 128 and with zeros
     calibrated-groups  some of these with GPTQ
@@ -74,7 +74,7 @@ MAIN = ("24gb", "48gb", "80gb", "fp8", *map(everything, ("3/64", "4/64", "8/64")
 GROUPED = ("3/32", "3/128", "3/32z", "3/64z", "3/128z", "4/32", "4/128", "4/64z")
 SECTIONS: dict[str, tuple[str, ...]] = {
     "main": (NONE, *MAIN),
-    "calibrated": tuple(form for form in MAIN if form != "fp8"),
+    "calibrated": ("24gb", "48gb", *map(everything, ("3/64", "4/64"))),
     "parts": in_each(("3/64", "4/64")),
     "groups": tuple(f"experts={bits}" for bits in GROUPED),
     "calibrated-groups": tuple(f"experts={bits}" for bits in ("3/32", "3/64", "3/128", "3/64z")),
