@@ -8,6 +8,7 @@ their parts up.
 Shapes: B rows, D hidden size, N outputs, K inputs, E experts, I expert width.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -172,8 +173,8 @@ class PackedManyRowsStep(ManyRowsStep):
 
     def _prepare_attention(self) -> None:
         super()._prepare_attention()
-        splits = max(getattr(each, "splits", 1) for each in self.outputs)
-        self.attention_parts = self._empty(self.num_rows, splits, self.config.hidden_size)
+        self.most_splits = max(getattr(each, "splits", 1) for each in self.outputs)
+        self.sum_parts = self._empty(self.num_rows * self.most_splits * self.config.hidden_size)
 
     def _projection(self, *weights: Tensor) -> Any:
         return projection(weights, self.num_rows, self.is_linked)
@@ -182,8 +183,9 @@ class PackedManyRowsStep(ManyRowsStep):
         return projection((gate,), self.num_rows, self.is_linked, up=up)
 
     def _add(self, projection: Any, x: Tensor) -> None:
-        splits = getattr(projection, "splits", 1)
-        out = self.branch_out if splits == 1 else self.attention_parts[:, :splits]
+        splits = min(getattr(projection, "splits", 1), self.most_splits)
+        shape = self.num_rows, splits, self.config.hidden_size
+        out = self.sum_parts[: math.prod(shape)].view(shape)  # rows side by side
         projection.launch(x, out[:, 0] if splits == 1 else out)
         self.to_add = out
 

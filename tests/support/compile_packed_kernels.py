@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,18 +86,19 @@ KERNELS: dict[str, tuple[dict[Any, list[str]], Callable[[Scheme, torch.dtype], A
         {
             fixed_point: ["fixed_project_kernel"],
             packed_few_rows: ["add_norm_fixed_kernel", "fixed_in_kernel", "fixed_out_kernel"],
+            decode_steps: ["kda_out_kernel", "mix_kernel"],
         },
         functools.partial(decode, FEW_ROWS),
     ),
 }
 
 
-def skip_other_kernels(arch: int, modules: Iterable[Any]) -> None:
+def skip_other_kernels(arch: int, modules: dict[Any, list[str]]) -> None:
     """Those of a step that other groups or `compile_kernels.py` compile, and products that only
     CUDA has."""
-    for module in {decode_steps, few_rows, many_rows, packed_step}.difference(modules):
+    for module in (decode_steps, few_rows, many_rows, packed_step):
         for name in vars(module):
-            if name.endswith("_kernel"):
+            if name.endswith("_kernel") and name not in modules.get(module, ()):
                 setattr(module, name, Skipped())
     decode_steps.can_link = lambda device: arch >= 90
     many_rows.ManyRowsStep._wide_product = lambda self, weight, out: None
