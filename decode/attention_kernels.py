@@ -10,13 +10,14 @@ N key size without the shared part, V value size, L latent rank, P shared key pa
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.decode.addresses import KDAAddresses, LatentAddresses, columns
-from kimi_linear.decode.fixed_point_kernels import largest, store_fixed_point
+from kimi_linear.decode.addresses import KDAAddresses, LatentAddresses
+from kimi_linear.decode.addresses import columns as table_columns
+from kimi_linear.decode.fixed_point_kernels import store_row_fixed_point
 from kimi_linear.decode.projection_kernels import norm_scale, pointer_to, wait
 from kimi_linear.ops.runtime import jit, tl
 
-CONV_STATE, RECURRENT_STATE, *_ = columns(KDAAddresses)
-PREFIX, PREFIX_TOKENS, PREFIX_STRIDE, TAIL, TAIL_STRIDE = columns(LatentAddresses)
+CONV_STATE, RECURRENT_STATE, *_ = table_columns(KDAAddresses)
+PREFIX, PREFIX_TOKENS, PREFIX_STRIDE, TAIL, TAIL_STRIDE = table_columns(LatentAddresses)
 
 
 # ---------------------------------------------------------------------------- Kimi Delta Attention
@@ -104,14 +105,6 @@ def kda_kernel(
 
 
 @jit
-def _store_also(x, d, out, row, FIXED: tl.constexpr):
-    """Numbers of one row, in fixed point."""
-    x, size = x[:, None], tl.zeros([1], tl.float32) + largest(x, 0)
-    row = tl.zeros([1], tl.int64) + row
-    store_fixed_point(x, size, d, (d >= 0)[:, None], out, row, FIXED)
-
-
-@jit
 def kda_out_kernel(
     x,  # as in `kda_kernel`
     gates,
@@ -165,7 +158,7 @@ def kda_out_kernel(
     tl.store(out + row * out_stride + channel, o)
     if FIXED > 0:
         fixed = (columns, wide_columns, halves, unit)
-        _store_also(o, channel, fixed, row, FIXED)
+        store_row_fixed_point(o, channel, fixed, row, FIXED)
 
 
 # --------------------------------------------------------------------------------- latent attention
@@ -334,6 +327,6 @@ def mix_kernel(
         tl.store(out + row * out_stride + head * V + v, y)
         if FIXED > 0:
             fixed = (columns, wide_columns, halves, unit)
-            _store_also(y, head * V + v, fixed, row, FIXED)
+            store_row_fixed_point(y, head * V + v, fixed, row, FIXED)
     else:
         tl.store(out + (row * H + head) * L + m, latent)

@@ -74,14 +74,14 @@ def fixed_in_kernel(
     SCALE_WORDS: tl.constexpr,
     ZERO_WORDS: tl.constexpr,
     V: tl.constexpr,
-    T: tl.constexpr,  # B, or more, a power of two up to 8
+    T: tl.constexpr,  # B, or more, a power of two up to 4
     FORM: tl.constexpr,
     SHARED_FORM: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
     """silu(gate) * up of the rows and the experts that they chose, a tile of a pair by program.
 
-    Programs of shared experts, whose weights need no choice, come first.
+    Programs of shared experts come first.
     """
     BLOCKS: tl.constexpr = (D + 255) // 256
     WORDS: tl.constexpr = BLOCKS * (64 if FORM[0] == 8 else 32)
@@ -155,7 +155,7 @@ def fixed_out_kernel(
     SCALE_WORDS: tl.constexpr,
     ZERO_WORDS: tl.constexpr,
     V: tl.constexpr,
-    T: tl.constexpr,  # B, or more, a power of two up to 8
+    T: tl.constexpr,  # B, or more, a power of two up to 4
     FORM: tl.constexpr,
     SHARED_FORM: tl.constexpr,
     IS_LINKED: tl.constexpr,

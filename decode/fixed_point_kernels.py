@@ -1,11 +1,11 @@
-"""Triton kernels that write inputs of few rows in fixed point: integers of 16 bits, in units of the
-largest number beside them, as a high and a low half of 8 bits.
+"""Triton kernels that write inputs of few rows in fixed point: integers of 16 bits, scaled so that
+the largest one beside them is 32,512, as a high and a low half of 8 bits.
 
-`packed_fixed_kernels.py` multiplies by them, and says why they are written twice: `halves` has them
-in their order; `columns` as four runs of 32 inputs lie side by side in a tile of 128 bytes
-(`ops/packed/codes.py`), each run in columns of its own, which are 0 in the places of the other
-three. Nothing is ever written there. `wide_columns` are the same numbers in float16, unhalved, for
-weights in float8.
+`fixed_product_kernels.py` multiplies by them, and says why they are written more than once:
+`halves` has them in their order, for weights of 3 bits; `columns` as four runs of 32 inputs lie
+side by side in a tile of 128 bytes (`ops/packed/codes.py`), each run in columns of its own, which
+are 0 in the places of the other three. Nothing is ever written there. `wide_columns` are the same
+numbers in float16, unhalved, for weights in float8.
 
 Shapes: B rows (one token each), T of them at once, D hidden size, P inputs in whole blocks of 256,
 R = P / 32.
@@ -60,6 +60,14 @@ def store_fixed_point(
     is_first = (d % 32 == 0)[:, None] & inside
     target = unit + row[None, :] * (P // 32) + (d // 32)[:, None]
     tl.store(target, tl.broadcast_to(size[None, :], x.shape), mask=is_first)
+
+
+@jit
+def store_row_fixed_point(x, d, out, row, P: tl.constexpr):
+    """As `store_fixed_point`, of one row: all numbers of x [places]."""
+    x, row = x[:, None], tl.zeros([1], tl.int64) + row
+    size = tl.zeros([1], tl.float32) + largest(x, 0)
+    store_fixed_point(x, size, d, (d >= 0)[:, None], out, row, P)
 
 
 @jit

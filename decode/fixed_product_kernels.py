@@ -55,7 +55,7 @@ THREES_OUT = constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r")
 
 @constexpr_function
 def _columns_of(tokens, is_float):
-    """M for so many tokens."""
+    """M: columns of a tile."""
     return max(8, 4 * tokens) if is_float else 8 * tokens
 
 
@@ -345,7 +345,7 @@ def fixed_project_kernel(
     K: tl.constexpr,
     SPLITS: tl.constexpr,  # of the inputs, each a program's
     V: tl.constexpr,
-    T: tl.constexpr,  # B, or more, a power of two up to 8
+    T: tl.constexpr,  # B, or more, a power of two up to 4
     IS_GATED: tl.constexpr,
     HAS_PLAIN: tl.constexpr,
     FORM: tl.constexpr,

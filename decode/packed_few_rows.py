@@ -27,7 +27,8 @@ EXPERTS_OUT = (32, 2, 4)
 
 
 class PackedFewRowsStep(PackedManyRowsStep):
-    """What packed weights multiply is in fixed point; small matrices by the kernels of few rows."""
+    """What norms, attention and experts give to packed weights is in fixed point, where a program
+    writes whole runs of it; small matrices are read by the kernels of few rows."""
 
     kda_block, kda_warps = FewRowsStep.kda_block, FewRowsStep.kda_warps
     _project_gates = FewRowsStep._project_gates
@@ -54,14 +55,14 @@ class PackedFewRowsStep(PackedManyRowsStep):
         self._launch_norm(add_norm_fixed_kernel, self.fixed.parts, norm, log, P=self.fixed.size)
 
     def _output_projection(self, weight: Tensor) -> Any:
-        fixed, splits = None, 1
-        if isinstance(weight, PackedWeights) and self._writes_runs():
-            size = weight.shape[1]
-            fixed = self.fixed_outputs.setdefault(
-                size, FixedPoint(self.num_rows, size, self.device)
-            )
-            splits = MAX_SPLITS
-        return projection((weight,), self.num_rows, self.is_linked, None, fixed, splits)
+        is_packed = isinstance(weight, PackedWeights) and can_multiply(weight)
+        if not (is_packed and self._writes_runs()):
+            return self._projection(weight)
+        size = weight.shape[1]
+        if size not in self.fixed_outputs:
+            self.fixed_outputs[size] = FixedPoint(self.num_rows, size, self.device)
+        fixed = self.fixed_outputs[size]
+        return projection((weight,), self.num_rows, self.is_linked, None, fixed, MAX_SPLITS)
 
     def _writes_runs(self) -> bool:
         """Whether the programs of attention write whole runs of outputs."""
@@ -85,54 +86,76 @@ class PackedFewRowsStep(PackedManyRowsStep):
         joined = self._joined_shared(i)
         num_shared = self.num_shared if joined else 0
         shared = joined or (gate_up, gate_up, down)
-        B, pairs = self.num_rows, self.num_rows * self.top
+        pairs = self.num_rows * self.top
         sizes: dict[str, Any] = {
             "D": self.config.hidden_size,
             "I": self.config.moe_intermediate_size,
             "TOP": self.top,
             "NUM_SHARED": num_shared,
-            "T": power_of_two(B),
+            "T": power_of_two(self.num_rows),
             **linked(self.is_linked),
         }
-        inner = *self.inner.parts, *self.shared_inner.parts
+        self._launch_in(gate_up, shared[0], shared[1], pairs + num_shared, sizes)
+        self._launch_out(down, shared[2], pairs + min(1, num_shared), sizes)
+        self.to_add = self.expert_parts
+        if not joined:
+            self._run_shared(i, self.expert_parts)
+
+    def _launch_in(
+        self,
+        gate_up: PackedWeights,
+        shared_gate: PackedWeights,
+        shared_up: PackedWeights,
+        programs: int,
+        sizes: dict[str, Any],
+    ) -> None:
+        """silu(gate) * up of all pairs; `programs` for each tile of outputs."""
         rows, num_warps, num_stages = EXPERTS_IN
-        fixed_in_kernel[(ceil_div(sizes["I"], rows // 2), pairs + num_shared)](
+        fixed_in_kernel[(ceil_div(sizes["I"], rows // 2), programs)](
             *self.fixed.parts,
             self.experts,
             *planes(gate_up),
-            *inner,
-            *planes(shared[0]),
-            *planes(shared[1]),
-            B,
+            *self.inner.parts,
+            *self.shared_inner.parts,
+            *planes(shared_gate),
+            *planes(shared_up),
+            self.num_rows,
             V=rows,
             FORM=form(gate_up, fixed_in_kernel),
-            SHARED_FORM=form(shared[0], fixed_in_kernel),
+            SHARED_FORM=form(shared_gate, fixed_in_kernel),
             num_warps=num_warps,
             num_stages=num_stages,
             **_words(gate_up),
             **sizes,
         )
+
+    def _launch_out(
+        self,
+        down: PackedWeights,
+        shared_down: PackedWeights,
+        programs: int,
+        sizes: dict[str, Any],
+    ) -> None:
+        """Weighted outputs of all pairs, side by side; `programs` for each tile of outputs."""
         rows, num_warps, num_stages = EXPERTS_OUT
-        fixed_out_kernel[(ceil_div(sizes["D"], rows), pairs + min(1, num_shared))](
-            *inner,
+        fixed_out_kernel[(ceil_div(sizes["D"], rows), programs)](
+            *self.inner.parts,
+            *self.shared_inner.parts,
             self.experts,
             self.weights,
             *planes(down),
             self.expert_parts,
-            *planes(shared[2]),
-            B,
+            *planes(shared_down),
+            self.num_rows,
             SLOTS=self.expert_parts.shape[1],
             V=rows,
             FORM=form(down, fixed_out_kernel),
-            SHARED_FORM=form(shared[2], fixed_out_kernel),
+            SHARED_FORM=form(shared_down, fixed_out_kernel),
             num_warps=num_warps,
             num_stages=num_stages,
             **_words(down),
             **sizes,
         )
-        self.to_add = self.expert_parts
-        if not joined:
-            self._run_shared(i, self.expert_parts)
 
     def _can_pair(self, experts: Any) -> bool:
         """Whether experts' outputs are whole runs, and both products are packed."""

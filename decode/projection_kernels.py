@@ -9,7 +9,7 @@ launches; `tests/decode/test_decode_step.py` compares each kernel with torch.
 Sums are in float32. What passes from kernel to kernel is in the buffers' dtype.
 
 With IS_LINKED, kernels are launched before the ones before them have ended (programmatic dependent
-launch, from compute capability 9.0): they load weights, then `wait`, then touch all else. Since
+launch, from compute capability 9.0): they may load weights, then `wait`, then touch all else. Since
 each lets the next one start before it waits itself, weights of several kernels to come are loaded
 while a small one runs; after its wait a kernel sees what all before it have written.
 

@@ -234,7 +234,7 @@ def _scaled(value, scale, zero, HAS_ZERO: tl.constexpr, ASM: tl.constexpr):
 
 @jit
 def load_words(low, high, block, FORM: tl.constexpr):
-    """Words [N, 32] of each row's block [N], and the plane of high bits (3 bits) or the second half
+    """Words [N, 32] of each row's block, and the plane of high bits (3 bits) or the second half
     (8 bits), from pointers [N] to rows' first words."""
     j = tl.arange(0, RUN)[None, :]
     if FORM[0] == 8:
@@ -265,7 +265,7 @@ def _word_of(pointer, group, stride, PER_WORD: tl.constexpr, GROUPS: tl.constexp
 def load_scales(
     scale,  # pointers [N] to words of scales of the first groups, and
     zero,  # of zeros, if there are any
-    block,  # [N], or one for all
+    block,
     stride,  # from one word of a row to the next
     K: tl.constexpr,
     FORM: tl.constexpr,
@@ -338,7 +338,7 @@ def add_products(
     total,  # float32 [N, M], added to
     values,  # see `block_values`
     x,  # pointers [M] to columns' first inputs, of the weights' dtype
-    block,  # [M], or one for all
+    block,
     K: tl.constexpr,
     IS_WHOLE: tl.constexpr,  # no block reaches beyond K
 ):
@@ -349,7 +349,6 @@ def add_products(
         if IS_WHOLE:
             a = tl.load((x + first)[None, :] + k)
         else:
-            inside = k < (K - first)[None, :] if first.type.is_block() else k < K - first
-            a = tl.load((x + first)[None, :] + k, mask=inside, other=0.0)
+            a = tl.load((x + first)[None, :] + k, mask=k < K - first, other=0.0)
         total = tl.dot(values[slot], a, total)
     return total
