@@ -27,6 +27,7 @@ from kimi_linear.ops.quantized import has_quantized
 from kimi_linear.parallel.decay_sharding import decays_apart
 from kimi_linear.parallel.router_bias import carry_router_biases
 from kimi_linear.parallel.tensor import joined, register_styles
+from kimi_linear.quantization.others import say_what_stays_wide
 from kimi_linear.quantization.packing import (
     check_places,
     dequantize_parameters,
@@ -278,7 +279,9 @@ class KimiLinearPreTrainedModel(PreTrainedModelHooks):
             quantizing_experts(self, loading.quantization, loading.is_quantized_file),
             packing_arrivals(self, loading.quantization, frees=frees),
         ):
-            return loading.read(state_dict, other_spellings())
+            result = loading.read(state_dict, other_spellings())
+        say_what_stays_wide(self, loading.quantization)
+        return result
 
     def _read_packed(self, loading: Loading) -> Any:
         """Read a checkpoint that is quantised, packed as it is."""
