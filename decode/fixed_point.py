@@ -13,7 +13,7 @@ from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
 from kimi_linear.schemes import BLOCK, RUN
 
-# weights' rows of a tile, warps and stages
+# weights' rows of a tile, warps (of one or two tokens; of more, twice as many) and stages
 DENSE = (32, 2, 5)
 # programs that keep a GPU of about 130 multiprocessors busy, and blocks that each has at least
 PROGRAMS, MIN_BLOCKS = 528, 2
@@ -80,6 +80,7 @@ class FixedProjection:
         out [B, splits, width] gets parts of the sum."""
         splits = out.shape[1] if out.dim() == 3 else 1
         rows, num_warps, num_stages = self.tile
+        tokens = power_of_two(x.shape[0])
         fixed_project_kernel[(self.tiles.shape[0], splits)](
             x,
             *self.x.parts,
@@ -94,11 +95,11 @@ class FixedProjection:
             K=self.size,
             SPLITS=splits,
             V=rows,
-            T=power_of_two(x.shape[0]),
+            T=tokens,
             IS_GATED=self.up is not None,
             HAS_PLAIN=self.has_plain,
             FORM=form(self.packed, fixed_project_kernel),
-            num_warps=num_warps,
+            num_warps=num_warps if tokens <= 2 else 2 * num_warps,
             num_stages=num_stages,
             **linked(self.is_linked),
         )

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 # Bytes of a thread's stack: what is put aside once, outside of loops.
-FEW_REGISTERS = 64
+FEW_REGISTERS = 96
 SUPPORT = Path(__file__).parents[1] / "support"
 # Groups of kernels (`compile_packed_kernels.KERNELS`), compute capabilities, and ways to hold
 # weights; none: all of them. Of 8.0 to 8.9 the last two have the least memory.
