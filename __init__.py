@@ -20,6 +20,7 @@ from kimi_linear.cache.sessions import (
     read_session,
     save_session,
 )
+from kimi_linear.checkpoints.engines import engine_problems
 from kimi_linear.checkpoints.flat_copy import write_flat_copy
 from kimi_linear.checkpoints.pretrained import AUTO_MAP, KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
@@ -62,6 +63,7 @@ __all__ = [
     "KimiLinearQuantizationConfig",
     "Session",
     "cache_memory",
+    "engine_problems",
     "keep_prefix",
     "load_session",
     "lora_targets",

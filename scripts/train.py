@@ -46,6 +46,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from learning.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, schedule_factor
 from learning.rows import collate, hold_out, pack
 from learning.tokens import check_ids, special_ids
+from measuring.report import say
 from options.settings import add_flags, command_parser, run_main, setting
 from texts.evaluation import bits_per_byte, encode_texts
 from texts.files import find_files, read_files
@@ -53,7 +54,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM, engine_problems
+from kimi_linear.checkpoints.engines import ENGINES
 from kimi_linear.tokenizer import convert_tiktoken, save_tokenizer, train_bpe
 from kimi_linear.training.bias_callback import balance_experts
 from kimi_linear.training.safe_trainer import BadStep, SafeTrainer
@@ -326,8 +328,18 @@ def _load_model(
         made = KimiLinearConfig(**{**fields, **ids})
     else:
         made = KimiLinearConfig.from_preset(settings.preset or "2m", **ids)
+    _say_of_engines(made)
     torch.manual_seed(settings.seed)
     return KimiLinearForCausalLM(made)
+
+
+def _say_of_engines(config: KimiLinearConfig) -> None:
+    """What other engines would take otherwise, while it can still be changed."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    for engine, (version, _) in ENGINES.items():
+        for problem in engine_problems(config, engine):
+            say(f"{engine} {version}: {problem}")
 
 
 def _set_router_training(model: KimiLinearForCausalLM, settings: Settings) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from kimi_linear import KimiLinearConfig
+from kimi_linear import KimiLinearConfig, engine_problems
+from kimi_linear.checkpoints.engines import ENGINES
 from kimi_linear.upstream.stored import entry_of
 
 ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -171,6 +172,7 @@ def model_card(
         f"## Metrics\n\n{_metrics_table(statements.metrics)}",
         f"## Usage\n\n{_usage(repo_id, task, auto_class)}",
         f"## Limits\n\n{_limits(config, task, statements)}",
+        f"## Other engines\n\n{_engines(config)}",
         f"## Licence\n\n{_licence(statements)}",
         f"## Citation\n\nThe architecture:\n\n```bibtex\n{CITATION}\n```",
     ]
@@ -339,6 +341,17 @@ def _limits(config: KimiLinearConfig, task: str, statements: Statements) -> str:
     if not statements.datasets:
         lines.insert(0, "- The training data was not stated, so neither are its biases.")
     return "\n".join(lines)
+
+
+def _engines(config: KimiLinearConfig) -> str:
+    """What engines make of this configuration, as far as their sources say."""
+    rows = []
+    for engine, (version, _) in ENGINES.items():
+        problems = engine_problems(config, engine)
+        texts = "; ".join(map(str, problems)) or "nothing that is known"
+        rows.append((f"{engine} {version}", texts))
+    note = "Of checkpoints in 16 bits, in these releases."
+    return f"{_table(('Engine', 'What it takes otherwise'), rows)}\n\n{note}"
 
 
 def _licence(statements: Statements) -> str:

@@ -21,7 +21,8 @@ from official import CONFIG as OFFICIAL
 from official import tensors as official_tensors
 from safetensors.torch import load_file, save_file
 
-from kimi_linear import KimiLinearConfig
+from kimi_linear import KimiLinearConfig, engine_problems
+from kimi_linear.checkpoints.engines import ENGINES
 from kimi_linear.tokenizer.convert import convert_tiktoken
 from kimi_linear.tokenizer.train import train_bpe
 
@@ -384,6 +385,21 @@ def test_the_card_says_what_was_not_stated(
     assert data.license is None and data.datasets is None and data.eval_results is None
     assert "## Training data\n\nNot stated." in text and "## Metrics\n\nNone stated." in text
     assert "Weights: not stated." in text and "training data was not stated" in text
+
+
+def test_the_card_says_what_other_engines_take_otherwise(
+    script: ModuleType, cards: ModuleType, folder: Path
+) -> None:
+    checkpoint = script.check_folder(folder)
+    config, shapes = checkpoint.config, checkpoint.shapes
+    config.rms_norm_eps = 1e-6
+    text = cards.model_card(REPO, config, shapes, cards.Statements())
+    section = text[text.index("## Other engines") : text.index("## Licence")]
+    for engine in ENGINES:
+        row = next(line for line in section.splitlines() if line.startswith(f"| {engine} "))
+        for problem in engine_problems(config, engine):
+            assert str(problem) in row
+    assert "rms_norm_eps=1e-06: KDA's output norm takes 1e-5, without an error" in section
 
 
 @pytest.mark.parametrize(
