@@ -37,7 +37,7 @@ class _Rule:
     """A field that an engine takes otherwise.
 
     Attributes:
-        names: Of the configuration's fields.
+        names: Of the configuration's fields; of one in a dict, "field.key".
         applies: Whether it does for this configuration.
         effect: What happens then.
         is_silent: Whether without an error.
@@ -145,7 +145,7 @@ ENGINES: dict[str, tuple[str, tuple[_Rule, ...]]] = {
             _refused("tie_word_embeddings", lambda c: c.tie_word_embeddings, "only False"),
             _QUERY_RANK,
             _refused(
-                "linear_attn_config num_attention_heads",
+                "linear_attn_config.num_heads num_attention_heads",
                 lambda c: (
                     not _has_one_kind(c)
                     and c.linear_attn_config["num_heads"] != c.num_attention_heads
@@ -214,7 +214,7 @@ ENGINES: dict[str, tuple[str, tuple[_Rule, ...]]] = {
             ),
             _refused("num_expert_group", _has_groups, "only 1"),
             _refused(
-                "linear_attn_config",
+                "linear_attn_config.head_dim",
                 lambda c: _has_kda(c) and c.linear_attn_config["head_dim"] != 128,
                 "only a head_dim of 128, when it decodes",
             ),
@@ -249,6 +249,13 @@ def engine_problems(config: KimiLinearConfig, engine: str) -> list[Problem]:
     found = []
     for rule in ENGINES[engine][1]:
         if rule.applies(config):
-            fields = ", ".join(f"{name}={getattr(config, name)!r}" for name in rule.names)
+            fields = ", ".join(_shown(config, name) for name in rule.names)
             found.append(Problem(fields, rule.effect, rule.is_silent))
     return sorted(found, key=lambda problem: not problem.is_silent)
+
+
+def _shown(config: KimiLinearConfig, name: str) -> str:
+    """A field and its value."""
+    field, _, key = name.partition(".")
+    value = getattr(config, field)
+    return f"{field}[{key!r}]={value[key]!r}" if key else f"{field}={value!r}"

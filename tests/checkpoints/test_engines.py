@@ -73,7 +73,13 @@ def test_a_field_that_engines_take_otherwise(case):
         assert any(problem.is_silent for problem in problems) == (engine in silent.split())
         assert any(not problem.is_silent for problem in problems) == (engine in refused.split())
         for problem in problems:
-            assert any(f"{name}=" in problem.fields for name in (*fields, "layer_types"))
+            assert any(name in problem.fields for name in (*fields, "layer_types"))
+
+
+def test_a_field_of_a_dict_is_shown_alone():
+    config = small(linear_attn_config={**LINEAR, "head_dim": 64})
+    (problem,) = engine_problems(config, "exllamav3")
+    assert problem.fields == "linear_attn_config['head_dim']=64"
 
 
 def test_all_engines_are_here():
