@@ -227,14 +227,6 @@ class KimiLinearConfig(SavesCode, ReadsStored, PreTrainedConfig):
         """Whether layer `layer_idx` (from 0) has routed experts."""
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields but a `rope_scaling` of None: Transformers' own class, with which
-        `AutoTokenizer` reads a folder, says that the name is deprecated."""
-        fields = super().to_dict()
-        if fields.get("rope_scaling") is None:
-            fields.pop("rope_scaling", None)
-        return fields
-
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """Check again, for fields changed after construction; `save_pretrained` calls this."""
         self.check()  # what follows computes with sizes

@@ -4,14 +4,10 @@ import inspect
 import json
 import sys
 import time
-import warnings
 
 import pytest
 from builders import tiny_config
 from official import CONFIG as OFFICIAL
-from transformers.models.kimi_linear.configuration_kimi_linear import (
-    KimiLinearConfig as NativeConfig,
-)
 
 from kimi_linear import PRESETS, KimiLinearConfig, KimiLinearForCausalLM, configuration_kimi_linear
 from kimi_linear.checkpoints.pretrained import AUTO_MAP
@@ -20,9 +16,6 @@ pytestmark = pytest.mark.core
 
 # what describes the writer of a file, not the model
 WRITER_KEYS = {"transformers_version", "auto_map", "architectures", "dtype"}
-
-# None says nothing, and Transformers' own class warns of the name.
-LEFT_OUT = "rope_scaling"
 
 
 def saved(config, tmp_path):
@@ -33,16 +26,8 @@ def saved(config, tmp_path):
 def test_official_file_round_trip(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(OFFICIAL))
     again = saved(KimiLinearConfig.from_pretrained(tmp_path), tmp_path / "again")
-    for key in set(OFFICIAL) - {"transformers_version", "auto_map", LEFT_OUT}:
+    for key in set(OFFICIAL) - {"transformers_version", "auto_map"}:
         assert json.dumps(again[key]) == json.dumps(OFFICIAL[key]), key
-    assert LEFT_OUT not in again and OFFICIAL[LEFT_OUT] is None
-
-
-def test_transformers_class_reads_the_file_without_warnings(tmp_path):
-    KimiLinearConfig.from_preset("2m").save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        NativeConfig.from_pretrained(tmp_path)
 
 
 def test_auto_map_of_another_implementation_is_not_carried_over(tmp_path):
@@ -52,7 +37,7 @@ def test_auto_map_of_another_implementation_is_not_carried_over(tmp_path):
 
 def test_defaults_are_the_48b_model(tmp_path):
     written = saved(KimiLinearConfig(), tmp_path)
-    for key in set(OFFICIAL) - WRITER_KEYS - {LEFT_OUT}:
+    for key in set(OFFICIAL) - WRITER_KEYS:
         assert json.dumps(written[key]) == json.dumps(OFFICIAL[key]), key
 
 
