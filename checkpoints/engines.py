@@ -85,7 +85,7 @@ _TIED = _silent(
     "the head is left uninitialised, unless the files have lm_head.weight",
 )
 _ACTIVATION = _refused("hidden_act", lambda c: c.hidden_act != "silu", "only 'silu'")
-_SOFTMAX_WORDS = "moe_router_activation_func"
+_SCORES = "moe_router_activation_func"
 
 
 def _is_softmax(config: KimiLinearConfig) -> bool:
@@ -94,6 +94,10 @@ def _is_softmax(config: KimiLinearConfig) -> bool:
 
 def _has_groups(config: KimiLinearConfig) -> bool:
     return has_experts(config) and config.num_expert_group > 1
+
+
+def _leaves_groups_out(config: KimiLinearConfig) -> bool:
+    return _has_groups(config) and config.topk_group < config.num_expert_group
 
 
 def _is_power(size: int) -> bool:
@@ -127,7 +131,7 @@ ENGINES: dict[str, tuple[str, tuple[_Rule, ...]]] = {
             ),
             _silent(
                 "num_expert_group topk_group",
-                lambda c: _has_groups(c) and c.topk_group < c.num_expert_group,
+                _leaves_groups_out,
                 "groups are ignored",
             ),
             _silent(
@@ -161,7 +165,7 @@ ENGINES: dict[str, tuple[str, tuple[_Rule, ...]]] = {
             _ALWAYS_SILU,
             _silent(
                 "num_expert_group topk_group",
-                lambda c: _has_groups(c) and c.topk_group < c.num_expert_group,
+                _leaves_groups_out,
                 "experts of other groups can be chosen where biased scores are below 0",
             ),
             _QUERY_RANK,
@@ -197,7 +201,7 @@ ENGINES: dict[str, tuple[str, tuple[_Rule, ...]]] = {
         (
             _ACTIVATION,
             _QUERY_RANK,
-            _silent(_SOFTMAX_WORDS, _is_softmax, "computed as 'sigmoid'"),
+            _silent(_SCORES, _is_softmax, "computed as 'sigmoid'"),
             _ONE_EXPERT,
             _EPSILON,
             _TIED,
@@ -208,7 +212,7 @@ ENGINES: dict[str, tuple[str, tuple[_Rule, ...]]] = {
         "1.6.5",
         (
             _ACTIVATION,
-            _refused(_SOFTMAX_WORDS, _is_softmax, "only 'sigmoid'"),
+            _refused(_SCORES, _is_softmax, "only 'sigmoid'"),
             _refused(
                 "moe_renormalize", lambda c: has_experts(c) and not c.moe_renormalize, "only True"
             ),

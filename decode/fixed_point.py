@@ -36,7 +36,7 @@ class FixedPoint:
     """
 
     def __init__(self, num_rows: int, num_inputs: int, device: torch.device) -> None:
-        self.size = -(-num_inputs // BLOCK) * BLOCK
+        self.size = ceil_div(num_inputs, BLOCK) * BLOCK
         sizes = (8, torch.int8), (4, torch.float16), (2, torch.int8)
         columns = (
             torch.zeros(num_rows, each, self.size, dtype=dtype, device=device)

@@ -27,7 +27,7 @@ from kimi_linear.decode.many_rows import ManyRowsStep, MatrixProjection
 from kimi_linear.decode.packed_expert_kernels import packed_in_kernel, packed_out_kernel
 from kimi_linear.decode.packed_kernels import packed_project_kernel
 from kimi_linear.decode.step import linked
-from kimi_linear.ops.packed.unpacking import form, planes
+from kimi_linear.ops.packed.unpacking import form, planes, words_by_matrix
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
 from kimi_linear.schemes import BLOCK
@@ -217,7 +217,7 @@ class PackedManyRowsStep(ManyRowsStep):
         **sizes: int,
     ) -> None:
         """One of the experts' two products; `others` are the arguments before the weights."""
-        config, pairs, zero = self.config, self.num_rows * self.top, weights.zero
+        config, pairs = self.config, self.num_rows * self.top
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         rows, num_warps, num_stages = EXPERTS
         widening = 2 if pairs >= WIDE_PAIRS * E else 1
@@ -233,13 +233,12 @@ class PackedManyRowsStep(ManyRowsStep):
             D=D,
             I=width,
             TOP=self.top,
-            SCALE_WORDS=weights.scale.shape[1],
-            ZERO_WORDS=1 if zero is None else zero.shape[1],
             V=rows,
             M=widening * MIN_COLUMNS,
             FORM=form(weights, kernel),
             num_warps=widening * num_warps,
             num_stages=num_stages,
+            **words_by_matrix(weights),
             **sizes,
             **linked(self.is_linked),
         )

@@ -16,7 +16,7 @@ from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection, can_mult
 from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
 from kimi_linear.decode.packed import MAX_SPLITS, PackedManyRowsStep, projection
 from kimi_linear.decode.step import linked
-from kimi_linear.ops.packed.unpacking import form, planes
+from kimi_linear.ops.packed.unpacking import form, planes, words_by_matrix
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
 from kimi_linear.schemes import RUN
@@ -125,7 +125,7 @@ class PackedFewRowsStep(PackedManyRowsStep):
             SHARED_FORM=form(shared_gate, fixed_in_kernel),
             num_warps=num_warps,
             num_stages=num_stages,
-            **_words(gate_up),
+            **words_by_matrix(gate_up),
             **sizes,
         )
 
@@ -153,7 +153,7 @@ class PackedFewRowsStep(PackedManyRowsStep):
             SHARED_FORM=form(shared_down, fixed_out_kernel),
             num_warps=num_warps,
             num_stages=num_stages,
-            **_words(down),
+            **words_by_matrix(down),
             **sizes,
         )
 
@@ -193,12 +193,3 @@ class PackedFewRowsStep(PackedManyRowsStep):
         gate, up, _ = weights
         is_alike = gate.scheme == up.scheme and gate.scale.dtype == up.scale.dtype
         return weights if is_alike else None
-
-
-def _words(weights: PackedWeights) -> dict[str, int]:
-    """Words of scales and zeros from one expert to the next, in words of a row."""
-    zero = weights.zero
-    return {
-        "SCALE_WORDS": weights.scale.shape[1],
-        "ZERO_WORDS": 1 if zero is None else zero.shape[1],
-    }

@@ -20,7 +20,7 @@ from torch import Tensor
 from kimi_linear.ops.experts.tiles import find_tile, tiles_of
 from kimi_linear.ops.launch import driver, launch_directly
 from kimi_linear.ops.packed.kernels import add_products, block_values, load_scales, load_words
-from kimi_linear.ops.packed.unpacking import form, planes
+from kimi_linear.ops.packed.unpacking import form, planes, words_by_matrix
 from kimi_linear.ops.runtime import ceil_div, jit, tl
 
 # outputs and rows of a tile, warps and stages; the large ones are for Hopper's registers
@@ -87,12 +87,10 @@ def _tile(weight: Any, kernel: Any, is_large: bool) -> tuple[int, int, int, int]
 
 def _sizes(weight: Any, outputs: int, rows: int, kernel: Any) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    zero = weight.zero
     return {
         "E": weight.shape[0],
         "EXPERTS": max(16, 1 << (weight.shape[0] - 1).bit_length()),
-        "SCALE_WORDS": weight.scale.shape[1],
-        "ZERO_WORDS": 1 if zero is None else zero.shape[1],
+        **words_by_matrix(weight),
         "OUTPUTS": outputs,
         "ROWS": rows,
         "FORM": form(weight, kernel),

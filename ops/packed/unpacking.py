@@ -51,6 +51,16 @@ def planes(weights: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weights.planes[0], weights.planes[-1], scale, zero
 
 
+def words_by_matrix(weights: Any) -> dict[str, int]:
+    """Words of scales and of zeros from one expert to the next, in words of a row: what kernels of
+    weights [E, N, K] are compiled for."""
+    zero = weights.zero
+    return {
+        "SCALE_WORDS": weights.scale.shape[1],
+        "ZERO_WORDS": 1 if zero is None else zero.shape[1],
+    }
+
+
 def can_unpack(weights: Any) -> bool:
     """Whether `unpack_on_gpu` takes these weights."""
     is_here = HAS_KERNELS and weights.device.type in DEVICES and not is_traced()
