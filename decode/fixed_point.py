@@ -45,16 +45,39 @@ class FixedPoint:
         self.parts = *columns, torch.zeros(num_rows, self.size // RUN, device=device)
 
 
-class FixedProjection:
+class TiledProjection:
     """Weights [n, K] of the same input, packed in one way or plain; outputs come side by side.
 
     Args:
         weights: At least one is packed.
-        x: The input in fixed point.
         is_linked: See `linked`.
         up: A weight like a single one: out is silu(x @ weight^T) * (x @ up^T).
+        tile: Weights' rows of a tile, warps and stages.
         most_splits: Parts of the sum that programs may share, at most.
     """
+
+    def __init__(
+        self,
+        weights: tuple[Tensor, ...],
+        is_linked: bool,
+        up: Tensor | None,
+        tile: tuple[int, int, int],
+        most_splits: int,
+    ) -> None:
+        self.weights, self.is_linked, self.up, self.tile = weights, is_linked, up, tile
+        self.width = sum(weight.shape[0] for weight in weights)
+        self.size = weights[0].shape[1]
+        self.packed = next(each for each in weights if isinstance(each, PackedWeights))
+        self.has_plain = not all(isinstance(each, PackedWeights) for each in weights)
+        self.tiles = packed_tiles(weights, tile[0])
+        self.up_tiles = self.tiles if up is None else packed_tiles((up,), tile[0])
+        wanted = ceil_div(PROGRAMS, self.tiles.shape[0])
+        most = ceil_div(self.size, BLOCK) // MIN_BLOCKS
+        self.splits = max(1, min(wanted, most, most_splits))
+
+
+class FixedProjection(TiledProjection):
+    """A `TiledProjection` of an input in fixed point, `x`."""
 
     def __init__(
         self,
@@ -64,16 +87,8 @@ class FixedProjection:
         up: Tensor | None = None,
         most_splits: int = 1,
     ) -> None:
-        self.weights, self.x, self.is_linked, self.up = weights, x, is_linked, up
-        self.width = sum(weight.shape[0] for weight in weights)
-        self.size = weights[0].shape[1]
-        self.packed = next(each for each in weights if isinstance(each, PackedWeights))
-        self.has_plain = not all(isinstance(each, PackedWeights) for each in weights)
-        self.tile = DENSE
-        self.tiles = packed_tiles(weights, self.tile[0])
-        self.up_tiles = self.tiles if up is None else packed_tiles((up,), self.tile[0])
-        wanted = ceil_div(PROGRAMS, self.tiles.shape[0])
-        self.splits = max(1, min(wanted, x.size // BLOCK // MIN_BLOCKS, most_splits))
+        super().__init__(weights, is_linked, up, DENSE, most_splits)
+        self.x = x
 
     def launch(self, x: Tensor, out: Tensor) -> None:
         """out [B, width] = x [B, K] @ weights^T, or gated with `up`; x is what `self.x` holds.

@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_linear.decode.fixed_point import (
-    MIN_BLOCKS,
-    PROGRAMS,
     FixedPoint,
     FixedProjection,
+    TiledProjection,
     can_multiply,
-    packed_tiles,
 )
 from kimi_linear.decode.many_rows import ManyRowsStep, MatrixProjection
 from kimi_linear.decode.packed_expert_kernels import packed_in_kernel, packed_out_kernel
@@ -30,7 +28,6 @@ from kimi_linear.decode.step import linked
 from kimi_linear.ops.packed.unpacking import form, planes, words_by_matrix
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
-from kimi_linear.schemes import BLOCK
 
 # rows of a tile, warps (twice as many for 16 columns of experts' tiles) and stages: of dense
 # products, of those with more than `FEW_COLUMNS` tokens, and of both expert products
@@ -45,15 +42,8 @@ MAX_SPLITS = 8
 WIDE_PAIRS = 6
 
 
-class PackedProjection:
-    """Weights [n, K] of the same input, packed in one way or plain; outputs come side by side.
-
-    Args:
-        weights: At least one is packed.
-        num_rows: B.
-        is_linked: See `linked`.
-        up: A weight like a single one: out is silu(x @ weight^T) * (x @ up^T).
-    """
+class PackedProjection(TiledProjection):
+    """A `TiledProjection` for `num_rows` rows of input in 16 bits."""
 
     def __init__(
         self,
@@ -62,18 +52,10 @@ class PackedProjection:
         is_linked: bool,
         up: Tensor | None = None,
     ) -> None:
-        self.weights, self.num_rows, self.is_linked, self.up = weights, num_rows, is_linked, up
-        self.width = sum(weight.shape[0] for weight in weights)
-        self.size = weights[0].shape[1]
-        self.packed = next(each for each in weights if isinstance(each, PackedWeights))
-        self.has_plain = not all(isinstance(each, PackedWeights) for each in weights)
+        self.num_rows = num_rows
         self.columns = min(MAX_COLUMNS, max(MIN_COLUMNS, power_of_two(num_rows)))
-        self.tile = MANY if self.columns > FEW_COLUMNS else DENSE
-        self.tiles = packed_tiles(weights, self.tile[0])
-        self.up_tiles = self.tiles if up is None else packed_tiles((up,), self.tile[0])
-        wanted = ceil_div(PROGRAMS, self.tiles.shape[0])
-        most = ceil_div(self.size, BLOCK) // MIN_BLOCKS
-        self.splits = max(1, min(wanted, most, MAX_SPLITS))
+        tile = MANY if self.columns > FEW_COLUMNS else DENSE
+        super().__init__(weights, is_linked, up, tile, MAX_SPLITS)
 
     def launch(self, x: Tensor, out: Tensor) -> None:
         """out [B, width] = x [B, K] @ weights^T, or gated with `up`; out [B, splits, width] gets

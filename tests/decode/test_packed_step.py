@@ -8,7 +8,7 @@ from packed_models import every_part
 from torch import nn
 
 from kimi_linear import KimiLinearCache
-from kimi_linear.decode import fixed_point, packed
+from kimi_linear.decode import fixed_point
 from kimi_linear.decode.few_rows import FEW_ROWS
 from kimi_linear.decode.fixed_point import FixedProjection
 from kimi_linear.decode.obstacles import Snapshot, weight_obstacle
@@ -83,9 +83,8 @@ def test_sizes_of_several_tiles(num_rows, device):
 @torch.no_grad()
 def test_sums_in_different_numbers_of_parts(num_rows, device, monkeypatch):
     """A layer's parts of a sum stand row by row, however many another layer has."""
-    for module in (packed, fixed_point):
-        monkeypatch.setattr(module, "PROGRAMS", 60)
-        monkeypatch.setattr(module, "MIN_BLOCKS", 1)
+    monkeypatch.setattr(fixed_point, "PROGRAMS", 60)
+    monkeypatch.setattr(fixed_point, "MIN_BLOCKS", 1)
     linear = {**TWO_LAYERS["linear_attn_config"], "num_heads": 4, "head_dim": 128}
     sizes = {"linear_attn_config": linear, "num_attention_heads": 8, "v_head_dim": 128}
     model = packed_model(device, WAYS["3 bits, 8 bits"], **sizes)

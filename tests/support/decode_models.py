@@ -16,7 +16,7 @@ from builders import TWO_LAYERS, tiny_model, token_ids
 from tolerance import assert_close, assert_kernel_close
 
 from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
-from kimi_linear.decode import few_rows, fixed_point, obstacles, packed, step
+from kimi_linear.decode import few_rows, fixed_point, obstacles, step
 from kimi_linear.decode.addresses import prepare
 from kimi_linear.decode.recording import decode_step
 
@@ -56,9 +56,8 @@ def small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter, which runs program by program: fewer programs, and any device."""
     if INTERPRETED and not torch.cuda.is_available():
         monkeypatch.setattr(few_rows, "PROGRAMS", 4)
-        for module in (packed, fixed_point):
-            monkeypatch.setattr(module, "PROGRAMS", 12)
-            monkeypatch.setattr(module, "MIN_BLOCKS", 1)
+        monkeypatch.setattr(fixed_point, "PROGRAMS", 12)
+        monkeypatch.setattr(fixed_point, "MIN_BLOCKS", 1)
         monkeypatch.setattr(step, "SPLITS", 6)
         monkeypatch.setattr(obstacles, "DEVICE_TYPES", ("cpu",))
         monkeypatch.setattr(obstacles, "DTYPES", (torch.float32,))
