@@ -3,6 +3,7 @@ experiment_quantization.py."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from measuring.report import Line
 
@@ -10,8 +11,8 @@ from experiments.plots import new_figure, save_small
 from experiments.tables import events, markdown
 
 NUM_PARTS = 5  # that a quantisation tells apart
-# Of bits per byte and of nats: less is rounding.
-LEAST_LOSS = 1e-5
+# label, colour and marker, without and with calibration
+KINDS = (("without data", "#c0562f", "o"), ("calibrated", "#2f5d9b", "^"))
 
 
 def quality_lines(lines: Sequence[Line]) -> dict[tuple[str, bool], Line]:
@@ -86,9 +87,7 @@ def _quality_table(
                 form_name(form),
                 f"{line['held_bytes'] / 1e9:.2f}",
                 f"{line['held_bytes_48b'] / 1e9:.1f}",
-                _both(pair, lambda x: x["bits_per_byte"] - base["bits_per_byte"], "{:+.4f}")
-                if base
-                else "-",
+                _both(pair, lambda x: _percent_over(base, x), "{:+.2f}") if base else "-",
                 _both(pair, lambda x: x["kl"], "{:.2g}"),
                 _both(pair, lambda x: 100 * x["agreement"], "{:.1f}"),
             ]
@@ -97,7 +96,7 @@ def _quality_table(
         title,
         "GB",
         "the 48B model, GB",
-        "bits a byte over 16 bits: without data, calibrated",
+        "bits a byte over 16 bits, %: without data, calibrated",
         "KL, nats a token",
         "same likeliest token, %",
     )
@@ -111,37 +110,47 @@ def _both(pair: Sequence[Line | None], figure: Callable[[Line], float], form: st
 
 
 def plot_quantization(lines: Sequence[Line], path: Path) -> None:
-    """Bits per byte over the 16-bit model's and KL divergence from it, over gigabytes, of models
-    that are packed as a whole. Labels are forms and what the 48B model takes in them."""
+    """KL divergence from the 16-bit model and bits per byte against its own, over gigabytes, of
+    models that are packed as a whole. Labels are forms and what the 48B model takes in them."""
     found = quality_lines(lines)
-    base = found.get(("none", False))
-    figure, (panels,) = new_figure(1, 2, 5.4, 3.8)
-    kinds = (("without data", "#c0562f", "o"), ("calibrated", "#2f5d9b", "^"))
     whole = {key: x for key, x in found.items() if _is_whole(key[0])}
-    for axes, name in zip(panels, ("bits a byte over 16 bits", "KL, nats a token"), strict=True):
-        for is_calibrated, (label, colour, marker) in enumerate(kinds):
-            chosen = [x for (_, is_so), x in whole.items() if is_so == bool(is_calibrated)]
-            points = sorted((x["held_bytes"] / 1e9, _loss(x, base, name)) for x in chosen)
-            if points:
-                style = {"marker": marker, "color": colour, "label": label}
-                axes.plot(*zip(*points, strict=True), linestyle="none", **style)
-        for line in {x["form"]: x for x in whole.values()}.values():
-            title = line["form"].partition("+")[0].replace("experts=", "all ")
-            is_left = "=" in line["form"]  # presets are near them
-            axes.annotate(
-                f"{title}: {line['held_bytes_48b'] / 1e9:.0f} GB",
-                (line["held_bytes"] / 1e9, _loss(line, base, name)),
-                xytext=(-6 if is_left else 6, -3),
-                textcoords="offset points",
-                ha="right" if is_left else "left",
-                fontsize=7,
-            )
-        axes.set_yscale("log")
-        axes.set(ylabel=name, xlabel="GB of this model; labels: of the 48B model")
-        axes.margins(x=0.3, y=0.1)
+    figure, panels = new_figure(2, 1, 7.0, 3.0)
+    above, below = panels[:, 0]
+    _draw(above, whole, lambda x: x["kl"])
+    for line in {x["form"]: x for x in whole.values()}.values():
+        title = line["form"].partition("+")[0].replace("experts=", "all ")
+        is_left = "=" in line["form"]  # presets are near them
+        above.annotate(
+            f"{title}: {line['held_bytes_48b'] / 1e9:.0f} GB",
+            (line["held_bytes"] / 1e9, line["kl"]),
+            xytext=(-6 if is_left else 6, -3),
+            textcoords="offset points",
+            ha="right" if is_left else "left",
+            fontsize=7,
+        )
+    above.set_yscale("log")
+    above.set(ylabel="KL, nats a token")
+    above.legend(fontsize=8)
+    if base := found.get(("none", False)):
+        _draw(below, whole, lambda x: _percent_over(base, x))
+        below.axhline(0, color="black", linewidth=0.8)
+    below.set(ylabel="bits a byte over 16 bits, %", xlabel="GB; labels: of the 48B model")
+    for axes in panels[:, 0]:
+        axes.margins(x=0.2, y=0.1)
         axes.grid(alpha=0.25)
-    panels[0].legend(fontsize=8)
     save_small(figure, path)
+
+
+def _draw(
+    axes: Any, found: Mapping[tuple[str, bool], Line], figure: Callable[[Line], float]
+) -> None:
+    """A point for each form, by whether it was calibrated."""
+    for is_calibrated, (label, colour, marker) in enumerate(KINDS):
+        lines = [line for (_, is_so), line in found.items() if is_so == bool(is_calibrated)]
+        points = sorted((line["held_bytes"] / 1e9, figure(line)) for line in lines)
+        if points:
+            style = {"marker": marker, "color": colour, "label": label}
+            axes.plot(*zip(*points, strict=True), linestyle="none", **style)
 
 
 def _is_whole(form: str) -> bool:
@@ -149,9 +158,6 @@ def _is_whole(form: str) -> bool:
     return form != "none" and ("=" not in form or form.count("=") == NUM_PARTS)
 
 
-def _loss(line: Line, base: Line | None, name: str) -> float:
-    """What is drawn; the least that can be where the packed model is by chance the better one."""
-    if name.startswith("KL"):
-        return max(line["kl"], LEAST_LOSS)
-    before = base["bits_per_byte"] if base else 0.0
-    return max(line["bits_per_byte"] - before, LEAST_LOSS)
+def _percent_over(base: Line, line: Line) -> float:
+    """By how much a form takes more bits for a byte of text."""
+    return 100 * (line["bits_per_byte"] / base["bits_per_byte"] - 1)

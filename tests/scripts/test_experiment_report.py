@@ -227,8 +227,8 @@ def test_quantization_tables() -> None:
     text, whole, part, experts = quantization_table(LINES["quantization"]).split("\n\n")
     assert text.startswith("1.20B parameters, 200M tokens in 20 minutes; 1.2000 bits a byte")
     assert whole.splitlines()[2:] == [
-        "| 24gb | 0.49 | 21.4 | +0.0500, +0.0200 | 0.1, 0.04 | 95.0, 98.0 |",
-        "| every part in 4 bits, groups of 64 | 0.59 | 25.9 | -0.0001 | -0.0002 | 100.0 |",
+        "| 24gb | 0.49 | 21.4 | +4.17, +1.67 | 0.1, 0.04 | 95.0, 98.0 |",
+        "| every part in 4 bits, groups of 64 | 0.59 | 25.9 | -0.01 | -0.0002 | 100.0 |",
     ]
     assert part.splitlines()[2].startswith("| head in 3 bits, groups of 64 | 2.17 |")
     assert experts.splitlines()[2].startswith("| experts in 3 bits, groups of 32 with zeros |")
