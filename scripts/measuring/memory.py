@@ -56,7 +56,8 @@ def main(
     is_cuda = target.type == "cuda"
     if is_cuda and limit_bytes is not None:
         total = torch.cuda.get_device_properties(target).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), target)
+        index = torch.cuda.current_device() if target.index is None else target.index
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), index)
     start = time.perf_counter()
 
     def tell(step: str, **figures: Any) -> None:
