@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from kimi_linear.cache.layer import LayerCache, may_write
-from kimi_linear.cache.pieces import KDAPieces, read_pieces
+from kimi_linear.cache.pending import STEP_TOKENS, PendingUpdates
+from kimi_linear.cache.pieces import KDAPieces, Piece, read_pieces
 from kimi_linear.cache.rollback import Rollback
 from kimi_linear.cache.state import KDAState
+from kimi_linear.inputs.layout import SequenceLayout
 
 # Tokens that `crop` can remove by default.
 ROLLBACK_TOKENS = 64
@@ -28,7 +30,8 @@ class KDALayerCache(LayerCache):
         rollback_tokens: Minimum number of trailing tokens `crop` can remove; 0 disables it.
 
     Attributes:
-        state: After the last token read.
+        state: After the last token read, but for those that are pending.
+        pending: What the last tokens, if a step of several has read them, will change.
         rollback: Anchor and log.
         is_stale: Whether `state` holds tokens that were taken back.
     """
@@ -38,6 +41,7 @@ class KDALayerCache(LayerCache):
     def __init__(self, rollback_tokens: int = ROLLBACK_TOKENS) -> None:
         super().__init__()
         self.state = KDAState()
+        self.pending = PendingUpdates()
         self.rollback = Rollback(rollback_tokens)
         self.is_stale = False
 
@@ -56,6 +60,7 @@ class KDALayerCache(LayerCache):
     def reset(self) -> None:
         super().reset()
         self.state, self.is_stale = KDAState(), False
+        self.pending = PendingUpdates()
         self.rollback.reset()
 
     def read(self, attention: Any, hidden_states: Tensor, pieces: KDAPieces) -> Tensor:
@@ -69,6 +74,8 @@ class KDALayerCache(LayerCache):
         Returns:
             [B, T, X].
         """
+        if not pieces.replays:
+            self.settle()
         x, state = hidden_states, self.state
         if pieces.replays:
             state, logged = self.rollback.anchor, self.rollback.logged()
@@ -94,15 +101,19 @@ class KDALayerCache(LayerCache):
 
     def _take(self, state: KDAState, logged: Tensor) -> None:
         """Hold the state after a call; `logged` [B, .., X] goes behind the log."""
-        self.state = KDAState(
-            _overwrite(self.state.conv, state.conv),
-            _overwrite(self.state.recurrent, state.recurrent),
-        )
-        self.is_stale = False
+        self._hold(state)
         if self.rollback.tokens == 0:
             self.rollback.drop()
         else:
             self.rollback.append(logged)
+
+    def _hold(self, state: KDAState) -> None:
+        """Take over the state after the last token."""
+        self.state = KDAState(
+            _overwrite(self.state.conv, state.conv),
+            _overwrite(self.state.recurrent, state.recurrent),
+        )
+        self.is_stale, self.pending.count = False, 0
 
     def _count(self, num_tokens: int) -> None:
         self.num_tokens += num_tokens
@@ -129,19 +140,35 @@ class KDALayerCache(LayerCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: -n removes n, a positive number is how many stay."""
         left = self.check_crop(tokens_to_remove)
-        if left < self.num_tokens:
-            self.rollback.crop(self.num_tokens - left)
-            self.num_tokens, self.is_stale = left, True
+        removed = self.num_tokens - left
+        if removed:
+            self.rollback.crop(removed)
+            self.num_tokens = left
+            self.is_stale |= removed > self.pending.count
+            self.pending.count = 0 if self.is_stale else self.pending.count - removed
+
+    def settle(self) -> None:
+        """Take what is pending into the state, for all that reads it but a step."""
+        if self.pending.count:
+            self.state = self.pending.taken_in(self.state, self.num_tokens)
+            self.pending.count = 0
 
     def fork(self) -> "KDALayerCache":
         """An independent copy that continues from here."""
+        self.settle()
         other = copy.copy(self)
-        other.rollback = copy.copy(self.rollback)
+        other.rollback, other.pending = copy.copy(self.rollback), PendingUpdates()
         other._map(Tensor.clone)
         return other
 
-    def prepare_step(self, num_rows: int, dtype: torch.dtype) -> bool:
-        """Prepare a decode step that writes one token in place; False if it is impossible."""
+    def prepare_step(self, num_rows: int, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Prepare a decode step that writes tokens in place; False if it is impossible.
+
+        Args:
+            num_rows: B.
+            num_tokens: Of each row.
+            dtype: The model's.
+        """
         conv, state, log = self.state.conv, self.state.recurrent, self.rollback.log
         if conv is None or state is None or self.is_stale:
             return False
@@ -151,39 +178,75 @@ class KDALayerCache(LayerCache):
             self.rollback.drop()
         elif log is None or log.dtype != dtype or log.shape[0] != num_rows or not may_write(log):
             return False
+        elif num_tokens > 1:
+            self.rollback.reserve(2 * STEP_TOKENS)
+        if self._lacks_room(num_rows, num_tokens):
+            self.settle()
+            self.pending.reserve(self.state, num_tokens)
         self.state = self.state.map(_in_place)
-        return self.rollback.tokens == 0 or self.rollback.has_room
+        return self.rollback.tokens == 0 or self.rollback.has_room(num_tokens)
 
-    def step_tensors(self, num_rows: int) -> list[Tensor | None] | None:
+    def step_tensors(self, num_rows: int, num_tokens: int) -> list[Tensor | None] | None:
         """What a decode step writes to; None if another step in place cannot follow the last."""
-        state = self.state.recurrent
+        state, pending = self.state.recurrent, self.pending
         if state is None or state.shape[0] != num_rows or self.is_stale:
             return None
-        if self.rollback.tokens and not self.rollback.has_room:
+        if self.rollback.tokens and not self.rollback.has_room(num_tokens):
             return None
-        return [self.state.conv, state, self.rollback.log]
+        if self._lacks_room(num_rows, num_tokens):
+            return None
+        return [self.state.conv, state, self.rollback.log, pending.updates, pending.inputs]
 
-    @property
-    def is_anchor_due(self) -> bool:
-        """Whether `move_anchor` is due before the next decode step."""
-        return not self.is_stale and self.state.recurrent is not None and self.rollback.is_due
+    def catch_up(self, attention: Any) -> None:
+        """Make a stale state, of a text without padding, that of the last token: read what is left
+        of the log again.
 
-    def move_anchor(self) -> None:
+        Args:
+            attention: The KDA layer, see `read_pieces`.
+        """
+        state, logged = self.rollback.anchor, self.rollback.logged()
+        if logged is not None:
+            piece = Piece(0, logged.shape[1], SequenceLayout())
+            x = logged.to(attention.o_proj.weight.dtype)
+            _, read = read_pieces(attention, x, (piece,), state)
+            assert read is not None
+            state = read
+        else:  # the anchor itself stays
+            state = state.map(Tensor.clone)
+        self._hold(state)
+
+    def _lacks_room(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether the tokens of a step have to be pending, and `pending` has no room for them."""
+        is_needed = num_tokens > 1 and self.rollback.tokens > 0
+        is_used = is_needed or self.pending.updates is not None
+        return is_used and not self.pending.has_room(num_rows, num_tokens)
+
+    def is_anchor_due(self, num_tokens: int) -> bool:
+        """Whether `move_anchor` is due before a decode step of `num_tokens` tokens a row."""
+        is_there = not self.is_stale and self.state.recurrent is not None
+        return is_there and self.rollback.is_due(num_tokens)
+
+    def move_anchor(self, num_tokens: int) -> None:
         """See `Rollback.move_anchor`."""
-        self.rollback.move_anchor(self.state)
+        self.settle()
+        self.rollback.move_anchor(self.state, num_tokens)
 
-    def count_step(self) -> None:
-        """Count the token that a decode step has written."""
-        self.num_tokens += 1
+    def count_step(self, num_tokens: int) -> None:
+        """Count the tokens of a row that a decode step has written."""
+        self.num_tokens += num_tokens
         if self.rollback.num_logged is not None:
-            self.rollback.num_logged += 1
+            self.rollback.num_logged += num_tokens
+        if self.pending.updates is not None:
+            self.pending.count = num_tokens
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes held: "linear_attention" for the state, "rollback" for anchor and log."""
-        held = {"linear_attention": self.state.tensors(), "rollback": self.rollback.tensors()}
+        """Bytes held: "linear_attention" for the state, "rollback" for anchor, log and updates."""
+        undo = self.rollback.tensors() + self.pending.tensors()
+        held = {"linear_attention": self.state.tensors(), "rollback": undo}
         return {kind: sum(x.nbytes for x in tensors) for kind, tensors in held.items()}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.settle()
         self.state = self.state.map(function)
         self.rollback.map(function)
 

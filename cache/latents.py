@@ -84,35 +84,42 @@ class LatentLayerCache(LayerCache):
         self.is_initialized = True
         return self.segments()
 
-    def prepare_step(self, num_rows: int, dtype: torch.dtype) -> bool:
-        """Make ready for a decode step that writes one token in place: all but the last segment
-        become one, and the last one has room. False if that cannot be."""
+    def prepare_step(self, num_rows: int, num_tokens: int, dtype: torch.dtype) -> bool:
+        """Make ready for a decode step that writes tokens in place: all but the last segment become
+        one, and the last one has room. False if that cannot be.
+
+        Args:
+            num_rows: B.
+            num_tokens: Of each row.
+            dtype: The model's.
+        """
         if self._num_rows != num_rows or self.offload_latents:
             return False
         if any(x.dtype != dtype for x in (*self.full, self.tail) if x is not None):
             return False
         used = self.num_tokens - self.num_full
-        if self.tail is not None and used == self.tail.shape[1] >= SEGMENT_TOKENS:
+        room = 0 if self.tail is None else self.tail.shape[1] - used
+        if used >= SEGMENT_TOKENS and room < num_tokens:
             self.full, self.tail, used = self.segments(), None, 0
         if len(self.full) > 1:
             rows = max(x.shape[0] for x in self.full)
             self.full = [torch.cat([x.expand(rows, -1, -1) for x in self.full], dim=1)]
         last = self.full[-1] if self.tail is None else self.tail
-        self.tail = self._reserved(last[:, :1].expand(num_rows, -1, -1), used)
+        self.tail = self._reserved(last[:, :1].expand(num_rows, num_tokens, -1), used)
         return True
 
-    def step_tensors(self, num_rows: int) -> list[Tensor | None] | None:
+    def step_tensors(self, num_rows: int, num_tokens: int) -> list[Tensor | None] | None:
         """What a decode step reads and writes; None if another step in place cannot follow the
         last."""
         tail = self.tail
         if tail is None or num_rows != self._num_rows or self.num_tokens < self.num_shared:
             return None
-        has_room = self.num_tokens - self.num_full < tail.shape[1]
+        has_room = self.num_tokens - self.num_full + num_tokens <= tail.shape[1]
         return [*self.full, tail] if has_room else None
 
-    def count_step(self) -> None:
-        """Count the token that a decode step has written."""
-        self.num_tokens += 1
+    def count_step(self, num_tokens: int) -> None:
+        """Count the tokens of a row that a decode step has written."""
+        self.num_tokens += num_tokens
 
     def fill(self, segments: list[Tensor], num_rows: int) -> None:
         """Hold these latents [B or 1, n, R] for `num_rows` rows, and nothing else."""

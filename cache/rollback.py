@@ -8,7 +8,8 @@ from the anchor, in front of its own tokens (`pieces.py`).
 The cost, per KDA layer and row: one more copy of the state and 2 * `tokens` inputs of the layer in
 memory; one more run of the layer's attention over the log every `tokens` steps of decoding, and
 over what is left of it after a crop. Steps by the decode graph keep a second copy of the state
-instead of running over the log (`move_anchor`).
+instead of running over the log (`move_anchor`), and take the tokens of the last one back without
+any of this (`pending.py`).
 
 Shapes: B batch, X hidden size.
 """
@@ -78,7 +79,8 @@ class Rollback:
         if needs_grad(x, old):
             self.log = x if old is None else torch.cat([old, x], dim=1)
             return
-        shape = (x.shape[0], max(end, 2 * self.tokens), x.shape[2])
+        capacity = max(end, 2 * self.tokens, 0 if log is None else log.shape[1])
+        shape = (x.shape[0], capacity, x.shape[2])
         if log is None or log.shape != shape or log.dtype != x.dtype or not may_write(log):
             log = x.new_zeros(shape)
             if old is not None:
@@ -86,26 +88,39 @@ class Rollback:
         log[:, start:end] = x.detach()
         self.log = log
 
-    @property
-    def has_room(self) -> bool:
-        """Whether the log takes another token in place."""
+    def reserve(self, num_tokens: int) -> None:
+        """Give the log `num_tokens` places more than one that steps of one token need, for steps of
+        up to half as many: it is then never too full for the copy that becomes the anchor."""
+        old, capacity = self.logged(), 2 * self.tokens + num_tokens
+        assert self.log is not None
+        if self.log.shape[1] < capacity:
+            self.log = self.log.new_zeros(self.log.shape[0], capacity, self.log.shape[2])
+            if old is not None:
+                self.log[:, : old.shape[1]] = old
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether the log takes more tokens in place."""
         if self.log is None or self.num_logged is None:
             return False
-        return self.num_logged < min(self.log.shape[1], 2 * self.tokens)
+        return self.num_logged + num_tokens <= self.log.shape[1]
 
-    @property
-    def is_due(self) -> bool:
-        """Whether `move_anchor` has work before the next decode step."""
+    def is_due(self, num_tokens: int) -> bool:
+        """Whether `move_anchor` has work before a decode step of `num_tokens` tokens."""
         if not self.tokens:
             return False
-        is_full = self.log is not None and not self.has_room
-        return is_full or (self.next_anchor_tokens is None and self.num_logged == self.tokens)
+        is_full = self.log is not None and not self.has_room(num_tokens)
+        return is_full or self._is_half_full
 
-    def move_anchor(self, state: KDAState) -> None:
+    @property
+    def _is_half_full(self) -> bool:
+        return self.next_anchor_tokens is None and (self.num_logged or 0) >= self.tokens
+
+    def move_anchor(self, state: KDAState, num_tokens: int) -> None:
         """Let recorded steps go on, which cannot read the log again: copy the state when the log is
-        half full; when it is full, that copy becomes the anchor and the second half the log."""
+        half full; when it has no place for `num_tokens` more, that copy becomes the anchor and what
+        lies behind it the log."""
         logged, kept = self.num_logged or 0, self.next_anchor_tokens
-        if self.log is not None and not self.has_room:
+        if self.log is not None and not self.has_room(num_tokens):
             if kept is None or logged - kept < self.tokens:
                 return  # the layers themselves have to read the log again
             rest = self.log[:, kept:logged].clone()
@@ -114,7 +129,7 @@ class Rollback:
             self.log[:, : logged - kept] = rest
             self.anchor, self.num_logged = self.next_anchor, logged - kept
             self.next_anchor, self.next_anchor_tokens = KDAState(), None
-        if self.num_logged == self.tokens:
+        if self._is_half_full:
             self.next_anchor, self.next_anchor_tokens = state.map(Tensor.clone), self.num_logged
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:

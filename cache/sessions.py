@@ -297,6 +297,7 @@ def _check_numbers(prefix: str, is_kda: bool, values: Any, total: Any, config: A
 def _layer_content(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A layer's tensors and numbers, by the names that a file has for them."""
     if isinstance(layer, KDALayerCache):
+        layer.settle()
         own, rollback = layer.state, layer.rollback
         states = (own.conv, own.recurrent, rollback.anchor.conv, rollback.anchor.recurrent)
         tensors = {**dict(zip(KDA_TENSORS, states, strict=True)), "log": rollback.logged()}

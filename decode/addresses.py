@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from kimi_linear.ops.runtime import tl
 
 # Columns of a row. Rows start at multiples of 16 bytes, or Triton recompiles.
-TABLE_COLUMNS = 6
+TABLE_COLUMNS = 8
 
 
 class KDAAddresses(NamedTuple):
@@ -24,6 +24,9 @@ class KDAAddresses(NamedTuple):
     recurrent_state: int = 0  # float32 [B, H, K, K]
     log: int = 0  # [B, capacity, D], see `rollback.py`; 0: nothing is logged
     log_stride: int = 0  # of a row
+    updates: int = 0  # float32 [B, C, 3, H * K], see `pending.py`; 0: states take all in at once
+    inputs: int = 0  # [B, C, 3, H * K]
+    capacity: int = 1  # C, a power of two
 
 
 class LatentAddresses(NamedTuple):
@@ -42,34 +45,55 @@ def columns(kind: Any) -> list[Any]:
     return [place if tl is None else tl.constexpr(place) for place in places]
 
 
+class Counters(NamedTuple):
+    """What a step knows of a sequence."""
+
+    cached: int = 0  # tokens before the step
+    logged: int = 0  # of them, those in KDA layers' logs
+    pending: int = 0  # of them, the last ones, which KDA states have not taken in
+
+
+CACHED, LOGGED, PENDING = columns(Counters)
+COUNTERS = len(Counters._fields) if tl is None else tl.constexpr(len(Counters._fields))
+
+
 def is_kda(layer: Any) -> bool:
     """Whether a cache layer is one of KDA."""
     return layer.kind == "linear_attention"
 
 
+def counters(first: Any, kda: list[Any]) -> Counters:
+    """A cache's, by its first layer and its KDA layers, which all hold the same tokens."""
+    if not kda:
+        return Counters(first.num_tokens)
+    return Counters(first.num_tokens, kda[0].rollback.num_logged or 0, kda[0].pending.count)
+
+
 class AddressTable:
     """A cache's rows [layers, TABLE_COLUMNS], good as long as it holds the same tensors."""
 
-    def __init__(self, cache: Cache, num_rows: int) -> None:
+    def __init__(self, cache: Cache, num_rows: int, num_tokens: int) -> None:
         addresses = [_addresses(layer, num_rows) for layer in cache.layers]
         self.rows = padded(addresses)
-        self._refs = [weakref.ref(x) for x in _step_tensors(cache, num_rows) or []]
+        self._refs = [weakref.ref(x) for x in _step_tensors(cache, num_rows, num_tokens) or []]
         self._is_inference = torch.is_inference_mode_enabled()  # decides what may be written to
 
-    def is_current(self, cache: Cache, num_rows: int) -> bool:
-        """Whether the next step may use it."""
+    def is_current(self, cache: Cache, num_rows: int, num_tokens: int) -> bool:
+        """Whether the next step, of `num_tokens` tokens a row, may use it."""
         if self._is_inference != torch.is_inference_mode_enabled():
             return False
-        tensors = _step_tensors(cache, num_rows)
+        tensors = _step_tensors(cache, num_rows, num_tokens)
         if tensors is None or len(tensors) != len(self._refs):
             return False
         return all(map(is_, tensors, map(call, self._refs)))
 
 
-def prepare(cache: Cache, num_rows: int, dtype: torch.dtype) -> AddressTable | None:
+def prepare(
+    cache: Cache, num_rows: int, num_tokens: int, dtype: torch.dtype
+) -> AddressTable | None:
     """The table of a cache made ready for a step in place; None if that cannot be."""
-    if all(layer.prepare_step(num_rows, dtype) for layer in cache.layers):
-        return AddressTable(cache, num_rows)
+    if all(layer.prepare_step(num_rows, num_tokens, dtype) for layer in cache.layers):
+        return AddressTable(cache, num_rows, num_tokens)
     return None
 
 
@@ -78,11 +102,11 @@ def padded(addresses: list[Any]) -> list[list[int]]:
     return [[*row, *[0] * (TABLE_COLUMNS - len(row))] for row in addresses]
 
 
-def _step_tensors(cache: Cache, num_rows: int) -> list[Tensor] | None:
+def _step_tensors(cache: Cache, num_rows: int, num_tokens: int) -> list[Tensor] | None:
     """What a table depends on; None if a step in place cannot follow the last one."""
     found: list[Tensor] = []
     for layer in cache.layers:
-        own = layer.step_tensors(num_rows)
+        own = layer.step_tensors(num_rows, num_tokens)
         if own is None:
             return None
         found += [x for x in own if x is not None]
@@ -91,9 +115,14 @@ def _step_tensors(cache: Cache, num_rows: int) -> list[Tensor] | None:
 
 def _addresses(layer: Any, num_rows: int) -> KDAAddresses | LatentAddresses:
     if is_kda(layer):
-        states = layer.state.conv.data_ptr(), layer.state.recurrent.data_ptr()
-        log = layer.rollback.log
-        return KDAAddresses(*states, *(() if log is None else (log.data_ptr(), log.stride(0))))
+        log, pending = layer.rollback.log, layer.pending
+        found = KDAAddresses(layer.state.conv.data_ptr(), layer.state.recurrent.data_ptr())
+        if log is not None:
+            found = found._replace(log=log.data_ptr(), log_stride=log.stride(0))
+        if pending.updates is None:
+            return found
+        places = pending.updates.data_ptr(), pending.inputs.data_ptr(), pending.updates.shape[1]
+        return found._replace(**dict(zip(("updates", "inputs", "capacity"), places, strict=True)))
     prefix, tail = (0, 0, 0), layer.tail
     if layer.full:
         (first,) = layer.full

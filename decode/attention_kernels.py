@@ -2,15 +2,16 @@
 
 See `projection_kernels.py`, also for IS_LINKED.
 
-Shapes: B rows (one token each), D hidden size, H heads, K key and value size of KDA, W taps,
-N key size without the shared part, V value size, L latent rank, P shared key part, R = L + P.
+Shapes: B rows (one token each, T of a sequence in turn), D hidden size, H heads, K key and value
+size of KDA, W taps, N key size without the shared part, V value size, L latent rank, P shared key
+part, R = L + P.
 """
 
 # mypy: disable-error-code="no-untyped-def,union-attr,operator"
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.decode.addresses import KDAAddresses, LatentAddresses
+from kimi_linear.decode.addresses import CACHED, COUNTERS, KDAAddresses, LatentAddresses
 from kimi_linear.decode.addresses import columns as table_columns
 from kimi_linear.decode.fixed_point_kernels import store_row_fixed_point
 from kimi_linear.decode.projection_kernels import norm_scale, pointer_to, wait
@@ -105,6 +106,16 @@ def kda_kernel(
 
 
 @jit
+def gated_heads(o, gate, norm, eps, out, channel, fixed, row, K: tl.constexpr, FIXED: tl.constexpr):
+    """Store the gated norm of a head [K], also in fixed point."""
+    o *= norm_scale(tl.sum(o * o), K, eps) * norm
+    o *= tl.sigmoid(gate)
+    tl.store(out + channel, o)
+    if FIXED > 0:
+        store_row_fixed_point(o, channel, fixed, row, FIXED)
+
+
+@jit
 def kda_out_kernel(
     x,  # as in `kda_kernel`
     gates,
@@ -153,12 +164,8 @@ def kda_out_kernel(
     else:
         g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
         gate = tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
-    o *= norm_scale(tl.sum(o * o), K, eps) * weight
-    o *= tl.sigmoid(gate)
-    tl.store(out + row * out_stride + channel, o)
-    if FIXED > 0:
-        fixed = (columns, wide_columns, halves, unit)
-        store_row_fixed_point(o, channel, fixed, row, FIXED)
+    fixed = (columns, wide_columns, halves, unit)
+    gated_heads(o, gate, weight, eps, out + row * out_stride, channel, fixed, row, K, FIXED)
 
 
 # --------------------------------------------------------------------------------- latent attention
@@ -168,9 +175,10 @@ def absorb_kernel(
     kv_b,  # [H, N + V, L]
     norm,  # [L]
     table,  # int64, columns of `LatentAddresses`
-    length,  # int64 [1], cached tokens
+    counters,  # int64 [B / T, 3], columns of `Counters`
     query,  # [B, H, L + P], to be written
     x_stride,
+    num_tokens,  # T
     eps,
     FIRST: tl.constexpr,  # first head to do; H for the latent only
     H: tl.constexpr,
@@ -192,8 +200,10 @@ def absorb_kernel(
     wait(IS_LINKED)
     x += row * x_stride
     if head == H:
-        new = pointer_to(tl.load(table + TAIL), x) + row * tl.load(table + TAIL_STRIDE)
-        new += (tl.load(length) - tl.load(table + PREFIX_TOKENS)) * R
+        sequence, token = row // num_tokens, row % num_tokens
+        new = pointer_to(tl.load(table + TAIL), x) + sequence * tl.load(table + TAIL_STRIDE)
+        place = tl.load(counters + sequence * COUNTERS + CACHED) + token
+        new += (place - tl.load(table + PREFIX_TOKENS)) * R
         latent = tl.load(x + H * (N + P) + all_m).to(tl.float32)
         latent *= norm_scale(tl.sum(latent * latent), L, eps)
         tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
@@ -210,11 +220,12 @@ def absorb_kernel(
 def attend_kernel(
     query,  # [B, H, R]
     table,  # int64, columns of `LatentAddresses`
-    length,  # int64 [1], tokens cached before this step; its own are cached by now
-    real,  # int64 [2]: address of uint8 [B, ..], 0 at padding, and its row stride
+    counters,  # int64 [B / T, 3], columns of `Counters`; the step's own tokens are cached by now
+    real,  # int64 [2]: address of uint8 [B / T, ..], 0 at padding, and its row stride
     mixed,  # float32 [B, SPLITS, H, L], to be written
     weight,  # float32 [B, SPLITS, 2, H]: largest score and sum of weights, to be written
     scaling,  # of the scores, for powers of two
+    num_tokens,  # T
     H: tl.constexpr,
     HEADS: tl.constexpr,  # H, or more, a power of two of at least 16
     L: tl.constexpr,
@@ -229,7 +240,9 @@ def attend_kernel(
     R: tl.constexpr = L + P
     wait(IS_LINKED)
     prefix_tokens = tl.load(table + PREFIX_TOKENS)
-    tail_tokens = tl.load(length) + 1 - prefix_tokens
+    sequence, token = row // num_tokens, row % num_tokens
+    cached = tl.load(counters + sequence * COUNTERS + CACHED)
+    tail_tokens = cached + token + 1 - prefix_tokens
     prefix_blocks = tl.cdiv(prefix_tokens, BLOCK)
     blocks = prefix_blocks + tl.cdiv(tail_tokens, BLOCK)
     share = tl.cdiv(blocks, SPLITS)
@@ -241,8 +254,8 @@ def attend_kernel(
     q_m = tl.load(query + m[:, None], mask=head[None, :], other=0.0)
     q_p = tl.load(query + L + p[:, None], mask=head[None, :], other=0.0)
     size: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
-    prefix = tl.load(table + PREFIX) + row * tl.load(table + PREFIX_STRIDE) * size
-    tail = tl.load(table + TAIL) + row * tl.load(table + TAIL_STRIDE) * size
+    prefix = tl.load(table + PREFIX) + sequence * tl.load(table + PREFIX_STRIDE) * size
+    tail = tl.load(table + TAIL) + sequence * tl.load(table + TAIL_STRIDE) * size
     largest = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     sums = tl.zeros([L, HEADS], tl.float32)
@@ -256,7 +269,7 @@ def attend_kernel(
         shared = tl.load(base + t[:, None] * R + L + p[None, :], mask=seen[:, None], other=0.0)
         if HAS_PADDING:
             place = tl.where(in_prefix, 0, prefix_tokens) + start + t
-            mask = tl.load(real).to(tl.pointer_type(tl.uint8)) + row * tl.load(real + 1)
+            mask = tl.load(real).to(tl.pointer_type(tl.uint8)) + sequence * tl.load(real + 1)
             seen = seen & (tl.load(mask + place, mask=seen, other=0) != 0)
         scores = tl.dot(latent, q_m)
         scores = tl.dot(shared, q_p, scores)

@@ -60,6 +60,7 @@ class VectorProjection:
         residual: Tensor | None = None,
         log: Tensor | None = None,
         counters: Tensor | None = None,
+        num_tokens: int = 1,
     ) -> None:
         """out [B, width] = norm(x [B, D]) @ weights^T + residual."""
         large, small = cut(self.size)
@@ -75,6 +76,7 @@ class VectorProjection:
             x.stride(0),
             out.stride(0),
             0.0 if norm is None else norm.eps,
+            num_tokens,
             self.width,
             D=self.size,
             LARGE=large,
@@ -116,7 +118,9 @@ class FewRowsStep(DecodeStep):
 
     def _project(self, projection: Any, norm: Any, out: Tensor, log: Tensor | None = None) -> None:
         counters = None if log is None else self.counters
-        projection.launch(self.hidden, out, norm=norm, log=log, counters=counters)
+        projection.launch(
+            self.hidden, out, norm=norm, log=log, counters=counters, num_tokens=self.num_tokens
+        )
 
     def _add(self, projection: Any, x: Tensor) -> None:
         projection.launch(x, self.hidden, residual=self.hidden)

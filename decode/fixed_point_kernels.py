@@ -81,8 +81,9 @@ def add_norm_fixed_kernel(
     halves,  # int8 [B, 2, P] and
     unit,  # float32 [B, R], alike
     table,  # int64, columns of `KDAAddresses`; its log takes the normed rows
-    counters,  # int64 [2]: cached tokens, logged tokens
+    counters,  # int64 [B / T, 3], columns of `Counters`
     eps,
+    num_tokens,  # T
     D: tl.constexpr,
     P: tl.constexpr,
     PLACES: tl.constexpr,  # D, or more, a power of two
@@ -113,4 +114,4 @@ def add_norm_fixed_kernel(
         P,
     )
     if HAS_LOG:
-        log_normed(x, d, inside, row, table, counters, out, D)
+        log_normed(x, d, inside, row, num_tokens, table, counters, out, D)

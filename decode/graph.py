@@ -1,22 +1,24 @@
 """Decoding as one recorded graph: when a call is a step of it, and what that replays.
 
-A forward of one token per row behind a cache is answered by a `DecodeStep`, recorded once per
-model, number of rows, and with or without padding, as a CUDA graph. The recording reads the cache's
-tensors through a table of addresses, so it serves every cache, and caches of other steps read and
-write the same tensors. What the step does not cover runs layer by layer.
+A forward of up to `STEP_TOKENS` tokens per row behind a cache is answered by a `DecodeStep`,
+recorded as a CUDA graph once per model, number of rows and tokens, and with or without padding. The
+recording reads the cache's tensors through a table of addresses, so it serves every cache, and
+caches of other steps read and write the same tensors. What the step does not cover runs layer by
+layer.
 
 The switch is the model's attribute `decode_backend`: "auto" takes the graph where it can, "graph"
 raises where model or call have an obstacle, "eager" never takes it. Calls run layer by layer
 
 - without a word, because they are no step: other arguments than ids, mask and cache, outputs that
-  arguments or the configuration ask of layers, several tokens a row, an empty cache, gradients, a
-  compiler at work (`try_decode`, `_is_step`);
+  arguments or the configuration ask of layers, more tokens, an empty cache, gradients, a compiler
+  at work (`try_decode`, `_is_step`);
 - with one log line: what `obstacles.py` finds in the model and the call, hooks, kernels that cannot
   be built;
-- without a word, because this step cannot write in place: a padded new token; a cache whose tokens
-  were taken back, whose log is full, or that is offloaded (the caches' `prepare_step`).
+- without a word, because this step cannot write in place: a padded new token; a cache of padded
+  texts whose tokens were taken back, whose log is full, or that is offloaded (the caches'
+  `prepare_step`).
 
-Shapes: B rows, S tokens of cache and call.
+Shapes: B rows, T new tokens of each, S tokens of cache and call.
 """
 
 import threading
@@ -30,9 +32,10 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from kimi_linear.cache.hybrid import prepare_cache
-from kimi_linear.decode.addresses import AddressTable, is_kda, prepare
+from kimi_linear.cache.pending import STEP_TOKENS
+from kimi_linear.decode.addresses import AddressTable, counters, is_kda, prepare
 from kimi_linear.decode.obstacles import Snapshot, call_obstacle, model_obstacle
-from kimi_linear.decode.recording import Recording
+from kimi_linear.decode.recording import Recording, StepKind
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.ops.runtime import TritonError, triton
 
@@ -40,7 +43,7 @@ logger = logging.get_logger(__name__)
 
 DecodeBackend = Literal["auto", "graph", "eager"]
 BACKENDS = get_args(DecodeBackend)
-MAX_STEPS = 8  # recordings kept per model
+MAX_STEPS = 20  # recordings kept per model: those of all numbers of tokens, and some
 # what a step reads, or what has no effect on it
 STEP_ARGUMENTS = {"input_ids", "attention_mask", "cache", "position_ids", "use_cache"}
 # what only the layers themselves can hand out
@@ -52,13 +55,13 @@ def try_decode(model: nn.Module, inputs: dict[str, Any], others: dict[str, Any])
 
     Args:
         model: A `KimiLinearForCausalLM`.
-        inputs: What its backbone would be given, by name. A step has `input_ids` [B, 1] and a
+        inputs: What its backbone would be given, by name. A step has `input_ids` [B, T] and a
             `cache` of this model, which takes the tokens in, and may have an `attention_mask`
             [B, S]; `position_ids` and `use_cache` have no effect on it.
         others: The call's further arguments, by name.
 
     Returns:
-        Logits [B, 1, vocab_size], or None: run layer by layer.
+        Logits [B, T or `logits_to_keep`, vocab_size], or None: run layer by layer.
 
     Raises:
         ValueError: If cache or mask contradict the call, `model.decode_backend` is unknown, or is
@@ -78,15 +81,18 @@ def try_decode(model: nn.Module, inputs: dict[str, Any], others: dict[str, Any])
     if backend == "eager" or torch.is_grad_enabled():
         return None
     decoder = _decoders.get(model) or _decoders.setdefault(model, _Decoder())
-    if reason := decoder.obstacle(model, input_ids.shape[0], cache):
+    num_rows, num_tokens = input_ids.shape
+    if num_tokens > 1 and call_obstacle(model, num_rows * num_tokens):
+        return None
+    if reason := decoder.obstacle(model, num_rows * num_tokens, cache):
         if backend == "graph":
             raise ValueError(f"decode_backend='graph' is not possible here: {reason}")
         _warn(input_ids, reason)
         return None
     attention_mask = inputs["attention_mask"]
     mask = unless_all_real(attention_mask)
-    check_columns(attention_mask, cache.get_seq_length(), 1)
-    if mask is not None and not bool((mask[:, -1] != 0).all()):
+    check_columns(attention_mask, cache.get_seq_length(), num_tokens)
+    if mask is not None and not bool((mask[:, -num_tokens:] != 0).all()):
         return None  # a new token is padding
     cache.note_padding(attention_mask, mask)
     cache.is_torn = True
@@ -99,15 +105,16 @@ def try_decode(model: nn.Module, inputs: dict[str, Any], others: dict[str, Any])
         _warn(input_ids, decoder.failure)
         logits = None
     cache.is_torn = False
-    return logits
+    kept = others["logits_to_keep"]
+    return logits if logits is None else logits[:, -kept:]
 
 
 def _is_step(input_ids: Any, cache: Any, given: dict[str, Any]) -> bool:
-    """Whether a call has one token id per row, behind a cache of ours that holds some, and asks
+    """Whether a call has a few token ids per row, behind a cache of ours that holds some, and asks
     for nothing but logits."""
     if not isinstance(input_ids, Tensor) or cache is None or torch.compiler.is_compiling():
         return False
-    if not input_ids.numel() or input_ids.shape[1:] != (1,):
+    if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= STEP_TOKENS or not len(input_ids):
         return False
     for name in given.keys() - STEP_ARGUMENTS:
         x = given[name]
@@ -136,7 +143,7 @@ class _Decoder:
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
         self._obstacle = ""
-        self._steps: OrderedDict[tuple[int, bool], Recording] = OrderedDict()
+        self._steps: OrderedDict[StepKind, Recording] = OrderedDict()
         self._tables: WeakKeyDictionary[Cache, AddressTable | None] = WeakKeyDictionary()
 
     def obstacle(self, model: nn.Module, num_rows: int, cache: Cache) -> str:
@@ -166,36 +173,48 @@ class _Decoder:
     def step(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache
     ) -> Tensor | None:
-        """Logits [B, 1, vocab_size], or None if the cache is not ready for a step in place."""
-        num_rows, key = input_ids.shape[0], (input_ids.shape[0], attention_mask is not None)
+        """Logits [B, T, vocab_size], or None if the cache is not ready for a step in place."""
+        num_rows, num_tokens = input_ids.shape
         kda: list[Any] = [layer for layer in cache.layers if is_kda(layer)]
         with self._lock:
-            if kda and kda[0].is_anchor_due:  # all their logs hold the same tokens
+            if kda and kda[0].is_stale and not kda[0].has_padding:
+                catch_up(model, cache)
+            if kda and kda[0].is_anchor_due(num_tokens):  # all their logs hold the same tokens
                 for layer in kda:
-                    layer.move_anchor()
+                    layer.move_anchor(num_tokens)
             table = self._tables.get(cache)
-            if table is None or not table.is_current(cache, num_rows):
+            if table is None or not table.is_current(cache, num_rows, num_tokens):
                 dtype = next(model.parameters()).dtype
-                table = self._tables[cache] = prepare(cache, num_rows, dtype)
+                table = self._tables[cache] = prepare(cache, num_rows, num_tokens, dtype)
             if table is None:
                 return None
-            recording = self._steps.get(key) or self._record(model, key)
-            self._steps.move_to_end(key)
-            counts = cache.layers[0].num_tokens, (kda[0].rollback.num_logged or 0) if kda else 0
+            counts = counters(cache.layers[0], kda)
+            is_pending = num_tokens > 1 or any(x.pending.updates is not None for x in kda[:1])
+            kind = StepKind(num_rows, attention_mask is not None, num_tokens, is_pending)
+            recording = self._steps.get(kind) or self._record(model, kind)
+            self._steps.move_to_end(kind)
             logits = recording.run(input_ids, attention_mask, table, counts)
             for layer in cache.layers:
-                layer.count_step()
-        return logits.unsqueeze(1)
+                layer.count_step(num_tokens)
+        return logits
 
-    def _record(self, model: nn.Module, key: tuple[int, bool]) -> Recording:
-        recording = self._steps[key] = Recording(model, *key)
+    def _record(self, model: nn.Module, kind: StepKind) -> Recording:
+        recording = self._steps[kind] = Recording(model, kind)
         while len(self._steps) > MAX_STEPS:
             self._steps.popitem(last=False)
         return recording
 
     def has_recorded(self, num_rows: int) -> bool:
         """Whether steps of `num_rows` rows without padding ran as a graph."""
-        return (num_rows, False) in self._steps
+        return StepKind(num_rows) in self._steps
+
+
+def catch_up(model: nn.Module, cache: Cache) -> None:
+    """Bring the states of a cache whose tokens were taken back to its last token."""
+    backbone: Any = model.model
+    for module, layer in zip(backbone.layers, cache.layers, strict=True):
+        if is_kda(layer):
+            layer.catch_up(module.self_attn)
 
 
 _decoders: WeakKeyDictionary[nn.Module, _Decoder] = WeakKeyDictionary()

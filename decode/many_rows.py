@@ -171,6 +171,7 @@ class ManyRowsStep(DecodeStep):
             self.hidden if log is None else log,
             self.counters,
             norm.eps,
+            self.num_tokens,
             D=D,
             PLACES=power_of_two(D),
             PARTS=0 if parts is None else parts.shape[1],

@@ -13,17 +13,17 @@ launch, from compute capability 9.0): they may load weights, then `wait`, then t
 each lets the next one start before it waits itself, weights of several kernels to come are loaded
 while a small one runs; after its wait a kernel sees what all before it have written.
 
-Shapes: B rows (one token each), D hidden size, N output columns.
+Shapes: B rows (one token each, T of a sequence in turn), D hidden size, N output columns.
 """
 
 # mypy: disable-error-code="no-untyped-def,union-attr,operator"
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.decode.addresses import KDAAddresses, columns
+from kimi_linear.decode.addresses import COUNTERS, LOGGED, KDAAddresses, columns
 from kimi_linear.ops.runtime import jit, tl
 
-_, _, LOG, LOG_STRIDE = columns(KDAAddresses)
+_, _, LOG, LOG_STRIDE, *_ = columns(KDAAddresses)
 
 
 @jit
@@ -56,6 +56,15 @@ def norm_scale(square, size, eps):
 
 
 @jit
+def log_entry(row, num_tokens, table, counters, like, D: tl.constexpr):
+    """Where the log of the cache has a place for a row, of the type of the pointer `like`."""
+    sequence = row // num_tokens
+    log = tl.load(table + LOG).to(like.dtype) + sequence * tl.load(table + LOG_STRIDE)
+    logged = tl.load(counters + sequence * COUNTERS + LOGGED)
+    return log + (logged + row % num_tokens) * D
+
+
+@jit
 def project_kernel(
     x,  # [B, D], rows of x_stride
     norm,  # [D], or anything without HAS_NORM
@@ -64,10 +73,11 @@ def project_kernel(
     residual,  # [B, N], rows of out_stride, or anything without HAS_RESIDUAL
     out,  # [B, N], rows of out_stride
     table,  # int64, columns of `KDAAddresses`; its log takes the normed x
-    counters,  # int64 [2]: cached tokens, logged tokens
+    counters,  # int64 [B / T, 3], columns of `Counters`
     x_stride,
     out_stride,
     eps,
+    num_tokens,  # T
     N,
     D: tl.constexpr,
     LARGE: tl.constexpr,  # columns of the first part, a power of two
@@ -118,10 +128,7 @@ def project_kernel(
             if HAS_LOG:
                 if tl.program_id(0) == 0:
                     if tl.load(table + LOG) != 0:
-                        entry = tl.load(table + LOG).to(weights.dtype) + row * tl.load(
-                            table + LOG_STRIDE
-                        )
-                        entry += tl.load(counters + 1) * D
+                        entry = log_entry(row, num_tokens, table, counters, weights, D)
                         tl.store(entry + d, x_d * scale)
                         if SMALL > 0:
                             tl.store(entry + e, x_e * scale, mask=rest)
@@ -197,11 +204,10 @@ def add_parts(hidden, parts, row, d, inside, D: tl.constexpr, PARTS: tl.constexp
 
 
 @jit
-def log_normed(x, d, inside, row, table, counters, like, D: tl.constexpr):
+def log_normed(x, d, inside, row, num_tokens, table, counters, like, D: tl.constexpr):
     """Write a normed row to the log of the cache, if it has one, in the dtype of `like`."""
     if tl.load(table + LOG) != 0:
-        entry = tl.load(table + LOG).to(like.dtype) + row * tl.load(table + LOG_STRIDE)
-        tl.store(entry + tl.load(counters + 1) * D + d, x, mask=inside)
+        tl.store(log_entry(row, num_tokens, table, counters, like, D) + d, x, mask=inside)
 
 
 @jit
@@ -211,8 +217,9 @@ def add_norm_kernel(
     norm,  # [D]
     out,  # [B, D], to be written
     table,  # int64, columns of `KDAAddresses`; its log takes the normed rows
-    counters,  # int64 [2]: cached tokens, logged tokens
+    counters,  # int64 [B / T, 3], columns of `Counters`
     eps,
+    num_tokens,  # T
     D: tl.constexpr,
     PLACES: tl.constexpr,  # D, or more, a power of two
     PARTS: tl.constexpr,
@@ -229,4 +236,4 @@ def add_norm_kernel(
     x *= tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * D + d, x, mask=inside)
     if HAS_LOG:
-        log_normed(x, d, inside, row, table, counters, out, D)
+        log_normed(x, d, inside, row, num_tokens, table, counters, out, D)

@@ -1,14 +1,20 @@
 """A decode step recorded as a CUDA graph, and its inputs.
 
-Shapes: B rows, S tokens of cache and call.
+Shapes: B rows of the cache, T new tokens of each, S tokens of cache and call.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kimi_linear.decode.addresses import AddressTable, KDAAddresses, LatentAddresses, padded
+from kimi_linear.decode.addresses import (
+    AddressTable,
+    Counters,
+    KDAAddresses,
+    LatentAddresses,
+    padded,
+)
 from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
 from kimi_linear.decode.packed import PackedManyRowsStep
@@ -21,23 +27,31 @@ PLAIN_KINDS = (FewRowsStep, ManyRowsStep)
 PACKED_KINDS = (PackedFewRowsStep, PackedManyRowsStep)
 
 
-def decode_step(model: nn.Module, num_rows: int, has_padding: bool) -> DecodeStep:
-    """The step for B = `num_rows` rows."""
-    is_packed = has_quantized(model, PackedWeights)
-    kinds = PACKED_KINDS if is_packed else PLAIN_KINDS
-    return kinds[num_rows > FEW_ROWS](model, num_rows, has_padding)
+class StepKind(NamedTuple):
+    """What tells the steps of one model apart, see `DecodeStep`."""
+
+    num_sequences: int
+    has_padding: bool = False
+    num_tokens: int = 1
+    is_pending: bool = False
+
+
+def decode_step(model: nn.Module, kind: StepKind) -> DecodeStep:
+    """The step of this kind."""
+    kinds = PACKED_KINDS if has_quantized(model, PackedWeights) else PLAIN_KINDS
+    return kinds[kind.num_sequences * kind.num_tokens > FEW_ROWS](model, *kind)
 
 
 class Recording:
     """A `DecodeStep` and its CUDA graph; on other devices it is launched each time."""
 
-    def __init__(self, model: nn.Module, num_rows: int, has_padding: bool) -> None:
+    def __init__(self, model: nn.Module, kind: StepKind) -> None:
         self._table: AddressTable | None = None
-        self._counts: tuple[int, int] | None = None
+        self._counts: Counters | None = None  # that the device has
         self._stream: torch.cuda.Stream | None = None  # of the last run
         # made in inference mode, buffers could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
-            self._step = decode_step(model, num_rows, has_padding)
+            self._step = decode_step(model, kind)
             if self._step.device.type == "cuda":
                 with torch.cuda.device(self._step.device):
                     self._record()
@@ -62,14 +76,14 @@ class Recording:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         table: AddressTable,
-        counts: tuple[int, int],
+        counts: Counters,
     ) -> Tensor:
-        """Logits [B, vocab_size] behind a cache with `counts` of cached and logged tokens."""
+        """Logits [B, T, vocab_size] behind a cache with these counts, the same of all rows."""
         step = self._step
         if step.device.type != "cuda":
             self._load(input_ids, attention_mask, table, counts)
             step.run()
-            return step.logits.clone()
+            return self._logits()
         with torch.cuda.device(step.device):
             stream = torch.cuda.current_stream()
             if self._stream is not None and stream != self._stream:
@@ -77,24 +91,28 @@ class Recording:
             self._stream = stream
             self._load(input_ids, attention_mask, table, counts)
             self._graph.replay()
-            return step.logits.clone()
+            return self._logits()
+
+    def _logits(self) -> Tensor:
+        return self._step.logits.unflatten(0, self._step.ids.shape).clone()
 
     def _load(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         table: AddressTable,
-        counts: tuple[int, int],
+        counts: Counters,
     ) -> None:
         """Put a step's inputs where the kernels look for them."""
         step = self._step
         if table is not self._table:
             self._load_rows(table.rows)
             self._table = table
-        if self._counts != counts:
-            for place, count in enumerate(counts):
-                step.counters[place].fill_(count)
-        self._counts = (counts[0] + 1, counts[1] + 1)  # as the step itself counts
+        for place, count in enumerate(counts):
+            if self._counts is None or self._counts[place] != count:
+                step.counters[:, place].fill_(count)
+        cached, logged, pending = counts  # as the step itself counts
+        self._counts = Counters(cached + step.num_tokens, logged + step.num_tokens, pending)
         if attention_mask is not None:
             self._load_mask(attention_mask)
         step.ids.copy_(input_ids)
@@ -114,7 +132,7 @@ class Recording:
 def _scratch_rows(step: DecodeStep, kept: list[Tensor]) -> list[list[int]]:
     """Addresses of memory to write to while a step is tried out, one for all layers of a kind;
     `kept` holds it."""
-    config, B = step.config, step.num_rows
+    config, B, T = step.config, step.num_sequences, step.num_tokens
     linear = config.linear_attn_config
     H, K, W = linear["num_heads"], linear["head_dim"], linear["short_conv_kernel_size"]
     R = config.kv_lora_rank + config.qk_rope_head_dim
@@ -125,5 +143,5 @@ def _scratch_rows(step: DecodeStep, kept: list[Tensor]) -> list[list[int]]:
 
     conv, state = address(B, 3, H * K, W - 1), address(B, H, K, K, dtype=torch.float32)
     kda: Any = KDAAddresses(conv, state)
-    latent: Any = LatentAddresses(tail=address(B, 1, R), tail_stride=R)
+    latent: Any = LatentAddresses(tail=address(B, T, R), tail_stride=T * R)
     return padded([kda if is_kda else latent for is_kda in step.is_kda])

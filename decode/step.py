@@ -1,16 +1,17 @@
-"""The decode step: all layers of the model for one new token per row, by few and large kernels.
+"""The decode step: all layers of the model for the new tokens of a few sequences, by few and large
+kernels. Each token is a row; one token of each sequence is the usual case.
 
 `DecodeStep` owns the buffers between its kernels and launches them in order. What changes from
-token to token lies on the device: the ids, two counters, and a table that says where the cache's
-tensors are. A recording of the launches therefore serves any cache with this number of rows
-(`recording.py` makes one).
+step to step lies on the device: the ids, counters, and a table that says where the cache's tensors
+are. A recording of the launches therefore serves any cache with this number of rows (`recording.py`
+makes one).
 
 How weights are read depends on the number of rows: `few_rows.py` has matrix-vector kernels,
 `many_rows.py` cuBLAS and grouped experts. What both do alike is here.
 
-Shapes: B rows, D hidden size, H heads, K key size, V value size, N key size without the shared
-part, L latent rank, P shared key part, E experts, I expert width, S slots of a row: its experts
-and the shared ones.
+Shapes: S sequences, T tokens of each, B = S * T rows, the tokens of a sequence in turn, D hidden
+size, H heads, K key size, V value size, N key size without the shared part, L latent rank, P shared
+key part, E experts, I expert width.
 """
 
 from abc import ABC, abstractmethod
@@ -20,14 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kimi_linear.decode.addresses import TABLE_COLUMNS
-from kimi_linear.decode.attention_kernels import (
-    absorb_kernel,
-    attend_kernel,
-    kda_kernel,
-    kda_out_kernel,
-    mix_kernel,
-)
+from kimi_linear.decode.addresses import TABLE_COLUMNS, Counters
+from kimi_linear.decode.attention_kernels import absorb_kernel, attend_kernel, mix_kernel
+from kimi_linear.decode.delta_rule import OneToken, SeveralTokens
 from kimi_linear.decode.expert_kernels import route_kernel
 from kimi_linear.ops.runtime import power_of_two
 
@@ -61,18 +57,21 @@ def weight_tiles(weights: Any, block: int, x_columns: list[int] | None = None) -
 
 
 class DecodeStep(ABC):
-    """One token for each of B rows; a subclass says how weights are read.
+    """New tokens of some sequences; a subclass says how weights are read.
 
     Args:
         model: A `KimiLinearForCausalLM` that `obstacles.model_obstacle` has nothing against.
-        num_rows: B.
+        num_sequences: S, the rows of the cache.
         has_padding: Whether attention has to look at `real_tokens`.
+        num_tokens: T.
+        is_pending: Whether caches may hold pending updates of KDA states (`cache/pending.py`); of
+            several tokens they always may.
 
     Attributes:
-        ids: [B, 1] int64, the tokens.
+        ids: [S, T] int64, the tokens.
         table: [layers, TABLE_COLUMNS] int64, where the cache's tensors lie, see `addresses.py`.
-        counters: [2] int64, cached and logged tokens; a run adds one to each.
-        real_tokens: [B, at least S] uint8, 0 at padding.
+        counters: [S, 3] int64, columns of `Counters`; a run adds T to cached and logged tokens.
+        real_tokens: [S, at least as many tokens as are cached] uint8, 0 at padding.
         logits: [B, vocab_size], the result.
         hidden: [B, D] float32, the residual stream.
     """
@@ -81,9 +80,18 @@ class DecodeStep(ABC):
     kda_block: int
     kda_warps: int
 
-    def __init__(self, model: nn.Module, num_rows: int, has_padding: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        num_sequences: int,
+        has_padding: bool,
+        num_tokens: int = 1,
+        is_pending: bool = False,
+    ) -> None:
         config: Any = model.config
         backbone: Any = model.model
+        self.num_sequences, self.num_tokens = num_sequences, num_tokens
+        num_rows = num_sequences * num_tokens
         self.config, self.num_rows, self.has_padding = config, num_rows, has_padding
         self.layers: list[Any] = list(backbone.layers)
         self.is_kda = [kind == "linear_attention" for kind in config.layer_types]
@@ -91,15 +99,21 @@ class DecodeStep(ABC):
         weight = self.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.is_linked = can_link(self.device)
-        self.ids = self._zeros(num_rows, 1)
+        self.ids = self._zeros(num_sequences, num_tokens)
         self.table = self._zeros(len(self.layers), TABLE_COLUMNS)
-        self.counters = self._zeros(2)
+        self.counters = self._zeros(num_sequences, len(Counters._fields))
         self.mask_address = self._zeros(2)  # of `real_tokens`, and its row stride
         self.reserve_mask(1)
         self.hidden = self._empty(num_rows, config.hidden_size, dtype=torch.float32)
         lm_head: Any = model.lm_head
         self.head = self._input_projection(lm_head.weight)
         self.logits = self._empty(num_rows, lm_head.weight.shape[0])
+        launches = num_sequences, self.kda_block, self.kda_warps, linked(self.is_linked)
+        self.delta_rule = (
+            SeveralTokens(*launches, num_tokens=num_tokens)
+            if num_tokens > 1 or is_pending
+            else OneToken(*launches)
+        )
         self._prepare_attention()
         if any(layer.is_moe for layer in self.layers):
             self._prepare_experts()
@@ -112,7 +126,7 @@ class DecodeStep(ABC):
 
     def reserve_mask(self, num_tokens: int) -> None:
         """Make room for a mask of `num_tokens` tokens."""
-        shape = (self.num_rows, num_tokens)
+        shape = (self.num_sequences, num_tokens)
         self.real_tokens = torch.ones(*shape, dtype=torch.uint8, device=self.device)
         place = [self.real_tokens.data_ptr(), self.real_tokens.stride(0)]
         self.mask_address.copy_(torch.tensor(place))
@@ -202,7 +216,7 @@ class DecodeStep(ABC):
     # ------------------------------------------------------------------------------- the launches
     def run(self) -> None:
         """Launch the step. Nothing here waits for the device."""
-        self.hidden.copy_(F.embedding(self.ids[:, 0], self.embed.weight))
+        self.hidden.copy_(F.embedding(self.ids.flatten(), self.embed.weight))
         for i, layer in enumerate(self.layers):
             if self.is_kda[i]:
                 self._kda(i)
@@ -213,54 +227,23 @@ class DecodeStep(ABC):
             else:
                 self._dense(i)
         self._project(self.head, self.norm, self.logits)
-        self.counters += 1
+        self.counters[:, :2] += self.num_tokens
 
     def _kda(self, i: int) -> None:
         layer, table, proj = self.layers[i], self.table[i], self.inputs[i]
         a = layer.self_attn
         self._project(proj, layer.input_layernorm, self.projected[:, : proj.width], table)
         gates = self._project_gates(i)
-        H, K, width = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
-        block = min(self.kda_block, K)
-        sizes = {
-            "x_stride": self.projected.stride(0),
-            "H": H,
-            "K": K,
-            "WIDTH": width,
-            "TAPS": power_of_two(width - 1),
-            "HAS_GATES": gates is not None,
-            "num_warps": self.kda_warps if K >= 128 else 4,
-            **linked(self.is_linked),
-        }
-        kda_kernel[(self.num_rows, H, K // block)](
-            self.projected,
-            self.projected if gates is None else gates,
-            a.q_conv1d.weight,
-            a.k_conv1d.weight,
-            a.v_conv1d.weight,
-            a.f_b_proj.weight,
-            a.A_log,
-            a.dt_bias,
+        out = self.mixed_heads[:, : a.num_heads * a.head_dim]
+        self.delta_rule.launch(
+            a,
             table,
-            self.kda_out,
-            BLOCK=block,
-            **sizes,
-        )
-        out = self.mixed_heads[:, : H * K]
-        fixed, places = self._fixed_output(i)
-        kda_out_kernel[(self.num_rows, H)](
+            self.counters,
             self.projected,
-            self.projected if gates is None else gates,
-            a.g_b_proj.weight,
-            a.o_norm.weight,
-            table,
+            gates,
             self.kda_out,
             out,
-            *fixed,
-            out_stride=out.stride(0),
-            eps=a.o_norm.eps,
-            FIXED=places,
-            **sizes,
+            self._fixed_output(i),
         )
         self._add(self.outputs[i], out)
 
@@ -277,6 +260,7 @@ class DecodeStep(ABC):
             self.shares,
             self.share_weights,
             a.scaling * LOG2_E,
+            self.num_tokens,
             H=a.num_heads,
             L=a.latent_dim,
             SPLITS=self.splits,
@@ -306,6 +290,7 @@ class DecodeStep(ABC):
             self.counters,
             self.query,
             self.projected.stride(0),
+            self.num_tokens,
             a.kv_a_layernorm.eps,
             FIRST=0 if has_queries else H,
             H=H,

@@ -31,7 +31,7 @@ def written(x, weight=None):
     num_rows, size = x.shape
     fixed = FixedPoint(num_rows, size, x.device)
     out = torch.empty_like(x)
-    counters = torch.zeros(2, dtype=torch.int64, device=x.device)
+    counters = torch.zeros(num_rows, 3, dtype=torch.int64, device=x.device)
     if weight is None:
         weight = torch.linspace(0.5, 2.0, size, device=x.device)
     add_norm_fixed_kernel[(num_rows,)](
@@ -43,6 +43,7 @@ def written(x, weight=None):
         x,
         counters,
         1e-6,
+        1,
         D=size,
         P=fixed.size,
         PLACES=power_of_two(size),

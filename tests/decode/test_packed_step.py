@@ -14,7 +14,7 @@ from kimi_linear.decode.fixed_point import FixedProjection
 from kimi_linear.decode.obstacles import Snapshot, weight_obstacle
 from kimi_linear.decode.packed import PackedManyRowsStep
 from kimi_linear.decode.packed_few_rows import PackedFewRowsStep
-from kimi_linear.decode.recording import decode_step
+from kimi_linear.decode.recording import StepKind, decode_step
 from kimi_linear.quantization.packing import pack_rest
 from kimi_linear.schemes import Scheme
 
@@ -143,7 +143,7 @@ def test_all_rows_on_one_expert(num_rows, device):
 def test_rows_beyond_a_tile_of_columns(device):
     model = packed_model(device, WAYS["8 bits, plain"])
     pack_rest(model, WAYS["plain, 8 bits"])
-    step = decode_step(model, 70, has_padding=False)
+    step = decode_step(model, StepKind(70))
     hidden = torch.randn(70, 96, device=model.device, dtype=model.dtype)
     step.hidden.copy_(hidden)
     step._project(step.head, model.model.norm, step.logits)

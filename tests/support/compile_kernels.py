@@ -10,9 +10,9 @@ from compiling import Target, replace_kernels
 from decode_models import decode_model
 
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.decode import few_rows, many_rows
+from kimi_linear.decode import delta_rule, few_rows, many_rows
 from kimi_linear.decode import step as decode_steps
-from kimi_linear.decode.recording import decode_step
+from kimi_linear.decode.recording import StepKind, decode_step
 from kimi_linear.ops import gated_norm, gated_silu
 from kimi_linear.ops.cross_entropy import kernels as loss_kernel
 from kimi_linear.ops.experts import choice_kernels, prefill_kernels, row_sums, sort
@@ -84,8 +84,9 @@ def real_sizes() -> KimiLinearForCausalLM:
 
 @torch.no_grad()
 def compile_decode_steps() -> None:
-    """Few rows and more, with padding and without, for both kinds of sizes."""
-    for module in (decode_steps, few_rows, many_rows):
+    """Few rows and more, with padding and without, of one token and of several, for both kinds of
+    sizes."""
+    for module in (decode_steps, delta_rule, few_rows, many_rows):
         replace_kernels(module, [name for name in vars(module) if name.endswith("_kernel")])
     decode_steps.can_link = lambda device: True
     # a product that only CUDA has
@@ -93,7 +94,9 @@ def compile_decode_steps() -> None:
     small = decode_model("cpu", num_shared_experts=2).to(torch.bfloat16)
     for model in (small, real_sizes()):
         for num_rows in (1, 4, 6, 40):
-            decode_step(model, num_rows, has_padding=num_rows == 6).run()
+            decode_step(model, StepKind(num_rows, has_padding=num_rows == 6)).run()
+        for num_sequences in (1, 2):
+            decode_step(model, StepKind(num_sequences, num_tokens=3)).run()
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from compile_kernels import real_sizes
 from compiling import Skipped, Target, replace_kernels, resources
 from packed_models import every_part, fill_with_packed
 
-from kimi_linear.decode import few_rows, fixed_point, many_rows, packed_few_rows
+from kimi_linear.decode import delta_rule, few_rows, fixed_point, many_rows, packed_few_rows
 from kimi_linear.decode import packed as packed_step
 from kimi_linear.decode import step as decode_steps
-from kimi_linear.decode.recording import decode_step
+from kimi_linear.decode.recording import StepKind, decode_step
 from kimi_linear.ops.experts import packed_kernels as packed_experts
 from kimi_linear.ops.packed import unpacking
 from kimi_linear.ops.packed.weights import PackedWeights
@@ -60,7 +60,8 @@ def decode(all_rows: tuple[int, ...], scheme: Scheme, dtype: torch.dtype) -> Non
     model = real_sizes()
     fill_with_packed(model, every_part(scheme, scheme), "cpu")
     for num_rows in all_rows:
-        decode_step(model, num_rows, has_padding=False).run()
+        for num_tokens in (1, 2) if num_rows == 1 else (1,):
+            decode_step(model, StepKind(num_rows, num_tokens=num_tokens)).run()
 
 
 def prefill(scheme: Scheme, dtype: torch.dtype) -> None:
@@ -86,7 +87,8 @@ KERNELS: dict[str, tuple[dict[Any, list[str]], Callable[[Scheme, torch.dtype], A
         {
             fixed_point: ["fixed_project_kernel"],
             packed_few_rows: ["add_norm_fixed_kernel", "fixed_in_kernel", "fixed_out_kernel"],
-            decode_steps: ["kda_out_kernel", "mix_kernel"],
+            delta_rule: ["kda_out_kernel", "delta_rule_out_kernel"],
+            decode_steps: ["mix_kernel"],
         },
         functools.partial(decode, FEW_ROWS),
     ),
@@ -96,7 +98,7 @@ KERNELS: dict[str, tuple[dict[Any, list[str]], Callable[[Scheme, torch.dtype], A
 def skip_other_kernels(arch: int, modules: dict[Any, list[str]]) -> None:
     """Those of a step that other groups or `compile_kernels.py` compile, and products that only
     CUDA has."""
-    for module in (decode_steps, few_rows, many_rows, packed_step):
+    for module in (decode_steps, delta_rule, few_rows, many_rows, packed_step):
         for name in vars(module):
             if name.endswith("_kernel") and name not in modules.get(module, ()):
                 setattr(module, name, Skipped())

@@ -18,7 +18,7 @@ from tolerance import assert_close, assert_kernel_close
 from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
 from kimi_linear.decode import few_rows, fixed_point, obstacles, step
 from kimi_linear.decode.addresses import prepare
-from kimi_linear.decode.recording import decode_step
+from kimi_linear.decode.recording import StepKind, decode_step
 
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -76,10 +76,10 @@ def prepared(model, num_rows, *, num_tokens=9, rollback_tokens=0):
     cache = KimiLinearCache(model.config, rollback_tokens=rollback_tokens)
     ids = token_ids(num_rows, num_tokens).to(model.device)
     model(ids, cache=cache)
-    step = decode_step(model, num_rows, has_padding=False)
-    step.table.copy_(torch.tensor(prepare(cache, num_rows, model.dtype).rows))
+    step = decode_step(model, StepKind(num_rows))
+    step.table.copy_(torch.tensor(prepare(cache, num_rows, 1, model.dtype).rows))
     logged = cache.layers[0].rollback.num_logged or 0
-    step.counters.copy_(torch.tensor([num_tokens, logged]))
+    step.counters.copy_(torch.tensor([num_tokens, logged, 0]))
     step.hidden.copy_(torch.randn(step.hidden.shape))
     return step, cache
 
