@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.generation import PromptLookupCandidateGenerator
 from transformers.utils import logging
 
 from kimi_linear.cache.hybrid import KimiLinearCache, KimiLinearDynamicCache
 from kimi_linear.cache.kda import ROLLBACK_TOKENS
+from kimi_linear.cache.pending import STEP_TOKENS
 from kimi_linear.cache.sessions import Session, load_session, read_session, save_session
 from kimi_linear.cache.static import KimiLinearStaticCache, is_compileable
+from kimi_linear.generation.lookup import PromptLookup
 from kimi_linear.inputs.checks import check_source
 from kimi_linear.inputs.layout import last_real_columns
 from kimi_linear.outputs_kimi_linear import one_cache
@@ -116,6 +119,17 @@ class KimiLinearGenerationMixin(GenerationHooks):
         if is_draft:
             cache.activate_past_recording()
         return cache
+
+    def candidates(self, generator: Any) -> Any:
+        """Drafts from the text in numbers that pay, in the place of Transformers'."""
+        if not isinstance(generator, PromptLookupCandidateGenerator):
+            return generator
+        return PromptLookup(
+            min(generator.num_output_tokens, STEP_TOKENS - 1),
+            generator.max_matching_ngram_size,
+            generator.max_length,
+            generator.eos_token_id,
+        )
 
     def prepare_inputs_for_generation(
         self,

@@ -180,6 +180,14 @@ class GenerationHooks(GenerationMixin):
             watch.drafted_from = input_ids.shape[1]
         return super()._assisted_decoding(input_ids, *args, **kwargs)
 
+    # 5.17: who drafts for the loop of assisted decoding.
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        return self.candidates(super()._get_candidate_generator(*args, **kwargs))
+
+    def candidates(self, generator: Any) -> Any:
+        """What drafts in the place of Transformers' generator; the model's class knows."""
+        raise NotImplementedError
+
     def drafted_from(self) -> int | None:
         """Tokens of the text that assisted decoding began with; None in other loops."""
         watch = _watch.get()

@@ -1,0 +1,133 @@
+"""Drafts from the text itself: where they come from, and how many are made."""
+
+import random
+
+import pytest
+import torch
+from builders import tiny_model, token_ids
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_linear.generation.lookup import LONGEST_MATCH, DraftLength, MatchFinder, PromptLookup
+
+tokens = st.lists(st.integers(0, 3), min_size=1, max_size=40)
+
+
+def slow_find(text, size):
+    """The latest place behind the longest of the last `size` tokens or fewer, by looking at all."""
+    for own in range(min(size, len(text)), 0, -1):
+        places = [i for i in range(own, len(text)) if text[i - own : i] == text[-own:]]
+        if places:
+            place = places[-1]
+            while own < min(LONGEST_MATCH, place) and text[place - own - 1] == text[-own - 1]:
+                own += 1
+            return place, own
+    return None
+
+
+@given(tokens, st.integers(1, 4), st.integers(0, 39))
+def test_matches(text, size, cut):
+    finder = MatchFinder(size)
+    finder.extend(text[:cut])
+    finder.extend(text[cut:])
+    assert finder.find() == slow_find(text, size)
+
+
+def test_a_repeating_text_goes_on_repeating():
+    finder = MatchFinder(2)
+    finder.extend([7, 1, 2, 3, 1, 2, 3, 1])
+    assert finder.find() == (5, 4)
+    assert finder.continuation(5, 7) == [2, 3, 1, 2, 3, 1, 2]
+
+
+class Calls:
+    """Calls by a clock of their own: a call of n drafted tokens takes 1 + cost * n seconds."""
+
+    def __init__(self, most, cost):
+        self.now, self.cost = 0.0, cost
+        self.length = DraftLength(most, lambda: self.now)
+
+    def run(self, count, chance, seed=0):
+        """Tokens a second over `count` calls whose drafted tokens are right by chance."""
+        generator, start, made = random.Random(seed), self.now, 0
+        for _ in range(count):
+            self.length.take_time()
+            right = 0
+            while right < 15 and generator.random() < chance:
+                right += 1
+            drafted = self.length.choose(4, 15)
+            text = [1] * min(right, drafted + 1) + [2] * (right <= drafted)
+            self.length.learn(4, [1] * self.length.lengths[-1], text)
+            made += len(text)
+            self.now += 1 + self.cost * drafted
+        return made / (self.now - start)
+
+
+@pytest.mark.parametrize("cost", [0.1, 0.25, 0.6])
+def test_drafts_that_are_wrong_are_left_off(cost):
+    calls = Calls(10, cost)
+    calls.run(20, 0.02)
+    assert calls.run(400, 0.02, seed=1) > 0.97
+
+
+@pytest.mark.parametrize("cost", [0.1, 0.25])
+def test_drafts_that_are_right_become_long(cost):
+    calls = Calls(15, cost)
+    calls.run(20, 0.95)
+    best = max(sum(0.95**i for i in range(n + 1)) / (1 + cost * n) for n in (1, 3, 7, 15))
+    assert calls.run(400, 0.95, seed=1) > 0.8 * best
+    assert calls.run(20, 0.0, seed=2) < 1  # what has been worth it is not at once given up
+    assert calls.run(200, 0.0, seed=3) > 0.95
+
+
+def test_recording_a_length_does_not_count():
+    calls = Calls(3, 0.1)
+    for _ in range(12):
+        calls.length.take_time()
+        drafted = calls.length.choose(8, 3)
+        calls.length.learn(8, [1] * 3, [1] * (drafted + 1))
+        calls.now += 100 if drafted == 3 and calls.length._seconds.get(3, 0) == 0 else 1.0
+    assert drafted == 3
+
+
+def lookup(text, most=3, max_length=100, ends=None):
+    found = PromptLookup(most, 2, max_length, None if ends is None else torch.tensor(ends))
+    found.get_candidates(torch.tensor([text[:-1]]))  # the prompt
+    found.length.choose = lambda match, count: min(most, count)
+    ids, logits = found.get_candidates(torch.tensor([text]))
+    assert logits is None and ids[0, : len(text)].tolist() == text
+    return ids[0, len(text) :].tolist()
+
+
+def test_drafts_end_with_the_text():
+    text = [5, 1, 2, 3, 4, 5, 1]
+    assert lookup(text) == [2, 3, 4]
+    assert lookup(text, ends=[3]) == [2]
+    assert lookup(text, max_length=9) == [2]
+    assert lookup(text, max_length=8) == []
+    assert lookup([1, 2, 3]) == []
+
+
+def test_nothing_is_drafted_behind_the_prompt():
+    ids = torch.tensor([[1, 2, 1, 2]])
+    assert PromptLookup(3, 2, 100, None).get_candidates(ids)[0] is ids
+
+
+@pytest.mark.core
+def test_generate_drafts_from_the_text(monkeypatch):
+    """Its ids are the greedy ones, and some of its calls read several tokens."""
+    model, ids = tiny_model(), token_ids(1, 8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                parameter.zero_()  # each token has its successor: the text runs into a circle
+    settings = {"max_new_tokens": 80, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    widths = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    monkeypatch.setattr(DraftLength, "choose", lambda self, match, most: min(3, most))
+    out = model.generate(ids, prompt_lookup_num_tokens=3, **settings)
+    assert torch.equal(out, expected)
+    assert widths[0] == ids.shape[1] and 4 in widths and len(widths) < 50
