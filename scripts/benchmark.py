@@ -30,6 +30,11 @@ its text fit a card:
         --measure memory --contexts 32k,128k --new-tokens 64 --time-limit 300 \\
         --output benchmarks/results/low_bits.jsonl --append
 
+Calls of several tokens, as drafts are checked:
+
+    python scripts/benchmark.py --preset 48b-a3b --models ours --measure step,generate \
+        --batches 1 --new-tokens 64 --time-limit 200 --output benchmarks/results/requests.jsonl
+
 Draw what was measured, without measuring:
 
     python scripts/benchmark.py --plot-from both.jsonl long.jsonl --plot speed.png
@@ -40,6 +45,9 @@ The kinds of measurement:
     decode       generate() of one row behind a cache of each of --contexts, which is filled by
                  reading a text in pieces
     generate     generate() of each of --batches rows with prompts of --prompt-length
+    step         calls of each of --step-tokens tokens of one row behind a prompt of
+                 --prompt-length, half, three quarters or all of which are kept (speculative
+                 decoding)
     first-token  reading the longest of --contexts in pieces, to the first new token
     train        forward, loss and backward of one packed row of --train-tokens, no optimiser
     first-call   the first generate() of a new process: with empty disk caches, and again with what
@@ -178,6 +186,8 @@ class Run:
         places = []
         if "generate" in wanted:
             places += [("generate", {"batch": batch}) for batch in self.settings.batches]
+        if "step" in wanted:
+            places += [("step", {"tokens": tokens}) for tokens in self.settings.step_tokens]
         if "prefill" in wanted:
             places += [("prefill", {"context": context}) for context in contexts]
         for context in contexts:

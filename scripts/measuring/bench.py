@@ -26,6 +26,7 @@ from measuring.packed import held_bytes
 REPEAT_SECONDS = 10.0
 WARM_UP_TOKENS = 8
 COUNTED_FORWARDS = 16
+ACCEPTED = (0.5, 0.75, 1.0)
 
 
 class TimeLimitError(Exception):
@@ -222,6 +223,46 @@ class Bench:
         if len(spans) != 1 + count:
             return None
         return statistics.median(before.elapsed_time(after) for before, after in spans[1:])
+
+    def step(self, num_tokens: int) -> dict[str, Any]:
+        """Calls of several tokens of one row behind a prompt, as speculative decoding makes them,
+        for each of ACCEPTED: so many of all tokens but the first are kept, the others are taken
+        back. Models that take nothing back keep all."""
+        prompt, count = self.effort.prompt_length, self.effort.new_tokens
+        text = self.random_ids(1, prompt)
+        drafts = self.random_ids(count + WARM_UP_TOKENS, num_tokens).split(1)
+        figures: dict[str, Any] = {}
+        for accepted in ACCEPTED if self.kind == "ours" and num_tokens > 1 else (1.0,):
+            kept = 1 + round(accepted * (num_tokens - 1))
+
+            def run(kept: int = kept) -> float:
+                cache = new_cache(self.kind, self.model.config, prompt + len(drafts) * num_tokens)
+                self.model(text, cache=cache, use_cache=True, logits_to_keep=1)
+
+                def call(ids: Tensor) -> None:
+                    self.model(ids, cache=cache, use_cache=True)
+                    if kept < num_tokens:
+                        cache.crop(kept - num_tokens)
+
+                for ids in drafts[count:]:
+                    call(ids)
+                return self.timed(lambda: [call(ids) for ids in drafts[:count]])[0]
+
+            with torch.no_grad():
+                ms = 1e3 * statistics.median(self.repeat(run)) / count
+            figures[f"ms_at_{accepted:.0%}"] = ms
+            figures[f"tokens_per_second_at_{accepted:.0%}"] = 1e3 * kept / ms
+        limit = self.limits.step(prompt + count * num_tokens // 2, num_tokens)
+        return {
+            "tokens": num_tokens,
+            "prompt_length": prompt,
+            "calls": count,
+            "ms": ms,  # of the last, where all are kept
+            "tokens_per_second": 1e3 * num_tokens / ms,
+            **figures,
+            "limit": limit | {"tokens_per_second": 1e3 * num_tokens / limit["ms"]},
+            "fraction_of_limit": limit["ms"] / ms,
+        }
 
     def train(self, num_tokens: int) -> dict[str, Any]:
         """Forward, loss and backward of one packed row, without an optimiser.

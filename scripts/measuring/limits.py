@@ -118,6 +118,16 @@ class Limits:
             operations=2 * batch * numbers + self._mixing_operations(batch, pairs),
         )
 
+    def step(self, context: int, num_tokens: int) -> dict[str, Any]:
+        """Limit of `num_tokens` tokens of one row behind `context` tokens, with all logits."""
+        numbers, pairs = self._active_weights() + self.head_weights, num_tokens * context
+        return self._limit(
+            weight_bytes=self._weight_bytes(num_tokens),
+            state_bytes=2 * self.state_bytes(),
+            latent_bytes=context * self.latent_bytes(),
+            operations=2 * num_tokens * numbers + self._mixing_operations(num_tokens, pairs),
+        )
+
     def prefill(self, context: int, batch: int = 1) -> dict[str, Any]:
         """Limit of reading `context` tokens of each row, with the logits of the last one."""
         tokens, pairs = batch * context, batch * context * (context + 1) // 2

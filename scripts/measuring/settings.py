@@ -12,7 +12,7 @@ from kimi_linear import PRESETS
 from measuring.forms import ALLOWED, NONE, quantization
 from measuring.models import MODELS
 
-MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call", "memory")
+MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call", "memory", "step")
 DEFAULT_MEASURES = MEASURES[:5]
 DEVICES = ("auto", "cuda", "cpu")
 
@@ -36,13 +36,14 @@ class Settings:
         (NONE,), "weights of ours, in this order: none,24gb,48gb,80gb,fp8, or parts (see above)"
     )
     measure: Sequence[str] = setting(
-        DEFAULT_MEASURES, "default: all but the last two", choices=MEASURES
+        DEFAULT_MEASURES, "default: all but the last three", choices=MEASURES
     )
     device: str = setting("auto", choices=DEVICES)
     dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
     contexts: Sequence[int] = setting((128, 512), "tokens, such as 4k,32k,1m", least=1)
     batches: Sequence[int] = setting((1, 2), "rows of generate, such as 1,8,32", least=1)
-    prompt_length: int = setting(512, "tokens, for generate and first-call", least=1)
+    step_tokens: Sequence[int] = setting((1, 2, 4, 8, 16), "tokens of a call, for step", least=1)
+    prompt_length: int = setting(512, "tokens, for generate, step and first-call", least=1)
     new_tokens: int = setting(16, "for generate, decode and first-call", least=1)
     prefill_chunk: int | None = setting(None, "tokens of a call while a text is read", least=1)
     train_tokens: int = setting(512, "tokens of the packed row", least=16)

@@ -522,3 +522,15 @@ def test_the_command_prints_lines_only(tmp_path: Path) -> None:
     assert lines[0]["threads"] == 1
     assert lines[0]["commit"] == "abc" and lines[0]["command"].endswith("x.jsonl")
     assert (tmp_path / "x.jsonl").read_text() == found.stdout
+
+
+def test_calls_of_several_tokens() -> None:
+    options = {**SMALL, "models": ("ours",), "measure": ("step",), "step_tokens": (1, 5)}
+    _, one, five = benchmark.main(**options)
+    assert (one["tokens"], five["tokens"]) == (1, 5)
+    assert "ms_at_50%" not in one and five["ms"] == five["ms_at_100%"]
+    for share, kept in (("50%", 3), ("75%", 4), ("100%", 5)):
+        found = five[f"tokens_per_second_at_{share}"] * five[f"ms_at_{share}"]
+        assert found == pytest.approx(1e3 * kept, rel=1e-3)
+    assert one["limit"]["weight_bytes"] < five["limit"]["weight_bytes"]
+    assert one["limit"]["state_bytes"] == five["limit"]["state_bytes"]
