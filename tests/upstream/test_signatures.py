@@ -59,6 +59,16 @@ FUNCTIONS = {
         "max_cache_length",
     ],
     "generation.utils:GenerationMixin._sample": ["self", "input_ids"],
+    "generation.utils:GenerationMixin._assisted_decoding": ["self", "input_ids"],
+    "generation.utils:GenerationMixin._get_candidate_generator": ["self", "generation_config"],
+    "generation:PromptLookupCandidateGenerator.__init__": [
+        "self",
+        "eos_token_id",
+        "num_output_tokens",
+        "max_matching_ngram_size",
+        "max_length",
+    ],
+    "generation:PromptLookupCandidateGenerator.get_candidates": ["self", "input_ids"],
     "generation.utils:DeferredStopCheck.__init__": [
         "self",
         "input_ids",
