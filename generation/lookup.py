@@ -61,7 +61,7 @@ class MatchFinder:
                     and tokens[place - size - 1] == (tokens[end - size - 1])
                 ):
                     size += 1
-                return place, size
+                return place, min(size, LONGEST_MATCH)
         return None
 
     def continuation(self, place: int, count: int) -> list[int]:

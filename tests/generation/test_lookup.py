@@ -33,6 +33,18 @@ def test_matches(text, size, cut):
     assert finder.find() == slow_find(text, size)
 
 
+def test_long_matches_count_as_the_longest():
+    """`max_matching_ngram_size` may be above LONGEST_MATCH."""
+    text = list(range(12))
+    finder = MatchFinder(10)
+    finder.extend(text + text)
+    assert finder.find() == (12, LONGEST_MATCH)
+    found = PromptLookup(3, 10, 100, None)
+    for tokens in (text + text, [*text, *text, 0]):
+        ids, _ = found.get_candidates(torch.tensor([tokens]))
+    found.get_candidates(ids)
+
+
 def test_a_repeating_text_goes_on_repeating():
     finder = MatchFinder(2)
     finder.extend([7, 1, 2, 3, 1, 2, 3, 1])
