@@ -43,11 +43,13 @@ class MatchFinder:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append to the text."""
-        for token in tokens:
-            end = len(self.tokens)
-            for size in range(1, min(self.size, end) + 1):
-                self._places[tuple(self.tokens[end - size :])] = end
-            self.tokens.append(token)
+        start = len(self.tokens)
+        self.tokens += tokens
+        end = len(self.tokens)
+        for size in range(1, self.size + 1):  # without a loop over a prompt's tokens
+            first = max(start, size)
+            columns = (self.tokens[i : end - size + i] for i in range(first - size, first))
+            self._places.update(zip(zip(*columns, strict=False), range(first, end), strict=False))
 
     def find(self) -> tuple[int, int] | None:
         """The latest place where the text has gone on from tokens like its last ones, and how many
