@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers.generation import CandidateGenerator
 
@@ -77,12 +78,13 @@ class DraftLength:
 
     Args:
         most: At most.
-        clock: Seconds that go by.
+        clock: Seconds that go by; not looked at where there are several processes, which may share
+            the model and have to draft alike.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.lengths = sorted({0, most, *(each for each in LENGTHS if each < most)})
-        self._clock = clock
+        self._clock, self._is_timed = clock, num_processes() == 1
         self._start: float | None = None
         self._length = 0
         self._seconds: dict[int, float | None] = {}  # of a call, by drafted tokens
@@ -106,6 +108,8 @@ class DraftLength:
 
     def take_time(self) -> None:
         """Note what the last call has taken; the first of its length also makes it ready."""
+        if not self._is_timed:
+            return
         now = self._clock()
         if self._start is not None:
             taken, before = now - self._start, self._seconds.get(self._length, 0.0)
@@ -136,6 +140,11 @@ class DraftLength:
             return known[length]
         near = min(known, key=lambda each: abs(each - length))
         return known[near] * (1 + COST_BY_TOKEN * length) / (1 + COST_BY_TOKEN * near)
+
+
+def num_processes() -> int:
+    """Processes that torch.distributed knows of."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _tokens(chance: float, length: int) -> float:

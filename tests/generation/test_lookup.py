@@ -8,6 +8,7 @@ from builders import tiny_model, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_linear.generation import lookup as lookup_module
 from kimi_linear.generation.lookup import LONGEST_MATCH, DraftLength, MatchFinder, PromptLookup
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=40)
@@ -100,6 +101,23 @@ def test_recording_a_length_does_not_count():
         calls.length.learn(8, [1] * 3, [1] * (drafted + 1))
         calls.now += 100 if drafted == 3 and calls.length._seconds.get(3, 0) == 0 else 1.0
     assert drafted == 3
+
+
+def test_processes_draft_alike(monkeypatch):
+    """Those that share a model, as in tensor parallelism, each by a clock of its own."""
+    monkeypatch.setattr(lookup_module, "num_processes", lambda: 2)
+    drafts = []
+    for seconds in (0.01, 100.0):  # of a drafted token, on this process
+        found, now, generator = PromptLookup(15, 2, 1000, None), [0.0], random.Random(0)
+        found.length._clock = lambda now=now: now[0]
+        text, widths = [1, 2, 3] * 2, []
+        for _ in range(60):
+            ids, _ = found.get_candidates(torch.tensor([text]))
+            widths.append(ids.shape[1] - len(text))
+            now[0] += 1 + seconds * widths[-1]
+            text.append(text[-3] if generator.random() < 0.7 else 0)
+        drafts.append(widths)
+    assert drafts[0] == drafts[1] and max(drafts[0]) > 0
 
 
 def lookup(text, most=3, max_length=100, ends=None):
