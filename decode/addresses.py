@@ -64,9 +64,11 @@ def is_kda(layer: Any) -> bool:
 
 def counters(first: Any, kda: list[Any]) -> Counters:
     """A cache's, by its first layer and its KDA layers, which all hold the same tokens."""
+    cached = first.num_tokens
     if not kda:
-        return Counters(first.num_tokens)
-    return Counters(first.num_tokens, kda[0].rollback.num_logged or 0, kda[0].pending.count)
+        return Counters(cached, cached)
+    logged = kda[0].rollback.num_logged  # where nothing is logged, any number that a step counts on
+    return Counters(cached, cached if logged is None else logged, kda[0].pending.count)
 
 
 class AddressTable:

@@ -8,6 +8,7 @@ from decode_models import DEVICES, check, decode_model, prepared, small_grids  #
 from kimi_linear import KimiLinearCache
 from kimi_linear.cache.pending import STEP_TOKENS
 from kimi_linear.decode import graph as graph_module
+from kimi_linear.decode.addresses import counters
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -219,3 +220,18 @@ def test_drafts_give_the_greedy_text(how, device, monkeypatch):
     options = {how: 4 if how.startswith("prompt") else decode_model(device, 1)}
     assert torch.equal(model.generate(ids, max_new_tokens=16, **options, **GREEDY), greedy)
     assert max(kind.num_tokens for kind in kinds) > 1
+
+
+@pytest.mark.parametrize("rollback_tokens", [0, 8])
+def test_counters_go_on_as_the_step_counts(rollback_tokens):
+    """Without a log too: a counter that is loaded again costs every step a launch."""
+    model = decode_model("cpu")
+    cache = KimiLinearCache(model.config, rollback_tokens=rollback_tokens)
+    with torch.no_grad():
+        call(model, "eager", token_ids(1, 7), cache)
+    kda = cache.layers[:1]
+    before = counters(cache.layers[0], kda)
+    for layer in cache.layers:
+        layer.count_step(1)
+    after = counters(cache.layers[0], kda)
+    assert after == (before.cached + 1, before.logged + 1, 0)
