@@ -157,7 +157,7 @@ class KDALayerCache(LayerCache):
         """An independent copy that continues from here."""
         self.settle()
         other = copy.copy(self)
-        other.rollback, other.pending = copy.copy(self.rollback), PendingUpdates()
+        other.rollback = copy.copy(self.rollback)
         other._map(Tensor.clone)
         return other
 
@@ -247,6 +247,7 @@ class KDALayerCache(LayerCache):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.settle()
+        self.pending = PendingUpdates()  # made again where a step takes several tokens
         self.state = self.state.map(function)
         self.rollback.map(function)
 

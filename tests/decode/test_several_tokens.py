@@ -6,7 +6,9 @@ from builders import token_ids
 from decode_models import DEVICES, check, decode_model, prepared, small_grids  # noqa: F401
 
 from kimi_linear import KimiLinearCache
+from kimi_linear.cache.kda import KDALayerCache
 from kimi_linear.cache.pending import STEP_TOKENS
+from kimi_linear.cache.state import KDAState
 from kimi_linear.decode import graph as graph_module
 from kimi_linear.decode.addresses import counters
 
@@ -235,3 +237,17 @@ def test_counters_go_on_as_the_step_counts(rollback_tokens):
         layer.count_step(1)
     after = counters(cache.layers[0], kda)
     assert after == (before.cached + 1, before.logged + 1, 0)
+
+
+@torch.no_grad()
+def test_rows_in_another_order_have_room_for_no_pending_tokens():
+    """Beam search would otherwise take one in for each of its steps, and the next would wait again:
+    in a dozen launches by layer."""
+    cache = KDALayerCache(8)
+    cache.state = KDAState(torch.ones(2, 3, 32, 3), torch.ones(2, 2, 16, 16))
+    cache.pending.reserve(cache.state, 4)
+    cache.num_tokens = 9
+    cache.count_step(1)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.count_step(1)
+    assert cache.pending.count == 0 and not cache.pending.tensors()
