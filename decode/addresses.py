@@ -94,7 +94,8 @@ def prepare(
     cache: Cache, num_rows: int, num_tokens: int, dtype: torch.dtype
 ) -> AddressTable | None:
     """The table of a cache made ready for a step in place; None if that cannot be."""
-    if all(layer.prepare_step(num_rows, num_tokens, dtype) for layer in cache.layers):
+    layers = sorted(cache.layers, key=is_kda)  # where latents refuse, KDA has reserved nothing
+    if all(layer.prepare_step(num_rows, num_tokens, dtype) for layer in layers):
         return AddressTable(cache, num_rows, num_tokens)
     return None
 

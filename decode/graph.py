@@ -177,7 +177,7 @@ class _Decoder:
         num_rows, num_tokens = input_ids.shape
         kda: list[Any] = [layer for layer in cache.layers if is_kda(layer)]
         with self._lock:
-            if kda and kda[0].is_stale and not kda[0].has_padding:
+            if kda and kda[0].is_stale and _can_catch_up(cache):
                 catch_up(model, cache)
             if kda and kda[0].is_anchor_due(num_tokens):  # all their logs hold the same tokens
                 for layer in kda:
@@ -207,6 +207,12 @@ class _Decoder:
     def has_recorded(self, num_rows: int) -> bool:
         """Whether steps of `num_rows` rows without padding ran as a graph."""
         return StepKind(num_rows) in self._steps
+
+
+def _can_catch_up(cache: Cache) -> bool:
+    """Whether a step in place can follow: a text without padding, all of it on the device."""
+    layers: list[Any] = cache.layers
+    return not any(x.has_padding or getattr(x, "offload_latents", False) for x in layers)
 
 
 def catch_up(model: nn.Module, cache: Cache) -> None:

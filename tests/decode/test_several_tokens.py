@@ -251,3 +251,17 @@ def test_rows_in_another_order_have_room_for_no_pending_tokens():
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.count_step(1)
     assert cache.pending.count == 0 and not cache.pending.tensors()
+
+
+@each_device
+@torch.no_grad()
+def test_offloaded_caches_are_left_to_the_layers(device, monkeypatch):
+    """Nothing is made ready for steps that cannot be."""
+    model = decode_model(device)
+    cache = KimiLinearCache(model.config, rollback_tokens=8, offload=True)
+    call(model, "eager", token_ids(1, 7), cache)
+    monkeypatch.setattr(graph_module, "catch_up", None)
+    for num_tokens in (3, 2):
+        call(model, "auto", token_ids(1, num_tokens), cache)
+        cache.crop(-1)
+    assert cache.layers[0].pending.updates is None
