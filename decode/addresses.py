@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kimi_linear.cache.pool import TextPool
 from kimi_linear.ops.runtime import tl
 
 # Columns of a row. Rows start at multiples of 16 bytes, or Triton recompiles.
@@ -35,8 +36,10 @@ class LatentAddresses(NamedTuple):
     prefix: int = 0  # [B or 1, prefix_tokens, R]
     prefix_tokens: int = 0
     prefix_stride: int = 0  # of a row; 0 if all rows share one
-    tail: int = 0  # [B, capacity, R]
+    tail: int = 0  # [B, capacity, R]; of a pool [pages, PAGE_TOKENS, R]
     tail_stride: int = 0
+    pages: int = 0  # int32 [rows, pages_stride], of a pool: which of its pages a row has, in order
+    pages_stride: int = 0
 
 
 def columns(kind: Any) -> list[Any]:
@@ -51,9 +54,10 @@ class Counters(NamedTuple):
     cached: int = 0  # tokens before the step
     logged: int = 0  # of them, those in KDA layers' logs
     pending: int = 0  # of them, the last ones, which KDA states have not taken in
+    row: int = 0  # of the cache
 
 
-CACHED, LOGGED, PENDING = columns(Counters)
+CACHED, LOGGED, PENDING, ROW = columns(Counters)
 COUNTERS = len(Counters._fields) if tl is None else tl.constexpr(len(Counters._fields))
 
 
@@ -88,6 +92,20 @@ class AddressTable:
         if tensors is None or len(tensors) != len(self._refs):
             return False
         return all(map(is_, tensors, map(call, self._refs)))
+
+
+class PoolTable:
+    """A pool's rows, good as long as the pool is there."""
+
+    def __init__(self, pool: TextPool) -> None:
+        place, stride = pool.pages.data_ptr(), pool.pages.stride(0)
+        found: dict[int, Any] = {
+            i: KDAAddresses(*(x.data_ptr() for x in state.tensors()))
+            for i, state in pool.states.items()
+        }
+        for i, latents in pool.latents.items():
+            found[i] = LatentAddresses(tail=latents.data_ptr(), pages=place, pages_stride=stride)
+        self.rows = padded([found[i] for i in sorted(found)])
 
 
 def prepare(

@@ -11,14 +11,15 @@ part, R = L + P.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.decode.addresses import CACHED, COUNTERS, KDAAddresses, LatentAddresses
+from kimi_linear.decode.addresses import CACHED, COUNTERS, ROW, KDAAddresses, LatentAddresses
 from kimi_linear.decode.addresses import columns as table_columns
 from kimi_linear.decode.fixed_point_kernels import store_row_fixed_point
 from kimi_linear.decode.projection_kernels import norm_scale, pointer_to, wait
 from kimi_linear.ops.runtime import jit, tl
 
 CONV_STATE, RECURRENT_STATE, *_ = table_columns(KDAAddresses)
-PREFIX, PREFIX_TOKENS, PREFIX_STRIDE, TAIL, TAIL_STRIDE = table_columns(LatentAddresses)
+PREFIX, PREFIX_TOKENS, PREFIX_STRIDE, TAIL, TAIL_STRIDE, *_ = table_columns(LatentAddresses)
+*_, PAGES, PAGES_STRIDE = table_columns(LatentAddresses)
 
 
 # ---------------------------------------------------------------------------- Kimi Delta Attention
@@ -170,12 +171,20 @@ def kda_out_kernel(
 
 # --------------------------------------------------------------------------------- latent attention
 @jit
+def page_start(table, row, place, PAGE: tl.constexpr):
+    """Where the pool has a row's token, counted in tokens."""
+    pages = tl.load(table + PAGES).to(tl.pointer_type(tl.int32))
+    page = tl.load(pages + row * tl.load(table + PAGES_STRIDE) + place // PAGE)
+    return page.to(tl.int64) * PAGE + place % PAGE
+
+
+@jit
 def absorb_kernel(
     x,  # [B, x_stride]: the projections of the query [H, N + P], of the latent [L] and [P]
     kv_b,  # [H, N + V, L]
     norm,  # [L]
     table,  # int64, columns of `LatentAddresses`
-    counters,  # int64 [B / T, 3], columns of `Counters`
+    counters,  # int64 [B / T, 4], columns of `Counters`
     query,  # [B, H, L + P], to be written
     x_stride,
     num_tokens,  # T
@@ -187,6 +196,7 @@ def absorb_kernel(
     L: tl.constexpr,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,  # tokens of a page; 0: the cache has no pages
     IS_LINKED: tl.constexpr,
 ):
     """Write the new latent into the cache, and the queries in the latents' coordinates."""
@@ -200,10 +210,15 @@ def absorb_kernel(
     wait(IS_LINKED)
     x += row * x_stride
     if head == H:
-        sequence, token = row // num_tokens, row % num_tokens
-        new = pointer_to(tl.load(table + TAIL), x) + sequence * tl.load(table + TAIL_STRIDE)
-        place = tl.load(counters + sequence * COUNTERS + CACHED) + token
-        new += (place - tl.load(table + PREFIX_TOKENS)) * R
+        counters += (row // num_tokens) * COUNTERS
+        cached_row = tl.load(counters + ROW)
+        place = tl.load(counters + CACHED) + row % num_tokens
+        new = pointer_to(tl.load(table + TAIL), x)
+        if PAGE > 0:
+            new += page_start(table, cached_row, place, PAGE) * R
+        else:
+            new += cached_row * tl.load(table + TAIL_STRIDE)
+            new += (place - tl.load(table + PREFIX_TOKENS)) * R
         latent = tl.load(x + H * (N + P) + all_m).to(tl.float32)
         latent *= norm_scale(tl.sum(latent * latent), L, eps)
         tl.store(new + all_m, latent * tl.load(norm + all_m).to(tl.float32))
@@ -220,7 +235,7 @@ def absorb_kernel(
 def attend_kernel(
     query,  # [B, H, R]
     table,  # int64, columns of `LatentAddresses`
-    counters,  # int64 [B / T, 3], columns of `Counters`; the step's own tokens are cached by now
+    counters,  # int64 [B / T, 4], columns of `Counters`; the step's own tokens are cached by now
     real,  # int64 [2]: address of uint8 [B / T, ..], 0 at padding, and its row stride
     mixed,  # float32 [B, SPLITS, H, L], to be written
     weight,  # float32 [B, SPLITS, 2, H]: largest score and sum of weights, to be written
@@ -232,6 +247,7 @@ def attend_kernel(
     P: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,  # tokens of a page, a multiple of BLOCK; 0: the cache has no pages
     HAS_PADDING: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
@@ -240,9 +256,10 @@ def attend_kernel(
     R: tl.constexpr = L + P
     wait(IS_LINKED)
     prefix_tokens = tl.load(table + PREFIX_TOKENS)
-    sequence, token = row // num_tokens, row % num_tokens
-    cached = tl.load(counters + sequence * COUNTERS + CACHED)
-    tail_tokens = cached + token + 1 - prefix_tokens
+    sequence = row // num_tokens
+    counters += sequence * COUNTERS
+    cached_row = tl.load(counters + ROW)
+    tail_tokens = tl.load(counters + CACHED) + row % num_tokens + 1 - prefix_tokens
     prefix_blocks = tl.cdiv(prefix_tokens, BLOCK)
     blocks = prefix_blocks + tl.cdiv(tail_tokens, BLOCK)
     share = tl.cdiv(blocks, SPLITS)
@@ -254,8 +271,8 @@ def attend_kernel(
     q_m = tl.load(query + m[:, None], mask=head[None, :], other=0.0)
     q_p = tl.load(query + L + p[:, None], mask=head[None, :], other=0.0)
     size: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
-    prefix = tl.load(table + PREFIX) + sequence * tl.load(table + PREFIX_STRIDE) * size
-    tail = tl.load(table + TAIL) + sequence * tl.load(table + TAIL_STRIDE) * size
+    prefix = tl.load(table + PREFIX) + cached_row * tl.load(table + PREFIX_STRIDE) * size
+    tail = tl.load(table + TAIL) + cached_row * tl.load(table + TAIL_STRIDE) * size
     largest = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     sums = tl.zeros([L, HEADS], tl.float32)
@@ -263,7 +280,11 @@ def attend_kernel(
         in_prefix = block < prefix_blocks
         start = tl.where(in_prefix, block, block - prefix_blocks) * BLOCK
         tokens = tl.where(in_prefix, prefix_tokens, tail_tokens)
-        base = pointer_to(tl.where(in_prefix, prefix, tail), query) + start * R
+        base = pointer_to(tl.where(in_prefix, prefix, tail), query)
+        if PAGE > 0:
+            base += page_start(table, cached_row, start, PAGE) * R
+        else:
+            base += start * R
         seen = start + t < tokens
         latent = tl.load(base + t[:, None] * R + m[None, :], mask=seen[:, None], other=0.0)
         shared = tl.load(base + t[:, None] * R + L + p[None, :], mask=seen[:, None], other=0.0)

@@ -41,7 +41,7 @@ class OneToken:
         Args:
             a: The layer.
             table: Its row, columns of `KDAAddresses`.
-            counters: [sequences, 3], columns of `Counters`.
+            counters: [sequences, 4], columns of `Counters`.
             projected: [B, ..], the layer's projections of its input, side by side.
             gates: [B, 2, H * K]; None: the kernels project them.
             mixed: float32 [B, H * K], between both kernels.

@@ -14,7 +14,7 @@ Shapes: S sequences, T tokens of each, B = S * T rows, H heads, K key and value 
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.decode.addresses import CACHED, COUNTERS, PENDING, KDAAddresses, columns
+from kimi_linear.decode.addresses import CACHED, COUNTERS, PENDING, ROW, KDAAddresses, columns
 from kimi_linear.decode.attention_kernels import gated_heads
 from kimi_linear.decode.projection_kernels import pointer_to, wait
 from kimi_linear.ops.runtime import jit, tl
@@ -70,7 +70,7 @@ def delta_rule_kernel(
     A_log,  # float32 [H]
     dt_bias,  # float32 [H * K]
     table,  # int64, columns of `KDAAddresses`
-    counters,  # int64 [S, 3], columns of `Counters`
+    counters,  # int64 [S, 4], columns of `Counters`
     out,  # float32 [B, H, K], to be written
     x_stride,
     num_tokens,  # T
@@ -93,15 +93,15 @@ def delta_rule_kernel(
     gates += first * 2 * inner
     out += first * inner
     # everything that the kernels before this one do not write
-    cached = tl.load(counters + sequence * COUNTERS + CACHED)
-    pending = tl.load(counters + sequence * COUNTERS + PENDING)
-    capacity = tl.load(table + CAPACITY)
-    state = pointer_to(tl.load(table + RECURRENT_STATE), A_log) + (sequence * H + head) * K * K
+    counters += sequence * COUNTERS
+    cached, pending = tl.load(counters + CACHED), tl.load(counters + PENDING)
+    cached_row, capacity = tl.load(counters + ROW), tl.load(table + CAPACITY)
+    state = pointer_to(tl.load(table + RECURRENT_STATE), A_log) + (cached_row * H + head) * K * K
     place = state + i[:, None] * K + value[None, :]
     state_KV = tl.load(place)
     updates = tl.load(table + UPDATES)
     is_noted = updates != 0
-    noted = pointer_to(updates, A_log) + sequence * capacity * 3 * inner
+    noted = pointer_to(updates, A_log) + cached_row * capacity * 3 * inner
     for p in range(pending):
         update = noted + ((cached - pending + p) & (capacity - 1)) * 3 * inner
         key = tl.load(update + inner + channel)
@@ -110,9 +110,9 @@ def delta_rule_kernel(
         state_KV += key[:, None] * correction[None, :]
     if pending > 0:
         tl.store(place, state_KV)
-    conv = pointer_to(tl.load(table + CONV_STATE), x) + sequence * 3 * inner * (WIDTH - 1)
+    conv = pointer_to(tl.load(table + CONV_STATE), x) + cached_row * 3 * inner * (WIDTH - 1)
     past: tl.constexpr = inner * (WIDTH - 1)
-    inputs = pointer_to(tl.load(table + INPUTS), x) + sequence * capacity * 3 * inner
+    inputs = pointer_to(tl.load(table + INPUTS), x) + cached_row * capacity * 3 * inner
     if not HAS_GATES:
         f_w = tl.load(f_b + channel[:, None] * K + i[None, :])
     A = tl.exp(tl.load(A_log + head))
@@ -199,12 +199,12 @@ def delta_rule_out_kernel(
     weight = tl.load(norm + i).to(tl.float32)
     if not HAS_GATES:
         g_w = tl.load(g_b + channel[:, None] * K + i[None, :])
-    sequence, token = row // num_tokens, row % num_tokens
-    cached = tl.load(counters + sequence * COUNTERS + CACHED)
-    pending = tl.load(counters + sequence * COUNTERS + PENDING)
-    capacity = tl.load(table + CAPACITY)
-    conv = pointer_to(tl.load(table + CONV_STATE), x) + sequence * 3 * inner * (WIDTH - 1)
-    noted = pointer_to(tl.load(table + INPUTS), x) + sequence * capacity * 3 * inner
+    token = row % num_tokens
+    counters += (row // num_tokens) * COUNTERS
+    cached, pending = tl.load(counters + CACHED), tl.load(counters + PENDING)
+    cached_row, capacity = tl.load(counters + ROW), tl.load(table + CAPACITY)
+    conv = pointer_to(tl.load(table + CONV_STATE), x) + cached_row * 3 * inner * (WIDTH - 1)
+    noted = pointer_to(tl.load(table + INPUTS), x) + cached_row * capacity * 3 * inner
     is_noted = tl.load(table + INPUTS) != 0
     wait(IS_LINKED)
     if token == 0:

@@ -81,7 +81,7 @@ def add_norm_fixed_kernel(
     halves,  # int8 [B, 2, P] and
     unit,  # float32 [B, R], alike
     table,  # int64, columns of `KDAAddresses`; its log takes the normed rows
-    counters,  # int64 [B / T, 3], columns of `Counters`
+    counters,  # int64 [B / T, 4], columns of `Counters`
     eps,
     num_tokens,  # T
     D: tl.constexpr,

@@ -27,17 +27,26 @@ from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from kimi_linear.cache.hybrid import prepare_cache
 from kimi_linear.cache.pending import STEP_TOKENS
-from kimi_linear.decode.addresses import AddressTable, counters, is_kda, prepare
+from kimi_linear.cache.pool import PAGE_TOKENS, TextPool
+from kimi_linear.decode.addresses import (
+    AddressTable,
+    Counters,
+    PoolTable,
+    counters,
+    is_kda,
+    prepare,
+)
 from kimi_linear.decode.obstacles import Snapshot, call_obstacle, model_obstacle
 from kimi_linear.decode.recording import Recording, StepKind
 from kimi_linear.inputs.checks import check_columns, unless_all_real
-from kimi_linear.ops.runtime import TritonError, triton
+from kimi_linear.ops.runtime import TritonError, power_of_two, triton
 
 logger = logging.get_logger(__name__)
 
@@ -145,6 +154,7 @@ class _Decoder:
         self._obstacle = ""
         self._steps: OrderedDict[StepKind, Recording] = OrderedDict()
         self._tables: WeakKeyDictionary[Cache, AddressTable | None] = WeakKeyDictionary()
+        self._pool_tables: WeakKeyDictionary[TextPool, PoolTable] = WeakKeyDictionary()
 
     def obstacle(self, model: nn.Module, num_rows: int, cache: Cache) -> str:
         """Why this call cannot be a recorded step, or ""."""
@@ -198,6 +208,27 @@ class _Decoder:
                 layer.count_step(num_tokens)
         return logits
 
+    def step_pool(self, model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) -> Tensor:
+        """Logits [texts, vocab_size] of one more token of each of these texts, ids [texts]; their
+        pages have room for it. The number of rows is rounded up, so that few steps are recorded."""
+        size = power_of_two(len(rows))
+        spare = size - len(rows)
+        counts = [Counters(pool.lengths[row], row=row) for row in rows]
+        counts += [Counters(row=pool.num_rows)] * spare
+        places = torch.tensor(counts, dtype=torch.int64)
+        kind = StepKind(size, is_pending=True, page_tokens=PAGE_TOKENS)
+        with self._lock:
+            table = self._pool_tables.get(pool)
+            if table is None:
+                table = self._pool_tables[pool] = PoolTable(pool)
+            recording = self._steps.get(kind) or self._record(model, kind)
+            self._steps.move_to_end(kind)
+            padded_ids = F.pad(ids, (0, spare)).unsqueeze(1)
+            logits = recording.run(padded_ids, None, table, places)
+        for row in rows:
+            pool.count(row, 1)
+        return logits[: len(rows), 0]
+
     def _record(self, model: nn.Module, kind: StepKind) -> Recording:
         recording = self._steps[kind] = Recording(model, kind)
         while len(self._steps) > MAX_STEPS:
@@ -224,6 +255,22 @@ def catch_up(model: nn.Module, cache: Cache) -> None:
 
 
 _decoders: WeakKeyDictionary[nn.Module, _Decoder] = WeakKeyDictionary()
+
+
+def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) -> Tensor:
+    """Read one more token of some texts of a pool, by a recorded step.
+
+    Args:
+        model: A `KimiLinearForCausalLM` that `pool_obstacle` has nothing against.
+        pool: Made for it.
+        rows: Of the pool, in any order, each once; their pages have room for the token.
+        ids: [texts] int64.
+
+    Returns:
+        Logits [texts, vocab_size].
+    """
+    decoder = _decoders.get(model) or _decoders.setdefault(model, _Decoder())
+    return decoder.step_pool(model, pool, rows, ids)
 
 
 def has_recording(model: nn.Module, num_rows: int) -> bool:

@@ -73,7 +73,7 @@ def project_kernel(
     residual,  # [B, N], rows of out_stride, or anything without HAS_RESIDUAL
     out,  # [B, N], rows of out_stride
     table,  # int64, columns of `KDAAddresses`; its log takes the normed x
-    counters,  # int64 [B / T, 3], columns of `Counters`
+    counters,  # int64 [B / T, 4], columns of `Counters`
     x_stride,
     out_stride,
     eps,
@@ -217,7 +217,7 @@ def add_norm_kernel(
     norm,  # [D]
     out,  # [B, D], to be written
     table,  # int64, columns of `KDAAddresses`; its log takes the normed rows
-    counters,  # int64 [B / T, 3], columns of `Counters`
+    counters,  # int64 [B / T, 4], columns of `Counters`
     eps,
     num_tokens,  # T
     D: tl.constexpr,

@@ -13,6 +13,7 @@ from kimi_linear.decode.addresses import (
     Counters,
     KDAAddresses,
     LatentAddresses,
+    PoolTable,
     padded,
 )
 from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep
@@ -34,6 +35,7 @@ class StepKind(NamedTuple):
     has_padding: bool = False
     num_tokens: int = 1
     is_pending: bool = False
+    page_tokens: int = 0
 
 
 def decode_step(model: nn.Module, kind: StepKind) -> DecodeStep:
@@ -46,7 +48,7 @@ class Recording:
     """A `DecodeStep` and its CUDA graph; on other devices it is launched each time."""
 
     def __init__(self, model: nn.Module, kind: StepKind) -> None:
-        self._table: AddressTable | None = None
+        self._table: AddressTable | PoolTable | None = None
         self._counts: Counters | None = None  # that the device has
         self._stream: torch.cuda.Stream | None = None  # of the last run
         # made in inference mode, buffers could not be written to outside of it
@@ -75,10 +77,11 @@ class Recording:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        table: AddressTable,
-        counts: Counters,
+        table: AddressTable | PoolTable,
+        counts: Counters | Tensor,
     ) -> Tensor:
-        """Logits [B, T, vocab_size] behind a cache with these counts, the same of all rows."""
+        """Logits [B, T, vocab_size] behind a cache with these counts, the same of all rows; or
+        [B, 4], those of each row of the step."""
         step = self._step
         if step.device.type != "cuda":
             self._load(input_ids, attention_mask, table, counts)
@@ -100,22 +103,30 @@ class Recording:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        table: AddressTable,
-        counts: Counters,
+        table: AddressTable | PoolTable,
+        counts: Counters | Tensor,
     ) -> None:
         """Put a step's inputs where the kernels look for them."""
         step = self._step
         if table is not self._table:
             self._load_rows(table.rows)
             self._table = table
-        for place, count in enumerate(counts):
-            if self._counts is None or self._counts[place] != count:
-                step.counters[:, place].fill_(count)
-        cached, logged, pending = counts  # as the step itself counts
-        self._counts = Counters(cached + step.num_tokens, logged + step.num_tokens, pending)
+        if isinstance(counts, Tensor):
+            step.counters.copy_(counts, non_blocking=True)
+        else:
+            self._load_counts(counts)
         if attention_mask is not None:
             self._load_mask(attention_mask)
         step.ids.copy_(input_ids)
+
+    def _load_counts(self, counts: Counters) -> None:
+        """Put what all rows have in common where it is not there yet."""
+        step = self._step
+        for place, count in enumerate(counts[:-1]):
+            if self._counts is None or self._counts[place] != count:
+                step.counters[:, place].fill_(count)
+        cached, logged, pending, _ = counts  # as the step itself counts
+        self._counts = Counters(cached + step.num_tokens, logged + step.num_tokens, pending)
 
     def _load_rows(self, rows: list[list[int]]) -> None:
         self._step.table.copy_(torch.tensor(rows, dtype=torch.int64))
@@ -144,4 +155,7 @@ def _scratch_rows(step: DecodeStep, kept: list[Tensor]) -> list[list[int]]:
     conv, state = address(B, 3, H * K, W - 1), address(B, H, K, K, dtype=torch.float32)
     kda: Any = KDAAddresses(conv, state)
     latent: Any = LatentAddresses(tail=address(B, T, R), tail_stride=T * R)
+    if step.page_tokens:
+        page = address(1, dtype=torch.int32)
+        latent = LatentAddresses(tail=address(1, step.page_tokens, R), pages=page)
     return padded([kda if is_kda else latent for is_kda in step.is_kda])

@@ -66,11 +66,12 @@ class DecodeStep(ABC):
         num_tokens: T.
         is_pending: Whether caches may hold pending updates of KDA states (`cache/pending.py`); of
             several tokens they always may.
+        page_tokens: Tokens of a page of latents, if the cache is a pool of them (`cache/pool.py`).
 
     Attributes:
         ids: [S, T] int64, the tokens.
         table: [layers, TABLE_COLUMNS] int64, where the cache's tensors lie, see `addresses.py`.
-        counters: [S, 3] int64, columns of `Counters`; a run adds T to cached and logged tokens.
+        counters: [S, 4] int64, columns of `Counters`; a run adds T to cached and logged tokens.
         real_tokens: [S, at least as many tokens as are cached] uint8, 0 at padding.
         logits: [B, vocab_size], the result.
         hidden: [B, D] float32, the residual stream.
@@ -87,10 +88,12 @@ class DecodeStep(ABC):
         has_padding: bool,
         num_tokens: int = 1,
         is_pending: bool = False,
+        page_tokens: int = 0,
     ) -> None:
         config: Any = model.config
         backbone: Any = model.model
         self.num_sequences, self.num_tokens = num_sequences, num_tokens
+        self.page_tokens = page_tokens
         num_rows = num_sequences * num_tokens
         self.config, self.num_rows, self.has_padding = config, num_rows, has_padding
         self.layers: list[Any] = list(backbone.layers)
@@ -102,6 +105,7 @@ class DecodeStep(ABC):
         self.ids = self._zeros(num_sequences, num_tokens)
         self.table = self._zeros(len(self.layers), TABLE_COLUMNS)
         self.counters = self._zeros(num_sequences, len(Counters._fields))
+        self.counters[:, -1] = torch.arange(num_sequences)  # rows of a cache that is no pool
         self.mask_address = self._zeros(2)  # of `real_tokens`, and its row stride
         self.reserve_mask(1)
         self.hidden = self._empty(num_rows, config.hidden_size, dtype=torch.float32)
@@ -267,6 +271,7 @@ class DecodeStep(ABC):
             P=a.shared_key_dim,
             HEADS=max(16, power_of_two(a.num_heads)),
             BLOCK=ATTEND_TOKENS,
+            PAGE=self.page_tokens,
             HAS_PADDING=self.has_padding,
             num_warps=ATTEND_WARPS,
             num_stages=ATTEND_STAGES,
@@ -299,6 +304,7 @@ class DecodeStep(ABC):
             L=L,
             P=a.shared_key_dim,
             BLOCK=block,
+            PAGE=self.page_tokens,
             **linked(self.is_linked),
         )
 

@@ -31,7 +31,7 @@ def written(x, weight=None):
     num_rows, size = x.shape
     fixed = FixedPoint(num_rows, size, x.device)
     out = torch.empty_like(x)
-    counters = torch.zeros(num_rows, 3, dtype=torch.int64, device=x.device)
+    counters = torch.zeros(num_rows, 4, dtype=torch.int64, device=x.device)
     if weight is None:
         weight = torch.linspace(0.5, 2.0, size, device=x.device)
     add_norm_fixed_kernel[(num_rows,)](

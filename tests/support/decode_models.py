@@ -79,7 +79,7 @@ def prepared(model, num_rows, *, num_tokens=9, rollback_tokens=0):
     step = decode_step(model, StepKind(num_rows))
     step.table.copy_(torch.tensor(prepare(cache, num_rows, 1, model.dtype).rows))
     logged = cache.layers[0].rollback.num_logged or 0
-    step.counters.copy_(torch.tensor([num_tokens, logged, 0]))
+    step.counters[:, :2] = torch.tensor([num_tokens, logged])
     step.hidden.copy_(torch.randn(step.hidden.shape))
     return step, cache
 

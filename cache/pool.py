@@ -1,0 +1,200 @@
+"""KDA states and latents of many texts, each of its own length.
+
+A text has a row of every KDA layer's states and, for its latents, pages of `PAGE_TOKENS` tokens,
+which all MLA layers cut alike. Texts come and go without moving each other; a page belongs to all
+texts that begin with the same tokens. What reads and writes it is the decode step, which finds rows
+and pages through tables on the device (`decode/addresses.py`); a text is read into a cache of its
+own first.
+
+Shapes: N rows, P pages, H heads, K key and value size, W convolution width, R latent width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_linear.cache.latents import LatentLayerCache
+from kimi_linear.cache.state import KDAState
+
+PAGE_TOKENS = 256
+
+
+class TextPool:
+    """Rows and pages, handed out and taken back.
+
+    One row and one page more than asked for are never handed out: steps whose number of rows is
+    rounded up write there.
+
+    Args:
+        config: The model's.
+        num_rows: Texts at a time.
+        num_pages: Of all texts together.
+        dtype, device: The model's.
+
+    Attributes:
+        states: Of KDA layers, by their number: [N + 1, ..].
+        latents: Of MLA layers, by their number: [P + 1, PAGE_TOKENS, R].
+        pages: int32 [N + 1, P] on the device: each row's pages, in order.
+        lengths: Tokens of each row; 0 of those that are free.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        num_rows: int,
+        num_pages: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        for name, value in {"num_rows": num_rows, "num_pages": num_pages}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} is not allowed: it must be at least 1")
+        linear = config.linear_attn_config
+        heads, size = linear["num_heads"], linear["head_dim"]
+        conv = num_rows + 1, 3, heads * size, linear["short_conv_kernel_size"] - 1
+        page = PAGE_TOKENS, config.kv_lora_rank + config.qk_rope_head_dim
+        self.num_rows, self.num_pages = num_rows, num_pages
+        self.states: dict[int, KDAState] = {}
+        self.latents: dict[int, Tensor] = {}
+        for i, kind in enumerate(config.layer_types):
+            if kind == "linear_attention":
+                shape = num_rows + 1, heads, size, size
+                self.states[i] = KDAState(
+                    torch.zeros(conv, dtype=dtype, device=device),
+                    torch.zeros(shape, dtype=torch.float32, device=device),
+                )
+            else:
+                self.latents[i] = torch.zeros(num_pages + 1, *page, dtype=dtype, device=device)
+        self.pages = torch.full(
+            (num_rows + 1, num_pages), num_pages, dtype=torch.int32, device=device
+        )
+        self.lengths = [0] * num_rows
+        self._own_pages: list[list[int]] = [[] for _ in range(num_rows)]
+        self._free_rows = list(range(num_rows))[::-1]
+        self._free_pages = list(range(num_pages))[::-1]
+        self._uses = [0] * num_pages
+
+    @property
+    def num_free_rows(self) -> int:
+        """Texts that can still come."""
+        return len(self._free_rows)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no text has."""
+        return len(self._free_pages)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-num_tokens // PAGE_TOKENS)
+
+    def add(self, cache: Any, row: int = 0, like: int | None = None) -> int:
+        """Take a text over from a cache that has read it, and return its row here.
+
+        Args:
+            cache: A `KimiLinearCache`; it is not changed.
+            row: Of it.
+            like: A row here whose text begins with the same tokens: whole pages are shared.
+
+        Raises:
+            RuntimeError: If there is no row, or not enough pages.
+        """
+        num_tokens = cache.get_seq_length()
+        shared = [] if like is None else self._own_pages[like]
+        shared = shared[: min(num_tokens, self.lengths[like or 0]) // PAGE_TOKENS]
+        own = self._begin(num_tokens, shared)
+        for i, layer in enumerate(cache.layers):
+            if i in self.latents:
+                self._write(layer, row, self.latents[i], own, len(shared))
+                continue
+            layer.settle()
+            tensors = self.states[i].tensors(), layer.state.tensors()
+            for target, source in zip(*tensors, strict=True):
+                target[own] = source[row]
+        return own
+
+    def _begin(self, num_tokens: int, shared: list[int]) -> int:
+        """A row for a text of so many tokens, whose first pages are those of another."""
+        if not self._free_rows:
+            raise RuntimeError(f"all {self.num_rows} rows of the pool are taken")
+        missing = self.pages_for(num_tokens) - len(shared)
+        if missing > len(self._free_pages):
+            raise RuntimeError(
+                f"a text of {num_tokens} tokens needs {missing} pages of {PAGE_TOKENS} tokens, and "
+                f"{len(self._free_pages)} of the pool's {self.num_pages} are free"
+            )
+        own = self._free_rows.pop()
+        for page in shared:
+            self._uses[page] += 1
+        self._own_pages[own] = [*shared, *(self._take_page() for _ in range(missing))]
+        self.lengths[own] = num_tokens
+        self._tell(own, 0)
+        return own
+
+    def _write(
+        self, layer: LatentLayerCache, row: int, latents: Tensor, own: int, num_shared: int
+    ) -> None:
+        """Copy a row's latents behind its first shared pages."""
+        segments = (x[row if x.shape[0] > 1 else 0] for x in layer.segments())
+        text = torch.cat([x.to(latents.device) for x in segments])[num_shared * PAGE_TOKENS :]
+        for page, piece in zip(
+            self._own_pages[own][num_shared:], text.split(PAGE_TOKENS), strict=True
+        ):
+            latents[page, : len(piece)] = piece
+
+    def grow(self, row: int, num_tokens: int) -> bool:
+        """Make room for more tokens behind a text; False, and nothing is changed, if there are not
+        enough pages."""
+        own = self._own_pages[row]
+        before, missing = len(own), self.pages_for(self.lengths[row] + num_tokens) - len(own)
+        if missing > len(self._free_pages):
+            return False
+        if missing > 0:
+            own += [self._take_page() for _ in range(missing)]
+            self._tell(row, before)
+        return True
+
+    def count(self, row: int, num_tokens: int) -> None:
+        """Count tokens that a step has written behind a text."""
+        self.lengths[row] += num_tokens
+
+    def free(self, row: int) -> None:
+        """Give back a text's row and its pages; those that others share stay."""
+        for page in self._own_pages[row]:
+            self._uses[page] -= 1
+            if not self._uses[page]:
+                self._free_pages.append(page)
+        self._own_pages[row], self.lengths[row] = [], 0
+        self._free_rows.append(row)
+
+    def fork(self, row: int) -> int:
+        """Another text that goes on from here; whole pages are shared."""
+        num_tokens = self.lengths[row]
+        shared = self._own_pages[row][: num_tokens // PAGE_TOKENS]
+        own = self._begin(num_tokens, shared)
+        last = self._own_pages[row][len(shared) :], self._own_pages[own][len(shared) :]
+        for state in self.states.values():
+            for x in state.tensors():
+                x[own] = x[row]
+        for latents in self.latents.values():
+            for source, target in zip(*last, strict=False):
+                latents[target] = latents[source]
+        return own
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held: "linear_attention" for states, "full_attention" for latents."""
+        states = [x for state in self.states.values() for x in state.tensors()]
+        held = {"linear_attention": states, "full_attention": self.latents.values()}
+        return {kind: sum(x.nbytes for x in tensors) for kind, tensors in held.items()}
+
+    def _take_page(self) -> int:
+        page = self._free_pages.pop()
+        self._uses[page] = 1
+        return page
+
+    def _tell(self, row: int, start: int) -> None:
+        """Let the device know a row's pages from the one at `start` on."""
+        own = torch.tensor(self._own_pages[row][start:], dtype=torch.int32)
+        self.pages[row, start : start + len(own)] = own.to(self.pages.device)

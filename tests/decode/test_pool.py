@@ -1,0 +1,158 @@
+"""Steps over a pool of texts of different lengths beside each text by itself, layer by layer."""
+
+import pytest
+import torch
+from builders import token_ids
+from decode_models import DEVICES, check, decode_model, small_grids  # noqa: F401
+
+from kimi_linear import KimiLinearCache
+from kimi_linear.cache import pool as pool_module
+from kimi_linear.cache.pool import TextPool
+from kimi_linear.decode import graph
+
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
+each_device = pytest.mark.parametrize("device", DEVICES)
+PAGE = 32
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    for module in (pool_module, graph):
+        monkeypatch.setattr(module, "PAGE_TOKENS", PAGE)
+
+
+class Texts:
+    """Texts in a pool, and in caches of their own."""
+
+    def __init__(self, model, num_rows=4, num_pages=12):
+        self.model = model
+        model.decode_backend = "eager"
+        options = {"dtype": model.dtype, "device": model.device}
+        self.pool = TextPool(model.config, num_rows, num_pages, **options)
+        self.caches = {}
+        self.seed = 0
+
+    def ids(self, *shape):
+        self.seed += 1
+        return token_ids(*shape, seed=self.seed).to(self.model.device)
+
+    def read(self, num_tokens):
+        cache = KimiLinearCache(self.model.config)
+        self.model(self.ids(1, num_tokens), cache=cache)
+        return cache
+
+    def add(self, num_tokens):
+        cache = self.read(num_tokens)
+        row = self.pool.add(cache)
+        self.caches[row] = cache
+        return row
+
+    def fork(self, row):
+        own = self.pool.fork(row)
+        self.caches[own] = self.caches[row].fork()
+        return own
+
+    def free(self, row):
+        self.pool.free(row)
+        del self.caches[row]
+
+    def step(self, rows=None):
+        rows = list(self.caches) if rows is None else rows
+        ids = self.ids(len(rows))
+        assert all(self.pool.grow(row, 1) for row in rows)
+        logits = graph.decode_pool(self.model, self.pool, rows, ids)
+        for i, row in enumerate(rows):
+            expected = self.model(ids[i : i + 1, None], cache=self.caches[row]).logits[0, -1]
+            check(logits[i], expected, f"row {row}")
+
+
+@each_device
+@torch.no_grad()
+def test_texts_of_different_lengths(device):
+    texts = Texts(decode_model(device))
+    for num_tokens in (5, 2 * PAGE - 1, PAGE):
+        texts.add(num_tokens)
+    for _ in range(3):
+        texts.step()
+    texts.step([2, 0])  # some of them, in another order
+
+
+@each_device
+@torch.no_grad()
+def test_texts_come_and_go(device):
+    texts = Texts(decode_model(device))
+    first, second = texts.add(PAGE + 4), texts.add(7)
+    texts.step()
+    texts.free(first)
+    texts.step()
+    assert texts.add(3 * PAGE) == first  # into the row that is free again
+    third = texts.fork(second)
+    texts.step()
+    texts.step([third, first])
+    for row in list(texts.caches):
+        texts.free(row)
+    pool = texts.pool
+    assert (pool.num_free_rows, pool.num_free_pages) == (pool.num_rows, pool.num_pages)
+    assert not any(pool._uses) and not any(pool.lengths)
+
+
+@each_device
+@torch.no_grad()
+def test_forks_share_whole_pages(device):
+    texts = Texts(decode_model(device))
+    first = texts.add(2 * PAGE + 3)
+    free = texts.pool.num_free_pages
+    second = texts.fork(first)
+    assert texts.pool.num_free_pages == free - 1
+    texts.step()
+    texts.step([second])
+    texts.free(first)  # the other one keeps what it needs
+    texts.step()
+
+
+@each_device
+@torch.no_grad()
+def test_a_text_with_the_beginning_of_another(device):
+    texts = Texts(decode_model(device))
+    prefix = texts.read(2 * PAGE + 5)
+    own = prefix.fork()
+    texts.model(texts.ids(1, 9), cache=own)
+    first, free = texts.pool.add(prefix), texts.pool.num_free_pages
+    second = texts.pool.add(own, like=first)
+    assert texts.pool.num_free_pages == free - 1
+    texts.caches = {first: prefix, second: own}
+    texts.step()
+
+
+@each_device
+@torch.no_grad()
+def test_neighbours_do_not_matter(device):
+    """The same text among others gives the same bits, whatever they are."""
+    model, results = decode_model(device), []
+    for others in ((3,), (PAGE, 50)):
+        texts = Texts(model)
+        row = texts.add(20)
+        texts.seed = sum(others)
+        rows = [row, *(texts.add(n) for n in others)]
+        ids = torch.full((len(rows),), 7, device=model.device)
+        assert all(texts.pool.grow(each, 1) for each in rows)
+        # as many rows in both, since their number decides how weights are read
+        rows, ids = rows[:2], ids[:2]
+        results.append(graph.decode_pool(model, texts.pool, rows, ids)[0])
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_what_there_is_no_room_for():
+    texts = Texts(decode_model("cpu"), num_rows=2, num_pages=3)
+    row, long = texts.add(2 * PAGE), texts.read(2 * PAGE + 1)
+    with pytest.raises(RuntimeError, match=r"needs 3 pages of 32 tokens, and 1 of the pool's 3"):
+        texts.pool.add(long)
+    assert texts.pool.num_free_rows == 1
+    assert texts.pool.grow(row, PAGE) and not texts.pool.grow(row, 2 * PAGE)
+    texts.free(row)
+    texts.add(3), texts.add(4)
+    with pytest.raises(RuntimeError, match="all 2 rows of the pool are taken"):
+        texts.add(3)
+    with pytest.raises(ValueError, match="num_pages=0 is not allowed: it must be at least 1"):
+        TextPool(texts.model.config, 1, 0, dtype=torch.float32, device=torch.device("cpu"))
