@@ -1,12 +1,13 @@
 """KDA states and latents of many texts, each of its own length.
 
-A text has a row of every KDA layer's states and, for its latents, pages of `PAGE_TOKENS` tokens,
-which all MLA layers cut alike. Texts come and go without moving each other; a page belongs to all
+A text has a row of every KDA layer's states and, for its latents, pages of so many tokens, which
+all MLA layers cut alike. Texts come and go without moving each other; a page belongs to all
 texts that begin with the same tokens. What reads and writes it is the decode step, which finds rows
 and pages through tables on the device (`decode/addresses.py`); a text is read into a cache of its
 own first.
 
-Shapes: N rows, P pages, H heads, K key and value size, W convolution width, R latent width.
+Shapes: N rows, P pages of G tokens, H heads, K key and value size, W convolution width, R latent
+width.
 """
 
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_linear.cache.latents import LatentLayerCache
 from kimi_linear.cache.state import KDAState
 
 PAGE_TOKENS = 256
+# Kernels read so many tokens at once, from one page.
+PAGE_UNIT = 32
 
 
 class TextPool:
@@ -31,10 +33,14 @@ class TextPool:
         num_rows: Texts at a time.
         num_pages: Of all texts together.
         dtype, device: The model's.
+        page_tokens: G, a multiple of 32.
+
+    Raises:
+        ValueError: If a number is not allowed.
 
     Attributes:
         states: Of KDA layers, by their number: [N + 1, ..].
-        latents: Of MLA layers, by their number: [P + 1, PAGE_TOKENS, R].
+        latents: Of MLA layers, by their number: [P + 1, G, R].
         pages: int32 [N + 1, P] on the device: each row's pages, in order.
         lengths: Tokens of each row; 0 of those that are free.
     """
@@ -47,14 +53,20 @@ class TextPool:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        page_tokens: int = PAGE_TOKENS,
     ) -> None:
         for name, value in {"num_rows": num_rows, "num_pages": num_pages}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed: it must be at least 1")
+        if page_tokens < PAGE_UNIT or page_tokens % PAGE_UNIT:
+            raise ValueError(
+                f"page_tokens={page_tokens} is not allowed: it must be a multiple of {PAGE_UNIT}"
+            )
+        self.page_tokens = page_tokens
         linear = config.linear_attn_config
         heads, size = linear["num_heads"], linear["head_dim"]
         conv = num_rows + 1, 3, heads * size, linear["short_conv_kernel_size"] - 1
-        page = PAGE_TOKENS, config.kv_lora_rank + config.qk_rope_head_dim
+        page = page_tokens, config.kv_lora_rank + config.qk_rope_head_dim
         self.num_rows, self.num_pages = num_rows, num_pages
         self.states: dict[int, KDAState] = {}
         self.latents: dict[int, Tensor] = {}
@@ -88,26 +100,37 @@ class TextPool:
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold so many tokens."""
-        return -(-num_tokens // PAGE_TOKENS)
+        return -(-num_tokens // self.page_tokens)
 
-    def add(self, cache: Any, row: int = 0, like: int | None = None) -> int:
+    @staticmethod
+    def bytes_of(config: Any, page_tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+        """What a row and a page take, of all layers together."""
+        place: Any = {"dtype": dtype, "device": torch.device("meta"), "page_tokens": page_tokens}
+        held = TextPool(config, 1, 1, **place).memory_bytes()
+        return held["linear_attention"] // 2, held["full_attention"] // 2  # one is spare
+
+    def add(
+        self, cache: Any, row: int = 0, *, num_padding: int = 0, like: int | None = None
+    ) -> int:
         """Take a text over from a cache that has read it, and return its row here.
 
         Args:
             cache: A `KimiLinearCache`; it is not changed.
             row: Of it.
+            num_padding: The row's first columns, this many, are padding.
             like: A row here whose text begins with the same tokens: whole pages are shared.
 
         Raises:
             RuntimeError: If there is no row, or not enough pages.
         """
-        num_tokens = cache.get_seq_length()
+        num_tokens = cache.get_seq_length() - num_padding
         shared = [] if like is None else self._own_pages[like]
-        shared = shared[: min(num_tokens, self.lengths[like or 0]) // PAGE_TOKENS]
+        shared = shared[: min(num_tokens, self.lengths[like or 0]) // self.page_tokens]
         own = self._begin(num_tokens, shared)
         for i, layer in enumerate(cache.layers):
             if i in self.latents:
-                self._write(layer, row, self.latents[i], own, len(shared))
+                text = torch.cat([x[row if x.shape[0] > 1 else 0] for x in layer.segments()])
+                self._write(text[num_padding:], self.latents[i], own, len(shared))
                 continue
             layer.settle()
             tensors = self.states[i].tensors(), layer.state.tensors()
@@ -122,8 +145,8 @@ class TextPool:
         missing = self.pages_for(num_tokens) - len(shared)
         if missing > len(self._free_pages):
             raise RuntimeError(
-                f"a text of {num_tokens} tokens needs {missing} pages of {PAGE_TOKENS} tokens, and "
-                f"{len(self._free_pages)} of the pool's {self.num_pages} are free"
+                f"a text of {num_tokens} tokens needs {missing} pages of {self.page_tokens} "
+                f"tokens, and {len(self._free_pages)} of the pool's {self.num_pages} are free"
             )
         own = self._free_rows.pop()
         for page in shared:
@@ -133,15 +156,10 @@ class TextPool:
         self._tell(own, 0)
         return own
 
-    def _write(
-        self, layer: LatentLayerCache, row: int, latents: Tensor, own: int, num_shared: int
-    ) -> None:
-        """Copy a row's latents behind its first shared pages."""
-        segments = (x[row if x.shape[0] > 1 else 0] for x in layer.segments())
-        text = torch.cat([x.to(latents.device) for x in segments])[num_shared * PAGE_TOKENS :]
-        for page, piece in zip(
-            self._own_pages[own][num_shared:], text.split(PAGE_TOKENS), strict=True
-        ):
+    def _write(self, text: Tensor, latents: Tensor, own: int, num_shared: int) -> None:
+        """Copy a layer's latents [tokens, R] behind a row's first, shared pages."""
+        pieces = text[num_shared * self.page_tokens :].split(self.page_tokens)
+        for page, piece in zip(self._own_pages[own][num_shared:], pieces, strict=True):
             latents[page, : len(piece)] = piece
 
     def grow(self, row: int, num_tokens: int) -> bool:
@@ -172,7 +190,7 @@ class TextPool:
     def fork(self, row: int) -> int:
         """Another text that goes on from here; whole pages are shared."""
         num_tokens = self.lengths[row]
-        shared = self._own_pages[row][: num_tokens // PAGE_TOKENS]
+        shared = self._own_pages[row][: num_tokens // self.page_tokens]
         own = self._begin(num_tokens, shared)
         last = self._own_pages[row][len(shared) :], self._own_pages[own][len(shared) :]
         for state in self.states.values():

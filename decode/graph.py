@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from kimi_linear.cache.hybrid import prepare_cache
 from kimi_linear.cache.pending import STEP_TOKENS
-from kimi_linear.cache.pool import PAGE_TOKENS, TextPool
+from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode.addresses import (
     AddressTable,
     Counters,
@@ -216,8 +216,10 @@ class _Decoder:
         counts = [Counters(pool.lengths[row], row=row) for row in rows]
         counts += [Counters(row=pool.num_rows)] * spare
         places = torch.tensor(counts, dtype=torch.int64)
-        kind = StepKind(size, is_pending=True, page_tokens=PAGE_TOKENS)
+        kind = StepKind(size, is_pending=True, page_tokens=pool.page_tokens)
         with self._lock:
+            if self._snapshot is None or not self._snapshot.is_current(model):
+                self._examine(model)
             table = self._pool_tables.get(pool)
             if table is None:
                 table = self._pool_tables[pool] = PoolTable(pool)
@@ -255,6 +257,16 @@ def catch_up(model: nn.Module, cache: Cache) -> None:
 
 
 _decoders: WeakKeyDictionary[nn.Module, _Decoder] = WeakKeyDictionary()
+
+
+def pool_obstacle(model: nn.Module, num_rows: int) -> str:
+    """Why texts of a pool cannot decode by recorded steps of up to `num_rows` rows, or ""."""
+    backend: Any = model.decode_backend
+    if backend == "eager":
+        return "decode_backend is 'eager'"
+    if reason := model_obstacle(model) or call_obstacle(model, num_rows):
+        return reason
+    return "a module has hooks" if Snapshot(model).has_hooks else ""
 
 
 def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) -> Tensor:

@@ -15,11 +15,13 @@ from kimi_linear.cache.pending import STEP_TOKENS
 from kimi_linear.cache.sessions import Session, load_session, read_session, save_session
 from kimi_linear.cache.static import KimiLinearStaticCache, is_compileable
 from kimi_linear.generation.lookup import PromptLookup
+from kimi_linear.generation.requests import RequestProcessor
 from kimi_linear.inputs.checks import check_source
 from kimi_linear.inputs.layout import last_real_columns
 from kimi_linear.outputs_kimi_linear import one_cache
 from kimi_linear.upstream.caches import CACHE_NAME
 from kimi_linear.upstream.generation import LOOP_ARGUMENTS, GenerationHooks
+from kimi_linear.upstream.requests import RequestHooks
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +30,7 @@ CACHE_IMPLEMENTATIONS = (None, "dynamic", "static", "offloaded", "offloaded_stat
 DECODE_ARGUMENTS = {"position_ids", "logits_to_keep", "use_cache"}
 
 
-class KimiLinearGenerationMixin(GenerationHooks):
+class KimiLinearGenerationMixin(RequestHooks, GenerationHooks):
     """`GenerationMixin` with the hybrid cache."""
 
     def check_prompt(self, prompts: dict[str, Any], attention_mask: Any, *, is_draft: bool) -> None:
@@ -212,18 +214,9 @@ class KimiLinearGenerationMixin(GenerationHooks):
         `sessions.read_session`."""
         return read_session(path, self, input_ids)
 
-    @property
-    def init_continuous_batching(self) -> Any:
-        """Raises AttributeError so that `hasattr` is False: `transformers serve` then answers one
-        by one."""
-        raise AttributeError("init_continuous_batching() is not supported: use generate()")
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse continuous batching, whose paged cache has no place for KDA states."""
-        raise ValueError(
-            "generate_batch() is not supported: Transformers' continuous batching keeps keys and "
-            "values in pages and has no place for KDA states; use generate() with a padded batch"
-        )
+    def request_processor(self, manager: Any) -> RequestProcessor:
+        """What runs the requests of `generate_batch()` and of a continuous-batching manager."""
+        return RequestProcessor(self, manager)
 
 
 def _is_next_token(input_ids: Tensor, cache: Any) -> bool:

@@ -8,7 +8,6 @@ where that step can be taken back, or its cache is dropped anyway.
 """
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
+
+from kimi_linear.upstream.renaming import with_names
 
 LATE_DEVICE_TYPES = ("cuda",)
 STOP_CHECK = "DeferredStopCheck"
@@ -58,7 +59,4 @@ def late_sample() -> Callable[..., Any] | None:
     code = getattr(sample, "__code__", None)
     if code is None or STOP_CHECK not in code.co_names:
         return None
-    names = {**sample.__globals__, STOP_CHECK: LateStopCheck}
-    late = types.FunctionType(code, names, argdefs=sample.__defaults__, closure=sample.__closure__)
-    late.__kwdefaults__ = sample.__kwdefaults__
-    return late
+    return with_names(sample, **{STOP_CHECK: LateStopCheck})

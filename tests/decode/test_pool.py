@@ -6,7 +6,6 @@ from builders import token_ids
 from decode_models import DEVICES, check, decode_model, small_grids  # noqa: F401
 
 from kimi_linear import KimiLinearCache
-from kimi_linear.cache import pool as pool_module
 from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode import graph
 
@@ -15,19 +14,13 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 PAGE = 32
 
 
-@pytest.fixture(autouse=True)
-def small_pages(monkeypatch):
-    for module in (pool_module, graph):
-        monkeypatch.setattr(module, "PAGE_TOKENS", PAGE)
-
-
 class Texts:
     """Texts in a pool, and in caches of their own."""
 
     def __init__(self, model, num_rows=4, num_pages=12):
         self.model = model
         model.decode_backend = "eager"
-        options = {"dtype": model.dtype, "device": model.device}
+        options = {"dtype": model.dtype, "device": model.device, "page_tokens": PAGE}
         self.pool = TextPool(model.config, num_rows, num_pages, **options)
         self.caches = {}
         self.seed = 0
@@ -156,3 +149,14 @@ def test_what_there_is_no_room_for():
         texts.add(3)
     with pytest.raises(ValueError, match="num_pages=0 is not allowed: it must be at least 1"):
         TextPool(texts.model.config, 1, 0, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match="page_tokens=48 is not allowed: it must be a multiple of 32"
+    ):
+        TextPool(
+            texts.model.config,
+            1,
+            1,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            page_tokens=48,
+        )

@@ -1,0 +1,61 @@
+"""Requests that decode together in a pool: each answer is the one that it gets alone."""
+
+import pytest
+import torch
+from builders import token_ids
+from decode_models import DEVICES, decode_model, small_grids  # noqa: F401
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from kimi_linear.generation import requests
+from kimi_linear.generation.requests import PooledTexts
+
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
+each_device = pytest.mark.parametrize("device", DEVICES)
+PAGE = 32
+
+
+def answers(model, lengths, count, **settings):
+    """Of `generate_batch`, those that each prompt gets alone, and the processor."""
+    found, make = [], type(model).request_processor
+    model.request_processor = lambda manager: found.append(make(model, manager)) or found[-1]
+    texts = [token_ids(n, seed=n).tolist() for n in lengths]
+    greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": count}
+    options = ContinuousBatchingConfig(page_size=PAGE, **settings)
+    model.decode_backend = "auto"
+    outs = model.generate_batch(texts, GenerationConfig(**greedy), options).values()
+    model.decode_backend = "eager"
+    ids = [torch.tensor([text], device=model.device) for text in texts]
+    alone = [model.generate(x, **greedy)[0, x.shape[1] :].tolist() for x in ids]
+    (processor,) = found
+    assert isinstance(processor.texts, PooledTexts)
+    return list(outs), alone, processor
+
+
+@each_device
+def test_prompts_of_different_lengths(device):
+    outs, alone, processor = answers(decode_model(device), (3, 40, 9, 33), 4, num_blocks=10)
+    assert [out.generated_tokens for out in outs] == alone
+    pool = processor.texts.pool
+    assert (pool.num_free_rows, pool.num_free_pages) == (pool.num_rows, pool.num_pages)
+
+
+@each_device
+def test_memory_for_fewer_texts_than_there_are(device, monkeypatch):
+    """Texts that grow into pages which there are not go back and are read again."""
+    back, set_back = [], requests.RequestProcessor._set_back
+    monkeypatch.setattr(
+        requests.RequestProcessor,
+        "_set_back",
+        lambda self, row: (back.append(row), set_back(self, row))[1],
+    )
+    outs, alone, processor = answers(decode_model(device), (30, 29, 31), 5, num_blocks=4)
+    assert back
+    assert [out.generated_tokens for out in outs] == alone
+    assert processor.texts.pool.num_free_pages == 4
+
+
+@each_device
+def test_a_text_that_outgrows_all_memory(device):
+    outs, alone, _ = answers(decode_model(device), (60, 3), 8, num_blocks=2)
+    assert outs[0].error == "the text has 65 tokens, for more there is no memory"
+    assert outs[0].generated_tokens == alone[0][:5] and outs[1].generated_tokens == alone[1]

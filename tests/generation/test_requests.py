@@ -1,0 +1,198 @@
+"""Many requests at once: each answer is the one that it gets alone."""
+
+import random
+import threading
+
+import pytest
+import torch
+from builders import tiny_model, token_ids
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from kimi_linear.generation.requests import RequestProcessor
+
+GREEDY = {"do_sample": False, "eos_token_id": None}
+
+
+def prompts(*lengths):
+    return [token_ids(n, seed=n).tolist() for n in lengths]
+
+
+def alone(model, prompt, count, **settings):
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, max_new_tokens=count, **{**GREEDY, **settings})
+    return out[0, len(prompt) :].tolist()
+
+
+def config(**settings):
+    return GenerationConfig(**{"max_new_tokens": 5, **GREEDY, **settings})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.mark.core
+def test_generate_batch(model):
+    texts = prompts(3, 11, 1, 7)
+    found = model.generate_batch(texts, config())
+    assert [out.prompt_ids for out in found.values()] == texts
+    for out, text in zip(found.values(), texts, strict=True):
+        assert out.error is None and out.is_finished()
+        assert out.generated_tokens == alone(model, text, 5)
+
+
+@pytest.mark.core
+def test_fewer_rows_than_requests(model):
+    settings = ContinuousBatchingConfig(max_requests_per_batch=2)
+    texts = prompts(3, 4, 5, 6, 7)
+    found = model.generate_batch(texts, config(), continuous_batching_config=settings)
+    for out, text in zip(found.values(), texts, strict=True):
+        assert out.generated_tokens == alone(model, text, 5)
+
+
+def test_texts_end_where_they_say(model):
+    text = prompts(6)[0]
+    end = alone(model, text, 5)[2]
+    found = model.generate_batch([text], config(eos_token_id=end))
+    expected = alone(model, text, 5, eos_token_id=end, pad_token_id=0)
+    assert next(iter(found.values())).generated_tokens == expected
+
+
+def test_log_probabilities(model):
+    settings = ContinuousBatchingConfig(return_logprobs=True)
+    (out,) = model.generate_batch(
+        prompts(6), config(), continuous_batching_config=settings
+    ).values()
+    with torch.no_grad():
+        ids = torch.tensor([out.prompt_ids + out.generated_tokens])
+        found = model(ids).logits.log_softmax(dim=-1)[0, 5:-1]
+    expected = found.gather(1, ids[0, 6:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(out.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_several_answers_to_a_prompt(model):
+    found = model.generate_batch(
+        prompts(4, 5), config(do_sample=True, num_return_sequences=3, max_new_tokens=12)
+    )
+    answers = {name: tuple(out.generated_tokens) for name, out in found.items()}
+    assert set(answers) == {f"req_{i}{c}" for i in (0, 1) for c in ("", "__child#0", "__child#1")}
+    assert len(set(answers.values())) > 2
+
+
+def test_a_seed_repeats_what_was_drawn(model):
+    settings = ContinuousBatchingConfig(seed=7)
+    both = [
+        model.generate_batch(
+            prompts(4, 9), config(do_sample=True), continuous_batching_config=settings
+        )
+        for _ in range(2)
+    ]
+    tokens = [[out.generated_tokens for out in found.values()] for found in both]
+    assert tokens[0] == tokens[1]
+
+
+def test_what_cannot_be_answered_is_an_error_of_its_own(model, monkeypatch):
+    monkeypatch.setattr(model.config, "max_prompt_tokens", 8)
+    first, second, third = model.generate_batch([*prompts(3, 9), []], config()).values()
+    assert first.error is None and len(first.generated_tokens) == 5
+    assert second.error == (
+        "input_ids has 9 tokens, which is not allowed: it must have at most max_prompt_tokens=8, "
+        "a field of config.json"
+    )
+    assert third.error == "input_ids has no token, which is not allowed: it must have one"
+
+
+def test_long_prompts_are_read_in_pieces(model, monkeypatch):
+    widths = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    settings = ContinuousBatchingConfig(max_batch_tokens=8)
+    (text,) = prompts(30)
+    (out,) = model.generate_batch([text], config(), continuous_batching_config=settings).values()
+    handle.remove()
+    assert widths[:4] == [8, 8, 8, 6] and widths[4:] == [1] * 4
+    assert out.generated_tokens == alone(model, text, 5)
+
+
+def test_an_error_while_reading_ends_those_requests_alone(model, monkeypatch):
+    read, calls = model.forward, []
+
+    def breaking(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of luck")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", breaking)
+    first, second = model.generate_batch(prompts(3, 4), config()).values()
+    assert first.error == "out of luck" and second.error is None
+
+
+def test_streams_cancellations_and_late_requests(model):
+    texts = prompts(3, 8, 5)
+    with model.continuous_batching_context_manager(config(max_new_tokens=6)) as manager:
+        manager.add_request(texts[0], request_id="a", streaming=True)
+        manager.add_request(texts[1], request_id="b", max_new_tokens=10**6)
+        seen = [manager.get_result(timeout=20) for _ in range(3)]
+        manager.add_request(texts[2], request_id="c")
+        manager.cancel_request("b")
+        found = {out.request_id: out for out in seen}
+        while not ("c" in found and found["a"].is_finished()):
+            out = manager.get_result(timeout=20)
+            assert out is not None
+            found[out.request_id] = out
+    assert [len(out.generated_tokens) for out in seen] == [1, 2, 3]
+    assert set(found) == {"a", "c"}
+    for name, text in (("a", texts[0]), ("c", texts[2])):
+        assert found[name].generated_tokens == alone(model, text, 6)
+
+
+def test_a_manager_serves_again(model):
+    for _ in range(2):
+        found = model.generate_batch(prompts(3), config(), persistent_manager=True)
+        assert next(iter(found.values())).generated_tokens == alone(model, prompts(3)[0], 5)
+    model.destroy_cached_continuous_batching_manager()
+
+
+@pytest.mark.slow
+def test_a_thousand_requests(model):
+    """With random arrivals, cancellations and errors: nothing is lost, nothing stays, and no
+    request changes another."""
+    generator = random.Random(0)
+    settings = ContinuousBatchingConfig(max_requests_per_batch=16)
+    expected = {n: alone(model, prompts(n)[0], 8) for n in range(1, 12)}
+    cancelled, lengths, found = set(), {}, {}
+    manager = model.init_continuous_batching(config(max_new_tokens=8), settings)
+    manager.start()
+
+    def ask():
+        for i in range(1000):
+            n = generator.choice([0, *range(1, 12)])
+            lengths[f"r{i}"] = n
+            manager.add_request(prompts(n)[0], request_id=f"r{i}")
+            if generator.random() < 0.1:
+                name = f"r{generator.randrange(i + 1)}"
+                manager.cancel_request(name)
+                cancelled.add(name)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while thread.is_alive() or manager.batch_processor.has_pending_requests():
+        out = manager.get_result(timeout=0.5)
+        if out is not None:
+            found[out.request_id] = out
+    manager.stop(block=True, keep_for_next_session=True)
+    while (out := manager.get_result(timeout=0.1)) is not None:
+        found[out.request_id] = out
+    assert set(lengths) - set(found) <= cancelled
+    for name, out in found.items():
+        if lengths[name] == 0:
+            assert out.error is not None
+        else:
+            assert out.generated_tokens == expected[lengths[name]], name
+    processor = manager.batch_processor
+    assert isinstance(processor, RequestProcessor)
+    assert not processor.active and not processor.texts.caches
+    model.destroy_cached_continuous_batching_manager()
