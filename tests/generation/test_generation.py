@@ -547,8 +547,6 @@ def test_what_cannot_work_is_refused_by_name(hybrid):
     ids = token_ids(2, 6)
     with pytest.raises(ValueError, match="cache_implementation='quantized'"):
         hybrid.generate(ids, cache_implementation="quantized", **COMMON)
-    with pytest.raises(ValueError, match=r"generate_batch\(\)"):
-        hybrid.generate_batch([[1, 2]])
     with pytest.raises(ValueError, match="attention_mask has no token of row 1"):
         hybrid.generate(ids, attention_mask=torch.tensor([[1] * 6, [0] * 6]), **COMMON)
 

@@ -14,6 +14,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from typing import Any
 import openai
 import pytest
 import transformers
-from builders import tiny_model
 from memorised_chat import (
     CALCULATION,
     CONVERSATIONS,
@@ -121,15 +122,14 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) ->
     pytest.fail(f"no server (exit status {process.poll()}):\n{log.read_text()[-4000:]}")
 
 
-@pytest.fixture(scope="module")
-def server(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`transformers serve`, with the default flags; it is stopped after the last test."""
-    folder = tmp_path_factory.mktemp("serve")
+@contextmanager
+def serving(chat_model: Path, folder: Path, *flags: str) -> Iterator[Server]:
+    """`transformers serve` with these flags; it is stopped at the end."""
     home, log, port = folder / "hf", folder / "log.txt", free_port()
     address = ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [COMMAND, "serve", chat_model, "--trust-remote-code", *address],
+            [COMMAND, "serve", chat_model, "--trust-remote-code", *address, *flags],
             cwd=folder,
             env=environment(home) | {"HF_HUB_OFFLINE": "1"},
             stdin=subprocess.DEVNULL,
@@ -147,6 +147,13 @@ def server(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With the default flags."""
+    with serving(chat_model, tmp_path_factory.mktemp("serve")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -334,9 +341,32 @@ def test_chat_in_the_terminal(server: Server, tmp_path: Path) -> None:
 # ---- continuous batching ------------------------------------------------------------------------
 
 
-def test_serves_one_by_one_where_continuous_batching_is_asked_for() -> None:
-    """Its paged cache has no place for KDA states: the server falls back instead of failing."""
-    from transformers.cli.serving.utils import GenerationState, Modality
+@pytest.mark.skipif(not HAS_DECISION, reason="this Transformers serves its own class")
+def test_clients_are_served_at_once(chat_model: Path, tmp_path: Path) -> None:
+    """Whole and streamed, and one that leaves in the middle of its answer."""
+    questions = [turn for name in TALKS for turn in turns(CONVERSATIONS[name][0])]
 
-    state = GenerationState(continuous_batching=True)
-    assert not state.use_continuous_batching(tiny_model(), Modality.LLM)
+    def whole(turn: tuple[list[Message], Message]) -> None:
+        before, answer = turn
+        assert server.ask(before).choices[0].message.content == answer["content"]
+
+    def streamed(turn: tuple[list[Message], Message]) -> None:
+        before, answer = turn
+        deltas = [chunk.choices[0].delta for chunk in server.stream(before)]
+        assert "".join(delta.content or "" for delta in deltas) == answer["content"]
+
+    def leave(turn: tuple[list[Message], Message]) -> None:
+        with server.client() as client:
+            stream = client.chat.completions.create(
+                model=server.model, messages=turn[0], stream=True
+            )
+            next(iter(stream))
+            stream.close()
+
+    with serving(chat_model, tmp_path, "--continuous-batching") as server:
+        whole(questions[0])  # the first request loads the model
+        with ThreadPoolExecutor(8) as pool:
+            calls = [(ask, turn) for turn in questions for ask in (whole, streamed, leave)]
+            for done in [pool.submit(ask, turn) for ask, turn in calls]:
+                done.result()
+        whole(questions[0])

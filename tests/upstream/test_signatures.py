@@ -61,6 +61,34 @@ FUNCTIONS = {
     "generation.utils:GenerationMixin._sample": ["self", "input_ids"],
     "generation.utils:GenerationMixin._assisted_decoding": ["self", "input_ids"],
     "generation.utils:GenerationMixin._get_candidate_generator": ["self", "generation_config"],
+    "generation.continuous_batching.continuous_api:ContinuousBatchingManager.__init__": [
+        "self",
+        "model",
+        "generation_config",
+        "continuous_batching_config",
+        "workload_hints",
+    ],
+    "generation.continuous_batching.continuous_api:ContinuousBatchingManager.start": ["self"],
+    "generation.continuous_batching.continuous_api:BackgroundThreadStatus.update_with_tp_status": [
+        "self",
+        "tp_status",
+    ],
+    "generation.continuous_batching.continuous_api:OutputRouter.deliver_batch": ["self", "outputs"],
+    "generation.continuous_batching.continuous_api:OutputRouter.fail_and_deliver": [
+        "self",
+        "state",
+        "error",
+    ],
+    "generation.continuous_batching.requests:RequestState.update_and_check_completion": [
+        "self",
+        "token_id",
+        "logprob",
+    ],
+    "generation.continuous_batching.requests:RequestState.create_equivalent_initial_request": [
+        "self"
+    ],
+    "generation.continuous_batching.requests:RequestState.to_generation_output": ["self"],
+    "generation.continuous_batching.requests:RequestState.fork": ["self", "new_request_id"],
     "generation:PromptLookupCandidateGenerator.__init__": [
         "self",
         "eos_token_id",
