@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers.generation import CandidateGenerator
+
+from kimi_linear.upstream.generation import CandidateGenerator
 
 # Numbers of drafted tokens, besides the one that is asked for at most: each makes steps of another
 # length, which are recorded one by one.
@@ -185,6 +186,9 @@ class PromptLookup(CandidateGenerator):
         if not draft:
             return input_ids, None
         return torch.cat([input_ids, input_ids.new_tensor([draft])], dim=1), None
+
+    def update_candidate_strategy(self, *args: object) -> None:
+        """Nothing: the next call sees what became of a draft."""
 
     def _draft(self) -> list[int]:
         found = self.finder.find()

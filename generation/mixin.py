@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import PromptLookupCandidateGenerator
 from transformers.utils import logging
 
 from kimi_linear.cache.hybrid import KimiLinearCache, KimiLinearDynamicCache
@@ -20,7 +19,11 @@ from kimi_linear.inputs.checks import check_source
 from kimi_linear.inputs.layout import last_real_columns
 from kimi_linear.outputs_kimi_linear import one_cache
 from kimi_linear.upstream.caches import CACHE_NAME
-from kimi_linear.upstream.generation import LOOP_ARGUMENTS, GenerationHooks
+from kimi_linear.upstream.generation import (
+    LOOP_ARGUMENTS,
+    GenerationHooks,
+    PromptLookupCandidateGenerator,
+)
 from kimi_linear.upstream.requests import RequestHooks
 
 logger = logging.get_logger(__name__)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.utils import logging
 
 from kimi_linear.cache.hybrid import KimiLinearCache
@@ -26,7 +25,7 @@ from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode.few_rows import power_below
 from kimi_linear.decode.graph import decode_pool, pool_obstacle
 from kimi_linear.decode.obstacles import MAX_PAIRS, MAX_ROWS
-from kimi_linear.upstream.requests import drained
+from kimi_linear.upstream.requests import RequestStatus, drained
 
 logger = logging.get_logger(__name__)
 

@@ -8,12 +8,18 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import (
+    CandidateGenerator,
+    GenerationMixin,
+    PromptLookupCandidateGenerator,
+)
 
 from kimi_linear.outputs_kimi_linear import answering_both, one_cache
 from kimi_linear.upstream.caches import CACHE_NAME
 from kimi_linear.upstream.late_stop import late_sample
 from kimi_linear.upstream.releases import versions
+
+__all__ = ["CandidateGenerator", "GenerationHooks", "PromptLookupCandidateGenerator"]
 
 
 class LoopWatch:

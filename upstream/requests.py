@@ -10,9 +10,11 @@ from typing import Any
 
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching import continuous_api
+from transformers.generation.continuous_batching.requests import RequestStatus
 
 from kimi_linear.upstream.renaming import with_names
 
+__all__ = ["RequestHooks", "RequestManager", "RequestStatus", "drained"]
 RESOLVE, MANAGER = "resolve_continuous_batching_config", "ContinuousBatchingManager"
 _Manager: Any = continuous_api.ContinuousBatchingManager
 
