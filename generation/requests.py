@@ -31,8 +31,11 @@ logger = logging.get_logger(__name__)
 
 # Tokens of prompts read between two steps, unless `max_batch_tokens` says another number.
 READ_TOKENS = 8192
-# Reading few tokens takes as long as reading so many: prompts wait for others, but not longer.
-WORTHWHILE_TOKENS, PATIENCE_SECONDS = 2048, 0.1
+# Reading few tokens takes as long as reading so many: prompts wait for others so long, counted from
+# the last reading.
+WORTHWHILE_TOKENS, PATIENCE_SECONDS = 2048, 0.2
+# Prompts beside each other, at most: each has states of its own while it is read.
+READ_ROWS = 16
 # Of the free memory of a GPU, for states and latents.
 MEMORY_SHARE = 0.8
 
@@ -99,13 +102,13 @@ class PooledTexts:
 
     Args:
         model: A `KimiLinearForCausalLM` that `pool_obstacle` has nothing against.
-        num_rows: Texts at a time.
+        num_rows: Texts at a time, at most.
         num_pages: Of all texts together; None: as many as memory has room for.
         page_tokens: Tokens of a page.
         memory_share: Of the free memory, for rows and pages.
     """
 
-    group = MAX_ROWS
+    group = READ_ROWS
 
     def __init__(
         self,
@@ -119,6 +122,8 @@ class PooledTexts:
         if num_pages is None:
             row, page = TextPool.bytes_of(model.config, page_tokens, model.dtype)
             free = memory_share * torch.cuda.mem_get_info(model.device)[0]
+            # states take at most half of it
+            num_rows = max(1, min(num_rows, int(free / 2 // row) - 1))
             num_pages = max(1, int((free - (num_rows + 1) * row) // page) - 1)
         place: Any = {"dtype": model.dtype, "device": model.device, "page_tokens": page_tokens}
         self.pool = TextPool(model.config, num_rows, num_pages, **place)
@@ -157,6 +162,9 @@ class Reading:
         model: Reads them.
         states: Of the requests.
         most_tokens: Of a piece, all rows together.
+
+    Attributes:
+        logits: [rows, vocab_size] of the last tokens, once all is read.
     """
 
     def __init__(self, model: Any, states: list[Any], most_tokens: int) -> None:
@@ -174,14 +182,22 @@ class Reading:
         self.size, self.done = -(-longest // count), 0
         self.cache = KimiLinearCache(model.config, rollback_tokens=0, reserve_tokens=longest)
 
-    def read(self) -> Tensor | None:
-        """Read a piece; the logits [rows, vocab_size] of the last tokens once all is read."""
+        self.logits: Tensor | None = None
+
+    def lengths(self) -> list[int]:
+        """Of the texts that will go on from here, with their first new tokens."""
+        counts = ((len(state.initial_tokens) + 1, 1 + state.num_children) for state in self.states)
+        return [length for length, count in counts for _ in range(count)]
+
+    def read(self) -> None:
+        """Read a piece."""
         stop = self.done + self.size
         mask = None if self.mask is None else self.mask[:, :stop]
         piece = self.ids[:, self.done : stop]
         out = self.model(piece, attention_mask=mask, cache=self.cache, logits_to_keep=1)
         self.done = min(stop, self.ids.shape[1])
-        return out.logits[:, -1] if self.done == self.ids.shape[1] else None
+        if self.done == self.ids.shape[1]:
+            self.logits = out.logits[:, -1]
 
 
 class RequestProcessor:
@@ -192,7 +208,7 @@ class RequestProcessor:
         manager: A `RequestManager`.
 
     Raises:
-        ValueError: For a configuration that asks for what there is not.
+        ValueError: If the model is divided among processes.
     """
 
     # what the manager looks at
@@ -200,6 +216,11 @@ class RequestProcessor:
     inputs_and_outputs = None
 
     def __init__(self, model: Any, manager: Any) -> None:
+        if getattr(model, "_device_mesh", None) is not None:
+            raise ValueError(
+                "generate_batch() and continuous batching are not supported for a model that "
+                "several processes share (tp_size, ep_size): each process must have all of it"
+            )
         settings = manager.continuous_batching_config
         self.model, self.manager = model, manager
         self.processors, self.outputs = manager.logit_processor, manager.output_router
@@ -221,6 +242,7 @@ class RequestProcessor:
             logger.warning_once(f"requests decode one by one, layer by layer: {reason}")
         # by row, in the order in which they came
         self.active: OrderedDict[int, Any] = OrderedDict()
+        self._last_read = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -303,7 +325,8 @@ class RequestProcessor:
             )
 
     def _read(self) -> None:
-        """Read a piece of the prompts that are next."""
+        """Read a piece of the prompts that are next; those that are read wait for their memory,
+        which texts that go on may have taken meanwhile."""
         if self.reading is None:
             states = self._next_prompts()
             if not states:
@@ -313,16 +336,17 @@ class RequestProcessor:
                 state.status = RequestStatus.PREFILLING
             self.reading = Reading(self.model, states, self.read_tokens)
         reading = self.reading
-        try:
-            logits = reading.read()
-        except Exception as error:  # any kind: others go on
-            self.reading = None
-            for state in reading.states:
-                self._handle_request_error(error, state)
-            return
-        if logits is not None:
-            self.reading = None
-            self._admit(reading, logits)
+        if reading.logits is None:
+            try:
+                reading.read()
+            except Exception as error:  # any kind: others go on
+                self.reading = None
+                for state in reading.states:
+                    self._handle_request_error(error, state)
+                return
+        if reading.logits is not None and self.texts.has_room(reading.lengths()):
+            self.reading, self._last_read = None, time.perf_counter()
+            self._admit(reading, reading.logits)
 
     def _next_prompts(self) -> list[Any]:
         """The first requests that wait, as many as are worth reading beside each other."""
@@ -340,8 +364,8 @@ class RequestProcessor:
             lengths += own
         is_short = sum(map(_length, chosen)) < WORTHWHILE_TOKENS
         if chosen and self.active and is_short and self.texts.group > 1:
-            waited = time.perf_counter() - chosen[0].created_time
-            if waited < PATIENCE_SECONDS:
+            since = max(chosen[0].created_time, self._last_read)
+            if time.perf_counter() - since < PATIENCE_SECONDS:
                 return []
         return chosen
 

@@ -59,3 +59,12 @@ def test_a_text_that_outgrows_all_memory(device):
     outs, alone, _ = answers(decode_model(device), (60, 3), 8, num_blocks=2)
     assert outs[0].error == "the text has 65 tokens, for more there is no memory"
     assert outs[0].generated_tokens == alone[0][:5] and outs[1].generated_tokens == alone[1]
+
+
+@each_device
+def test_memory_that_others_take_while_a_prompt_is_read(device):
+    """Read in pieces, a prompt finds its pages taken by texts that have grown meanwhile."""
+    outs, alone, _ = answers(
+        decode_model(device), (31, 30, 70), 6, num_blocks=5, max_batch_tokens=20
+    )
+    assert [out.generated_tokens for out in outs] == alone

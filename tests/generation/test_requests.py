@@ -200,3 +200,9 @@ def test_a_thousand_requests(model):
     assert isinstance(processor, RequestProcessor)
     assert not processor.active and not processor.texts.caches
     model.destroy_cached_continuous_batching_manager()
+
+
+def test_models_of_several_processes_are_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "_device_mesh", object(), raising=False)
+    with pytest.raises(ValueError, match="not supported for a model that several processes share"):
+        RequestProcessor(model, None)
