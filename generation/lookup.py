@@ -23,6 +23,9 @@ LENGTHS = (1, 3, 7, 15)
 LONGEST_MATCH = 8
 # A longer step is first taken to cost this much more by token.
 COST_BY_TOKEN = 0.25
+# With every call, what calls of other lengths have taken moves this much towards what is to be
+# expected from it: one that was slow for another reason would otherwise be the last of its length.
+DOUBT = 0.01
 # What was learnt before counts this much less with every new draft.
 FORGETTING = 0.9
 
@@ -119,6 +122,7 @@ class DraftLength:
                 self._seconds[self._length] = taken if known else None
             else:
                 self._seconds[self._length] = before + 0.2 * (taken - before)
+            self._doubt_others()
         self._start = now
 
     def choose(self, match: int, most: int) -> int:
@@ -132,15 +136,27 @@ class DraftLength:
         """Nothing is drafted."""
         self._length = 0
 
+    def _doubt_others(self) -> None:
+        own = self._seconds[self._length]
+        for each, taken in self._seconds.items():
+            if own and taken and each != self._length:
+                expected = own * _first_cost(each) / _first_cost(self._length)
+                self._seconds[each] = taken * (expected / taken) ** DOUBT
+
     def _cost(self, length: int) -> float:
         """Seconds of a call, or what is to be expected from those that were measured."""
         known = {each: taken for each, taken in self._seconds.items() if taken}
         if not known:
-            return 1 + COST_BY_TOKEN * length
+            return _first_cost(length)
         if length in known:
             return known[length]
         near = min(known, key=lambda each: abs(each - length))
-        return known[near] * (1 + COST_BY_TOKEN * length) / (1 + COST_BY_TOKEN * near)
+        return known[near] * _first_cost(length) / _first_cost(near)
+
+
+def _first_cost(length: int) -> float:
+    """What a call is first taken to cost, in those without a draft."""
+    return 1 + COST_BY_TOKEN * length
 
 
 def num_processes() -> int:

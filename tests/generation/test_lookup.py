@@ -103,6 +103,28 @@ def test_recording_a_length_does_not_count():
     assert drafted == 3
 
 
+@pytest.mark.parametrize("drafted", [1, 3])
+def test_a_call_that_took_long_once_is_not_held_against_its_length(drafted):
+    calls, counts = Calls(drafted, 0.1), {}
+    choose = calls.length.choose
+    for _ in range(3):  # nothing was found at first
+        calls.length.take_time()
+        calls.length.choose_none()
+        calls.now += 1.0
+
+    def choose_and_wait(match, most):
+        length = choose(match, most)
+        counts[length] = counts.get(length, 0) + 1
+        if length == drafted and counts[length] == 2:  # the first that is noted
+            calls.now += 10.0
+        return length
+
+    calls.length.choose = choose_and_wait
+    calls.run(300, 0.95)
+    best = sum(0.95**i for i in range(drafted + 1)) / (1 + 0.1 * drafted)
+    assert calls.run(300, 0.95, seed=1) > 0.9 * best
+
+
 def test_processes_draft_alike(monkeypatch):
     """Those that share a model, as in tensor parallelism, each by a clock of its own."""
     monkeypatch.setattr(lookup_module, "num_processes", lambda: 2)
