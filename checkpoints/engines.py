@@ -146,6 +146,10 @@ ENGINES: dict[str, tuple[str, tuple[_Rule, ...]]] = {
                 "only a number, when it is converted",
             ),
             _refused("moe_layer_freq", lambda c: has_experts(c) and c.moe_layer_freq > 1, "only 1"),
+            _refused(
+                "num_experts", lambda c: has_experts(c) and c.num_experts > 1024, "at most 1024"
+            ),
+            _refused("num_hidden_layers", lambda c: c.num_hidden_layers > 512, "at most 512"),
             _refused("tie_word_embeddings", lambda c: c.tie_word_embeddings, "only False"),
             _QUERY_RANK,
             _refused(

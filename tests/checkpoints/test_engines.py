@@ -48,6 +48,7 @@ CASES = {
     ),
     "no shared": (dict(num_shared_experts=0), "llama.cpp", ""),
     "none shared": (dict(num_shared_experts=None), "", "llama.cpp"),
+    "many experts": (dict(num_experts=1025), "", "llama.cpp"),
     "every second": (dict(moe_layer_freq=2), "", "llama.cpp"),
     "float32": (dict(dtype="float32"), "vllm sglang", ""),
     "no experts": (dict(first_k_dense_replace=99, num_experts_per_token=1), "", ""),
