@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from exporting.checks import (
     ExportError,
+    chat_template,
     check_file,
     check_tokenizer_kind,
     check_vocabulary,
@@ -224,6 +225,7 @@ class Export:
             "folder": str(self.folder),
             "output": str(file),
             "type": kind,
+            "template": chat_template(self.folder),
             "fields": plan.fields,
             "zeros": plan.zeros,
             "padded": plan.padded,

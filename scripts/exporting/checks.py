@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from exporting.template import llama_template
 from kimi_linear import KimiLinearConfig
 from kimi_linear.checkpoints.folders import read_object
 from kimi_linear.tokenizer.convert import make_pre_tokenizer
@@ -258,6 +259,12 @@ def check_vocabulary(keys: dict[str, Any], folder: Path) -> None:
     written.pre_tokenizer = make_pre_tokenizer()
     if written.encode(PROBE).ids != tokenizer.encode(PROBE).ids:
         raise ExportError("the file's vocabulary gives other ids to a text than the tokenizer")
-    template = folder / "chat_template.jinja"
-    if template.is_file() and keys.get("tokenizer.chat_template") != template.read_text("utf-8"):
+    template = chat_template(folder)
+    if template is not None and keys.get("tokenizer.chat_template") != template:
         raise ExportError("the file's chat template is not chat_template.jinja")
+
+
+def chat_template(folder: Path) -> str | None:
+    """A folder's chat template, for llama.cpp."""
+    path = folder / "chat_template.jinja"
+    return llama_template(path.read_text("utf-8")) if path.is_file() else None

@@ -25,8 +25,8 @@ def main(job: dict[str, Any]) -> None:
     """Convert a folder.
 
     Args:
-        job: "llama_cpp", a checkout; "folder"; "output"; "type", of `--outtype`; and of the plan
-            "fields", "zeros", "padded", "ties_head", "expert_groups".
+        job: "llama_cpp", a checkout; "folder"; "output"; "type", of `--outtype`; "template" of
+            chats; and of the plan "fields", "zeros", "padded", "ties_head", "expert_groups".
     """
     sys.path.insert(0, job["llama_cpp"])
     # Before the first import of `gguf`: it puts the checkout's own before an installed one.
@@ -67,8 +67,13 @@ def _mend(model: Any, job: dict[str, Any]) -> None:
         if job["expert_groups"]:
             self.gguf_writer.add_expert_group_count(job["expert_groups"])
 
+    def set_vocab(self: Any) -> None:
+        add = self.gguf_writer.add_chat_template
+        self.gguf_writer.add_chat_template = lambda found: add(job["template"] or found)
+        self._set_vocab_gpt2()
+
     model.get_vocab_base_pre = lambda self, tokenizer: "kimi-k2"
-    model.set_vocab = lambda self: self._set_vocab_gpt2()
+    model.set_vocab = set_vocab
     model.generate_extra_tensors = extra_tensors
     model.modify_tensors = modify_tensors
     model.set_gguf_parameters = set_gguf_parameters

@@ -76,7 +76,7 @@ def llama_forward(
         command = [program, "-m", file, "-f", prompt, "-c", str(LENGTH)]
         command += ["-b", str(batch), "-ub", str(batch)]
         command += ["--chunks", str(CHUNKS), "-t", str(threads), "-ngl", "0"]
-        command += ["-ctk", "f32", "-ctv", "f32", "--save-all-logits", output]
+        command += ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "--save-all-logits", output]
         run_program(command, f"llama.cpp's forward of {file.name}", lambda line: None)
         content = output.read_bytes() if output.is_file() else b""
     return read_logits(content)

@@ -1,10 +1,10 @@
 """llama.cpp's checkout and the programs that were built in it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from exporting.checks import ExportError
 
 # Where cmake, the Makefile of old and the released archives put programs.
 PLACES = ("build/bin", "build/bin/Release", "bin", ".")
+# What a line of llama.cpp's says when it fails; others follow.
+ERROR = re.compile(r"\berror\b|ASSERT")
 NEEDED = ("convert_hf_to_gguf.py", "conversion/kimi_linear.py", "gguf-py/gguf/__init__.py")
 
 
@@ -61,9 +63,9 @@ def run_program(
         on_line: Gets each line that it writes, to either stream.
 
     Raises:
-        ExportError: It failed; the message has its last line that says something.
+        ExportError: It failed; the message has its last line that tells of an error, or the last.
     """
-    last: deque[str] = deque(maxlen=1)
+    last = error = ""
     with subprocess.Popen(
         [os.fspath(part) for part in command],
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},
@@ -75,10 +77,11 @@ def run_program(
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            last.extend([line.strip()] if line.strip() else [])
+            last = last if line.startswith("warning:") else line.strip() or last
+            error = last if ERROR.search(last) else error
             on_line(line)
     if process.returncode != 0:
-        raise ExportError(f"{what} failed: {''.join(last) or process.returncode}")
+        raise ExportError(f"{what} failed: {error or last or process.returncode}")
 
 
 def run_python(file: str, arguments: Sequence[str], what: str, text: str = "") -> str:

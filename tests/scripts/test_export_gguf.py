@@ -3,20 +3,22 @@
 import json
 import shutil
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
 import commands
 import export_gguf
+import forked_exports
 import numpy as np
 import pytest
 import torch
 from exporting.checks import ExportError, expected_tensors
 from exporting.forward import CHUNKS, LENGTH, difference, read_logits
 from exporting.plan import make_plan, remarks
+from exporting.template import llama_template
 from fake_llama_cpp import make_checkout
 from quantize_runs import make_snapshot
+from transformers import AutoTokenizer
 
 from kimi_linear import (
     KimiLinearConfig,
@@ -88,17 +90,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's part of an export without the seconds of its imports."""
-    exporting = Path(export_gguf.__file__).parent / "exporting"
-
-    def run(file: str, arguments: list[str], what: str, text: str = "") -> str:
-        done = commands.run([exporting / file, *arguments], text)
-        print(done.stderr, file=sys.stderr)
-        if done.returncode:
-            raise ExportError(f"{what} failed with status {done.returncode}; it says above why")
-        return done.stdout
-
-    monkeypatch.setattr(export_gguf, "run_python", run)
+    monkeypatch.setattr(export_gguf, "run_python", forked_exports.run_python)
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -135,6 +127,22 @@ def test_what_llama_cpp_does_not_compute_is_refused(name: str) -> None:
     config = config_of(**fields)
     with pytest.raises(ValueError, match=f"^llama.cpp does not compute this model: {message}"):
         make_plan(config, config.to_dict())
+
+
+def test_the_template_for_llama_cpp_writes_the_same(original: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    values = {"b": [1, 2.5, True, None, "ü\n\"<b>'", {}, []], "B": {"z": -1, "": "a", "A_": []}}
+    function = {"parameters": {"type": "object", "x": values}, "name": "f", "description": ""}
+    ids = ("functions.f:7", "functions.f:", "functions.f:x1", "call_1", "functions.g:0")
+    calls = [{"id": each, "function": {"name": "f", "arguments": "{}"}} for each in ids]
+    results = [{"role": "tool", "tool_call_id": each, "content": each} for each in ids]
+    messages = [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    chat = messages, [{"type": "function", "function": function}]
+    wanted = tokenizer.apply_chat_template(*chat, tokenize=False)
+    template = llama_template(tokenizer.chat_template)
+    assert "sort_keys" not in template and "isdigit" not in template
+    assert tokenizer.apply_chat_template(*chat, chat_template=template, tokenize=False) == wanted
+    assert llama_template("{{ messages }}") == "{{ messages }}"
 
 
 def test_remarks() -> None:

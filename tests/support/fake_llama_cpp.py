@@ -85,7 +85,10 @@ def write(model, arguments, breaks):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(model.get_vocab_base_pre(None))
     writer.add_token_list(tokens)
-    gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer)
+    model.gguf_writer, model._set_vocab_gpt2 = writer, lambda: gguf.SpecialVocab(
+        folder, load_merges=True
+    ).add_to_gguf(writer)
+    model.set_vocab()
     for name, shape in shapes.items():
         if breaks != "tensors" or "attn_v" not in name:
             writer.add_tensor(name, np.zeros(shape[::-1], np.float32))
