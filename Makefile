@@ -6,6 +6,7 @@
 #   make test                           the tests, but those that take minutes
 #   make test-slow                      these
 #   make test ARGS="-k kda"             the same with flags of pytest
+#   make test-engines                   these with llama.cpp, which it builds, and mlx-lm
 #   make lint format typecheck          ruff, import-linter and mypy
 #   make drawing                        docs/rooms.svg, of the present imports
 #   make gpu-test                       the tests that need a CUDA device, in .venv-gpu
@@ -24,11 +25,16 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 # Folders of the package.
 ROOMS := cache checkpoints decode generation inputs layers ops parallel quantization tokenizer training upstream
 LINK := build/checked/kimi_linear
+# llama.cpp's source, converter included, as the source archive of llama-cpp-python carries it; or
+# LLAMA_CPP=DIR, a checkout that is built.
+LLAMA_CPP_PYTHON := 0.3.36
+LLAMA_CPP ?= build/llama.cpp
+ENGINE_RESULTS ?= benchmarks/results/engine_tests.txt
 ARGS ?=
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-slow lint format typecheck drawing gpu-test clean
+.PHONY: demo test test-slow test-engines lint format typecheck drawing gpu-test clean
 
 # glibc gives memory back that the next operation asks for again, which takes an eighth of a step;
 # and threads that spin for long while they wait take the time of whoever else is there.
@@ -39,10 +45,26 @@ demo: $(VENV)/train.stamp
 	$(KEEP_MEMORY) $(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not engines" $(ARGS)
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-engines: $(VENV)/test.stamp $(LLAMA_CPP)/build/bin/llama-server
+	KIMI_LLAMA_CPP=$(abspath $(LLAMA_CPP)) KIMI_ENGINE_RESULTS=$(ENGINE_RESULTS) \
+		$(BIN)/python -m pytest -m engines tests/engines $(ARGS)
+
+# Needs cmake and a C++ compiler, and 15 minutes on two cores.
+build/llama.cpp/build/bin/llama-server: | $(BIN)/python
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest build \
+		llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf build/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C build --strip-components 2 \
+		llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
+	cmake -S build/llama.cpp -B build/llama.cpp/build -DCMAKE_BUILD_TYPE=Release \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF
+	cmake --build build/llama.cpp/build --parallel 2 \
+		--target llama-quantize llama-perplexity llama-completion llama-server
 
 lint: $(VENV)/dev.stamp $(LINK)
 	$(BIN)/ruff check .
