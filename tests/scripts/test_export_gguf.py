@@ -29,6 +29,8 @@ from kimi_linear import (
 
 pytestmark = pytest.mark.transformers
 
+# As many MLA heads as KDA heads.
+HEADS = {"num_attention_heads": 4}
 LINEAR = {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
 # What llama.cpp has no room for, and zeros or copies make right.
 MENDED: dict[str, dict[str, Any]] = {
@@ -63,7 +65,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def config_of(**fields: Any) -> KimiLinearConfig:
-    return KimiLinearConfig.from_preset("2m", **fields)
+    return KimiLinearConfig.from_preset("2m", **{**HEADS, **fields})
 
 
 def shapes_of(config: KimiLinearConfig) -> dict[str, tuple[int, ...]]:
@@ -75,7 +77,7 @@ def shapes_of(config: KimiLinearConfig) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_snapshot(tmp_path_factory.mktemp("original"))
+    return make_snapshot(tmp_path_factory.mktemp("original"), **HEADS)
 
 
 @pytest.fixture
@@ -158,7 +160,7 @@ def test_remarks() -> None:
 
 @pytest.mark.parametrize("name", MENDED)
 def test_an_export(name: str, tmp_path: Path, checkout: Path) -> None:
-    folder = make_snapshot(tmp_path / "small", **MENDED[name])
+    folder = make_snapshot(tmp_path / "small", **{**HEADS, **MENDED[name]})
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     output = export_gguf.main(folder=folder, llama_cpp=checkout, type="f32")
     assert output == folder / "small-f32.gguf" and output.stat().st_size > 10**6

@@ -10,6 +10,8 @@ from kimi_linear.tokenizer import convert_tiktoken
 from kimi_linear.tokenizer.special_tokens import NUM_SPECIAL_TOKENS
 
 LINEAR = {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
+# As many MLA heads as KDA heads.
+HEADS = {"num_attention_heads": 4}
 RANKS = {bytes([i]): i for i in range(256)} | {
     pair: 256 + i for i, pair in enumerate([b"th", b"in", b"er", b"an", b" t"])
 }
@@ -39,7 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def small_config(**fields: Any) -> KimiLinearConfig:
     # Norms that take 1e-6 here take `rms_norm_eps` elsewhere.
-    fields = {**_ids(RANKS), "initializer_range": 0.1, "rms_norm_eps": 1e-6, **fields}
+    fields = {**_ids(RANKS), "initializer_range": 0.1, "rms_norm_eps": 1e-6, **HEADS, **fields}
     return KimiLinearConfig.from_preset("2m", **fields)
 
 
