@@ -110,27 +110,34 @@ class TextPool:
         return held["linear_attention"] // 2, held["full_attention"] // 2  # one is spare
 
     def add(
-        self, cache: Any, row: int = 0, *, num_padding: int = 0, like: int | None = None
+        self,
+        cache: Any,
+        row: int = 0,
+        *,
+        padding: tuple[int, int] = (0, 0),
+        like: int | None = None,
     ) -> int:
         """Take a text over from a cache that has read it, and return its row here.
 
         Args:
             cache: A `KimiLinearCache`; it is not changed.
             row: Of it.
-            num_padding: The row's first columns, this many, are padding.
+            padding: The row's first column of padding, and the number of these columns.
             like: A row here whose text begins with the same tokens: whole pages are shared.
 
         Raises:
             RuntimeError: If there is no row, or not enough pages.
         """
-        num_tokens = cache.get_seq_length() - num_padding
+        start, count = padding
+        num_tokens = cache.get_seq_length() - count
         shared = [] if like is None else self._own_pages[like]
         shared = shared[: min(num_tokens, self.lengths[like or 0]) // self.page_tokens]
         own = self._begin(num_tokens, shared)
         for i, layer in enumerate(cache.layers):
             if i in self.latents:
                 text = torch.cat([x[row if x.shape[0] > 1 else 0] for x in layer.segments()])
-                self._write(text[num_padding:], self.latents[i], own, len(shared))
+                text = torch.cat([text[:start], text[start + count :]]) if count else text
+                self._write(text, self.latents[i], own, len(shared))
                 continue
             layer.settle()
             tensors = self.states[i].tensors(), layer.state.tensors()

@@ -9,9 +9,12 @@ Transformers' manager (`upstream/requests.py`) calls `prepare_next_batch`, `_gen
 `update_batch` in turn, from a thread of its own.
 """
 
+import itertools
 import math
 import time
 from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +37,9 @@ READ_TOKENS = 8192
 # Reading few tokens takes as long as reading so many: prompts wait for others so long, counted from
 # the last reading.
 WORTHWHILE_TOKENS, PATIENCE_SECONDS = 2048, 0.2
+# A beginning that prompts share is read once, from so many tokens on; it is looked for among the
+# next requests, this many.
+PREFIX_TOKENS, PREFIX_REQUESTS = 256, 32
 # Prompts beside each other, at most: each has states of its own while it is read.
 READ_ROWS = 16
 # Of the free memory of a GPU, for states and latents.
@@ -67,16 +73,22 @@ class OwnCaches:
         """Whether texts of these lengths can be held now, beside those that are."""
         return len(lengths) <= self.num_free_rows
 
-    def add(self, cache: Any, row: int, num_padding: int) -> int:
-        """Take over a row of a cache, whose first columns are padding; its row here."""
-        assert row == num_padding == 0
+    def add(self, cache: Any, row: int, padding: tuple[int, int], like: int | None) -> int:
+        """Take over a row of a cache, and return its row here.
+
+        Args:
+            cache, row: Of a text that is read.
+            padding: Its first column of padding, and the number of these columns.
+            like: A row here whose text begins with the same tokens.
+        """
+        assert row == padding[1] == 0
         own = min(set(range(self.num_rows)) - set(self.caches))
         self.caches[own] = cache
         return own
 
     def fork(self, row: int) -> int:
         """Another text that goes on from here."""
-        return self.add(self.caches[row].fork(), 0, 0)
+        return self.add(self.caches[row].fork(), 0, (0, 0), None)
 
     def free(self, row: int) -> None:
         """Forget a text."""
@@ -139,8 +151,8 @@ class PooledTexts:
         pages = sum(map(self.pool.pages_for, lengths))
         return len(lengths) <= self.num_free_rows and pages <= self.pool.num_free_pages
 
-    def add(self, cache: Any, row: int, num_padding: int) -> int:
-        return self.pool.add(cache, row, num_padding=num_padding)
+    def add(self, cache: Any, row: int, padding: tuple[int, int], like: int | None) -> int:
+        return self.pool.add(cache, row, padding=padding, like=like)
 
     def fork(self, row: int) -> int:
         return self.pool.fork(row)
@@ -155,49 +167,88 @@ class PooledTexts:
         return decode_pool(self.model, self.pool, rows, ids)
 
 
+@dataclass
+class Prefix:
+    """A beginning that prompts share.
+
+    Attributes:
+        tokens: Its ids.
+        cache: Has read it.
+        row: Where decoding texts are, it keeps what they share.
+    """
+
+    tokens: list[int]
+    cache: KimiLinearCache
+    row: int
+
+    def begins(self, tokens: list[int]) -> bool:
+        """Whether a text begins with it and goes on."""
+        return len(tokens) > len(self.tokens) and tokens[: len(self.tokens)] == self.tokens
+
+
 class Reading:
-    """Prompts that are read beside each other, piece by piece, left-padded.
+    """Texts that are read beside each other, piece by piece; the shorter ones have padding before
+    what is read.
 
     Args:
         model: Reads them.
-        states: Of the requests.
+        texts: Their tokens.
         most_tokens: Of a piece, all rows together.
+        prefix: What all of them begin with, which is read.
+        states: The requests whose prompts they are; none for a prefix.
 
     Attributes:
         logits: [rows, vocab_size] of the last tokens, once all is read.
     """
 
-    def __init__(self, model: Any, states: list[Any], most_tokens: int) -> None:
-        self.model, self.states = model, states
-        texts = [torch.tensor(state.initial_tokens) for state in states]
-        longest = max(map(len, texts))
-        self.padding = [longest - len(text) for text in texts]
-        rows = zip(self.padding, texts, strict=True)
-        self.ids = torch.stack([F.pad(text, (n, 0)) for n, text in rows]).to(model.device)
-        columns = torch.arange(longest, device=model.device)
-        padding = torch.tensor(self.padding, device=model.device)
-        self.mask = (columns >= padding[:, None]).long() if any(self.padding) else None
-        # equal pieces: a short one at the end would be a step of its own kind
+    def __init__(
+        self,
+        model: Any,
+        texts: list[list[int]],
+        most_tokens: int,
+        prefix: Prefix | None = None,
+        states: Sequence[Any] = (),
+    ) -> None:
+        self.model, self.texts, self.prefix, self.states = model, texts, prefix, list(states)
+        start = 0 if prefix is None else len(prefix.tokens)
+        rows = [torch.tensor(text[start:]) for text in texts]
+        longest = max(map(len, rows))
+        counts = [longest - len(row) for row in rows]
+        self.padding = [(start, count) for count in counts]
+        padded = [F.pad(row, (count, 0)) for row, count in zip(rows, counts, strict=True)]
+        self.ids = torch.stack(padded).to(model.device)
+        self.start, self.mask = start, None
+        if any(counts):
+            columns = torch.arange(start + longest) - start
+            hidden = (columns >= 0) & (columns < torch.tensor(counts)[:, None])
+            self.mask = (~hidden).long().to(model.device)
         count = -(-self.ids.numel() // most_tokens)
         self.size, self.done = -(-longest // count), 0
         self.cache = KimiLinearCache(model.config, rollback_tokens=0, reserve_tokens=longest)
-
+        if prefix is not None:
+            self.cache = prefix.cache.fork()
+            if len(rows) > 1:
+                self.cache.batch_repeat_interleave(len(rows))
         self.logits: Tensor | None = None
 
     def lengths(self) -> list[int]:
         """Of the texts that will go on from here, with their first new tokens."""
-        counts = ((len(state.initial_tokens) + 1, 1 + state.num_children) for state in self.states)
-        return [length for length, count in counts for _ in range(count)]
+        if not self.states:
+            return [len(text) for text in self.texts]
+        counts = [1 + state.num_children for state in self.states]
+        both = zip(self.texts, counts, strict=True)
+        return [len(text) + 1 for text, count in both for _ in range(count)]
 
     def read(self) -> None:
-        """Read a piece."""
-        stop = self.done + self.size
-        mask = None if self.mask is None else self.mask[:, :stop]
+        """Read a piece, layer by layer: its number of tokens will hardly come again."""
+        stop = min(self.done + self.size, self.ids.shape[1])
+        mask = None if self.mask is None else self.mask[:, : self.start + stop]
         piece = self.ids[:, self.done : stop]
-        out = self.model(piece, attention_mask=mask, cache=self.cache, logits_to_keep=1)
-        self.done = min(stop, self.ids.shape[1])
-        if self.done == self.ids.shape[1]:
-            self.logits = out.logits[:, -1]
+        read = self.model.model
+        out = read(input_ids=piece, attention_mask=mask, cache=self.cache, use_cache=True)
+        self.done = stop
+        if stop == self.ids.shape[1]:
+            self.logits = self.model.lm_head(out.last_hidden_state[:, -1])
 
 
 class RequestProcessor:
@@ -242,6 +293,8 @@ class RequestProcessor:
             logger.warning_once(f"requests decode one by one, layer by layer: {reason}")
         # by row, in the order in which they came
         self.active: OrderedDict[int, Any] = OrderedDict()
+        self.prefix: Prefix | None = None
+        self.shares_prefixes = settings.allow_block_sharing
         self._last_read = 0.0
         self.reset()
 
@@ -251,6 +304,7 @@ class RequestProcessor:
         self.reading: Reading | None = None
         for row in list(self.active):
             self._end(row)
+        self._drop_prefix()
         self._results: list[Any] = []
 
     # --------------------------------------------------------------------- what the manager calls
@@ -328,41 +382,93 @@ class RequestProcessor:
         """Read a piece of the prompts that are next; those that are read wait for their memory,
         which texts that go on may have taken meanwhile."""
         if self.reading is None:
-            states = self._next_prompts()
-            if not states:
-                return
-            for state in states:
-                self.waiting.remove(state)
-                state.status = RequestStatus.PREFILLING
-            self.reading = Reading(self.model, states, self.read_tokens)
+            self.reading = self._next_reading()
         reading = self.reading
+        if reading is None:
+            return
         if reading.logits is None:
             try:
                 reading.read()
             except Exception as error:  # any kind: others go on
                 self.reading = None
+                self.shares_prefixes &= bool(reading.states)
                 for state in reading.states:
                     self._handle_request_error(error, state)
                 return
-        if reading.logits is not None and self.texts.has_room(reading.lengths()):
+        if reading.logits is not None and self._has_room(reading.lengths()):
             self.reading, self._last_read = None, time.perf_counter()
-            self._admit(reading, reading.logits)
+            if reading.states:
+                self._admit(reading, reading.logits)
+            else:
+                row = self.texts.add(reading.cache.fork(), 0, (0, 0), None)
+                self.prefix = Prefix(reading.texts[0], reading.cache, row)
+
+    def _has_room(self, lengths: list[int]) -> bool:
+        """Whether there is memory for texts of these lengths. What nothing but a prefix takes is
+        given up for them."""
+        if not self.texts.has_room(lengths) and not self.active:
+            self._drop_prefix()
+        return self.texts.has_room(lengths)
+
+    def _drop_prefix(self) -> None:
+        if self.prefix is not None:
+            self.texts.free(self.prefix.row)
+            self.prefix = None
+
+    def _next_reading(self) -> Reading | None:
+        """What to read next: prompts, or what many of them begin with."""
+        states = self._next_prompts()
+        if not states:
+            return None
+        shared = self._new_prefix(states[0])
+        if shared is not None:
+            self._drop_prefix()
+            return Reading(self.model, [shared], self.read_tokens)
+        for state in states:
+            self.waiting.remove(state)
+            state.status = RequestStatus.PREFILLING
+        prefix = self._prefix_of(states[0])
+        texts = [state.initial_tokens for state in states]
+        return Reading(self.model, texts, self.read_tokens, prefix, states)
+
+    def _prefix_of(self, state: Any) -> Prefix | None:
+        """The prefix that is there, if a prompt begins with it."""
+        is_its = self.prefix is not None and self.prefix.begins(state.initial_tokens)
+        return self.prefix if is_its else None
+
+    def _new_prefix(self, state: Any) -> list[int] | None:
+        """What a request's prompt shares with another one's that waits, if it is worth reading by
+        itself and there is room for it."""
+        if not self.shares_prefixes or self._prefix_of(state) is not None:
+            return None
+        text = state.initial_tokens
+        others = itertools.islice(self.waiting, 1 + PREFIX_REQUESTS)
+        shared = [_common(text, x.initial_tokens) for x in others if x is not state]
+        length = min(max(shared, default=0), len(text) - 1)
+        length -= length % PREFIX_TOKENS
+        if not length or not self.texts.has_room([length, len(text) + 1]):
+            return None
+        return text[:length]
 
     def _next_prompts(self) -> list[Any]:
         """The first requests that wait, as many as are worth reading beside each other."""
         chosen: list[Any] = []
         lengths: list[int] = []
+        prefix = self._prefix_of(self.waiting[0]) if self.waiting else None
+        known = 0 if prefix is None else len(prefix.tokens)
         for state in self.waiting:
-            own = [len(state.initial_tokens) + 1] * (1 + state.num_children)
-            longest, rows = max([*lengths, *own]), len(chosen) + 1
-            is_wasteful = 2 * longest * rows > 3 * (sum(map(_length, chosen)) + own[0])
-            if chosen and (longest * rows > self.read_tokens or is_wasteful):
+            own = [_length(state) + 1] * (1 + state.num_children)
+            new = [*(_length(each) - known for each in chosen), _length(state) - known]
+            is_wasteful = 2 * max(new) * len(new) > 3 * sum(new)
+            if chosen and (max(new) * len(new) > self.read_tokens or is_wasteful):
                 break
-            if rows > self.texts.group or not self.texts.has_room([*lengths, *own]):
+            if self._prefix_of(state) is not prefix or len(new) > self.texts.group:
+                break
+            if not self._has_room([*lengths, *own]):
                 break
             chosen.append(state)
             lengths += own
-        is_short = sum(map(_length, chosen)) < WORTHWHILE_TOKENS
+        is_short = sum(map(_length, chosen)) - known * len(chosen) < WORTHWHILE_TOKENS
         if chosen and self.active and is_short and self.texts.group > 1:
             since = max(chosen[0].created_time, self._last_read)
             if time.perf_counter() - since < PATIENCE_SECONDS:
@@ -373,14 +479,16 @@ class RequestProcessor:
         """Let texts that have been read go on, each with its first token."""
         rows: list[int] = []
         sources: list[int] = []
+        # it may have been given up while they were read
+        shared = reading.prefix
+        like = None if shared is None or shared is not self.prefix else shared.row
         for i, state in enumerate(reading.states):
             if state.status == RequestStatus.FINISHED:  # cancelled meanwhile
                 continue
-            row = self.texts.add(reading.cache, i, reading.padding[i])
+            row = self.texts.add(reading.cache, i, reading.padding[i], like)
             children = [
                 state.fork(f"{state.request_id}__child#{n}") for n in range(state.num_children)
             ]
-            state.num_children = 0
             own = [row, *(self.texts.fork(row) for _ in children)]
             for each, child in zip(own, [state, *children], strict=True):
                 child.num_children, child.status = 0, RequestStatus.DECODING
@@ -395,7 +503,10 @@ class RequestProcessor:
         """One more token of each text."""
         for row in list(self.active):
             while row in self.active and not self.texts.grow(row):
-                self._set_back(next(reversed(self.active)))
+                if self.prefix is not None:
+                    self._drop_prefix()
+                else:
+                    self._set_back(next(reversed(self.active)))
         rows = list(self.active)
         if not rows:
             return
@@ -463,6 +574,12 @@ class RequestProcessor:
 
 def _length(state: Any) -> int:
     return len(state.initial_tokens)
+
+
+def _common(text: list[int], other: list[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 def most_rows(config: Any) -> int:

@@ -14,11 +14,13 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 PAGE = 32
 
 
-def answers(model, lengths, count, **settings):
-    """Of `generate_batch`, those that each prompt gets alone, and the processor."""
+def answers(model, lengths, count, start=0, **settings):
+    """Of `generate_batch`, those that each prompt gets alone, and the processor; prompts begin with
+    the same `start` tokens."""
     found, make = [], type(model).request_processor
     model.request_processor = lambda manager: found.append(make(model, manager)) or found[-1]
-    texts = [token_ids(n, seed=n).tolist() for n in lengths]
+    first = token_ids(start).tolist()
+    texts = [first + token_ids(n, seed=n).tolist() for n in lengths]
     greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": count}
     options = ContinuousBatchingConfig(page_size=PAGE, **settings)
     model.decode_backend = "auto"
@@ -68,3 +70,27 @@ def test_memory_that_others_take_while_a_prompt_is_read(device):
         decode_model(device), (31, 30, 70), 6, num_blocks=5, max_batch_tokens=20
     )
     assert [out.generated_tokens for out in outs] == alone
+
+
+@each_device
+@pytest.mark.parametrize("num_blocks", [30, 8])
+def test_a_shared_beginning(num_blocks, device, monkeypatch):
+    """Read once, its pages are shared; where memory is short, it is given up."""
+    monkeypatch.setattr(requests, "PREFIX_TOKENS", PAGE)
+    added, add = [], requests.TextPool.add
+    monkeypatch.setattr(
+        requests.TextPool,
+        "add",
+        lambda self, *args, **kwargs: (added.append(kwargs["like"]), add(self, *args, **kwargs))[1],
+    )
+    outs, alone, processor = answers(
+        decode_model(device), (5, 9, 31, 2), 4, start=2 * PAGE, num_blocks=num_blocks
+    )
+    assert [out.generated_tokens for out in outs] == alone
+    shared = [like is not None for like in added]
+    assert not shared[0] and any(shared)
+    pool = processor.texts.pool
+    taken = 0 if processor.prefix is None else 2
+    assert pool.num_free_pages == num_blocks - taken
+    processor.reset()
+    assert (pool.num_free_rows, pool.num_free_pages) == (pool.num_rows, pool.num_pages)

@@ -8,6 +8,7 @@ import torch
 from builders import tiny_model, token_ids
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from kimi_linear.generation import requests
 from kimi_linear.generation.requests import RequestProcessor
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -116,12 +117,34 @@ def test_long_prompts_are_read_in_pieces(model, monkeypatch):
     (text,) = prompts(30)
     (out,) = model.generate_batch([text], config(), continuous_batching_config=settings).values()
     handle.remove()
-    assert widths[:4] == [8, 8, 8, 6] and widths[4:] == [1] * 4
+    assert widths == [8, 8, 8, 6, 1, 1, 1, 1]
     assert out.generated_tokens == alone(model, text, 5)
 
 
+def beginnings(*lengths):
+    """Prompts that begin alike."""
+    start = token_ids(20).tolist()
+    return [start + token_ids(n, seed=n).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_what_prompts_begin_with_is_read_once(model, monkeypatch, is_shared):
+    monkeypatch.setattr(requests, "PREFIX_TOKENS", 8)
+    counts = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    texts = [*beginnings(3, 5, 9), *prompts(7)]
+    settings = ContinuousBatchingConfig(allow_block_sharing=is_shared)
+    found = model.generate_batch(texts, config(max_new_tokens=1), settings).values()
+    handle.remove()
+    assert sum(counts) == sum(map(len, texts)) - 2 * 16 * is_shared
+    for out, text in zip(found, texts, strict=True):
+        assert out.generated_tokens == alone(model, text, 1)
+
+
 def test_an_error_while_reading_ends_those_requests_alone(model, monkeypatch):
-    read, calls = model.forward, []
+    read, calls = model.model.forward, []
 
     def breaking(*args, **kwargs):
         calls.append(1)
@@ -129,7 +152,7 @@ def test_an_error_while_reading_ends_those_requests_alone(model, monkeypatch):
             raise RuntimeError("out of luck")
         return read(*args, **kwargs)
 
-    monkeypatch.setattr(model, "forward", breaking)
+    monkeypatch.setattr(model.model, "forward", breaking)
     first, second = model.generate_batch(prompts(3, 4), config()).values()
     assert first.error == "out of luck" and second.error is None
 

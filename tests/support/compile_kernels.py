@@ -97,6 +97,7 @@ def compile_decode_steps() -> None:
             decode_step(model, StepKind(num_rows, has_padding=num_rows == 6)).run()
         for num_sequences in (1, 2):
             decode_step(model, StepKind(num_sequences, num_tokens=3)).run()
+        decode_step(model, StepKind(2, is_pending=True, page_tokens=256)).run()
 
 
 if __name__ == "__main__":
