@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.cache.state import KDAState
+from kimi_linear.ops.runtime import ceil_div
 
 PAGE_TOKENS = 256
 # Kernels read so many tokens at once, from one page.
@@ -100,7 +101,7 @@ class TextPool:
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold so many tokens."""
-        return -(-num_tokens // self.page_tokens)
+        return ceil_div(num_tokens, self.page_tokens)
 
     @staticmethod
     def bytes_of(config: Any, page_tokens: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -50,32 +50,50 @@ class OneToken:
         """
         H, K, width = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
         block = min(self.block, K)
-        sizes = {"H": H, "K": K, "WIDTH": width, "TAPS": power_of_two(width - 1)}
+        rule, gated_norm = self._kernels()
+        counts, tokens = self._of_several(counters)
+        sizes = {"H": H, "K": K, "WIDTH": width, **self._places(width)}
         sizes |= {"HAS_GATES": gates is not None, "num_warps": self._warps(K), **self.options}
         both = projected, projected if gates is None else gates
-        kda_kernel[(self.num_sequences, H, K // block)](
+        rule[(self.num_sequences, H, K // block)](
             *both,
             *_weights(a),
             table,
+            *counts,
             mixed,
             projected.stride(0),
+            *tokens,
             BLOCK=block,
             **sizes,
         )
-        kda_out_kernel[(self.num_sequences, H)](
+        gated_norm[(out.shape[0], H)](
             *both,
             a.g_b_proj.weight,
             a.o_norm.weight,
             table,
+            *counts,
             mixed,
             out,
             *fixed[0],
             projected.stride(0),
             out.stride(0),
+            *tokens,
             a.o_norm.eps,
             FIXED=fixed[1],
             **sizes,
         )
+
+    def _kernels(self) -> tuple[Any, Any]:
+        """Of the rule, and of the gated norm behind it."""
+        return kda_kernel, kda_out_kernel
+
+    def _of_several(self, counters: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """What only kernels of several tokens take: counters, and the number of tokens."""
+        return (), ()
+
+    def _places(self, width: int) -> dict[str, int]:
+        """Inputs of a convolution that a program loads at once."""
+        return {"TAPS": power_of_two(width - 1)}
 
     def _warps(self, head_size: int) -> int:
         return self.num_warps if head_size >= 128 else 4
@@ -92,50 +110,14 @@ class SeveralTokens(OneToken):
         super().__init__(*args)
         self.num_tokens = num_tokens
 
-    def launch(
-        self,
-        a: Any,
-        table: Tensor,
-        counters: Tensor,
-        projected: Tensor,
-        gates: Tensor | None,
-        mixed: Tensor,
-        out: Tensor,
-        fixed: tuple[tuple[Tensor, ...], int],
-    ) -> None:
-        """As of one token."""
-        H, K, width = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
-        block = min(self.block, K)
-        sizes = {"H": H, "K": K, "WIDTH": width, "PLACES": power_of_two(width)}
-        sizes |= {"HAS_GATES": gates is not None, "num_warps": self._warps(K), **self.options}
-        both = projected, projected if gates is None else gates
-        delta_rule_kernel[(self.num_sequences, H, K // block)](
-            *both,
-            *_weights(a),
-            table,
-            counters,
-            mixed,
-            projected.stride(0),
-            self.num_tokens,
-            BLOCK=block,
-            **sizes,
-        )
-        delta_rule_out_kernel[(self.num_sequences * self.num_tokens, H)](
-            *both,
-            a.g_b_proj.weight,
-            a.o_norm.weight,
-            table,
-            counters,
-            mixed,
-            out,
-            *fixed[0],
-            projected.stride(0),
-            out.stride(0),
-            self.num_tokens,
-            a.o_norm.eps,
-            FIXED=fixed[1],
-            **sizes,
-        )
+    def _kernels(self) -> tuple[Any, Any]:
+        return delta_rule_kernel, delta_rule_out_kernel
+
+    def _of_several(self, counters: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return (counters,), (self.num_tokens,)
+
+    def _places(self, width: int) -> dict[str, int]:
+        return {"PLACES": power_of_two(width)}
 
 
 def _weights(a: Any) -> tuple[Tensor, ...]:

@@ -116,10 +116,11 @@ class DraftLength:
             return
         now = self._clock()
         if self._start is not None:
-            taken, before = now - self._start, self._seconds.get(self._length, 0.0)
-            known = self._length in self._seconds
-            if before is None or not known:
-                self._seconds[self._length] = taken if known else None
+            taken, before = now - self._start, self._seconds.get(self._length)
+            if self._length not in self._seconds:
+                self._seconds[self._length] = None
+            elif before is None:
+                self._seconds[self._length] = taken
             else:
                 self._seconds[self._length] = before + 0.2 * (taken - before)
             self._doubt_others()

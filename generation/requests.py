@@ -28,6 +28,7 @@ from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode.few_rows import power_below
 from kimi_linear.decode.graph import decode_pool, pool_obstacle
 from kimi_linear.decode.obstacles import MAX_PAIRS, MAX_ROWS
+from kimi_linear.ops.runtime import ceil_div
 from kimi_linear.upstream.requests import RequestStatus, drained
 
 logger = logging.get_logger(__name__)
@@ -222,8 +223,7 @@ class Reading:
             columns = torch.arange(start + longest) - start
             hidden = (columns >= 0) & (columns < torch.tensor(counts)[:, None])
             self.mask = (~hidden).long().to(model.device)
-        count = -(-self.ids.numel() // most_tokens)
-        self.size, self.done = -(-longest // count), 0
+        self.size, self.done = ceil_div(longest, ceil_div(self.ids.numel(), most_tokens)), 0
         self.cache = KimiLinearCache(model.config, rollback_tokens=0, reserve_tokens=longest)
         if prefix is not None:
             self.cache = prefix.cache.fork()
