@@ -26,7 +26,8 @@ from kimi_linear.layers.latent_attention import KimiLinearLatentAttention
 from kimi_linear.layers.mlp import KimiLinearMLP
 from kimi_linear.layers.moe import KimiLinearMoE, KimiLinearRouter
 from kimi_linear.layers.norm import KimiLinearRMSNorm
-from kimi_linear.layers.plan import ForwardPlan, Planner
+from kimi_linear.layers.plan import ForwardPlan
+from kimi_linear.layers.planner import Planner
 from kimi_linear.outputs_kimi_linear import (
     KimiLinearCausalLMOutput,
     KimiLinearModelOutput,
@@ -122,7 +123,7 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | list[Cache] | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -139,7 +140,8 @@ class KimiLinearBackbone(KimiLinearPreTrainedModel):
                 share beginnings, see `inputs/trees.py`; `position_ids` say nothing then.
             position_ids: [B or 1, T]. There are no positional encodings; only restarts matter,
                 which begin a new sequence within a row (packing).
-            cache: A `KimiLinearCache`, or an empty `DynamicCache`.
+            cache: A `KimiLinearCache`, or an empty `DynamicCache`; or a list of caches, one for
+                each sequence of the one row that `cu_seq_lens_q` divides, see `layers/texts.py`.
             inputs_embeds: [B, T, D].
             use_cache: Whether to return a cache. None: as the configuration says, never in training
                 and never for packed rows.
@@ -235,7 +237,7 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | list[Cache] | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,

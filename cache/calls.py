@@ -41,7 +41,7 @@ def cache_for_call(
         if use_cache or cache is not None:
             raise ValueError(
                 "packed sequences cannot be combined with a cache: pass use_cache=False and no "
-                "cache"
+                "cache, or cu_seq_lens_q and a list of caches, one for each sequence"
             )
         return None
     if use_cache is None:

@@ -168,6 +168,18 @@ def check_whole(cache: Cache) -> None:
         )
 
 
+def check_one_text(cache: Cache, name: str) -> None:
+    """Raise ValueError unless the cache, an argument of that name, is of one text without
+    padding."""
+    layers: list[Any] = cache.layers
+    rows = next((layer.num_rows for layer in layers if layer.num_rows is not None), 1)
+    if rows != 1 or layers[0].has_padding:
+        found = "padding" if rows == 1 else f"{rows} rows"
+        raise ValueError(
+            f"{name} has {found}, which is not allowed: it must have one text's tokens"
+        )
+
+
 def check_kinds(cache: Cache, config: PreTrainedConfig) -> None:
     """Raise ValueError unless the cache has a layer of the right kind for each of the model's."""
     kinds, needed = [layer.kind for layer in cache.layers], config.layer_types

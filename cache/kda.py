@@ -107,6 +107,12 @@ class KDALayerCache(LayerCache):
         else:
             self.rollback.append(logged)
 
+    def hold(self, state: KDAState, num_tokens: int) -> None:
+        """Take over the state after so many more tokens, of which `crop` takes none back."""
+        self._hold(state)
+        self.rollback.drop()
+        self._count(num_tokens)
+
     def _hold(self, state: KDAState) -> None:
         """Take over the state after the last token."""
         self.state = KDAState(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_linear.cache.hybrid import check_one_text
 from kimi_linear.cache.state import KDAState
 from kimi_linear.ops.runtime import ceil_div
 
@@ -110,40 +111,31 @@ class TextPool:
         held = TextPool(config, 1, 1, **place).memory_bytes()
         return held["linear_attention"] // 2, held["full_attention"] // 2  # one is spare
 
-    def add(
-        self,
-        cache: Any,
-        row: int = 0,
-        *,
-        padding: tuple[int, int] = (0, 0),
-        like: int | None = None,
-    ) -> int:
+    def add(self, cache: Any, *, like: int | None = None) -> int:
         """Take a text over from a cache that has read it, and return its row here.
 
         Args:
-            cache: A `KimiLinearCache`; it is not changed.
-            row: Of it.
-            padding: The row's first column of padding, and the number of these columns.
+            cache: A `KimiLinearCache` of one row without padding; its text stays what it is.
             like: A row here whose text begins with the same tokens: whole pages are shared.
 
         Raises:
+            ValueError: For a cache of several rows, or with padding.
             RuntimeError: If there is no row, or not enough pages.
         """
-        start, count = padding
-        num_tokens = cache.get_seq_length() - count
+        check_one_text(cache, "cache")
+        num_tokens = cache.get_seq_length()
         shared = [] if like is None else self._own_pages[like]
         shared = shared[: min(num_tokens, self.lengths[like or 0]) // self.page_tokens]
         own = self._begin(num_tokens, shared)
         for i, layer in enumerate(cache.layers):
             if i in self.latents:
-                text = torch.cat([x[row if x.shape[0] > 1 else 0] for x in layer.segments()])
-                text = torch.cat([text[:start], text[start + count :]]) if count else text
+                text = torch.cat([x[0] for x in layer.segments()])
                 self._write(text, self.latents[i], own, len(shared))
                 continue
             layer.settle()
             tensors = self.states[i].tensors(), layer.state.tensors()
             for target, source in zip(*tensors, strict=True):
-                target[own] = source[row]
+                target[own] = source[0]
         return own
 
     def _begin(self, num_tokens: int, shared: list[int]) -> int:

@@ -6,6 +6,7 @@ Shapes: B batch, H heads, K key size, V value size, D = H * K, W convolution wid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,25 @@ class KDAState:
         """The tensors that are not None."""
         return [x for x in (self.conv, self.recurrent) if x is not None]
 
+    @staticmethod
+    def joined(states: "list[KDAState]") -> "KDAState":
+        """The rows of several states, in one."""
+        conv, recurrent = [x.conv for x in states], [x.recurrent for x in states]
+        return KDAState(_joined(conv), _joined(recurrent))
+
+    def rows(self) -> "list[KDAState]":
+        """A state for each row, in the same memory."""
+        assert self.conv is not None and self.recurrent is not None
+        both = zip(self.conv.split(1), self.recurrent.split(1), strict=True)
+        return [KDAState(*row) for row in both]
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "KDAState":
         """A state of what `function` makes of each tensor."""
         return KDAState(*(None if x is None else function(x) for x in (self.conv, self.recurrent)))
+
+
+def _joined(rows: list[Tensor | None]) -> Tensor | None:
+    there = [x for x in rows if x is not None]
+    if not there:
+        return None
+    return torch.cat([torch.zeros_like(there[0]) if x is None else x for x in rows])

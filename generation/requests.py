@@ -1,6 +1,6 @@
 """Many requests at once: which texts are read, which go on, and what each is told.
 
-A prompt is read into a cache of its own, or several beside each other; then its text moves to where
+A prompt is read into a cache of its own, several prompts in one call; then its text moves to where
 it decodes, a row and pages of a `TextPool` on a GPU, that cache itself elsewhere. Between two steps
 of all texts that decode, at most `max_batch_tokens` tokens of prompts are read. When pages run out,
 the text that came last gives its own back and is read again later.
@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
@@ -35,14 +34,18 @@ logger = logging.get_logger(__name__)
 
 # Tokens of prompts read between two steps, unless `max_batch_tokens` says another number.
 READ_TOKENS = 8192
-# Reading few tokens takes as long as reading so many: prompts wait for others so long, counted from
-# the last reading.
-WORTHWHILE_TOKENS, PATIENCE_SECONDS = 2048, 0.2
+# Reading few tokens takes nearly as long as reading so many: prompts wait for others so long,
+# counted from the last reading; if there are more prompts than rows, so that all wait anyway, the
+# longer time.
+WORTHWHILE_TOKENS, PATIENCE_SECONDS, QUEUE_PATIENCE_SECONDS = 4096, 0.1, 0.4
+# Texts that may get longer answers begin earlier, so that the last ones end together: a request
+# counts as having come so much earlier for each token of its answer, at most so long.
+TURN_SECONDS, MAX_TURN_SECONDS = 0.004, 2.0
 # A beginning that prompts share is read once, from so many tokens on; it is looked for among the
 # next requests, this many.
 PREFIX_TOKENS, PREFIX_REQUESTS = 256, 32
-# Prompts beside each other, at most: each has states of its own while it is read.
-READ_ROWS = 16
+# Prompts of one call, at most: each has states of its own while it is read.
+READ_TEXTS = 32
 # Of the free memory of a GPU, for states and latents.
 MEMORY_SHARE = 0.8
 
@@ -52,44 +55,41 @@ class OwnCaches:
 
     Args:
         model: A `KimiLinearForCausalLM`.
-        num_rows: Texts at a time.
+        num_rows: Texts at a time, beside a prefix.
     """
 
-    group = 1  # prompts that may be read beside each other
+    group = 1  # prompts that are read in one call, at most
 
     def __init__(self, model: Any, num_rows: int) -> None:
         self.model, self.num_rows = model, num_rows
         self.caches: dict[int, Any] = {}
 
-    @property
-    def num_free_rows(self) -> int:
-        """Texts that can still come."""
-        return self.num_rows - len(self.caches)
-
     def most_tokens(self) -> float:
         """The longest text that can be held."""
         return math.inf
 
+    def can_hold(self, lengths: list[int]) -> bool:
+        """Whether texts of these lengths can be held if there is nothing else."""
+        return True
+
     def has_room(self, lengths: list[int]) -> bool:
         """Whether texts of these lengths can be held now, beside those that are."""
-        return len(lengths) <= self.num_free_rows
+        return len(lengths) <= self.num_rows + 1 - len(self.caches)
 
-    def add(self, cache: Any, row: int, padding: tuple[int, int], like: int | None) -> int:
-        """Take over a row of a cache, and return its row here.
+    def add(self, cache: Any, like: int | None = None) -> int:
+        """Take a text over, and return its row here.
 
         Args:
-            cache, row: Of a text that is read.
-            padding: Its first column of padding, and the number of these columns.
+            cache: Has read it, and it alone.
             like: A row here whose text begins with the same tokens.
         """
-        assert row == padding[1] == 0
-        own = min(set(range(self.num_rows)) - set(self.caches))
+        own = min(set(range(self.num_rows + 1)) - set(self.caches))
         self.caches[own] = cache
         return own
 
     def fork(self, row: int) -> int:
         """Another text that goes on from here."""
-        return self.add(self.caches[row].fork(), 0, (0, 0), None)
+        return self.add(self.caches[row].fork())
 
     def free(self, row: int) -> None:
         """Forget a text."""
@@ -115,13 +115,13 @@ class PooledTexts:
 
     Args:
         model: A `KimiLinearForCausalLM` that `pool_obstacle` has nothing against.
-        num_rows: Texts at a time, at most.
+        num_rows: Texts at a time, at most, beside a prefix.
         num_pages: Of all texts together; None: as many as memory has room for.
         page_tokens: Tokens of a page.
         memory_share: Of the free memory, for rows and pages.
     """
 
-    group = READ_ROWS
+    group = READ_TEXTS
 
     def __init__(
         self,
@@ -136,24 +136,24 @@ class PooledTexts:
             row, page = TextPool.bytes_of(model.config, page_tokens, model.dtype)
             free = memory_share * torch.cuda.mem_get_info(model.device)[0]
             # states take at most half of it
-            num_rows = max(1, min(num_rows, int(free / 2 // row) - 1))
-            num_pages = max(1, int((free - (num_rows + 1) * row) // page) - 1)
+            num_rows = max(1, min(num_rows, int(free / 2 // row) - 2))
+            num_pages = max(1, int((free - (num_rows + 2) * row) // page) - 1)
         place: Any = {"dtype": model.dtype, "device": model.device, "page_tokens": page_tokens}
-        self.pool = TextPool(model.config, num_rows, num_pages, **place)
-
-    @property
-    def num_free_rows(self) -> int:
-        return self.pool.num_free_rows
+        self.num_rows = num_rows
+        self.pool = TextPool(model.config, num_rows + 1, num_pages, **place)
 
     def most_tokens(self) -> float:
         return self.pool.num_pages * self.pool.page_tokens
 
+    def can_hold(self, lengths: list[int]) -> bool:
+        return sum(map(self.pool.pages_for, lengths)) <= self.pool.num_pages
+
     def has_room(self, lengths: list[int]) -> bool:
         pages = sum(map(self.pool.pages_for, lengths))
-        return len(lengths) <= self.num_free_rows and pages <= self.pool.num_free_pages
+        return len(lengths) <= self.pool.num_free_rows and pages <= self.pool.num_free_pages
 
-    def add(self, cache: Any, row: int, padding: tuple[int, int], like: int | None) -> int:
-        return self.pool.add(cache, row, padding=padding, like=like)
+    def add(self, cache: Any, like: int | None = None) -> int:
+        return self.pool.add(cache, like=like)
 
     def fork(self, row: int) -> int:
         return self.pool.fork(row)
@@ -188,18 +188,17 @@ class Prefix:
 
 
 class Reading:
-    """Texts that are read beside each other, piece by piece; the shorter ones have padding before
-    what is read.
+    """Texts that are read into a cache each, end to end and piece by piece.
 
     Args:
         model: Reads them.
         texts: Their tokens.
-        most_tokens: Of a piece, all rows together.
+        most_tokens: Of a piece.
         prefix: What all of them begin with, which is read.
         states: The requests whose prompts they are; none for a prefix.
 
     Attributes:
-        logits: [rows, vocab_size] of the last tokens, once all is read.
+        caches: Of the texts.
     """
 
     def __init__(
@@ -212,43 +211,46 @@ class Reading:
     ) -> None:
         self.model, self.texts, self.prefix, self.states = model, texts, prefix, list(states)
         start = 0 if prefix is None else len(prefix.tokens)
-        rows = [torch.tensor(text[start:]) for text in texts]
-        longest = max(map(len, rows))
-        counts = [longest - len(row) for row in rows]
-        self.padding = [(start, count) for count in counts]
-        padded = [F.pad(row, (count, 0)) for row, count in zip(rows, counts, strict=True)]
-        self.ids = torch.stack(padded).to(model.device)
-        self.start, self.mask = start, None
-        if any(counts):
-            columns = torch.arange(start + longest) - start
-            hidden = (columns >= 0) & (columns < torch.tensor(counts)[:, None])
-            self.mask = (~hidden).long().to(model.device)
-        self.size, self.done = ceil_div(longest, ceil_div(self.ids.numel(), most_tokens)), 0
-        self.cache = KimiLinearCache(model.config, rollback_tokens=0, reserve_tokens=longest)
-        if prefix is not None:
-            self.cache = prefix.cache.fork()
-            if len(rows) > 1:
-                self.cache.batch_repeat_interleave(len(rows))
-        self.logits: Tensor | None = None
+        rests = [text[start:] for text in texts]
+        self._ids = torch.tensor([list(itertools.chain(*rests))]).to(model.device)
+        self._ends = torch.tensor([0, *map(len, rests)]).cumsum(0)
+        self._size = ceil_div(self._ids.numel(), ceil_div(self._ids.numel(), most_tokens))
+        self._done = 0
+        self._last: list[Tensor] = []  # [texts, D]: of the texts that are read, the last tokens
+        self.caches = [
+            KimiLinearCache(model.config, rollback_tokens=0, reserve_tokens=len(rest))
+            if prefix is None
+            else prefix.cache.fork()
+            for rest in rests
+        ]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all is read."""
+        return self._done == self._ids.numel()
 
     def lengths(self) -> list[int]:
         """Of the texts that will go on from here, with their first new tokens."""
         if not self.states:
             return [len(text) for text in self.texts]
-        counts = [1 + state.num_children for state in self.states]
-        both = zip(self.texts, counts, strict=True)
-        return [len(text) + 1 for text, count in both for _ in range(count)]
+        return [length for state in self.states for length in _first_lengths(state)]
 
     def read(self) -> None:
         """Read a piece, layer by layer: its number of tokens will hardly come again."""
-        stop = min(self.done + self.size, self.ids.shape[1])
-        mask = None if self.mask is None else self.mask[:, : self.start + stop]
-        piece = self.ids[:, self.done : stop]
-        read = self.model.model
-        out = read(input_ids=piece, attention_mask=mask, cache=self.cache, use_cache=True)
-        self.done = stop
-        if stop == self.ids.shape[1]:
-            self.logits = self.model.lm_head(out.last_hidden_state[:, -1])
+        start, stop = self._done, min(self._done + self._size, self._ids.numel())
+        out = self.model.model(
+            input_ids=self._ids[:, start:stop],
+            cu_seq_lens_q=self._ends.clamp(start, stop) - start,
+            cache=self.caches,
+        )
+        ends = self._ends[1:]
+        ended = ends[(ends > start) & (ends <= stop)] - 1 - start
+        self._last.append(out.last_hidden_state[0, ended.to(out.last_hidden_state.device)])
+        self._done = stop
+
+    def logits(self) -> Tensor:
+        """[texts, vocab_size] of the last tokens, once all is read."""
+        return self.model.lm_head(torch.cat(self._last))
 
 
 class RequestProcessor:
@@ -316,6 +318,7 @@ class RequestProcessor:
             return False
         if getattr(status, "is_pause_requested", bool)():  # 5.17 has none
             status.pause_and_wait()
+        arrived = []
         for state in drained(self.manager.input_queue):
             try:
                 self.processors.check_kwargs(state.logit_processor_kwargs)
@@ -323,7 +326,9 @@ class RequestProcessor:
             except Exception as error:  # any kind: it is this request's alone
                 self._handle_request_error(error, state)
             else:
-                self.waiting.append(state)
+                arrived.append(state)
+        if arrived:
+            self.waiting = deque(sorted([*self.waiting, *arrived], key=_turn))
         for request_id in drained(self.manager.cancel_queue):
             self._cancel(request_id)
         return self.has_pending_requests()
@@ -377,6 +382,12 @@ class RequestProcessor:
                 f"input_ids has {count} tokens, which is not allowed: all memory of requests has "
                 f"room for {self.texts.most_tokens()} with the answer"
             )
+        rows = 1 + state.num_children
+        if rows > self.texts.num_rows or not self.texts.can_hold(_first_lengths(state)):
+            raise ValueError(
+                f"num_return_sequences={rows} is not allowed: {self.texts.num_rows} texts go on at "
+                f"a time (max_requests_per_batch), with {self.texts.most_tokens()} tokens in all"
+            )
 
     def _read(self) -> None:
         """Read a piece of the prompts that are next; those that are read wait for their memory,
@@ -386,7 +397,7 @@ class RequestProcessor:
         reading = self.reading
         if reading is None:
             return
-        if reading.logits is None:
+        if not reading.is_done:
             try:
                 reading.read()
             except Exception as error:  # any kind: others go on
@@ -395,18 +406,24 @@ class RequestProcessor:
                 for state in reading.states:
                     self._handle_request_error(error, state)
                 return
-        if reading.logits is not None and self._has_room(reading.lengths()):
+        if reading.is_done and self._has_room(reading.lengths(), may_drop=True):
             self.reading, self._last_read = None, time.perf_counter()
             if reading.states:
-                self._admit(reading, reading.logits)
+                self._admit(reading)
             else:
-                row = self.texts.add(reading.cache.fork(), 0, (0, 0), None)
-                self.prefix = Prefix(reading.texts[0], reading.cache, row)
+                (cache,) = reading.caches
+                self.prefix = Prefix(reading.texts[0], cache, self.texts.add(cache.fork()))
 
-    def _has_room(self, lengths: list[int]) -> bool:
-        """Whether there is memory for texts of these lengths. What nothing but a prefix takes is
-        given up for them."""
-        if not self.texts.has_room(lengths) and not self.active:
+    @property
+    def _num_free_rows(self) -> int:
+        return self.texts.num_rows - len(self.active)
+
+    def _has_room(self, lengths: list[int], *, may_drop: bool) -> bool:
+        """Whether texts of these lengths may go on now. Where nothing but a prefix is in their way,
+        it may be given up."""
+        if len(lengths) > self._num_free_rows:
+            return False
+        if may_drop and not self.active and not self.texts.has_room(lengths):
             self._drop_prefix()
         return self.texts.has_room(lengths)
 
@@ -446,7 +463,7 @@ class RequestProcessor:
         shared = [_common(text, x.initial_tokens) for x in others if x is not state]
         length = min(max(shared, default=0), len(text) - 1)
         length -= length % PREFIX_TOKENS
-        if not length or not self.texts.has_room([length, len(text) + 1]):
+        if not length or not self.texts.has_room([length, *_first_lengths(state)]):
             return None
         return text[:length]
 
@@ -457,25 +474,26 @@ class RequestProcessor:
         prefix = self._prefix_of(self.waiting[0]) if self.waiting else None
         known = 0 if prefix is None else len(prefix.tokens)
         for state in self.waiting:
-            own = [_length(state) + 1] * (1 + state.num_children)
-            new = [*(_length(each) - known for each in chosen), _length(state) - known]
-            is_wasteful = 2 * max(new) * len(new) > 3 * sum(new)
-            if chosen and (max(new) * len(new) > self.read_tokens or is_wasteful):
+            own = _first_lengths(state)
+            num_new = sum(map(_length, [*chosen, state])) - known * (1 + len(chosen))
+            if chosen and (num_new > self.read_tokens or len(chosen) == self.texts.group):
                 break
-            if self._prefix_of(state) is not prefix or len(new) > self.texts.group:
+            if self._prefix_of(state) is not prefix or (chosen and self._new_prefix(state)):
                 break
-            if not self._has_room([*lengths, *own]):
+            if not self._has_room([*lengths, *own], may_drop=not chosen):
                 break
             chosen.append(state)
             lengths += own
-        is_short = sum(map(_length, chosen)) - known * len(chosen) < WORTHWHILE_TOKENS
-        if chosen and self.active and is_short and self.texts.group > 1:
+        num_new = sum(map(_length, chosen)) - known * len(chosen)
+        if self.active and 0 < num_new < WORTHWHILE_TOKENS and self.texts.group > 1:
+            is_queue = len(self.waiting) > self._num_free_rows
+            patience = QUEUE_PATIENCE_SECONDS if is_queue else PATIENCE_SECONDS
             since = max(chosen[0].created_time, self._last_read)
-            if time.perf_counter() - since < PATIENCE_SECONDS:
+            if time.perf_counter() - since < patience:
                 return []
         return chosen
 
-    def _admit(self, reading: Reading, logits: Tensor) -> None:
+    def _admit(self, reading: Reading) -> None:
         """Let texts that have been read go on, each with its first token."""
         rows: list[int] = []
         sources: list[int] = []
@@ -485,7 +503,7 @@ class RequestProcessor:
         for i, state in enumerate(reading.states):
             if state.status == RequestStatus.FINISHED:  # cancelled meanwhile
                 continue
-            row = self.texts.add(reading.cache, i, reading.padding[i], like)
+            row = self.texts.add(reading.caches[i], like)
             children = [
                 state.fork(f"{state.request_id}__child#{n}") for n in range(state.num_children)
             ]
@@ -496,7 +514,7 @@ class RequestProcessor:
             rows += own
             sources += [i] * len(own)
         if rows:
-            self._take(rows, logits[sources])
+            self._take(rows, reading.logits()[sources])
 
     # ------------------------------------------------------------------------------------- answers
     def _decode(self) -> None:
@@ -525,7 +543,9 @@ class RequestProcessor:
             text = f"the text has {count} tokens, for more there is no memory"
             self._handle_request_error(RuntimeError(text), state)
         else:
-            self.waiting.appendleft(state.create_equivalent_initial_request())
+            again = state.create_equivalent_initial_request()
+            again.created_time = state.created_time
+            self.waiting.appendleft(again)
 
     def _take(self, rows: list[int], logits: Tensor) -> None:
         """Choose a token for each text from its logits [texts, vocab_size], and tell."""
@@ -576,10 +596,23 @@ def _length(state: Any) -> int:
     return len(state.initial_tokens)
 
 
+def _first_lengths(state: Any) -> list[int]:
+    """Of the texts that go on from a request's prompt, with their first new tokens."""
+    return [_length(state) + 1] * (1 + state.num_children)
+
+
+def _turn(state: Any) -> float:
+    """Smaller for requests that are read earlier."""
+    longest = MAX_TURN_SECONDS / TURN_SECONDS
+    return state.created_time - TURN_SECONDS * min(state.max_new_tokens or longest, longest)
+
+
 def _common(text: list[int], other: list[int]) -> int:
-    """How many tokens two texts begin with in common."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
+    """How many tokens two texts begin with in common, of those a multiple of `PREFIX_TOKENS`."""
+    stop = PREFIX_TOKENS
+    while stop <= min(len(text), len(other)) and text[:stop] == other[:stop]:
+        stop += PREFIX_TOKENS
+    return stop - PREFIX_TOKENS
 
 
 def most_rows(config: Any) -> int:

@@ -324,21 +324,38 @@ def _expand(
     return ids.to(device).expand(batch_size, -1)
 
 
-def _sequence_numbers(
-    cu_seq_lens: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
-) -> Tensor:
-    """[B, T] int64: the sequence that each place belongs to."""
+def sequence_ends(cu_seq_lens: Tensor, places: int, num_sequences: int | None = None) -> Tensor:
+    """[N + 1] int64: `cu_seq_lens_q`, if it is right; ValueError if not.
+
+    Args:
+        cu_seq_lens: As it was given.
+        places: B * T, where it ends.
+        num_sequences: N; None if any number is.
+    """
     _check_tensor("cu_seq_lens_q", cu_seq_lens)
     if cu_seq_lens.is_floating_point():
         raise ValueError(
             f"cu_seq_lens_q is {cu_seq_lens.dtype}, which is not allowed: it must be of integers"
         )
-    places = batch_size * num_tokens
-    ends = cu_seq_lens.flatten().long().to(device)
+    ends = cu_seq_lens.flatten().long()
     if ends.numel() < 2 or ends[0] != 0 or ends[-1] != places or (ends.diff() < 0).any():
         raise ValueError(
             f"cu_seq_lens_q={reprlib.repr(ends.tolist())} is not allowed: it must rise from 0 to "
             f"batch * tokens = {places}"
         )
+    if num_sequences not in (None, ends.numel() - 1):
+        raise ValueError(
+            f"cu_seq_lens_q has {ends.numel() - 1} sequences, which is not allowed: it must have "
+            f"one for each of the {num_sequences} caches"
+        )
+    return ends
+
+
+def _sequence_numbers(
+    cu_seq_lens: Tensor, batch_size: int, num_tokens: int, device: torch.device | None
+) -> Tensor:
+    """[B, T] int64: the sequence that each place belongs to."""
+    places = batch_size * num_tokens
+    ends = sequence_ends(cu_seq_lens, places).to(device)
     place = torch.arange(places, device=device)
     return torch.searchsorted(ends, place, right=True).reshape(batch_size, num_tokens)

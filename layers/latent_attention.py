@@ -65,6 +65,8 @@ class KimiLinearLatentAttention(nn.Module):
         match plan.route:
             case "latents":
                 return self._attend_to_latents(x, segments, plan)
+            case "texts":
+                out, weights = self._attend_by_text(self.query(x), segments, plan.ends), None
             case "sequences":
                 key, value = self.expand(plan.visible(latent))
                 out, weights = self._attend_by_sequence(self.query(x), key, value, plan.ends), None
@@ -150,6 +152,18 @@ class KimiLinearLatentAttention(nn.Module):
             out, _ = self._attend(self.query(x[:, start:stop]), before, own, None)
             result[:, start:stop] = self.o_proj(out.flatten(-2))
         return result, None
+
+    def _attend_by_text(self, query: Tensor, texts: list[Any], ends: list[int]) -> Tensor:
+        """[1, T, H, V]: each text's queries, which lie end to end, to the segments of its own."""
+        parts = zip(texts, ends, ends[1:], strict=False)
+        return torch.cat(
+            [
+                self._attend(query[:, start:stop], segments, None, None)[0]
+                for segments, start, stop in parts
+                if start < stop
+            ],
+            dim=1,
+        )
 
     def _attend(
         self, query: Tensor, segments: list[Tensor], real: Tensor | None, seen: Tensor | None

@@ -29,7 +29,8 @@ from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, check_attention_mask, sequence_layout
 from kimi_linear.inputs.sequences import TokenSequences, token_sequences
-from kimi_linear.layers.plan import ForwardPlan, Planner
+from kimi_linear.layers.plan import ForwardPlan
+from kimi_linear.layers.planner import Planner
 from kimi_linear.ops.kda import kda_attention
 from kimi_linear.ops.runtime import compute_dtype, no_autocast
 from kimi_linear.upstream.interfaces import attention_backend

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.checkpoints.files import DTYPES, StoredTensor, read_blocks
-from kimi_linear.layers.plan import Planner
+from kimi_linear.layers.planner import Planner
 from kimi_linear.ops.packed.gptq import second_moment
 from quantizing.writing import TensorFile
 

@@ -5,7 +5,7 @@ import torch
 from builders import token_ids
 from decode_models import DEVICES, check, decode_model, finish, prepared, small_grids  # noqa: F401
 
-from kimi_linear.layers.plan import Planner
+from kimi_linear.layers.planner import Planner
 
 pytestmark = [
     pytest.mark.kernels,

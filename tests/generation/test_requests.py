@@ -2,6 +2,7 @@
 
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,17 @@ def test_several_answers_to_a_prompt(model):
     assert len(set(answers.values())) > 2
 
 
+def test_more_answers_than_rows_are_an_error(model):
+    settings = config(do_sample=True, num_return_sequences=3)
+    rows = ContinuousBatchingConfig(max_requests_per_batch=2)
+    with model.continuous_batching_context_manager(
+        settings, continuous_batching_config=rows
+    ) as manager:
+        manager.add_request(prompts(4)[0])
+        out = manager.get_result(timeout=20)
+    assert out.error.startswith("num_return_sequences=3 is not allowed: 2 texts go on at a time")
+
+
 def test_a_seed_repeats_what_was_drawn(model):
     settings = ContinuousBatchingConfig(seed=7)
     both = [
@@ -121,21 +133,56 @@ def test_long_prompts_are_read_in_pieces(model, monkeypatch):
     assert out.generated_tokens == alone(model, text, 5)
 
 
+@pytest.mark.parametrize(("most_tokens", "read"), [(100, [22, 2]), (9, [3, 6, 5, 8, 2])])
+def test_prompts_that_are_read_in_one_call(model, monkeypatch, most_tokens, read):
+    """End to end, without padding; where they are too long for that, cut anywhere."""
+    monkeypatch.setattr(requests.OwnCaches, "group", 4)
+    widths = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    settings = ContinuousBatchingConfig(max_batch_tokens=most_tokens, max_requests_per_batch=8)
+    manager = model.init_continuous_batching(config(), settings)
+    lengths = (3, 11, 1, 7, 2)
+    for n in lengths:
+        manager.add_request(prompts(n)[0], request_id=str(n))
+    manager.start()
+    found = [manager.get_result(timeout=20) for _ in lengths]
+    manager.stop(block=True)
+    handle.remove()
+    assert [n for n in widths if n > 1] == read
+    for out in found:
+        assert out.generated_tokens == alone(model, out.prompt_ids, 5)
+
+
+def test_turns():
+    """Long answers begin earlier than their time, by so much at most."""
+    came = {"a": (0.0, 10), "b": (0.1, 500), "c": (1.9, 10**9), "d": (2.5, None), "e": (0.0, 11)}
+    states = [SimpleNamespace(created_time=t, max_new_tokens=n) for t, n in came.values()]
+    order = [states.index(state) for state in sorted(states, key=requests._turn)]
+    assert "".join("abcde"[i] for i in order) == "bcead"
+
+
 def beginnings(*lengths):
     """Prompts that begin alike."""
     start = token_ids(20).tolist()
     return [start + token_ids(n, seed=n).tolist() for n in lengths]
 
 
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("is_shared", [True, False])
-def test_what_prompts_begin_with_is_read_once(model, monkeypatch, is_shared):
+def test_what_prompts_begin_with_is_read_once(model, monkeypatch, is_shared, group):
+    """It takes no text's row away, and does not make room for those that are next."""
     monkeypatch.setattr(requests, "PREFIX_TOKENS", 8)
+    monkeypatch.setattr(requests.OwnCaches, "group", group)
     counts = []
     handle = model.model.register_forward_pre_hook(
         lambda _, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     texts = [*beginnings(3, 5, 9), *prompts(7)]
-    settings = ContinuousBatchingConfig(allow_block_sharing=is_shared)
+    settings = ContinuousBatchingConfig(
+        allow_block_sharing=is_shared, max_requests_per_batch=3 if group > 1 else 4
+    )
     found = model.generate_batch(texts, config(max_new_tokens=1), settings).values()
     handle.remove()
     assert sum(counts) == sum(map(len, texts)) - 2 * 16 * is_shared

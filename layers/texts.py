@@ -1,0 +1,112 @@
+"""Calls that read texts of different lengths, each into a cache of its own.
+
+The texts' next tokens lie end to end in one row; the caches come as a list, one for each sequence.
+Nothing is padded, and a text goes on from where it is: behind a prefix, or behind the pieces read
+before.
+
+Shapes: T tokens of the call, N texts, D hidden size, L + P width of a latent.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kimi_linear.cache.hybrid import check_one_text, prepare_cache
+from kimi_linear.cache.pieces import KDAPieces
+from kimi_linear.cache.state import KDAState
+from kimi_linear.inputs.layout import SequenceLayout, sequence_ends
+from kimi_linear.layers.plan import ForwardPlan
+
+
+@dataclass(frozen=True)
+class TextsPlan(ForwardPlan):
+    """The plan of such a call; `cache` is the list."""
+
+    def begin_call(self) -> None:
+        for cache in self.cache:
+            cache.begin_call()
+
+    def end_call(self, modules: list[nn.Module]) -> None:
+        for cache in self.cache:
+            cache.end_call(modules)
+
+    def read_kda(self, attention: Any, hidden_states: Tensor) -> Tensor:
+        """Have a KDA layer read [1, T, D] from the states of all texts."""
+        layers = [cache.layers[attention.layer_idx] for cache in self.cache]
+        for layer in layers:
+            layer.settle()
+        before = KDAState.joined([layer.state for layer in layers])
+        out, after, _ = attention.attend(hidden_states, self.layout, before)
+        for layer, state, num_tokens in zip(layers, after.rows(), self.num_tokens, strict=True):
+            layer.hold(state, num_tokens)
+        return out
+
+    def keep_latents(self, layer_idx: int, latent: Tensor) -> list[Any]:
+        """Cache each text's latents of [1, T, L + P]; return the segments of each text."""
+        layers = [cache.layers[layer_idx] for cache in self.cache]
+        parts = latent.split(self.num_tokens, dim=1)
+        return [
+            layer.update(part) if part.shape[1] else layer.segments()
+            for layer, part in zip(layers, parts, strict=True)
+        ]
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Of each text in this call."""
+        return [stop - start for start, stop in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def texts_plan(
+    model: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    caches: list[Any],
+    *,
+    cu_seq_lens: Tensor | None = None,
+    **others: Tensor | None,
+) -> TextsPlan:
+    """The plan of a call with a cache for each sequence.
+
+    Args:
+        model: The backbone.
+        hidden_states: [1, T, D].
+        attention_mask: None: nothing is padded.
+        caches: N, each of one text that has no padding and cannot be cropped. They are written to.
+        cu_seq_lens: [N + 1], where the texts' tokens end; a text may have none.
+        **others: None: `cu_seq_lens` says all.
+
+    Raises:
+        ValueError: If something else is given.
+    """
+    given = [
+        name for name, x in {"attention_mask": attention_mask, **others}.items() if x is not None
+    ]
+    if given or cu_seq_lens is None or hidden_states.shape[0] != 1:
+        raise ValueError(
+            "a list of caches needs one row of tokens and cu_seq_lens_q, which says where each "
+            f"cache's end, and no {' or '.join(given) or 'other boundaries'}"
+        )
+    if len({id(cache) for cache in caches}) < len(caches):
+        raise ValueError(
+            "cache has the same cache twice, which is not allowed: each text needs one"
+        )
+    own = [prepare_cache(cache, model.config) for cache in caches]
+    for i, cache in enumerate(own):
+        _check_text(cache, f"cache[{i}]")
+    num_tokens = hidden_states.shape[1]
+    ends = sequence_ends(cu_seq_lens, num_tokens, len(own)).to(hidden_states.device, torch.int32)
+    layout = SequenceLayout(cu_seqlens=ends, num_places=num_tokens)
+    return TextsPlan(layout, own, "texts", KDAPieces(()))
+
+
+def _check_text(cache: Any, name: str) -> None:
+    """ValueError unless it is of one text, which need not go back."""
+    check_one_text(cache, name)
+    kept = max((x.rollback.tokens for x in cache.layers if x.kind == "linear_attention"), default=0)
+    if kept:
+        raise ValueError(
+            f"{name} has rollback_tokens={kept}, which is not allowed: it must be 0, "
+            "KimiLinearCache(config, rollback_tokens=0)"
+        )
