@@ -1,0 +1,87 @@
+"""Random requests that share a pool with little memory: each is answered as if alone, and all
+memory comes back. The pool's step runs in torch (`pool_steps.py`)."""
+
+import functools
+import random
+import time
+
+import pytest
+import torch
+from builders import tiny_model, token_ids
+from pool_steps import step_in_torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from kimi_linear.generation import requests
+
+PAGE = 32
+BEGINNINGS = (0, 40, 64, 100)
+model_of = functools.cache(tiny_model)
+
+
+@functools.cache
+def alone(begins, rest, seed):
+    """A prompt, and the 24 tokens that it is answered with."""
+    start = token_ids(begins, seed=begins)
+    ids = torch.cat([start, token_ids(rest, seed=seed)])[None]
+    out = model_of().generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    return ids[0].tolist(), out[0, ids.shape[1] :].tolist()
+
+
+def run(seed, monkeypatch):
+    """A workload, with cancellations."""
+    generator = random.Random(seed)
+    model, processors = model_of(), []
+    make = type(model).request_processor
+    model.request_processor = lambda manager: (
+        processors.append(make(model, manager)) or processors[-1]
+    )
+    monkeypatch.setattr(requests, "pool_obstacle", lambda *args: "")
+    monkeypatch.setattr(requests, "decode_pool", step_in_torch)
+    monkeypatch.setattr(requests, "PREFIX_TOKENS", PAGE)
+    settings = ContinuousBatchingConfig(
+        page_size=PAGE,
+        num_blocks=generator.randint(3, 24),
+        max_requests_per_batch=generator.randint(1, 6),
+        max_batch_tokens=generator.choice([7, 40, 8192]),
+    )
+    greedy = GenerationConfig(do_sample=False, eos_token_id=None)
+    count = generator.randint(1, 12)
+    expected, found, cancelled = {}, {}, set()
+    manager = model.init_continuous_batching(greedy, settings)
+    manager.start()
+    for i in range(count):
+        prompt, answer = alone(generator.choice(BEGINNINGS), generator.randint(1, 40), seed=i)
+        expected[f"r{i}"] = answer[: generator.randint(1, 24)]
+        manager.add_request(prompt, request_id=f"r{i}", max_new_tokens=len(expected[f"r{i}"]))
+        if generator.random() < 0.1:
+            cancelled.add(f"r{generator.randint(0, i)}")
+            manager.cancel_request(next(iter(cancelled)))
+        time.sleep(generator.choice([0, 0, 0.02]))
+    deadline = time.monotonic() + 120
+    while set(expected) - set(found) - cancelled:
+        assert time.monotonic() < deadline, "requests are not answered any more"
+        out = manager.get_result(timeout=0.1)
+        if out is not None:
+            found[out.request_id] = out
+    manager.stop(block=True)
+    for name, out in found.items():
+        if out.error is None:
+            assert out.generated_tokens == expected[name]
+        else:  # longer than all memory
+            assert "memory" in out.error
+    (processor,) = processors
+    processor.reset()
+    pool = processor.texts.pool
+    assert (pool.num_free_rows, pool.num_free_pages) == (pool.num_rows, pool.num_pages)
+    assert not any(pool.lengths) and not any(pool._uses)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_requests(seed, monkeypatch):
+    run(seed, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4, 200))
+def test_many_random_requests(seed, monkeypatch):
+    run(seed, monkeypatch)
