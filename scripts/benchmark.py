@@ -32,8 +32,14 @@ its text fit a card:
 
 Calls of several tokens, as drafts are checked:
 
-    python scripts/benchmark.py --preset 48b-a3b --models ours --measure step,generate \
+    python scripts/benchmark.py --preset 48b-a3b --models ours --measure step,generate \\
         --batches 1 --new-tokens 64 --time-limit 200 --output benchmarks/results/requests.jsonl
+
+Many requests, of different lengths:
+
+    python scripts/benchmark.py --preset 48b-a3b --models ours --measure requests --batches 64 \
+        --prompt-length 1024 --new-tokens 64 --time-limit 400 \
+        --output benchmarks/results/requests.jsonl --append
 
 Draw what was measured, without measuring:
 
@@ -48,6 +54,10 @@ The kinds of measurement:
     step         calls of each of --step-tokens tokens of one row behind a prompt of
                  --prompt-length, half, three quarters or all of which are kept (speculative
                  decoding)
+    requests     --request-count requests with prompts and answers of different lengths
+                 (--request-prompts, --request-answers), in each of --batches rows at most, beside
+                 generate of that many rows; and how long one that arrives while all other rows
+                 decode waits for its first token
     first-token  reading the longest of --contexts in pieces, to the first new token
     train        forward, loss and backward of one packed row of --train-tokens, no optimiser
     first-call   the first generate() of a new process: with empty disk caches, and again with what
@@ -96,6 +106,7 @@ from measuring.memory import DEFAULT_CHUNK, allocator_limit
 from measuring.models import build
 from measuring.plot import plot_lines
 from measuring.report import Line, Recorder, environment, read_lines, say, table
+from measuring.requests import Requests, Workload
 from measuring.settings import Settings
 from options.settings import command_parser, run_main
 
@@ -112,10 +123,11 @@ class Subject:
     Args:
         make_bench: Builds it.
         longest: The longest context behind which tokens will be decoded.
+        workload: What requests ask.
     """
 
-    def __init__(self, make_bench: Callable[[], Bench], longest: int) -> None:
-        self.make_bench, self.longest = make_bench, longest
+    def __init__(self, make_bench: Callable[[], Bench], longest: int, workload: Workload) -> None:
+        self.make_bench, self.longest, self.workload = make_bench, longest, workload
 
     @functools.cached_property
     def bench(self) -> Bench:
@@ -129,7 +141,11 @@ class Subject:
 
     def measure(self, measure: str, place: int) -> dict[str, Any]:
         """Figures of one kind of measurement, at a context, batch or number of tokens."""
-        source = self.long_text if measure in ("decode", "first-token") else self.bench
+        source: Any = self.bench
+        if measure in ("decode", "first-token"):
+            source = self.long_text
+        elif measure == "requests":
+            source = Requests(self.bench, self.workload)
         figures = getattr(source, measure.replace("-", "_"))(place)
         return {"held_bytes": self.bench.held_bytes, **figures}
 
@@ -186,6 +202,8 @@ class Run:
         places = []
         if "generate" in wanted:
             places += [("generate", {"batch": batch}) for batch in self.settings.batches]
+        if "requests" in wanted:
+            places += [("requests", {"batch": batch}) for batch in self.settings.batches]
         if "step" in wanted:
             places += [("step", {"tokens": tokens}) for tokens in self.settings.step_tokens]
         if "prefill" in wanted:
@@ -207,7 +225,9 @@ class Run:
     ) -> None:
         """Build a model, measure, and free it."""
         subject = Subject(
-            lambda: self._bench(kind, form, preset, deadline), max(self.settings.contexts)
+            lambda: self._bench(kind, form, preset, deadline),
+            max(self.settings.contexts),
+            self.settings.workload(),
         )
         for measure, place in places:
             line = {**self._line(measure, kind, form, preset), **place}

@@ -124,6 +124,10 @@ def _figure(line: Line) -> str:
         held = f"{_size(line['held_bytes'])} of weights"
         whole = line.get("process_bytes")
         return held if whole is None else f"{held}, {_size(whole)} in all"
+    if line["measure"] == "requests":
+        share, late = line["fraction_of_full_batch"], line["late_first_token_seconds"]
+        speed = f"{line['tokens_per_second']:,.4g} tokens/s, {100 * share:.3g} % of a full batch"
+        return f"{speed}, {late:.2g} s to a late first token"
     speed = f"{line['tokens_per_second']:,.4g} tokens/s"
     if line["tokens_per_second"] >= 1000:
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"

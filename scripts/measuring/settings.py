@@ -11,8 +11,19 @@ from options.settings import check_settings, require, require_some, setting
 from kimi_linear import PRESETS
 from measuring.forms import ALLOWED, NONE, quantization
 from measuring.models import MODELS
+from measuring.requests import Workload
 
-MEASURES = ("prefill", "decode", "generate", "first-token", "train", "first-call", "memory", "step")
+MEASURES = (
+    "prefill",
+    "decode",
+    "generate",
+    "first-token",
+    "train",
+    "first-call",
+    "memory",
+    "step",
+    "requests",
+)
 DEFAULT_MEASURES = MEASURES[:5]
 DEVICES = ("auto", "cuda", "cpu")
 
@@ -36,15 +47,20 @@ class Settings:
         (NONE,), "weights of ours, in this order: none,24gb,48gb,80gb,fp8, or parts (see above)"
     )
     measure: Sequence[str] = setting(
-        DEFAULT_MEASURES, "default: all but the last three", choices=MEASURES
+        DEFAULT_MEASURES, "default: all but the last four", choices=MEASURES
     )
     device: str = setting("auto", choices=DEVICES)
     dtype: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
     contexts: Sequence[int] = setting((128, 512), "tokens, such as 4k,32k,1m", least=1)
-    batches: Sequence[int] = setting((1, 2), "rows of generate, such as 1,8,32", least=1)
+    batches: Sequence[int] = setting(
+        (1, 2), "rows of generate, such as 1,8,32; of requests at most", least=1
+    )
     step_tokens: Sequence[int] = setting((1, 2, 4, 8, 16), "tokens of a call, for step", least=1)
     prompt_length: int = setting(512, "tokens, for generate, step and first-call", least=1)
     new_tokens: int = setting(16, "for generate, decode and first-call", least=1)
+    request_count: int = setting(256, "for requests", least=1)
+    request_prompts: Sequence[int] = setting((64, 2048), "fewest and most tokens", least=1)
+    request_answers: Sequence[int] = setting((16, 512), "fewest and most tokens", least=1)
     prefill_chunk: int | None = setting(None, "tokens of a call while a text is read", least=1)
     train_tokens: int = setting(512, "tokens of the packed row", least=16)
     repeats: int = setting(3, "runs per figure at most, after a warm-up", least=1)
@@ -71,11 +87,20 @@ class Settings:
         require(len(self.quantize) > 0, "quantize", self.quantize, ALLOWED)
         for form in self.quantize:
             quantization(form)  # says what is wrong with it
+        for name in ("request_prompts", "request_answers"):
+            numbers = getattr(self, name)
+            is_range = len(numbers) == 2 and numbers[0] <= numbers[1]
+            require(is_range, name, numbers, "two numbers, the smaller one first")
 
     def subjects(self) -> list[tuple[str, str]]:
         """Models and how their weights are held, in the order in which they are measured."""
         forms = {kind: self.quantize if kind == "ours" else (NONE,) for kind in MODELS}
         return [(kind, form) for kind in self.models for form in forms[kind]]
+
+    def workload(self) -> Workload:
+        """What requests ask."""
+        (fewest, most), (shortest, longest) = self.request_prompts, self.request_answers
+        return Workload(self.request_count, (fewest, most), (shortest, longest))
 
     def torch_device(self) -> torch.device:
         """The device itself."""

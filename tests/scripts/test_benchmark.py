@@ -534,3 +534,18 @@ def test_calls_of_several_tokens() -> None:
         assert found == pytest.approx(1e3 * kept, rel=1e-3)
     assert one["limit"]["weight_bytes"] < five["limit"]["weight_bytes"]
     assert one["limit"]["state_bytes"] == five["limit"]["state_bytes"]
+
+
+def test_many_requests() -> None:
+    few = {"request_count": 5, "request_prompts": (3, 9), "request_answers": (2, 7)}
+    options = {**SMALL, "models": ("ours",), "measure": ("requests",), "batches": (2,), **few}
+    _, line = benchmark.main(**options)
+    assert (line["batch"], line["requests"]) == (2, 5)
+    assert 15 <= line["prompt_tokens"] <= 45 and 10 <= line["answer_tokens"] <= 35
+    found = line["tokens_per_second"] * line["seconds"]
+    assert found == pytest.approx(line["answer_tokens"], rel=1e-3)
+    share = line["tokens_per_second"] / line["full_batch_tokens_per_second"]
+    assert line["fraction_of_full_batch"] == pytest.approx(share, rel=1e-3)
+    assert 0 < line["late_first_token_seconds"] <= line["late_first_token_seconds_at_most"]
+    with pytest.raises(ValueError, match="two numbers, the smaller one first"):
+        benchmark.main(**{**options, "request_prompts": (9, 3)})
