@@ -10,11 +10,8 @@ Transformers' manager (`upstream/requests.py`) calls `prepare_next_batch`, `_gen
 """
 
 import itertools
-import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +19,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from kimi_linear.cache.hybrid import KimiLinearCache
-from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode.few_rows import power_below
-from kimi_linear.decode.graph import decode_pool, pool_obstacle
+from kimi_linear.decode.graph import pool_obstacle
 from kimi_linear.decode.obstacles import MAX_PAIRS, MAX_ROWS
-from kimi_linear.ops.runtime import ceil_div
+from kimi_linear.generation.reading import Prefix, Reading, first_lengths, prompt_length
+from kimi_linear.generation.texts import OwnCaches, PooledTexts
 from kimi_linear.upstream.requests import RequestStatus, drained
 
 logger = logging.get_logger(__name__)
@@ -44,213 +40,8 @@ TURN_SECONDS, MAX_TURN_SECONDS = 0.004, 2.0
 # A beginning that prompts share is read once, from so many tokens on; it is looked for among the
 # next requests, this many.
 PREFIX_TOKENS, PREFIX_REQUESTS = 256, 32
-# Prompts of one call, at most: each has states of its own while it is read.
-READ_TEXTS = 32
 # Of the free memory of a GPU, for states and latents.
 MEMORY_SHARE = 0.8
-
-
-class OwnCaches:
-    """Texts that decode one by one, each with its cache.
-
-    Args:
-        model: A `KimiLinearForCausalLM`.
-        num_rows: Texts at a time, beside a prefix.
-    """
-
-    group = 1  # prompts that are read in one call, at most
-
-    def __init__(self, model: Any, num_rows: int) -> None:
-        self.model, self.num_rows = model, num_rows
-        self.caches: dict[int, Any] = {}
-
-    def most_tokens(self) -> float:
-        """The longest text that can be held."""
-        return math.inf
-
-    def can_hold(self, lengths: list[int]) -> bool:
-        """Whether texts of these lengths can be held if there is nothing else."""
-        return True
-
-    def has_room(self, lengths: list[int]) -> bool:
-        """Whether texts of these lengths can be held now, beside those that are."""
-        return len(lengths) <= self.num_rows + 1 - len(self.caches)
-
-    def add(self, cache: Any, like: int | None = None) -> int:
-        """Take a text over, and return its row here.
-
-        Args:
-            cache: Has read it, and it alone.
-            like: A row here whose text begins with the same tokens.
-        """
-        own = min(set(range(self.num_rows + 1)) - set(self.caches))
-        self.caches[own] = cache
-        return own
-
-    def fork(self, row: int) -> int:
-        """Another text that goes on from here."""
-        return self.add(self.caches[row].fork())
-
-    def free(self, row: int) -> None:
-        """Forget a text."""
-        del self.caches[row]
-
-    def grow(self, row: int) -> bool:
-        """Make room for one more token; False if there is none."""
-        return True
-
-    def step(self, rows: list[int], ids: Tensor) -> Tensor:
-        """Logits [texts, vocab_size] of one more token of each text, ids [texts]."""
-        one_by_one = zip(rows, ids, strict=True)
-        return torch.cat(
-            [
-                self.model(x.view(1, 1), cache=self.caches[row]).logits[:, -1]
-                for row, x in one_by_one
-            ]
-        )
-
-
-class PooledTexts:
-    """Texts of a pool, which decode together by recorded steps; as `OwnCaches`.
-
-    Args:
-        model: A `KimiLinearForCausalLM` that `pool_obstacle` has nothing against.
-        num_rows: Texts at a time, at most, beside a prefix.
-        num_pages: Of all texts together; None: as many as memory has room for.
-        page_tokens: Tokens of a page.
-        memory_share: Of the free memory, for rows and pages.
-    """
-
-    group = READ_TEXTS
-
-    def __init__(
-        self,
-        model: Any,
-        num_rows: int,
-        num_pages: int | None,
-        page_tokens: int,
-        memory_share: float,
-    ) -> None:
-        self.model = model
-        if num_pages is None:
-            row, page = TextPool.bytes_of(model.config, page_tokens, model.dtype)
-            free = memory_share * torch.cuda.mem_get_info(model.device)[0]
-            # states take at most half of it
-            num_rows = max(1, min(num_rows, int(free / 2 // row) - 2))
-            num_pages = max(1, int((free - (num_rows + 2) * row) // page) - 1)
-        place: Any = {"dtype": model.dtype, "device": model.device, "page_tokens": page_tokens}
-        self.num_rows = num_rows
-        self.pool = TextPool(model.config, num_rows + 1, num_pages, **place)
-
-    def most_tokens(self) -> float:
-        return self.pool.num_pages * self.pool.page_tokens
-
-    def can_hold(self, lengths: list[int]) -> bool:
-        return sum(map(self.pool.pages_for, lengths)) <= self.pool.num_pages
-
-    def has_room(self, lengths: list[int]) -> bool:
-        pages = sum(map(self.pool.pages_for, lengths))
-        return len(lengths) <= self.pool.num_free_rows and pages <= self.pool.num_free_pages
-
-    def add(self, cache: Any, like: int | None = None) -> int:
-        return self.pool.add(cache, like=like)
-
-    def fork(self, row: int) -> int:
-        return self.pool.fork(row)
-
-    def free(self, row: int) -> None:
-        self.pool.free(row)
-
-    def grow(self, row: int) -> bool:
-        return self.pool.grow(row, 1)
-
-    def step(self, rows: list[int], ids: Tensor) -> Tensor:
-        return decode_pool(self.model, self.pool, rows, ids)
-
-
-@dataclass
-class Prefix:
-    """A beginning that prompts share.
-
-    Attributes:
-        tokens: Its ids.
-        cache: Has read it.
-        row: Where decoding texts are, it keeps what they share.
-    """
-
-    tokens: list[int]
-    cache: KimiLinearCache
-    row: int
-
-    def begins(self, tokens: list[int]) -> bool:
-        """Whether a text begins with it and goes on."""
-        return len(tokens) > len(self.tokens) and tokens[: len(self.tokens)] == self.tokens
-
-
-class Reading:
-    """Texts that are read into a cache each, end to end and piece by piece.
-
-    Args:
-        model: Reads them.
-        texts: Their tokens.
-        most_tokens: Of a piece.
-        prefix: What all of them begin with, which is read.
-        states: The requests whose prompts they are; none for a prefix.
-
-    Attributes:
-        caches: Of the texts.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        texts: list[list[int]],
-        most_tokens: int,
-        prefix: Prefix | None = None,
-        states: Sequence[Any] = (),
-    ) -> None:
-        self.model, self.texts, self.prefix, self.states = model, texts, prefix, list(states)
-        start = 0 if prefix is None else len(prefix.tokens)
-        rests = [text[start:] for text in texts]
-        self._ids = torch.tensor([list(itertools.chain(*rests))]).to(model.device)
-        self._ends = torch.tensor([0, *map(len, rests)]).cumsum(0)
-        self._size = ceil_div(self._ids.numel(), ceil_div(self._ids.numel(), most_tokens))
-        self._done = 0
-        self._last: list[Tensor] = []  # [texts, D]: of the texts that are read, the last tokens
-        self.caches = [
-            KimiLinearCache(model.config, rollback_tokens=0, reserve_tokens=len(rest))
-            if prefix is None
-            else prefix.cache.fork()
-            for rest in rests
-        ]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all is read."""
-        return self._done == self._ids.numel()
-
-    def lengths(self) -> list[int]:
-        """Of the texts that will go on from here, with their first new tokens."""
-        if not self.states:
-            return [len(text) for text in self.texts]
-        return [length for state in self.states for length in _first_lengths(state)]
-
-    def read(self) -> None:
-        """Read a piece, layer by layer: its number of tokens will hardly come again."""
-        start, stop = self._done, min(self._done + self._size, self._ids.numel())
-        out = self.model.model(
-            input_ids=self._ids[:, start:stop],
-            cu_seq_lens_q=self._ends.clamp(start, stop) - start,
-            cache=self.caches,
-        )
-        ends = self._ends[1:]
-        ended = ends[(ends > start) & (ends <= stop)] - 1 - start
-        self._last.append(out.last_hidden_state[0, ended.to(out.last_hidden_state.device)])
-        self._done = stop
-
-    def logits(self) -> Tensor:
-        """[texts, vocab_size] of the last tokens, once all is read."""
-        return self.model.lm_head(torch.cat(self._last))
 
 
 class RequestProcessor:
@@ -383,7 +174,7 @@ class RequestProcessor:
                 f"room for {self.texts.most_tokens()} with the answer"
             )
         rows = 1 + state.num_children
-        if rows > self.texts.num_rows or not self.texts.can_hold(_first_lengths(state)):
+        if rows > self.texts.num_rows or not self.texts.can_hold(first_lengths(state)):
             raise ValueError(
                 f"num_return_sequences={rows} is not allowed: {self.texts.num_rows} texts go on at "
                 f"a time (max_requests_per_batch), with {self.texts.most_tokens()} tokens in all"
@@ -463,7 +254,7 @@ class RequestProcessor:
         shared = [_common(text, x.initial_tokens) for x in others if x is not state]
         length = min(max(shared, default=0), len(text) - 1)
         length -= length % PREFIX_TOKENS
-        if not length or not self.texts.has_room([length, *_first_lengths(state)]):
+        if not length or not self.texts.has_room([length, *first_lengths(state)]):
             return None
         return text[:length]
 
@@ -474,8 +265,8 @@ class RequestProcessor:
         prefix = self._prefix_of(self.waiting[0]) if self.waiting else None
         known = 0 if prefix is None else len(prefix.tokens)
         for state in self.waiting:
-            own = _first_lengths(state)
-            num_new = sum(map(_length, [*chosen, state])) - known * (1 + len(chosen))
+            own = first_lengths(state)
+            num_new = sum(map(prompt_length, [*chosen, state])) - known * (1 + len(chosen))
             if chosen and (num_new > self.read_tokens or len(chosen) == self.texts.group):
                 break
             if self._prefix_of(state) is not prefix or (chosen and self._new_prefix(state)):
@@ -484,7 +275,7 @@ class RequestProcessor:
                 break
             chosen.append(state)
             lengths += own
-        num_new = sum(map(_length, chosen)) - known * len(chosen)
+        num_new = sum(map(prompt_length, chosen)) - known * len(chosen)
         if self.active and 0 < num_new < WORTHWHILE_TOKENS and self.texts.group > 1:
             is_queue = len(self.waiting) > self._num_free_rows
             patience = QUEUE_PATIENCE_SECONDS if is_queue else PATIENCE_SECONDS
@@ -590,15 +381,6 @@ class RequestProcessor:
         for state in [] if self.reading is None else self.reading.states:
             if state.request_id == request_id:
                 state.status = RequestStatus.FINISHED
-
-
-def _length(state: Any) -> int:
-    return len(state.initial_tokens)
-
-
-def _first_lengths(state: Any) -> list[int]:
-    """Of the texts that go on from a request's prompt, with their first new tokens."""
-    return [_length(state) + 1] * (1 + state.num_children)
 
 
 def _turn(state: Any) -> float:

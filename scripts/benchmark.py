@@ -37,8 +37,8 @@ Calls of several tokens, as drafts are checked:
 
 Many requests, of different lengths:
 
-    python scripts/benchmark.py --preset 48b-a3b --models ours --measure requests --batches 64 \
-        --prompt-length 1024 --new-tokens 64 --time-limit 400 \
+    python scripts/benchmark.py --preset 48b-a3b --models ours --measure requests --batches 64 \\
+        --prompt-length 1024 --new-tokens 64 --time-limit 400 \\
         --output benchmarks/results/requests.jsonl --append
 
 Draw what was measured, without measuring:

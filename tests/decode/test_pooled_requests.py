@@ -6,8 +6,9 @@ from builders import token_ids
 from decode_models import DEVICES, decode_model, small_grids  # noqa: F401
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from kimi_linear.cache.pool import TextPool
 from kimi_linear.generation import requests
-from kimi_linear.generation.requests import PooledTexts
+from kimi_linear.generation.texts import PooledTexts
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -77,9 +78,9 @@ def test_memory_that_others_take_while_a_prompt_is_read(device):
 def test_a_shared_beginning(num_blocks, device, monkeypatch):
     """Read once, its pages are shared; where memory is short, it is given up."""
     monkeypatch.setattr(requests, "PREFIX_TOKENS", PAGE)
-    added, add = [], requests.TextPool.add
+    added, add = [], TextPool.add
     monkeypatch.setattr(
-        requests.TextPool,
+        TextPool,
         "add",
         lambda self, *args, **kwargs: (added.append(kwargs["like"]), add(self, *args, **kwargs))[1],
     )

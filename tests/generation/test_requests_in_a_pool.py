@@ -11,7 +11,7 @@ from builders import tiny_model, token_ids
 from pool_steps import step_in_torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from kimi_linear.generation import requests
+from kimi_linear.generation import requests, texts
 
 PAGE = 32
 BEGINNINGS = (0, 40, 64, 100)
@@ -36,7 +36,7 @@ def run(seed, monkeypatch):
         processors.append(make(model, manager)) or processors[-1]
     )
     monkeypatch.setattr(requests, "pool_obstacle", lambda *args: "")
-    monkeypatch.setattr(requests, "decode_pool", step_in_torch)
+    monkeypatch.setattr(texts, "decode_pool", step_in_torch)
     monkeypatch.setattr(requests, "PREFIX_TOKENS", PAGE)
     settings = ContinuousBatchingConfig(
         page_size=PAGE,

@@ -1,0 +1,131 @@
+"""Where the texts of many requests decode: in a pool together, or each with a cache of its own."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_linear.cache.pool import TextPool
+from kimi_linear.decode.graph import decode_pool
+
+# Prompts of one call, at most: each has states of its own while it is read.
+READ_TEXTS = 32
+
+
+class OwnCaches:
+    """Texts that decode one by one, each with its cache.
+
+    Args:
+        model: A `KimiLinearForCausalLM`.
+        num_rows: Texts at a time, beside a prefix.
+    """
+
+    group = 1  # prompts that are read in one call, at most
+
+    def __init__(self, model: Any, num_rows: int) -> None:
+        self.model, self.num_rows = model, num_rows
+        self.caches: dict[int, Any] = {}
+
+    def most_tokens(self) -> float:
+        """The longest text that can be held."""
+        return math.inf
+
+    def can_hold(self, lengths: list[int]) -> bool:
+        """Whether texts of these lengths can be held if there is nothing else."""
+        return True
+
+    def has_room(self, lengths: list[int]) -> bool:
+        """Whether texts of these lengths can be held now, beside those that are."""
+        return len(lengths) <= self.num_rows + 1 - len(self.caches)
+
+    def add(self, cache: Any, like: int | None = None) -> int:
+        """Take a text over, and return its row here.
+
+        Args:
+            cache: Has read it, and it alone.
+            like: A row here whose text begins with the same tokens.
+        """
+        own = min(set(range(self.num_rows + 1)) - set(self.caches))
+        self.caches[own] = cache
+        return own
+
+    def fork(self, row: int) -> int:
+        """Another text that goes on from here."""
+        return self.add(self.caches[row].fork())
+
+    def free(self, row: int) -> None:
+        """Forget a text."""
+        del self.caches[row]
+
+    def grow(self, row: int) -> bool:
+        """Make room for one more token; False if there is none."""
+        return True
+
+    def step(self, rows: list[int], ids: Tensor) -> Tensor:
+        """Logits [texts, vocab_size] of one more token of each text, ids [texts]."""
+        one_by_one = zip(rows, ids, strict=True)
+        return torch.cat(
+            [
+                self.model(x.view(1, 1), cache=self.caches[row]).logits[:, -1]
+                for row, x in one_by_one
+            ]
+        )
+
+
+class PooledTexts:
+    """Texts of a pool, which decode together by recorded steps; as `OwnCaches`.
+
+    Args:
+        model: A `KimiLinearForCausalLM` that `pool_obstacle` has nothing against.
+        num_rows: Texts at a time, at most, beside a prefix.
+        num_pages: Of all texts together; None: as many as memory has room for.
+        page_tokens: Tokens of a page.
+        memory_share: Of the free memory, for rows and pages.
+    """
+
+    group = READ_TEXTS
+
+    def __init__(
+        self,
+        model: Any,
+        num_rows: int,
+        num_pages: int | None,
+        page_tokens: int,
+        memory_share: float,
+    ) -> None:
+        self.model = model
+        if num_pages is None:
+            row, page = TextPool.bytes_of(model.config, page_tokens, model.dtype)
+            free = memory_share * torch.cuda.mem_get_info(model.device)[0]
+            # states take at most half of it
+            num_rows = max(1, min(num_rows, int(free / 2 // row) - 2))
+            num_pages = max(1, int((free - (num_rows + 2) * row) // page) - 1)
+        place: Any = {"dtype": model.dtype, "device": model.device, "page_tokens": page_tokens}
+        self.num_rows = num_rows
+        self.pool = TextPool(model.config, num_rows + 1, num_pages, **place)
+
+    def most_tokens(self) -> float:
+        return self.pool.num_pages * self.pool.page_tokens
+
+    def can_hold(self, lengths: list[int]) -> bool:
+        return sum(map(self.pool.pages_for, lengths)) <= self.pool.num_pages
+
+    def has_room(self, lengths: list[int]) -> bool:
+        pages = sum(map(self.pool.pages_for, lengths))
+        return len(lengths) <= self.pool.num_free_rows and pages <= self.pool.num_free_pages
+
+    def add(self, cache: Any, like: int | None = None) -> int:
+        return self.pool.add(cache, like=like)
+
+    def fork(self, row: int) -> int:
+        return self.pool.fork(row)
+
+    def free(self, row: int) -> None:
+        self.pool.free(row)
+
+    def grow(self, row: int) -> bool:
+        return self.pool.grow(row, 1)
+
+    def step(self, rows: list[int], ids: Tensor) -> Tensor:
+        return decode_pool(self.model, self.pool, rows, ids)
