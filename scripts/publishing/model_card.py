@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporting.plan import ENGINE as EXPORT
+from exporting.plan import make_plan
 from huggingface_hub import EvalResult, ModelCardData
 
 from kimi_linear import KimiLinearConfig, engine_problems
@@ -349,9 +351,20 @@ def _engines(config: KimiLinearConfig) -> str:
     for engine, (version, _) in ENGINES.items():
         problems = engine_problems(config, engine)
         texts = "; ".join(map(str, problems)) or "nothing that is known"
+        if problems and engine == EXPORT and _can_be_exported(config):
+            texts += " (`scripts/export_gguf.py` of the package's repository mends this)"
         rows.append((f"{engine} {version}", texts))
     note = "Of checkpoints in 16 bits, in these releases."
     return f"{_table(('Engine', 'What it takes otherwise'), rows)}\n\n{note}"
+
+
+def _can_be_exported(config: KimiLinearConfig) -> bool:
+    """Whether zeros make it a model that llama.cpp computes."""
+    try:
+        make_plan(config, config.to_dict())
+    except ValueError:
+        return False
+    return True
 
 
 def _licence(statements: Statements) -> str:

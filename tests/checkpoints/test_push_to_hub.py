@@ -402,6 +402,17 @@ def test_the_card_says_what_other_engines_take_otherwise(
     assert "rms_norm_eps=1e-06: KDA's output norm takes 1e-5, without an error" in section
 
 
+@pytest.mark.parametrize(("fields", "is_mended"), [({"hidden_act": "gelu"}, False), ({}, True)])
+def test_the_card_says_what_the_export_mends(
+    cards: ModuleType, fields: dict[str, str], is_mended: bool
+) -> None:
+    config = KimiLinearConfig.from_preset("2m", **fields)
+    assert engine_problems(config, "llama.cpp")  # 4 KDA heads, 2 MLA heads
+    text = cards.model_card(REPO, config, {}, cards.Statements())
+    (row,) = (line for line in text.splitlines() if line.startswith("| llama.cpp "))
+    assert ("export_gguf.py` of the package's repository mends this" in row) == is_mended
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
