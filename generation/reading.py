@@ -43,6 +43,7 @@ class Reading:
 
     Attributes:
         caches: Of the texts.
+        piece_tokens: Of a piece, but for the last.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Reading:
         rests = [text[start:] for text in texts]
         self._ids = torch.tensor([list(itertools.chain(*rests))]).to(model.device)
         self._ends = torch.tensor([0, *map(len, rests)]).cumsum(0)
-        self._piece_tokens = ceil_div(self._ids.numel(), ceil_div(self._ids.numel(), most_tokens))
+        self.piece_tokens = ceil_div(self._ids.numel(), ceil_div(self._ids.numel(), most_tokens))
         self._done = 0
         self._last: list[Tensor] = []  # [texts, D]: of the texts that are read, the last tokens
         self.caches = [
@@ -67,6 +68,10 @@ class Reading:
             else prefix.cache.fork()
             for rest in rests
         ]
+
+    def again(self, most_tokens: int) -> "Reading":
+        """The same from its beginning, in smaller pieces."""
+        return Reading(self.model, self.texts, most_tokens, self.prefix, self.states)
 
     @property
     def is_done(self) -> bool:
@@ -81,7 +86,7 @@ class Reading:
 
     def read(self) -> None:
         """Read a piece, layer by layer: its number of tokens will hardly come again."""
-        start, stop = self._done, min(self._done + self._piece_tokens, self._ids.numel())
+        start, stop = self._done, min(self._done + self.piece_tokens, self._ids.numel())
         out = self.model.model(
             input_ids=self._ids[:, start:stop],
             cu_seq_lens_q=self._ends.clamp(start, stop) - start,

@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 
 # Tokens of prompts read between two steps, unless `max_batch_tokens` says another number.
 READ_TOKENS = 8192
+# Where memory has no room for that, they are halved down to so many.
+LEAST_READ_TOKENS = 256
 # Reading few tokens takes nearly as long as reading so many: prompts wait for others so long,
 # counted from the last reading; if there are more prompts than rows, so that all wait anyway, the
 # longer time.
@@ -191,11 +193,15 @@ class RequestProcessor:
         if not reading.is_done:
             try:
                 reading.read()
+            except torch.OutOfMemoryError as error:
+                if reading.piece_tokens <= LEAST_READ_TOKENS:
+                    self._fail_reading(error)
+                else:  # what is left beside weights, states and latents has room for less
+                    self.read_tokens = max(LEAST_READ_TOKENS, reading.piece_tokens // 2)
+                    self.reading = reading.again(self.read_tokens)
+                return
             except Exception as error:  # any kind: others go on
-                self.reading = None
-                self.shares_prefixes &= bool(reading.states)
-                for state in reading.states:
-                    self._handle_request_error(error, state)
+                self._fail_reading(error)
                 return
         if reading.is_done and self._has_room(reading.lengths(), may_drop=True):
             self.reading, self._last_read = None, time.perf_counter()
@@ -204,6 +210,14 @@ class RequestProcessor:
             else:
                 (cache,) = reading.caches
                 self.prefix = Prefix(reading.texts[0], cache, self.texts.add(cache.fork()))
+
+    def _fail_reading(self, error: Exception) -> None:
+        """End the requests whose prompts cannot be read; of a prefix, do without."""
+        reading, self.reading = self.reading, None
+        assert reading is not None
+        self.shares_prefixes &= bool(reading.states)
+        for state in reading.states:
+            self._handle_request_error(error, state)
 
     @property
     def _num_free_rows(self) -> int:

@@ -204,6 +204,29 @@ def test_an_error_while_reading_ends_those_requests_alone(model, monkeypatch):
     assert first.error == "out of luck" and second.error is None
 
 
+@pytest.mark.parametrize("room", [8, 1])
+def test_prompts_that_memory_is_short_for_are_read_in_smaller_pieces(model, monkeypatch, room):
+    read, widths = model.model.forward, []
+
+    def in_little_memory(*args, input_ids, **kwargs):
+        if input_ids.shape[1] > room:
+            raise torch.OutOfMemoryError("no memory for that")
+        widths.append(input_ids.shape[1])
+        return read(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", in_little_memory)
+    monkeypatch.setattr(requests, "LEAST_READ_TOKENS", 4)
+    found = model.generate_batch(prompts(30, 1), config()).values()
+    monkeypatch.undo()
+    long, short = found
+    assert short.generated_tokens == alone(model, prompts(1)[0], 5)
+    if room == 1:
+        assert long.error == "no memory for that"
+    else:
+        assert long.generated_tokens == alone(model, prompts(30)[0], 5)
+        assert max(widths) == 6 and widths.count(6) == 5
+
+
 def test_streams_cancellations_and_late_requests(model):
     texts = prompts(3, 8, 5)
     with model.continuous_batching_context_manager(config(max_new_tokens=6)) as manager:
