@@ -42,6 +42,8 @@ TURN_SECONDS, MAX_TURN_SECONDS = 0.004, 2.0
 # A beginning that prompts share is read once, from so many tokens on; it is looked for among the
 # next requests, this many.
 PREFIX_TOKENS, PREFIX_REQUESTS = 256, 32
+# Prompts of one call, at most: each has states of its own while it is read.
+READ_TEXTS = 32
 # Of the free memory of a GPU, for states and latents.
 MEMORY_SHARE = 0.8
 
@@ -85,7 +87,7 @@ class RequestProcessor:
             else PooledTexts(model, num_rows, settings.num_blocks, settings.page_size, share)
         )
         if reason and model.device.type == "cuda":
-            logger.warning_once(f"requests decode one by one, layer by layer: {reason}")
+            logger.warning_once(f"requests decode layer by layer, not as one graph: {reason}")
         # by row, in the order in which they came
         self.active: OrderedDict[int, Any] = OrderedDict()
         self.prefix: Prefix | None = None
@@ -97,6 +99,7 @@ class RequestProcessor:
         """Forget all requests."""
         self.waiting: deque[Any] = deque()
         self.reading: Reading | None = None
+        self._read_alone: set[str] = set()  # requests, after an error while several were read
         for row in list(self.active):
             self._end(row)
         self._drop_prefix()
@@ -165,6 +168,12 @@ class RequestProcessor:
         count, limit = len(state.initial_tokens), self.model.config.max_prompt_tokens
         if not count:
             raise ValueError("input_ids has no token, which is not allowed: it must have one")
+        size, largest = self.model.config.vocab_size, max(state.initial_tokens)
+        if min(state.initial_tokens) < 0 or largest >= size:
+            raise ValueError(
+                f"input_ids has {min(state.initial_tokens)} to {largest}, which is not allowed: "
+                f"they must be from 0 to {size - 1} (vocab_size={size})"
+            )
         if limit is not None and count > limit:
             raise ValueError(
                 f"input_ids has {count} tokens, which is not allowed: it must have at most "
@@ -212,12 +221,17 @@ class RequestProcessor:
                 self.prefix = Prefix(reading.texts[0], cache, self.texts.add(cache.fork()))
 
     def _fail_reading(self, error: Exception) -> None:
-        """End the requests whose prompts cannot be read; of a prefix, do without."""
+        """End the request whose prompt cannot be read. Of several, each is read again by itself;
+        of a prefix, do without."""
         reading, self.reading = self.reading, None
         assert reading is not None
         self.shares_prefixes &= bool(reading.states)
-        for state in reading.states:
-            self._handle_request_error(error, state)
+        states = [x for x in reading.states if x.status != RequestStatus.FINISHED]  # cancelled
+        if len(states) == 1:
+            self._handle_request_error(error, states[0])
+        elif states:
+            self._read_alone |= {state.request_id for state in states}
+            self.waiting.extendleft(reversed(states))
 
     @property
     def _num_free_rows(self) -> int:
@@ -249,6 +263,8 @@ class RequestProcessor:
         for state in states:
             self.waiting.remove(state)
             state.status = RequestStatus.PREFILLING
+        if len(states) == 1:
+            self._read_alone.discard(states[0].request_id)
         prefix = self._prefix_of(states[0])
         texts = [state.initial_tokens for state in states]
         return Reading(self.model, texts, self.read_tokens, prefix, states)
@@ -281,7 +297,9 @@ class RequestProcessor:
         for state in self.waiting:
             own = first_lengths(state)
             num_new = sum(map(prompt_length, [*chosen, state])) - known * (1 + len(chosen))
-            if chosen and (num_new > self.read_tokens or len(chosen) == self.texts.group):
+            if chosen and (num_new > self.read_tokens or len(chosen) == READ_TEXTS):
+                break
+            if chosen and {chosen[0].request_id, state.request_id} & self._read_alone:
                 break
             if self._prefix_of(state) is not prefix or (chosen and self._new_prefix(state)):
                 break
@@ -290,7 +308,7 @@ class RequestProcessor:
             chosen.append(state)
             lengths += own
         num_new = sum(map(prompt_length, chosen)) - known * len(chosen)
-        if self.active and 0 < num_new < WORTHWHILE_TOKENS and self.texts.group > 1:
+        if self.active and 0 < num_new < WORTHWHILE_TOKENS:
             is_queue = len(self.waiting) > self._num_free_rows
             patience = QUEUE_PATIENCE_SECONDS if is_queue else PATIENCE_SECONDS
             since = max(chosen[0].created_time, self._last_read)

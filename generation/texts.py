@@ -1,4 +1,4 @@
-"""Where the texts of many requests decode: in a pool together, or each with a cache of its own."""
+"""Where the texts of many requests decode: in a pool, or each with a cache of its own."""
 
 import math
 from typing import Any
@@ -9,19 +9,14 @@ from torch import Tensor
 from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode.graph import decode_pool
 
-# Prompts of one call, at most: each has states of its own while it is read.
-READ_TEXTS = 32
-
 
 class OwnCaches:
-    """Texts that decode one by one, each with its cache.
+    """Texts that decode layer by layer, each with its cache.
 
     Args:
         model: A `KimiLinearForCausalLM`.
         num_rows: Texts at a time, beside a prefix.
     """
-
-    group = 1  # prompts that are read in one call, at most
 
     def __init__(self, model: Any, num_rows: int) -> None:
         self.model, self.num_rows = model, num_rows
@@ -64,13 +59,12 @@ class OwnCaches:
 
     def step(self, rows: list[int], ids: Tensor) -> Tensor:
         """Logits [texts, vocab_size] of one more token of each text, ids [texts]."""
-        one_by_one = zip(rows, ids, strict=True)
-        return torch.cat(
-            [
-                self.model(x.view(1, 1), cache=self.caches[row]).logits[:, -1]
-                for row, x in one_by_one
-            ]
+        out = self.model.model(
+            input_ids=ids[None],
+            cu_seq_lens_q=torch.arange(len(rows) + 1),
+            cache=[self.caches[row] for row in rows],
         )
+        return self.model.lm_head(out.last_hidden_state[0])
 
 
 class PooledTexts:
@@ -83,8 +77,6 @@ class PooledTexts:
         page_tokens: Tokens of a page.
         memory_share: Of the free memory, for rows and pages.
     """
-
-    group = READ_TEXTS
 
     def __init__(
         self,

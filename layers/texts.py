@@ -38,10 +38,13 @@ class TextsPlan(ForwardPlan):
         for layer in layers:
             layer.settle()
         before = KDAState.joined([layer.state for layer in layers])
-        out, after, _ = attention.attend(hidden_states, self.layout, before)
+        x, layout = hidden_states, self.layout
+        if len(set(self.num_tokens)) == 1:  # as rows, which needs less than their boundaries
+            x, layout = x.unflatten(1, (len(layers), -1)).squeeze(0), SequenceLayout()
+        out, after, _ = attention.attend(x, layout, before)
         for layer, state, num_tokens in zip(layers, after.rows(), self.num_tokens, strict=True):
             layer.hold(state, num_tokens)
-        return out
+        return out.reshape(hidden_states.shape)
 
     def keep_latents(self, layer_idx: int, latent: Tensor) -> list[Any]:
         """Cache each text's latents of [1, T, L + P]; return the segments of each text."""

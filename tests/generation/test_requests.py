@@ -109,6 +109,14 @@ def test_a_seed_repeats_what_was_drawn(model):
     assert tokens[0] == tokens[1]
 
 
+def test_ids_that_the_model_has_not(model):
+    bad, good = model.generate_batch([[3, 97], prompts(3)[0]], config()).values()
+    assert bad.error == (
+        "input_ids has 3 to 97, which is not allowed: they must be from 0 to 96 (vocab_size=97)"
+    )
+    assert good.error is None
+
+
 def test_what_cannot_be_answered_is_an_error_of_its_own(model, monkeypatch):
     monkeypatch.setattr(model.config, "max_prompt_tokens", 8)
     first, second, third = model.generate_batch([*prompts(3, 9), []], config()).values()
@@ -133,14 +141,24 @@ def test_long_prompts_are_read_in_pieces(model, monkeypatch):
     assert out.generated_tokens == alone(model, text, 5)
 
 
+def read_tokens(monkeypatch):
+    """How many tokens of prompts each call reads from now on."""
+    counts, read = [], requests.Reading.read
+
+    def counted(self):
+        before = self._done
+        read(self)
+        counts.append(self._done - before)
+
+    monkeypatch.setattr(requests.Reading, "read", counted)
+    return counts
+
+
 @pytest.mark.parametrize(("most_tokens", "read"), [(100, [22, 2]), (9, [3, 6, 5, 8, 2])])
 def test_prompts_that_are_read_in_one_call(model, monkeypatch, most_tokens, read):
     """End to end, without padding; where they are too long for that, cut anywhere."""
-    monkeypatch.setattr(requests.OwnCaches, "group", 4)
-    widths = []
-    handle = model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    monkeypatch.setattr(requests, "READ_TEXTS", 4)
+    counts = read_tokens(monkeypatch)
     settings = ContinuousBatchingConfig(max_batch_tokens=most_tokens, max_requests_per_batch=8)
     manager = model.init_continuous_batching(config(), settings)
     lengths = (3, 11, 1, 7, 2)
@@ -149,8 +167,24 @@ def test_prompts_that_are_read_in_one_call(model, monkeypatch, most_tokens, read
     manager.start()
     found = [manager.get_result(timeout=20) for _ in lengths]
     manager.stop(block=True)
+    assert counts == read
+    for out in found:
+        assert out.generated_tokens == alone(model, out.prompt_ids, 5)
+
+
+def test_texts_go_on_in_one_call(model):
+    calls = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(len(kwargs["cache"])), with_kwargs=True
+    )
+    manager = model.init_continuous_batching(config())
+    for text in prompts(3, 11, 7):
+        manager.add_request(text)
+    manager.start()
+    found = [manager.get_result(timeout=20) for _ in range(3)]
+    manager.stop(block=True)
     handle.remove()
-    assert [n for n in widths if n > 1] == read
+    assert calls == [3] * 5  # of five tokens, reading gives the first
     for out in found:
         assert out.generated_tokens == alone(model, out.prompt_ids, 5)
 
@@ -169,39 +203,47 @@ def beginnings(*lengths):
     return [start + token_ids(n, seed=n).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("num_rows", [3, 4])
 @pytest.mark.parametrize("is_shared", [True, False])
-def test_what_prompts_begin_with_is_read_once(model, monkeypatch, is_shared, group):
+def test_what_prompts_begin_with_is_read_once(model, monkeypatch, is_shared, num_rows):
     """It takes no text's row away, and does not make room for those that are next."""
     monkeypatch.setattr(requests, "PREFIX_TOKENS", 8)
-    monkeypatch.setattr(requests.OwnCaches, "group", group)
-    counts = []
-    handle = model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
+    counts = read_tokens(monkeypatch)
     texts = [*beginnings(3, 5, 9), *prompts(7)]
     settings = ContinuousBatchingConfig(
-        allow_block_sharing=is_shared, max_requests_per_batch=3 if group > 1 else 4
+        allow_block_sharing=is_shared, max_requests_per_batch=num_rows
     )
-    found = model.generate_batch(texts, config(max_new_tokens=1), settings).values()
-    handle.remove()
+    manager = model.init_continuous_batching(config(max_new_tokens=1), settings)
+    for text in texts:
+        manager.add_request(text)
+    manager.start()
+    found = [manager.get_result(timeout=20) for _ in texts]
+    manager.stop(block=True)
     assert sum(counts) == sum(map(len, texts)) - 2 * 16 * is_shared
-    for out, text in zip(found, texts, strict=True):
-        assert out.generated_tokens == alone(model, text, 1)
+    for out in found:
+        assert out.generated_tokens == alone(model, out.prompt_ids, 1)
 
 
-def test_an_error_while_reading_ends_those_requests_alone(model, monkeypatch):
-    read, calls = model.model.forward, []
+def test_an_error_while_reading_ends_that_request_alone(model, monkeypatch):
+    """Others of the same call are read again, each by itself."""
+    read, (unlucky, *others) = model.model.forward, prompts(3, 4, 5)
 
-    def breaking(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 1:
+    def breaking(*args, input_ids, **kwargs):
+        if unlucky[1] in input_ids:
             raise RuntimeError("out of luck")
-        return read(*args, **kwargs)
+        return read(*args, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", breaking)
-    first, second = model.generate_batch(prompts(3, 4), config()).values()
-    assert first.error == "out of luck" and second.error is None
+    manager = model.init_continuous_batching(config(max_new_tokens=1))
+    names = [manager.add_request(text) for text in (others[0], unlucky, others[1])]
+    manager.start()
+    found = {out.request_id: out for out in (manager.get_result(timeout=20) for _ in names)}
+    manager.stop(block=True)
+    monkeypatch.undo()
+    assert [found[name].error for name in names] == [None, "out of luck", None]
+    for out in found.values():
+        if out.error is None:
+            assert out.generated_tokens == alone(model, out.prompt_ids, 1)
 
 
 @pytest.mark.parametrize("room", [8, 1])
@@ -224,7 +266,7 @@ def test_prompts_that_memory_is_short_for_are_read_in_smaller_pieces(model, monk
         assert long.error == "no memory for that"
     else:
         assert long.generated_tokens == alone(model, prompts(30)[0], 5)
-        assert max(widths) == 6 and widths.count(6) == 5
+        assert 4 < max(widths) <= room
 
 
 def test_streams_cancellations_and_late_requests(model):
