@@ -24,7 +24,7 @@ from kimi_linear.decode.graph import pool_obstacle
 from kimi_linear.decode.obstacles import MAX_PAIRS, MAX_ROWS
 from kimi_linear.generation.reading import Prefix, Reading, first_lengths, prompt_length
 from kimi_linear.generation.texts import OwnCaches, PooledTexts
-from kimi_linear.upstream.requests import RequestStatus, drained
+from kimi_linear.upstream.requests import PAGE_SIZE, RequestStatus, drained
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +84,9 @@ class RequestProcessor:
         self.texts = (
             OwnCaches(model, num_rows)
             if reason
-            else PooledTexts(model, num_rows, settings.num_blocks, settings.page_size, share)
+            else PooledTexts(
+                model, num_rows, settings.num_blocks, getattr(settings, PAGE_SIZE), share
+            )
         )
         if reason and model.device.type == "cuda":
             logger.warning_once(f"requests decode layer by layer, not as one graph: {reason}")

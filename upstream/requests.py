@@ -8,14 +8,17 @@ layers of another kind.
 import copy
 from typing import Any
 
+from transformers import ContinuousBatchingConfig
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from kimi_linear.upstream.renaming import with_names
 
-__all__ = ["RequestHooks", "RequestManager", "RequestStatus", "drained"]
+__all__ = ["PAGE_SIZE", "RequestHooks", "RequestManager", "RequestStatus", "drained"]
 RESOLVE, MANAGER = "resolve_continuous_batching_config", "ContinuousBatchingManager"
+# the setting for tokens of a page, which 5.17 calls otherwise
+PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
 _Manager: Any = continuous_api.ContinuousBatchingManager
 
 

@@ -9,6 +9,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from kimi_linear.cache.pool import TextPool
 from kimi_linear.generation import requests
 from kimi_linear.generation.texts import PooledTexts
+from kimi_linear.upstream.requests import PAGE_SIZE
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -23,7 +24,7 @@ def answers(model, lengths, count, start=0, **settings):
     first = token_ids(start).tolist()
     texts = [first + token_ids(n, seed=n).tolist() for n in lengths]
     greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": count}
-    options = ContinuousBatchingConfig(page_size=PAGE, **settings)
+    options = ContinuousBatchingConfig(**{PAGE_SIZE: PAGE}, **settings)
     model.decode_backend = "auto"
     outs = model.generate_batch(texts, GenerationConfig(**greedy), options).values()
     model.decode_backend = "eager"

@@ -12,6 +12,7 @@ from pool_steps import step_in_torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kimi_linear.generation import requests, texts
+from kimi_linear.upstream.requests import PAGE_SIZE
 
 PAGE = 32
 BEGINNINGS = (0, 40, 64, 100)
@@ -39,7 +40,7 @@ def run(seed, monkeypatch):
     monkeypatch.setattr(texts, "decode_pool", step_in_torch)
     monkeypatch.setattr(requests, "PREFIX_TOKENS", PAGE)
     settings = ContinuousBatchingConfig(
-        page_size=PAGE,
+        **{PAGE_SIZE: PAGE},
         num_blocks=generator.randint(3, 24),
         max_requests_per_batch=generator.randint(1, 6),
         max_batch_tokens=generator.choice([7, 40, 8192]),
