@@ -425,10 +425,11 @@ def _turn(state: Any) -> float:
 
 def _common(text: list[int], other: list[int]) -> int:
     """How many tokens two texts begin with in common, of those a multiple of `PREFIX_TOKENS`."""
-    stop = PREFIX_TOKENS
-    while stop <= min(len(text), len(other)) and text[:stop] == other[:stop]:
-        stop += PREFIX_TOKENS
-    return stop - PREFIX_TOKENS
+    start, size = 0, PREFIX_TOKENS
+    longest = min(len(text), len(other)) - size
+    while start <= longest and text[start : start + size] == other[start : start + size]:
+        start += size
+    return start
 
 
 def most_rows(config: Any) -> int:

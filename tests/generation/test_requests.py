@@ -197,6 +197,15 @@ def test_turns():
     assert "".join("abcde"[i] for i in order) == "bcead"
 
 
+def test_what_two_prompts_have_in_common():
+    size = requests.PREFIX_TOKENS
+    text = list(range(3 * size + 5))
+    for count in (0, 1, size - 1, size, size + 1, 2 * size, len(text)):
+        whole = count - count % size
+        assert requests._common(text, text[:count]) == whole
+        assert requests._common(text, [*text[:count], -1, *text]) == whole
+
+
 def beginnings(*lengths):
     """Prompts that begin alike."""
     start = token_ids(20).tolist()
