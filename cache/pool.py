@@ -72,18 +72,19 @@ class TextPool:
         self.num_rows, self.num_pages = num_rows, num_pages
         self.states: dict[int, KDAState] = {}
         self.latents: dict[int, Tensor] = {}
-        for i, kind in enumerate(config.layer_types):
-            if kind == "linear_attention":
-                shape = num_rows + 1, heads, size, size
-                self.states[i] = KDAState(
-                    torch.zeros(conv, dtype=dtype, device=device),
-                    torch.zeros(shape, dtype=torch.float32, device=device),
-                )
-            else:
-                self.latents[i] = torch.zeros(num_pages + 1, *page, dtype=dtype, device=device)
-        self.pages = torch.full(
-            (num_rows + 1, num_pages), num_pages, dtype=torch.int32, device=device
-        )
+        with torch.inference_mode(False):  # made in it, they could not be written to outside of it
+            for i, kind in enumerate(config.layer_types):
+                if kind == "linear_attention":
+                    shape = num_rows + 1, heads, size, size
+                    self.states[i] = KDAState(
+                        torch.zeros(conv, dtype=dtype, device=device),
+                        torch.zeros(shape, dtype=torch.float32, device=device),
+                    )
+                else:
+                    self.latents[i] = torch.zeros(num_pages + 1, *page, dtype=dtype, device=device)
+            self.pages = torch.full(
+                (num_rows + 1, num_pages), num_pages, dtype=torch.int32, device=device
+            )
         self.lengths = [0] * num_rows
         self._own_pages: list[list[int]] = [[] for _ in range(num_rows)]
         self._free_rows = list(range(num_rows))[::-1]

@@ -136,6 +136,17 @@ def test_neighbours_do_not_matter(device):
 
 
 @torch.no_grad()
+def test_a_pool_that_was_made_in_inference_mode():
+    """It is written to outside of it, by a thread for example, which does not inherit the mode."""
+    model = decode_model("cpu")
+    with torch.inference_mode():
+        texts = Texts(model)
+    row = texts.add(3)
+    assert texts.pool.grow(row, PAGE)
+    texts.fork(row)
+
+
+@torch.no_grad()
 def test_what_there_is_no_room_for():
     texts = Texts(decode_model("cpu"), num_rows=2, num_pages=3)
     row, long = texts.add(2 * PAGE), texts.read(2 * PAGE + 1)
