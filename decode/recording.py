@@ -70,7 +70,8 @@ class Recording:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # other threads may allocate and wait meanwhile, which by default ends the recording
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             step.run()
 
     def run(
