@@ -89,6 +89,7 @@ class PooledTexts:
         self.model = model
         if num_pages is None:
             row, page = TextPool.bytes_of(model.config, page_tokens, model.dtype)
+            torch.cuda.empty_cache()  # what torch holds and does not use is free too
             free = memory_share * torch.cuda.mem_get_info(model.device)[0]
             # states take at most half of it
             num_rows = max(1, min(num_rows, int(free / 2 // row) - 2))

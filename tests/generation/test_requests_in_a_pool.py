@@ -11,6 +11,7 @@ from builders import tiny_model, token_ids
 from pool_steps import step_in_torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from kimi_linear.cache.pool import TextPool
 from kimi_linear.generation import requests, texts
 from kimi_linear.upstream.requests import PAGE_SIZE
 
@@ -75,6 +76,24 @@ def run(seed, monkeypatch):
     pool = processor.texts.pool
     assert (pool.num_free_rows, pool.num_free_pages) == (pool.num_rows, pool.num_pages)
     assert not any(pool.lengths) and not any(pool._uses)
+
+
+@pytest.mark.parametrize(("free", "num_rows"), [(1 << 20, 4), (1 << 18, 4), (0, 1)])
+def test_memory_that_a_pool_takes(free, num_rows, monkeypatch):
+    """As much as it may, of all that is not in use."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (calls.append("asked"), (free, 0))[1]
+    )
+    pool = texts.PooledTexts(model_of(), 4, None, PAGE, 0.5).pool
+    assert calls == ["emptied", "asked"]
+    row, page = TextPool.bytes_of(model_of().config, PAGE, model_of().dtype)
+    taken = sum(pool.memory_bytes().values())
+    assert taken == (pool.num_rows + 1) * row + (pool.num_pages + 1) * page
+    if free:
+        assert free / 2 - page < taken <= free / 2
+    assert pool.num_rows == num_rows + 1
 
 
 @pytest.mark.parametrize("seed", range(4))
