@@ -148,9 +148,11 @@ class RequestProcessor:
         return bool(self.waiting or self.active or self.reading)
 
     def fail_all_requests(self, error: Exception) -> None:
-        """End all requests with an error."""
+        """End all requests with an error, but for those that the last step has ended."""
+        self.update_batch()
         states = [*self.active.values(), *self.waiting]
-        states += [] if self.reading is None else self.reading.states
+        if self.reading is not None:  # some of its requests may be among those that go on
+            states += [x for x in self.reading.states if x.status == RequestStatus.PREFILLING]
         for row in list(self.active):
             self._end(row)
         self.waiting.clear()
@@ -215,12 +217,12 @@ class RequestProcessor:
                 self._fail_reading(error)
                 return
         if reading.is_done and self._has_room(reading.lengths(), may_drop=True):
-            self.reading, self._last_read = None, time.perf_counter()
             if reading.states:
                 self._admit(reading)
             else:
                 (cache,) = reading.caches
                 self.prefix = Prefix(reading.texts[0], cache, self.texts.add(cache.fork()))
+            self.reading, self._last_read = None, time.perf_counter()
 
     def _fail_reading(self, error: Exception) -> None:
         """End the request whose prompt cannot be read. Of several, each is read again by itself;

@@ -278,6 +278,32 @@ def test_prompts_that_memory_is_short_for_are_read_in_smaller_pieces(model, monk
         assert 4 < max(widths) <= room
 
 
+@pytest.mark.parametrize("broken", ["add", "step"])
+def test_an_error_that_ends_the_thread_is_told_to_all(model, monkeypatch, broken):
+    """Out of memory while texts move to where they decode, or in a step: of each request something
+    is told, also of those that are between two places then, and of one that has just ended."""
+    works, calls = getattr(requests.OwnCaches, broken), []
+
+    def breaking(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2 or broken == "step":
+            raise RuntimeError("out of memory")
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(requests.OwnCaches, broken, breaking)
+    monkeypatch.setattr(requests.OwnCaches, "group", 3)
+    manager = model.init_continuous_batching(config())
+    asked = zip(prompts(3, 4, 5), (1, 5, 5), strict=True)
+    names = [manager.add_request(text, max_new_tokens=count) for text, count in asked]
+    manager.start()
+    outs = [manager.get_result(timeout=20) for _ in names]
+    assert manager.get_result(timeout=0.2) is None
+    manager.stop()
+    errors = {out.request_id: out.error for out in outs}
+    last = None if broken == "step" else "out of memory"
+    assert [errors[name] for name in names] == [last, "out of memory", "out of memory"]
+
+
 def test_streams_cancellations_and_late_requests(model):
     texts = prompts(3, 8, 5)
     with model.continuous_batching_context_manager(config(max_new_tokens=6)) as manager:
