@@ -111,13 +111,16 @@ class DraftLength:
         chances[1] = FORGETTING * chances[1] + tried
 
     def take_time(self) -> None:
-        """Note what the last call has taken; the first of its length also makes it ready."""
+        """Note what the last call has taken; the first of its length also makes it ready, as does
+        the first one without a draft that comes behind a draft: its step leaves updates pending."""
         if not self._is_timed:
             return
         now = self._clock()
         if self._start is not None:
             taken, before = now - self._start, self._seconds.get(self._length)
             if self._length not in self._seconds:
+                if self._length and not any(self._seconds):  # the first draft
+                    self._seconds.pop(0, None)
                 self._seconds[self._length] = None
             elif before is None:
                 self._seconds[self._length] = taken

@@ -103,6 +103,18 @@ def test_recording_a_length_does_not_count():
     assert drafted == 3
 
 
+def test_recording_a_step_behind_a_draft_does_not_count():
+    """One token is another step once there were drafts, as the states have updates pending."""
+    calls, drafts = Calls(3, 0.1), [0, 0, 0, 3, 0, 0, 3, 0]
+    for place, drafted in enumerate(drafts):
+        calls.length.take_time()
+        calls.length._length = drafted
+        calls.now += 100 if place in (0, 3, 4) else 1 + 0.1 * drafted
+    calls.length.take_time()
+    assert calls.length._seconds == pytest.approx({0: 1.0, 3: 1.3}, rel=0.01)
+    assert calls.run(200, 0.02) > 0.97
+
+
 @pytest.mark.parametrize("drafted", [1, 3])
 def test_a_call_that_took_long_once_is_not_held_against_its_length(drafted):
     calls, counts = Calls(drafted, 0.1), {}
