@@ -216,4 +216,4 @@ class TextPool:
     def _tell(self, row: int, start: int) -> None:
         """Let the device know a row's pages from the one at `start` on."""
         own = torch.tensor(self._own_pages[row][start:], dtype=torch.int32)
-        self.pages[row, start : start + len(own)] = own.to(self.pages.device)
+        self.pages[row, start : start + len(own)] = own.to(self.pages.device, non_blocking=True)

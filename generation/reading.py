@@ -94,7 +94,8 @@ class Reading:
         )
         ends = self._ends[1:]
         ended = ends[(ends > start) & (ends <= stop)] - 1 - start
-        self._last.append(out.last_hidden_state[0, ended.to(out.last_hidden_state.device)])
+        hidden = out.last_hidden_state[0]
+        self._last.append(hidden[ended.to(hidden.device, non_blocking=True)])
         self._done = stop
 
     def logits(self) -> Tensor:

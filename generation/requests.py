@@ -356,7 +356,8 @@ class RequestProcessor:
         if not rows:
             return
         last = [self.active[row].generated_tokens[-1] for row in rows]
-        ids = torch.tensor(last, device=self.model.device)
+        # without waiting for what is being read, so that the step is launched behind it in time
+        ids = torch.tensor(last).to(self.model.device, non_blocking=True)
         self._take(rows, self.texts.step(rows, ids))
 
     def _set_back(self, row: int) -> None:
