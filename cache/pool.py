@@ -128,16 +128,24 @@ class TextPool:
         shared = [] if like is None else self._own_pages[like]
         shared = shared[: min(num_tokens, self.lengths[like or 0]) // self.page_tokens]
         own = self._begin(num_tokens, shared)
+        try:
+            self._copy(cache, own, len(shared))
+        except Exception:  # any kind, of memory for instance: it has no text
+            self.free(own)
+            raise
+        return own
+
+    def _copy(self, cache: Any, own: int, num_shared: int) -> None:
+        """Copy a cache's text to a row, but for the pages that it shares."""
         for i, layer in enumerate(cache.layers):
             if i in self.latents:
                 text = torch.cat([x[0] for x in layer.segments()])
-                self._write(text, self.latents[i], own, len(shared))
+                self._write(text, self.latents[i], own, num_shared)
                 continue
             layer.settle()
             tensors = self.states[i].tensors(), layer.state.tensors()
             for target, source in zip(*tensors, strict=True):
                 target[own] = source[0]
-        return own
 
     def _begin(self, num_tokens: int, shared: list[int]) -> int:
         """A row for a text of so many tokens, whose first pages are those of another."""

@@ -73,6 +73,7 @@ class RequestProcessor:
         self.model, self.manager = model, manager
         self.processors, self.outputs = manager.logit_processor, manager.output_router
         self.read_tokens = settings.max_batch_tokens or READ_TOKENS
+        self.read_texts = READ_TEXTS
         self.returns_logprobs = settings.return_logprobs
         self.samples = manager.generation_config.do_sample
         self.generator = None
@@ -81,13 +82,14 @@ class RequestProcessor:
         num_rows = min(settings.max_requests_per_batch or MAX_ROWS, most_rows(model.config))
         reason = pool_obstacle(model, num_rows)
         share = settings.max_memory_percent or MEMORY_SHARE
-        self.texts = (
-            OwnCaches(model, num_rows)
-            if reason
-            else PooledTexts(
-                model, num_rows, settings.num_blocks, getattr(settings, PAGE_SIZE), share
-            )
-        )
+        self.texts: OwnCaches | PooledTexts = OwnCaches(model, num_rows)
+        if not reason:
+            page_tokens = getattr(settings, PAGE_SIZE)
+            texts = PooledTexts(model, num_rows, settings.num_blocks, page_tokens, share)
+            if reason := texts.obstacle():
+                del texts  # and its memory
+            else:
+                self.texts = texts
         if reason and model.device.type == "cuda":
             logger.warning_once(f"requests decode layer by layer, not as one graph: {reason}")
         # by row, in the order in which they came
@@ -207,11 +209,7 @@ class RequestProcessor:
             try:
                 reading.read()
             except torch.OutOfMemoryError as error:
-                if reading.piece_tokens <= LEAST_READ_TOKENS:
-                    self._fail_reading(error)
-                else:  # what is left beside weights, states and latents has room for less
-                    self.read_tokens = max(LEAST_READ_TOKENS, reading.piece_tokens // 2)
-                    self.reading = reading.again(self.read_tokens)
+                self._read_less(reading, error)
                 return
             except Exception as error:  # any kind: others go on
                 self._fail_reading(error)
@@ -224,18 +222,36 @@ class RequestProcessor:
                 self.prefix = Prefix(reading.texts[0], cache, self.texts.add(cache.fork()))
             self.reading, self._last_read = None, time.perf_counter()
 
+    def _read_less(self, reading: Reading, error: Exception) -> None:
+        """From now on read fewer prompts at once, and then smaller pieces: what is left beside
+        weights, states and latents has no room for so many."""
+        if len(reading.states) > 1:
+            self.read_texts = len(reading.states) // 2
+            self._wait_again(reading)
+        elif reading.piece_tokens > LEAST_READ_TOKENS:
+            self.read_tokens = max(LEAST_READ_TOKENS, reading.piece_tokens // 2)
+            self.reading = reading.again(self.read_tokens)
+        else:
+            self._fail_reading(error)
+
     def _fail_reading(self, error: Exception) -> None:
         """End the request whose prompt cannot be read. Of several, each is read again by itself;
         of a prefix, do without."""
         reading, self.reading = self.reading, None
         assert reading is not None
         self.shares_prefixes &= bool(reading.states)
-        states = [x for x in reading.states if x.status != RequestStatus.FINISHED]  # cancelled
-        if len(states) == 1:
-            self._handle_request_error(error, states[0])
-        elif states:
-            self._read_alone |= {state.request_id for state in states}
-            self.waiting.extendleft(reversed(states))
+        if len(reading.states) > 1:
+            self._read_alone |= {state.request_id for state in reading.states}
+            self._wait_again(reading)
+        else:
+            for state in reading.states:
+                self._handle_request_error(error, state)
+
+    def _wait_again(self, reading: Reading) -> None:
+        """Put the requests that are read back, but for those that were cancelled meanwhile."""
+        self.reading = None
+        states = [x for x in reading.states if x.status != RequestStatus.FINISHED]
+        self.waiting.extendleft(reversed(states))
 
     @property
     def _num_free_rows(self) -> int:
@@ -301,7 +317,7 @@ class RequestProcessor:
         for state in self.waiting:
             own = first_lengths(state)
             num_new = sum(map(prompt_length, [*chosen, state])) - known * (1 + len(chosen))
-            if chosen and (num_new > self.read_tokens or len(chosen) == READ_TEXTS):
+            if chosen and (num_new > self.read_tokens or len(chosen) >= self.read_texts):
                 break
             if chosen and {chosen[0].request_id, state.request_id} & self._read_alone:
                 break

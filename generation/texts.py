@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kimi_linear.cache.pool import TextPool
-from kimi_linear.decode.graph import decode_pool
+from kimi_linear.decode.graph import decode_pool, record_pool_step
+from kimi_linear.ops.runtime import TritonError
 
 
 class OwnCaches:
@@ -87,16 +88,26 @@ class PooledTexts:
         memory_share: float,
     ) -> None:
         self.model = model
-        if num_pages is None:
+        if num_pages is None or model.device.type == "cuda":
             row, page = TextPool.bytes_of(model.config, page_tokens, model.dtype)
             torch.cuda.empty_cache()  # what torch holds and does not use is free too
             free = memory_share * torch.cuda.mem_get_info(model.device)[0]
             # states take at most half of it
             num_rows = max(1, min(num_rows, int(free / 2 // row) - 2))
-            num_pages = max(1, int((free - (num_rows + 2) * row) // page) - 1)
+            most_pages = max(1, int((free - (num_rows + 2) * row) // page) - 1)
+            num_pages = most_pages if num_pages is None else num_pages
+        assert num_pages is not None
         place: Any = {"dtype": model.dtype, "device": model.device, "page_tokens": page_tokens}
         self.num_rows = num_rows
         self.pool = TextPool(model.config, num_rows + 1, num_pages, **place)
+
+    def obstacle(self) -> str:
+        """Why the step of one text cannot be recorded here, or ""; it is recorded then."""
+        try:
+            record_pool_step(self.model, self.pool, 1)
+        except TritonError as error:  # sizes that do not fit the chip
+            return f"its kernels cannot be built ({error})"
+        return ""
 
     def most_tokens(self) -> float:
         return self.pool.num_pages * self.pool.page_tokens

@@ -171,3 +171,14 @@ def test_what_there_is_no_room_for():
             device=torch.device("cpu"),
             page_tokens=48,
         )
+
+
+@each_device
+@torch.no_grad()
+def test_a_text_that_cannot_be_copied_takes_nothing(device, monkeypatch):
+    texts = Texts(decode_model(device))
+    cache, pool = texts.read(PAGE + 4), texts.pool
+    monkeypatch.setattr(pool, "_copy", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pool.add(cache)
+    assert (pool.num_free_rows, pool.num_free_pages) == (pool.num_rows, pool.num_pages)
