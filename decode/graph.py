@@ -208,37 +208,34 @@ class _Decoder:
                 layer.count_step(num_tokens)
         return logits
 
-    def step_pool(self, model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) -> Tensor:
+    def step_pool(
+        self, model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor
+    ) -> Tensor | None:
         """Logits [texts, vocab_size] of one more token of each of these texts, ids [texts]; their
-        pages have room for it."""
-        kind = _pool_kind(pool, len(rows))
-        spare = kind.num_sequences - len(rows)
+        pages have room for it. The number of rows is rounded up, so that few steps are recorded.
+        None if the model has an obstacle by now."""
+        size = power_of_two(len(rows))
+        spare = size - len(rows)
         counts = [Counters(pool.lengths[row], row=row) for row in rows]
         counts += [Counters(row=pool.num_rows)] * spare
         places = torch.tensor(counts, dtype=torch.int64)
+        kind = StepKind(size, is_pending=True, page_tokens=pool.page_tokens)
         with self._lock:
-            recording = self.pool_recording(model, kind)
+            snapshot = self._snapshot
+            if snapshot is None or not snapshot.is_current(model):
+                snapshot = self._examine(model)
+            if self.failure or self._obstacle or snapshot.has_hooks:
+                return None
             table = self._pool_tables.get(pool)
             if table is None:
                 table = self._pool_tables[pool] = PoolTable(pool)
+            recording = self._steps.get(kind) or self._record(model, kind)
+            self._steps.move_to_end(kind)
             padded_ids = F.pad(ids, (0, spare)).unsqueeze(1)
             logits = recording.run(padded_ids, None, table, places)
         for row in rows:
             pool.count(row, 1)
         return logits[: len(rows), 0]
-
-    def record_pool_step(self, model: nn.Module, pool: TextPool, num_rows: int) -> None:
-        """Make ready for steps of so many texts."""
-        with self._lock:
-            self.pool_recording(model, _pool_kind(pool, num_rows))
-
-    def pool_recording(self, model: nn.Module, kind: StepKind) -> Recording:
-        """That of this kind, of the model as it is now."""
-        if self._snapshot is None or not self._snapshot.is_current(model):
-            self._examine(model)
-        recording = self._steps.get(kind) or self._record(model, kind)
-        self._steps.move_to_end(kind)
-        return recording
 
     def _record(self, model: nn.Module, kind: StepKind) -> Recording:
         recording = self._steps[kind] = Recording(model, kind)
@@ -275,38 +272,31 @@ def pool_obstacle(model: nn.Module, num_rows: int) -> str:
         return "decode_backend is 'eager'"
     if reason := model_obstacle(model) or call_obstacle(model, num_rows):
         return reason
-    return "a module has hooks" if Snapshot(model).has_hooks else ""
+    if Snapshot(model).has_hooks:
+        return "a module has hooks"
+    decoder = _decoders.get(model)
+    return "" if decoder is None else decoder.failure
 
 
-def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) -> Tensor:
+def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) -> Tensor | None:
     """Read one more token of some texts of a pool, by a recorded step.
 
     Args:
-        model: A `KimiLinearForCausalLM` that `pool_obstacle` has nothing against.
+        model: A `KimiLinearForCausalLM` that `pool_obstacle` had nothing against.
         pool: Made for it.
         rows: Of the pool, in any order, each once; their pages have room for the token.
         ids: [texts] int64.
 
     Returns:
-        Logits [texts, vocab_size].
+        Logits [texts, vocab_size], or None: `pool_obstacle` has something against the model now,
+        and nothing is read.
     """
     decoder = _decoders.get(model) or _decoders.setdefault(model, _Decoder())
-    return decoder.step_pool(model, pool, rows, ids)
-
-
-def record_pool_step(model: nn.Module, pool: TextPool, num_rows: int) -> None:
-    """Record the step of so many texts of a pool.
-
-    Raises:
-        TritonError: If its kernels cannot be built.
-    """
-    decoder = _decoders.get(model) or _decoders.setdefault(model, _Decoder())
-    decoder.record_pool_step(model, pool, num_rows)
-
-
-def _pool_kind(pool: TextPool, num_texts: int) -> StepKind:
-    """Of the step of so many texts; the number of rows is rounded up, so that few are recorded."""
-    return StepKind(power_of_two(num_texts), is_pending=True, page_tokens=pool.page_tokens)
+    try:
+        return decoder.step_pool(model, pool, rows, ids)
+    except TritonError as error:  # sizes that do not fit the chip
+        decoder.failure = f"its kernels cannot be built ({error})"
+        return None
 
 
 def has_recording(model: nn.Module, num_rows: int) -> bool:

@@ -79,19 +79,8 @@ class RequestProcessor:
         self.generator = None
         if settings.seed is not None:
             self.generator = torch.Generator(model.device).manual_seed(settings.seed)
-        num_rows = min(settings.max_requests_per_batch or MAX_ROWS, most_rows(model.config))
-        reason = pool_obstacle(model, num_rows)
-        share = settings.max_memory_percent or MEMORY_SHARE
-        self.texts: OwnCaches | PooledTexts = OwnCaches(model, num_rows)
-        if not reason:
-            page_tokens = getattr(settings, PAGE_SIZE)
-            texts = PooledTexts(model, num_rows, settings.num_blocks, page_tokens, share)
-            if reason := texts.obstacle():
-                del texts  # and its memory
-            else:
-                self.texts = texts
-        if reason and model.device.type == "cuda":
-            logger.warning_once(f"requests decode layer by layer, not as one graph: {reason}")
+        self.settings = settings
+        self.texts: Any = None
         # by row, in the order in which they came
         self.active: OrderedDict[int, Any] = OrderedDict()
         self.prefix: Prefix | None = None
@@ -100,7 +89,7 @@ class RequestProcessor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all requests."""
+        """Forget all requests, and look at the model anew: it may be another since the last."""
         self.waiting: deque[Any] = deque()
         self.reading: Reading | None = None
         self._read_alone: set[str] = set()  # requests, after an error while several were read
@@ -108,6 +97,21 @@ class RequestProcessor:
             self._end(row)
         self._drop_prefix()
         self._results: list[Any] = []
+        self._find_place()
+
+    def _find_place(self) -> None:
+        """Where texts of the model, as it is now, decode; none is there yet."""
+        settings, model = self.settings, self.model
+        num_rows = min(settings.max_requests_per_batch or MAX_ROWS, most_rows(model.config))
+        if reason := pool_obstacle(model, num_rows):
+            if model.device.type == "cuda":
+                logger.warning_once(f"requests decode layer by layer, not as one graph: {reason}")
+            self.texts = OwnCaches(model, num_rows)
+        elif getattr(self.texts, "made_for", None) != (model.dtype, model.device):
+            share = settings.max_memory_percent or MEMORY_SHARE
+            pages = settings.num_blocks, getattr(settings, PAGE_SIZE)
+            self.texts = None  # its memory is for the next
+            self.texts = PooledTexts(model, num_rows, *pages, share)
 
     # --------------------------------------------------------------------- what the manager calls
     def prepare_next_batch(self) -> bool:
@@ -374,7 +378,28 @@ class RequestProcessor:
         last = [self.active[row].generated_tokens[-1] for row in rows]
         # without waiting for what is being read, so that the step is launched behind it in time
         ids = torch.tensor(last).to(self.model.device, non_blocking=True)
-        self._take(rows, self.texts.step(rows, ids))
+        logits = self.texts.step(rows, ids)
+        if logits is None:
+            self._move()
+        else:
+            self._take(rows, logits)
+
+    def _move(self) -> None:
+        """Read all texts again, where the model can decode now."""
+        states = [self._again(x) for x in self.active.values()]
+        for row in list(self.active):
+            self._end(row)
+        if self.reading is not None:
+            self._wait_again(self.reading)
+        self.waiting.extendleft(reversed(states))
+        self._drop_prefix()
+        self._find_place()
+
+    def _again(self, state: Any) -> Any:
+        """The request that reads a text, as far as it has come, and goes on."""
+        again = state.create_equivalent_initial_request()
+        again.created_time = state.created_time
+        return again
 
     def _set_back(self, row: int) -> None:
         """Take a text's memory away. It is read again when there is room, or ended if it is alone:
@@ -387,9 +412,7 @@ class RequestProcessor:
             text = f"the text has {count} tokens, for more there is no memory"
             self._handle_request_error(RuntimeError(text), state)
         else:
-            again = state.create_equivalent_initial_request()
-            again.created_time = state.created_time
-            self.waiting.appendleft(again)
+            self.waiting.appendleft(self._again(state))
 
     def _take(self, rows: list[int], logits: Tensor) -> None:
         """Choose a token for each text from its logits [texts, vocab_size], and tell."""

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.cache.pool import TextPool
-from kimi_linear.decode.graph import decode_pool, record_pool_step
-from kimi_linear.ops.runtime import TritonError
+from kimi_linear.decode.graph import decode_pool
 
 
 class OwnCaches:
@@ -58,8 +57,9 @@ class OwnCaches:
         """Make room for one more token; False if there is none."""
         return True
 
-    def step(self, rows: list[int], ids: Tensor) -> Tensor:
-        """Logits [texts, vocab_size] of one more token of each text, ids [texts]."""
+    def step(self, rows: list[int], ids: Tensor) -> Tensor | None:
+        """Logits [texts, vocab_size] of one more token of each text, ids [texts]; None: the model
+        has changed, and its texts must be elsewhere."""
         out = self.model.model(
             input_ids=ids[None],
             cu_seq_lens_q=torch.arange(len(rows) + 1),
@@ -98,16 +98,8 @@ class PooledTexts:
             num_pages = most_pages if num_pages is None else num_pages
         assert num_pages is not None
         place: Any = {"dtype": model.dtype, "device": model.device, "page_tokens": page_tokens}
-        self.num_rows = num_rows
+        self.num_rows, self.made_for = num_rows, (model.dtype, model.device)
         self.pool = TextPool(model.config, num_rows + 1, num_pages, **place)
-
-    def obstacle(self) -> str:
-        """Why the step of one text cannot be recorded here, or ""; it is recorded then."""
-        try:
-            record_pool_step(self.model, self.pool, 1)
-        except TritonError as error:  # sizes that do not fit the chip
-            return f"its kernels cannot be built ({error})"
-        return ""
 
     def most_tokens(self) -> float:
         return self.pool.num_pages * self.pool.page_tokens
@@ -131,5 +123,7 @@ class PooledTexts:
     def grow(self, row: int) -> bool:
         return self.pool.grow(row, 1)
 
-    def step(self, rows: list[int], ids: Tensor) -> Tensor:
+    def step(self, rows: list[int], ids: Tensor) -> Tensor | None:
+        if self.made_for != (self.model.dtype, self.model.device):
+            return None
         return decode_pool(self.model, self.pool, rows, ids)

@@ -13,7 +13,6 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kimi_linear.cache.pool import TextPool
 from kimi_linear.generation import requests, texts
-from kimi_linear.ops.runtime import TritonError
 from kimi_linear.upstream.requests import PAGE_SIZE
 
 PAGE = 32
@@ -40,7 +39,6 @@ def run(seed, monkeypatch):
     )
     monkeypatch.setattr(requests, "pool_obstacle", lambda *args: "")
     monkeypatch.setattr(texts, "decode_pool", step_in_torch)
-    monkeypatch.setattr(texts, "record_pool_step", lambda *args: None)
     monkeypatch.setattr(requests, "PREFIX_TOKENS", PAGE)
     settings = ContinuousBatchingConfig(
         **{PAGE_SIZE: PAGE},
@@ -107,25 +105,3 @@ def test_random_requests(seed, monkeypatch):
 @pytest.mark.parametrize("seed", range(4, 200))
 def test_many_random_requests(seed, monkeypatch):
     run(seed, monkeypatch)
-
-
-def test_without_a_step_texts_decode_layer_by_layer(monkeypatch):
-    def broken(*args):
-        raise TritonError("out of resource")
-
-    model, processors = model_of(), []
-    make = type(model).request_processor
-    monkeypatch.setattr(
-        model,
-        "request_processor",
-        lambda x: processors.append(make(model, x)) or processors[-1],
-        raising=False,
-    )
-    monkeypatch.setattr(requests, "pool_obstacle", lambda *args: "")
-    monkeypatch.setattr(texts, "record_pool_step", broken)
-    prompt, answer = alone(0, 5, seed=1)
-    greedy = GenerationConfig(do_sample=False, eos_token_id=None, max_new_tokens=24)
-    settings = ContinuousBatchingConfig(page_size=PAGE, num_blocks=4)
-    (out,) = model.generate_batch([prompt], greedy, settings).values()
-    assert out.generated_tokens == answer
-    assert isinstance(processors[0].texts, texts.OwnCaches)
