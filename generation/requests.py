@@ -121,6 +121,7 @@ class RequestProcessor:
         if status.tp_status == status.HARD_STOP:
             return False
         if getattr(status, "is_pause_requested", bool)():  # 5.17 has none
+            self._forget_prefix()
             status.pause_and_wait()
         arrived = []
         for state in drained(self.manager.input_queue):
@@ -135,7 +136,10 @@ class RequestProcessor:
             self.waiting = deque(sorted([*self.waiting, *arrived], key=_turn))
         for request_id in drained(self.manager.cancel_queue):
             self._cancel(request_id)
-        return self.has_pending_requests()
+        is_needed = self.has_pending_requests()
+        if not is_needed:
+            self._forget_prefix()
+        return is_needed
 
     @torch.no_grad()
     def _generation_step(self, model: Any) -> None:
@@ -146,6 +150,8 @@ class RequestProcessor:
     def update_batch(self) -> None:
         """Hand out what the last step has found."""
         results, self._results = self._results, []
+        if not self.has_pending_requests():  # before the last one is told of
+            self._forget_prefix()
         if results:
             self.outputs.deliver_batch(results)
 
@@ -274,6 +280,13 @@ class RequestProcessor:
         if self.prefix is not None:
             self.texts.free(self.prefix.row)
             self.prefix = None
+
+    def _forget_prefix(self) -> None:
+        """Keep nothing that later requests would read: weights may change where none is there, and
+        in a pause."""
+        self._drop_prefix()
+        if self.reading is not None and not self.reading.states:
+            self.reading = None
 
     def _next_reading(self) -> Reading | None:
         """What to read next: prompts, or what many of them begin with."""

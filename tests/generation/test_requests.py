@@ -2,6 +2,7 @@
 
 import random
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -308,6 +309,33 @@ def test_a_manager_serves_again(model):
         found = model.generate_batch(prompts(3), config(), persistent_manager=True)
         assert next(iter(found.values())).generated_tokens == alone(model, prompts(3)[0], 5)
     model.destroy_cached_continuous_batching_manager()
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_weights_that_change_under_a_running_manager(monkeypatch, is_paused):
+    """Between its requests, or in a pause beside one that goes on: what prompts begin with is read
+    with the weights of now."""
+    monkeypatch.setattr(requests, "PREFIX_TOKENS", 8)
+    model, texts = tiny_model(), beginnings(3, 5, 9)
+
+    def answers(manager):
+        names = manager.add_requests(texts)
+        found = {out.request_id: out for out in (manager.get_result(timeout=20) for _ in texts)}
+        return [found[name].generated_tokens for name in names]
+
+    before = [alone(model, text, 5) for text in texts]
+    with model.continuous_batching_context_manager(config()) as manager:
+        if is_paused and not hasattr(manager, "pause"):
+            pytest.skip("this release has no pause")
+        if is_paused:
+            manager.add_request(texts[0], request_id="long", max_new_tokens=10**6)
+        first = answers(manager)
+        with manager.pause() if is_paused else nullcontext():
+            model.model.layers[0].self_attn.o_proj.weight.data.mul_(-3)
+        second = answers(manager)
+        manager.cancel_request("long")
+    assert first == before
+    assert second == [alone(model, text, 5) for text in texts] != before
 
 
 @pytest.mark.slow
