@@ -9,7 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from kimi_linear.ops.packed.weights import PackedWeights
-from kimi_linear.ops.runtime import SILU_MODULES, power_of_two, triton
+from kimi_linear.ops.runtime import SILU_MODULES, power_of_two, product_dtype, triton
 
 MAX_ROWS = 256
 MAX_PAIRS = 2048  # of rows and experts
@@ -79,7 +79,8 @@ def call_obstacle(model: nn.Module, num_rows: int) -> str:
     if num_rows > MAX_ROWS or num_rows * width > MAX_PAIRS:
         most = min(MAX_ROWS, MAX_PAIRS // width)
         return f"the batch has {num_rows} rows, the step takes up to {most}"
-    if torch.is_autocast_enabled(backbone.embed_tokens.weight.device.type):
+    weight = backbone.embed_tokens.weight
+    if product_dtype(weight) != weight.dtype:
         return "autocast is on"
     if model.training and config.attention_dropout:
         return "attention_dropout is on"

@@ -449,6 +449,26 @@ def test_gradients_run_layer_by_layer(device):
     assert call(model, "graph", token_ids(1, 1), cache).requires_grad
 
 
+@each_device
+@torch.no_grad()
+def test_autocast_to_the_dtype_of_the_weights(device, monkeypatch):
+    """Trainers that compute in bfloat16 generate under it; to another dtype it is an obstacle.
+    (Triton's interpreter computes other numbers in bfloat16, with and without.)"""
+    monkeypatch.setattr(obstacles, "DTYPES", (torch.bfloat16,))
+    model = decode_model(device).to(torch.bfloat16)
+    cache = KimiLinearCache(model.config)
+    call(model, "eager", token_ids(1, 5), cache)
+    token, plain = token_ids(1, 1), cache.copy()
+    with torch.autocast(device, torch.bfloat16):
+        logits = call(model, "graph", token, cache)
+    assert torch.equal(logits, call(model, "graph", token, plain))
+    with (
+        torch.autocast(device, torch.float16),
+        pytest.raises(ValueError, match="autocast is on"),
+    ):
+        call(model, "graph", token, cache)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
