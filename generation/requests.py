@@ -24,6 +24,8 @@ from kimi_linear.decode.graph import pool_obstacle
 from kimi_linear.decode.obstacles import MAX_PAIRS, MAX_ROWS
 from kimi_linear.generation.reading import Prefix, Reading, first_lengths, prompt_length
 from kimi_linear.generation.texts import OwnCaches, PooledTexts
+from kimi_linear.parallel.tensor import is_dtensor
+from kimi_linear.upstream.models import is_divided
 from kimi_linear.upstream.requests import PAGE_SIZE, RequestStatus, drained
 
 logger = logging.get_logger(__name__)
@@ -64,10 +66,10 @@ class RequestProcessor:
     inputs_and_outputs = None
 
     def __init__(self, model: Any, manager: Any) -> None:
-        if getattr(model, "_device_mesh", None) is not None:
+        if is_divided(model) or any(map(is_dtensor, model.parameters())):
             raise ValueError(
                 "generate_batch() and continuous batching are not supported for a model that "
-                "several processes share (tp_size, ep_size): each process must have all of it"
+                "several processes share (tp_size, ep_size, FSDP): each process must have all of it"
             )
         settings = manager.continuous_batching_config
         self.model, self.manager = model, manager

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from builders import tiny_model, token_ids
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kimi_linear.generation import requests
@@ -384,3 +387,13 @@ def test_models_of_several_processes_are_refused(model, monkeypatch):
     monkeypatch.setattr(model, "_device_mesh", object(), raising=False)
     with pytest.raises(ValueError, match="not supported for a model that several processes share"):
         RequestProcessor(model, None)
+
+
+def test_models_that_fsdp_divides_are_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(tiny_model(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"several processes share \(tp_size, ep_size, FSDP\)"):
+            model.generate_batch(prompts(3), config())
+    finally:
+        dist.destroy_process_group()
