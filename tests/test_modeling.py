@@ -16,7 +16,7 @@ from kimi_linear import (
     KimiLinearForSequenceClassification,
     KimiLinearForTokenClassification,
 )
-from kimi_linear.layers import plan
+from kimi_linear.layers import planner
 
 pytestmark = [pytest.mark.core, pytest.mark.kernels]
 
@@ -154,13 +154,13 @@ def test_packed_sequences_attended_to_one_by_one(hybrid, monkeypatch, has_paddin
         mask[0, :18], mask[1, 10:13] = 0, 0  # all of a sequence, and the middle of one
         inputs |= {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     masks = []
-    create = plan.create_causal_mask
+    create = planner.create_causal_mask
     monkeypatch.setattr(
-        plan, "create_causal_mask", lambda *args, **kw: masks.append(1) or create(*args, **kw)
+        planner, "create_causal_mask", lambda *args, **kw: masks.append(1) or create(*args, **kw)
     )
     found = []
     for least in (1000, 1):
-        monkeypatch.setattr(plan, "SEQUENCE_TOKENS", least)
+        monkeypatch.setattr(planner, "SEQUENCE_TOKENS", least)
         hybrid.zero_grad()
         out = hybrid(ids, **inputs)
         out.loss.backward()
