@@ -11,6 +11,9 @@ from kimi_linear.decode.attention_kernels import kda_kernel, kda_out_kernel
 from kimi_linear.decode.delta_rule_kernels import delta_rule_kernel, delta_rule_out_kernel
 from kimi_linear.ops.runtime import power_of_two
 
+# of several tokens: columns of a state that a program has, and its warps
+SEVERAL_BLOCK, SEVERAL_WARPS = 32, 8
+
 
 class OneToken:
     """One token of each sequence, which states take in at once.
@@ -52,7 +55,7 @@ class OneToken:
         block = min(self.block, K)
         rule, gated_norm = self._kernels()
         counts, tokens = self._of_several(counters)
-        sizes = {"H": H, "K": K, "WIDTH": width, **self._places(width)}
+        sizes = {"H": H, "K": K, "WIDTH": width}
         sizes |= {"HAS_GATES": gates is not None, "num_warps": self._warps(K), **self.options}
         both = projected, projected if gates is None else gates
         rule[(self.num_sequences, H, K // block)](
@@ -64,6 +67,7 @@ class OneToken:
             projected.stride(0),
             *tokens,
             BLOCK=block,
+            **self._places(width),
             **sizes,
         )
         gated_norm[(out.shape[0], H)](
@@ -80,6 +84,7 @@ class OneToken:
             *tokens,
             a.o_norm.eps,
             FIXED=fixed[1],
+            TAPS=power_of_two(width - 1),
             **sizes,
         )
 
@@ -92,7 +97,7 @@ class OneToken:
         return (), ()
 
     def _places(self, width: int) -> dict[str, int]:
-        """Inputs of a convolution that a program loads at once."""
+        """What the rule loads at once: cached inputs of a convolution, or tokens."""
         return {"TAPS": power_of_two(width - 1)}
 
     def _warps(self, head_size: int) -> int:
@@ -109,6 +114,8 @@ class SeveralTokens(OneToken):
     def __init__(self, *args: Any, num_tokens: int) -> None:
         super().__init__(*args)
         self.num_tokens = num_tokens
+        if num_tokens > 1:
+            self.block, self.num_warps = SEVERAL_BLOCK, SEVERAL_WARPS
 
     def _kernels(self) -> tuple[Any, Any]:
         return delta_rule_kernel, delta_rule_out_kernel
@@ -117,7 +124,7 @@ class SeveralTokens(OneToken):
         return (counters,), (self.num_tokens,)
 
     def _places(self, width: int) -> dict[str, int]:
-        return {"PLACES": power_of_two(width)}
+        return {"TOKENS": power_of_two(self.num_tokens)}
 
 
 def _weights(a: Any) -> tuple[Tensor, ...]:

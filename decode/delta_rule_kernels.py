@@ -20,43 +20,55 @@ from kimi_linear.decode.projection_kernels import pointer_to, wait
 from kimi_linear.ops.runtime import jit, tl
 
 CONV_STATE, RECURRENT_STATE, _, _, UPDATES, INPUTS, CAPACITY = columns(KDAAddresses)
-NOWHERE = -(1 << 30) if tl is None else tl.constexpr(-(1 << 30))  # a place before all tokens
 
 
 @jit
-def _conv_inputs(
-    place, x, conv, inputs, channel, sizes, x_stride, INNER: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Inputs of a convolution [channels, places] at the given places, counted from this step's
-    first token: its own, pending ones before them, and those of the convolution's state.
+def _earlier(conv, inputs, taps, channel, token, sizes, INNER: tl.constexpr, WIDTH: tl.constexpr):
+    """What inputs before this step add to the convolution of each of its tokens.
 
     Args:
-        place: [places].
-        x, conv, inputs: Where the sequence's lie, of this convolution.
+        conv, inputs: State and pending inputs of the sequence, of this convolution.
         channel: [channels].
+        token: [tokens], counted from this step's first one.
         sizes: Cached and pending tokens, and the capacity for those.
+
+    Returns:
+        [tokens, channels].
     """
     cached, pending, capacity = sizes
-    is_own, is_in_state = place >= 0, place < -pending
-    own = tl.load(
-        x + place[None, :] * x_stride + channel[:, None], mask=is_own[None, :], other=0.0
-    ).to(tl.float32)
-    before = conv + channel[:, None] * (WIDTH - 1) + (WIDTH - 1 + pending + place)[None, :]
-    is_there = is_in_state & (place >= 1 - WIDTH - pending)
-    own += tl.load(before, mask=is_there[None, :], other=0.0).to(tl.float32)
-    slot = (cached + place) & (capacity - 1)
-    noted = inputs + slot[None, :] * 3 * INNER + channel[:, None]
-    is_noted = (place < 0) & (place >= -pending)
-    return own + tl.load(noted, mask=is_noted[None, :], other=0.0).to(tl.float32)
+    y = tl.zeros([token.shape[0], channel.shape[0]], dtype=tl.float32)
+    for j in tl.static_range(WIDTH - 1):
+        place = (token + (j + 1 - WIDTH))[:, None]
+        slot = (cached + place) & (capacity - 1)
+        noted = inputs + slot * 3 * INNER + channel[None, :]
+        held = conv + channel[None, :] * (WIDTH - 1) + (WIDTH - 1 + pending + place)
+        before = tl.where(place < -pending, held, noted)
+        x = tl.load(before, mask=place < 0, other=0.0).to(tl.float32)
+        y += x * tl.load(taps + channel * WIDTH + j).to(tl.float32)[None, :]
+    return y
 
 
 @jit
-def _convolved(x, taps, channel, WIDTH: tl.constexpr, PLACES: tl.constexpr):
-    """SiLU of the convolution of inputs [channels, PLACES], oldest first."""
-    j = tl.arange(0, PLACES)
-    tap = taps + channel[:, None] * WIDTH + j[None, :]
-    y = tl.sum(x * tl.load(tap, mask=(j < WIDTH)[None, :], other=0.0).to(tl.float32), axis=1)
+def _convolved(earlier, x, x_stride, taps, channel, token, num_tokens, WIDTH: tl.constexpr):
+    """SiLU of the convolution [tokens, channels], with the step's own inputs x."""
+    y = earlier
+    for j in tl.static_range(WIDTH):
+        if token.shape[0] > 1 or j == WIDTH - 1:
+            place = (token + (j + 1 - WIDTH))[:, None]
+            own = tl.load(
+                x + place * x_stride + channel[None, :],
+                mask=(place >= 0) & (place < num_tokens),
+                other=0.0,
+            )
+            tap = tl.load(taps + channel * WIDTH + j).to(tl.float32)
+            y += own.to(tl.float32) * tap[None, :]
     return y * tl.sigmoid(y)
+
+
+@jit
+def _of(rows, is_it):
+    """The one of rows [tokens, channels] that `is_it` [tokens, 1] says."""
+    return tl.sum(tl.where(is_it, rows, 0.0), axis=0)
 
 
 @jit
@@ -77,14 +89,14 @@ def delta_rule_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    PLACES: tl.constexpr,  # WIDTH, or more, a power of two
+    TOKENS: tl.constexpr,  # num_tokens, or more, a power of two
     BLOCK: tl.constexpr,  # columns of the state of a program
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
     """The delta rule, a block of a head's values by program."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, j = tl.arange(0, K), tl.arange(0, PLACES)
+    i, token = tl.arange(0, K), tl.arange(0, TOKENS)
     value = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     channel, value_channel = head * K + i, head * K + value
     inner: tl.constexpr = H * K
@@ -113,55 +125,71 @@ def delta_rule_kernel(
     conv = pointer_to(tl.load(table + CONV_STATE), x) + cached_row * 3 * inner * (WIDTH - 1)
     past: tl.constexpr = inner * (WIDTH - 1)
     inputs = pointer_to(tl.load(table + INPUTS), x) + cached_row * capacity * 3 * inner
+    sizes = (cached, pending, capacity)
+    q = _earlier(conv, inputs, q_taps, channel, token, sizes, inner, WIDTH)
+    k = _earlier(conv + past, inputs + inner, k_taps, channel, token, sizes, inner, WIDTH)
+    v = _earlier(
+        conv + 2 * past, inputs + 2 * inner, v_taps, value_channel, token, sizes, inner, WIDTH
+    )
     if not HAS_GATES:
         f_w = tl.load(f_b + channel[:, None] * K + i[None, :])
     A = tl.exp(tl.load(A_log + head))
     bias = tl.load(dt_bias + channel)
-    sizes = (cached, pending, capacity)
     wait(IS_LINKED)
+    # of all tokens, [TOKENS, channels]
+    q = _convolved(q, x, x_stride, q_taps, channel, token, num_tokens, WIDTH)
+    k = _convolved(k, x + inner, x_stride, k_taps, channel, token, num_tokens, WIDTH)
+    v = _convolved(v, x + 2 * inner, x_stride, v_taps, value_channel, token, num_tokens, WIDTH)
+    q = q / tl.sqrt((tl.sum(q * q, axis=1) + 1e-6) * K)[:, None]
+    k = k / tl.sqrt(tl.sum(k * k, axis=1) + 1e-6)[:, None]
+    row, is_there = x + token * x_stride + 3 * inner, token < num_tokens
+    beta = tl.sigmoid(tl.load(row + 2 * K + head, mask=is_there, other=0.0).to(tl.float32))
+    if HAS_GATES:
+        f = tl.load(
+            gates + (token * 2 * inner)[:, None] + channel[None, :],
+            mask=is_there[:, None],
+            other=0.0,
+        ).to(tl.float32)
+    else:
+        f = tl.zeros([TOKENS, K], dtype=tl.float32)
+        for t in range(num_tokens):
+            f_a = tl.load(x + t * x_stride + 3 * inner + i).to(tl.float32)
+            product = tl.sum(f_w.to(tl.float32) * f_a[None, :], axis=1)
+            f += tl.where((token == t)[:, None], product[None, :], 0.0)
+    f += bias[None, :]
+    softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
+    decay = tl.exp(-A * softplus)
     for t in range(num_tokens):
-        window = tl.where(j < WIDTH, t + 1 - WIDTH + j, NOWHERE)
-        q_in = _conv_inputs(window, x, conv, inputs, channel, sizes, x_stride, inner, WIDTH)
-        k_in = _conv_inputs(
-            window, x + inner, conv + past, inputs + inner, channel, sizes, x_stride, inner, WIDTH
-        )
-        v_in = _conv_inputs(
-            window,
-            x + 2 * inner,
-            conv + 2 * past,
-            inputs + 2 * inner,
-            value_channel,
-            sizes,
-            x_stride,
-            inner,
-            WIDTH,
-        )
-        row = x + t * x_stride + 3 * inner
-        beta = tl.sigmoid(tl.load(row + 2 * K + head).to(tl.float32))
-        if HAS_GATES:
-            f = tl.load(gates + t * 2 * inner + channel).to(tl.float32)
-        else:
-            f = tl.sum(f_w.to(tl.float32) * tl.load(row + i).to(tl.float32)[None, :], axis=1)
-        f += bias
-        softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
-        decay = tl.exp(-A * softplus)
-        q = _convolved(q_in, q_taps, channel, WIDTH, PLACES)
-        k = _convolved(k_in, k_taps, channel, WIDTH, PLACES)
-        v = _convolved(v_in, v_taps, value_channel, WIDTH, PLACES)
-        q = q / tl.sqrt((tl.sum(q * q) + 1e-6) * K)
-        k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
-        state_KV *= decay[:, None]
-        correction = beta * (v - tl.sum(state_KV * k[:, None], axis=0))
-        state_KV += k[:, None] * correction[None, :]
-        tl.store(out + t * inner + value_channel, tl.sum(state_KV * q[:, None], axis=0))
+        is_it = (token == t)[:, None]
+        decay_t, k_t = _of(decay, is_it), _of(k, is_it)
+        v_t, q_t = _of(v, is_it), _of(q, is_it)
+        beta_t = tl.sum(tl.where(token == t, beta, 0.0))
+        state_KV *= decay_t[:, None]
+        correction = beta_t * (v_t - tl.sum(state_KV * k_t[:, None], axis=0))
+        state_KV += k_t[:, None] * correction[None, :]
+        tl.store(out + t * inner + value_channel, tl.sum(state_KV * q_t[:, None], axis=0))
         if is_noted:
             update = noted + ((cached + t) & (capacity - 1)) * 3 * inner
             tl.store(update + 2 * inner + value_channel, correction)
             if tl.program_id(2) == 0:
-                tl.store(update + channel, decay)
-                tl.store(update + inner + channel, k)
+                tl.store(update + channel, decay_t)
+                tl.store(update + inner + channel, k_t)
     if not is_noted:
         tl.store(place, state_KV)
+
+
+@jit
+def _last_inputs(conv, now, kind, channel, j, sizes, INNER: tl.constexpr, WIDTH: tl.constexpr):
+    """The last WIDTH - 1 inputs [channels, j] of a convolution before the step's token `now`."""
+    x, x_stride, noted, cached, pending, capacity = sizes
+    place = (now + 1 - WIDTH + j)[None, :]
+    is_there = (j < WIDTH - 1)[None, :]
+    lane = kind * INNER + channel[:, None]
+    own = x + place * x_stride + lane
+    slot = (cached + place) & (capacity - 1)
+    held = conv + lane * (WIDTH - 1) + (WIDTH - 1 + pending + place)
+    before = tl.where(place < -pending, held, noted + slot * 3 * INNER + lane)
+    return tl.load(tl.where(place < 0, before, own), mask=is_there)
 
 
 @jit
@@ -186,14 +214,14 @@ def delta_rule_out_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    PLACES: tl.constexpr,
+    TAPS: tl.constexpr,  # WIDTH - 1, or more, a power of two
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """Gated norm of a head of a row; the first row of a sequence moves the convolutions' states to
-    where the recurrent state is now, and writes down the inputs that are pending then."""
+    """Gated norm of a head of a row. Inputs that are pending are written down; the first row of a
+    sequence moves the convolutions' states to where the recurrent state is now."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, j = tl.arange(0, K), tl.arange(0, PLACES)
+    i, j = tl.arange(0, K), tl.arange(0, TAPS)
     channel = head * K + i
     inner: tl.constexpr = H * K
     weight = tl.load(norm + i).to(tl.float32)
@@ -207,33 +235,23 @@ def delta_rule_out_kernel(
     noted = pointer_to(tl.load(table + INPUTS), x) + cached_row * capacity * 3 * inner
     is_noted = tl.load(table + INPUTS) != 0
     wait(IS_LINKED)
-    if token == 0:
-        own = x + row * x_stride
-        past = tl.where(is_noted, 0, num_tokens) + 1 - WIDTH + j
-        past = tl.where(j < WIDTH - 1, past, NOWHERE)
-        sizes = (cached, pending, capacity)
-        for kind in tl.static_range(3):
-            state = conv + kind * inner * (WIDTH - 1)
-            moved = _conv_inputs(
-                past,
-                own + kind * inner,
-                state,
-                noted + kind * inner,
-                channel,
-                sizes,
-                x_stride,
-                inner,
-                WIDTH,
-            )
-            tl.debug_barrier()
-            place = state + channel[:, None] * (WIDTH - 1) + j[None, :]
-            tl.store(place, moved, mask=(j < WIDTH - 1)[None, :])
-            if is_noted:
-                for t in range(num_tokens):
-                    slot = (cached + t) & (capacity - 1)
-                    new = tl.load(own + t * x_stride + kind * inner + channel)
-                    tl.store(noted + (slot * 3 + kind) * inner + channel, new)
     x += row * x_stride
+    if is_noted:
+        place = noted + ((cached + token) & (capacity - 1)) * 3 * inner + channel
+        for kind in tl.static_range(3):
+            tl.store(place + kind * inner, tl.load(x + kind * inner + channel))
+    if (token == 0) & ((pending > 0) | (not is_noted)):
+        now = tl.where(is_noted, 0, num_tokens)
+        sizes = (x, x_stride, noted, cached, pending, capacity)
+        q = _last_inputs(conv, now, 0, channel, j, sizes, inner, WIDTH)
+        k = _last_inputs(conv, now, 1, channel, j, sizes, inner, WIDTH)
+        v = _last_inputs(conv, now, 2, channel, j, sizes, inner, WIDTH)
+        tl.debug_barrier()
+        place = conv + channel[:, None] * (WIDTH - 1) + j[None, :]
+        is_place = (j < WIDTH - 1)[None, :]
+        tl.store(place, q, mask=is_place)
+        tl.store(place + inner * (WIDTH - 1), k, mask=is_place)
+        tl.store(place + 2 * inner * (WIDTH - 1), v, mask=is_place)
     o = tl.load(mixed + (row * H + head) * K + i)
     if HAS_GATES:
         gate = tl.load(gates + (row * 2 + 1) * inner + channel).to(tl.float32)

@@ -1,5 +1,5 @@
-"""The decode step of up to `FEW_ROWS` rows: matrix-vector kernels read each weight once, with
-norms, activations and residuals inside.
+"""The decode step of few rows: matrix-vector kernels read each weight once, with norms, activations
+and residuals inside.
 
 Shapes: B rows, D hidden size, n output size of one weight, I expert width, S slots of a row: its
 experts and the shared ones.
@@ -14,7 +14,6 @@ from kimi_linear.decode.projection_kernels import project_kernel
 from kimi_linear.decode.step import DecodeStep, linked, weight_tiles
 from kimi_linear.ops.runtime import power_of_two
 
-FEW_ROWS = 4
 # bytes of weights that a program reads, and its warps
 TILE_BYTES, TILE_WARPS = 40 << 10, 4
 # programs that keep a GPU of about 130 multiprocessors busy
@@ -93,8 +92,13 @@ class VectorProjection:
 
 
 class FewRowsStep(DecodeStep):
-    """Each row reads the experts that it chose; the shared ones come with them."""
+    """Each row reads the experts that it chose; the shared ones come with them.
 
+    Attributes:
+        most_rows: Beyond, `ManyRowsStep` is faster.
+    """
+
+    most_rows = 3
     kda_block, kda_warps = 64, 8
 
     def __init__(self, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""The decode step of a model whose weights are packed, for up to `FEW_ROWS` rows.
+"""The decode step of few rows of a model whose weights are packed.
 
 Norms and attention write their outputs in fixed point too, which packed weights multiply.
 
@@ -28,8 +28,13 @@ EXPERTS_OUT = (32, 2, 4)
 
 class PackedFewRowsStep(PackedManyRowsStep):
     """What norms, attention and experts give to packed weights is in fixed point, where a program
-    writes whole runs of it; small matrices are read by the kernels of few rows."""
+    writes whole runs of it; small matrices are read by the kernels of few rows.
 
+    Attributes:
+        most_rows: Beyond, `PackedManyRowsStep` is faster.
+    """
+
+    most_rows = 4
     kda_block, kda_warps = FewRowsStep.kda_block, FewRowsStep.kda_warps
     _project_gates = FewRowsStep._project_gates
     _absorb = FewRowsStep._absorb

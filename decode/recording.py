@@ -16,7 +16,7 @@ from kimi_linear.decode.addresses import (
     PoolTable,
     padded,
 )
-from kimi_linear.decode.few_rows import FEW_ROWS, FewRowsStep
+from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
 from kimi_linear.decode.packed import PackedManyRowsStep
 from kimi_linear.decode.packed_few_rows import PackedFewRowsStep
@@ -40,8 +40,9 @@ class StepKind(NamedTuple):
 
 def decode_step(model: nn.Module, kind: StepKind) -> DecodeStep:
     """The step of this kind."""
-    kinds = PACKED_KINDS if has_quantized(model, PackedWeights) else PLAIN_KINDS
-    return kinds[kind.num_sequences * kind.num_tokens > FEW_ROWS](model, *kind)
+    few, many = PACKED_KINDS if has_quantized(model, PackedWeights) else PLAIN_KINDS
+    is_few = kind.num_sequences * kind.num_tokens <= few.most_rows
+    return (few if is_few else many)(model, *kind)
 
 
 class Recording:

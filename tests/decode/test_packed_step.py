@@ -9,7 +9,6 @@ from torch import nn
 
 from kimi_linear import KimiLinearCache
 from kimi_linear.decode import fixed_point
-from kimi_linear.decode.few_rows import FEW_ROWS
 from kimi_linear.decode.fixed_point import FixedProjection
 from kimi_linear.decode.obstacles import Snapshot, weight_obstacle
 from kimi_linear.decode.packed import PackedManyRowsStep
@@ -56,7 +55,7 @@ def compare(model, num_rows, excess=EXCESS):
     model.decode_backend = "eager"
     step.ids.copy_(ids)
     step.run()
-    is_few = num_rows <= FEW_ROWS
+    is_few = num_rows <= PackedFewRowsStep.most_rows
     check(step.logits, model(ids, cache=other).logits[:, 0], excess=excess if is_few else 1)
     return step
 
@@ -135,7 +134,7 @@ def test_all_rows_on_one_expert(num_rows, device):
     check(
         out,
         layer.block_sparse_moe(layer.post_attention_layernorm(hidden)),
-        excess=EXCESS if num_rows <= FEW_ROWS else 1,
+        excess=EXCESS if num_rows <= PackedFewRowsStep.most_rows else 1,
     )
 
 
