@@ -5,6 +5,9 @@ it decodes, a row and pages of a `TextPool` on a GPU, that cache itself elsewher
 of all texts that decode, at most `max_batch_tokens` tokens of prompts are read. When pages run out,
 the text that came last gives its own back and is read again later.
 
+The device chooses tokens and goes on with them; the host looks at each step's tokens while the next
+step runs. A text whose end it sees so has had one step too many, which nobody is told of.
+
 Transformers' manager (`upstream/requests.py`) calls `prepare_next_batch`, `_generation_step` and
 `update_batch` in turn, from a thread of its own.
 """
@@ -22,6 +25,7 @@ from transformers.utils import logging
 from kimi_linear.decode.few_rows import power_below
 from kimi_linear.decode.graph import pool_obstacle
 from kimi_linear.decode.obstacles import MAX_PAIRS, MAX_ROWS
+from kimi_linear.generation.chosen import Chosen
 from kimi_linear.generation.reading import Prefix, Reading, first_lengths, prompt_length
 from kimi_linear.generation.texts import OwnCaches, PooledTexts
 from kimi_linear.parallel.tensor import is_dtensor
@@ -85,6 +89,9 @@ class RequestProcessor:
         self.texts: Any = None
         # by row, in the order in which they came
         self.active: OrderedDict[int, Any] = OrderedDict()
+        # what the host has not seen; by row, a text's last token, on the device
+        self.chosen: list[Chosen] = []
+        self.last: Tensor
         self.prefix: Prefix | None = None
         self.shares_prefixes = settings.allow_block_sharing
         self._last_read = 0.0
@@ -95,8 +102,7 @@ class RequestProcessor:
         self.waiting: deque[Any] = deque()
         self.reading: Reading | None = None
         self._read_alone: set[str] = set()  # requests, after an error while several were read
-        for row in list(self.active):
-            self._end(row)
+        self._end_all()
         self._drop_prefix()
         self._results: list[Any] = []
         self._find_place()
@@ -114,6 +120,9 @@ class RequestProcessor:
             pages = settings.num_blocks, getattr(settings, PAGE_SIZE)
             self.texts = None  # its memory is for the next
             self.texts = PooledTexts(model, num_rows, *pages, share)
+        with torch.inference_mode(False):  # written to outside of it
+            rows = self.texts.num_rows + 1  # and a prefix's
+            self.last = torch.zeros(rows, dtype=torch.int64, device=model.device)
 
     # --------------------------------------------------------------------- what the manager calls
     def prepare_next_batch(self) -> bool:
@@ -146,8 +155,7 @@ class RequestProcessor:
     @torch.no_grad()
     def _generation_step(self, model: Any) -> None:
         self._read()
-        if self.active:
-            self._decode()
+        self._decode()
 
     def update_batch(self) -> None:
         """Hand out what the last step has found."""
@@ -165,10 +173,9 @@ class RequestProcessor:
         """End all requests with an error, but for those that the last step has ended."""
         self.update_batch()
         states = [*self.active.values(), *self.waiting]
+        self._end_all()
         if self.reading is not None:  # some of its requests may be among those that go on
             states += [x for x in self.reading.states if x.status == RequestStatus.PREFILLING]
-        for row in list(self.active):
-            self._end(row)
         self.waiting.clear()
         self.reading = None
         for state in states:
@@ -376,34 +383,45 @@ class RequestProcessor:
             rows += own
             sources += [i] * len(own)
         if rows:
-            self._take(rows, reading.logits()[sources])
+            self._choose(rows, reading.logits()[sources])
 
     # ------------------------------------------------------------------------------------- answers
     def _decode(self) -> None:
-        """One more token of each text."""
-        for row in list(self.active):
+        """One more token of each text; then look at those that were chosen before."""
+        for row in self._unfinished():
             while row in self.active and not self.texts.grow(row):
                 if self.prefix is not None:
                     self._drop_prefix()
+                elif self.chosen:  # texts may have ended
+                    self._look(self.chosen)
                 else:
                     self._set_back(next(reversed(self.active)))
-        rows = list(self.active)
-        if not rows:
-            return
-        last = [self.active[row].generated_tokens[-1] for row in rows]
-        # without waiting for what is being read, so that the step is launched behind it in time
-        ids = torch.tensor(last).to(self.model.device, non_blocking=True)
-        logits = self.texts.step(rows, ids)
-        if logits is None:
-            self._move()
-        else:
-            self._take(rows, logits)
+        rows, before = self._unfinished(), len(self.chosen)
+        if rows:
+            # without waiting for what is being read, so that the step is launched behind it in time
+            ids = self.last[torch.tensor(rows).to(self.last.device, non_blocking=True)]
+            logits = self.texts.step(rows, ids)
+            if logits is None:
+                self._look(self.chosen)
+                self._move()
+                return
+            self._choose(rows, logits)
+        self._look(self.chosen[:before])
+
+    def _unfinished(self) -> list[int]:
+        """Rows whose texts may have another token, counting those that the host has not seen."""
+        unseen = {id(state) for chosen in self.chosen for state in chosen.states}
+        return [
+            row
+            for row, state in self.active.items()
+            if state.max_new_tokens is None
+            or len(state.generated_tokens) + (id(state) in unseen) < state.max_new_tokens
+        ]
 
     def _move(self) -> None:
         """Read all texts again, where the model can decode now."""
         states = [self._again(x) for x in self.active.values()]
-        for row in list(self.active):
-            self._end(row)
+        self._end_all()
         if self.reading is not None:
             self._wait_again(self.reading)
         self.waiting.extendleft(reversed(states))
@@ -429,19 +447,9 @@ class RequestProcessor:
         else:
             self.waiting.appendleft(self._again(state))
 
-    def _take(self, rows: list[int], logits: Tensor) -> None:
-        """Choose a token for each text from its logits [texts, vocab_size], and tell."""
-        states = [self.active[row] for row in rows]
-        tokens, logprobs = self._choose(states, logits.float())
-        for i, (row, state) in enumerate(zip(rows, states, strict=True)):
-            logprob = None if logprobs is None else logprobs[i]
-            if state.update_and_check_completion(tokens[i], logprob):
-                self._end(row)
-            if state.streaming or state.status == RequestStatus.FINISHED:
-                self._results.append(state.to_generation_output())
-
-    def _choose(self, states: list[Any], scores: Tensor) -> tuple[list[int], list[float] | None]:
-        """Tokens and their log probabilities, on the host."""
+    def _choose(self, rows: list[int], logits: Tensor) -> None:
+        """Choose a token for each text from its logits [texts, vocab_size]."""
+        states, scores = [self.active[row] for row in rows], logits.float()
         if self.processors.do_processing:
             count = self.processors.tensors_required
             args = torch.zeros(count, len(states), dtype=torch.int32, device=scores.device)
@@ -450,18 +458,37 @@ class RequestProcessor:
             scores = self.processors(None, scores, args)
         if self.samples:
             chances = scores.softmax(dim=-1)
-            chosen = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
+            tokens = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
         else:
-            chosen = scores.argmax(dim=-1)
-        if not self.returns_logprobs:
-            return chosen.tolist(), None
-        found = scores.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
-        return chosen.tolist(), found.tolist()
+            tokens = scores.argmax(dim=-1)
+        logprobs = None
+        if self.returns_logprobs:
+            logprobs = scores.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        self.last[torch.tensor(rows).to(tokens.device, non_blocking=True)] = tokens
+        self.chosen.append(Chosen(rows, states, tokens, logprobs))
+
+    def _look(self, found: list[Chosen]) -> None:
+        """Tell what was chosen, and end the texts that it ends."""
+        self.chosen = [each for each in self.chosen if each not in found]
+        for each in found:
+            for row, state, token, logprob in each.values():
+                if self.active.get(row) is not state:  # cancelled, or a step too many
+                    continue
+                if state.update_and_check_completion(token, logprob):
+                    self._end(row)
+                if state.streaming or state.status == RequestStatus.FINISHED:
+                    self._results.append(state.to_generation_output())
 
     def _end(self, row: int) -> None:
         """Forget a text."""
         del self.active[row]
         self.texts.free(row)
+
+    def _end_all(self) -> None:
+        """Forget all texts."""
+        self.chosen = []
+        for row in list(self.active):
+            self._end(row)
 
     def _cancel(self, request_id: str) -> None:
         """End a request, of which nothing more is told."""

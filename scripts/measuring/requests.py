@@ -111,9 +111,10 @@ class Requests:
                 raise RuntimeError("the manager's thread has ended")
 
     def _warm_up(self, manager: Any, rows: int) -> None:
-        """Steps of all numbers of rows, and readings of some lengths."""
+        """Steps of all numbers of rows, and readings of texts of the same length and of others."""
         shortest, longest = self.workload.prompts
         lengths = [(shortest, 4 + i) for i in range(2 * rows)] + [(longest, 2)] * 2
+        lengths += [(max(shortest, longest - 3 * i), 2) for i in range(12)]
         self._answers(
             manager, [(self._prompt(i, n), count) for i, (n, count) in enumerate(lengths)]
         )

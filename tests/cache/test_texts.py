@@ -139,4 +139,5 @@ def test_texts_on_a_gpu(dtype):
         found = read_together(model, together, texts)
         for text, one, cache in zip(texts, found, alone, strict=True):
             if text.shape[1]:
-                assert_kernel_close(one, model(text, cache=cache).logits, dtype)
+                # both round
+                assert_kernel_close(one, model(text, cache=cache).logits, dtype, excess=1.5)

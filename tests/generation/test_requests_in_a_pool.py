@@ -29,16 +29,22 @@ def alone(begins, rest, seed):
     return ids[0].tolist(), out[0, ids.shape[1] :].tolist()
 
 
-def run(seed, monkeypatch):
-    """A workload, with cancellations."""
-    generator = random.Random(seed)
+def pooled(monkeypatch, step=step_in_torch):
+    """Have requests decode in a pool; the processors that are made from now on."""
     model, processors = model_of(), []
     make = type(model).request_processor
     model.request_processor = lambda manager: (
         processors.append(make(model, manager)) or processors[-1]
     )
     monkeypatch.setattr(requests, "pool_obstacle", lambda *args: "")
-    monkeypatch.setattr(texts, "decode_pool", step_in_torch)
+    monkeypatch.setattr(texts, "decode_pool", step)
+    return processors
+
+
+def run(seed, monkeypatch):
+    """A workload, with cancellations, and answers that end early."""
+    generator = random.Random(seed)
+    model, processors = model_of(), pooled(monkeypatch)
     monkeypatch.setattr(requests, "PREFIX_TOKENS", PAGE)
     settings = ContinuousBatchingConfig(
         **{PAGE_SIZE: PAGE},
@@ -53,8 +59,16 @@ def run(seed, monkeypatch):
     manager.start()
     for i in range(count):
         prompt, answer = alone(generator.choice(BEGINNINGS), generator.randint(1, 40), seed=i)
-        expected[f"r{i}"] = answer[: generator.randint(1, 24)]
-        manager.add_request(prompt, request_id=f"r{i}", max_new_tokens=len(expected[f"r{i}"]))
+        count_new, end = generator.randint(1, 24), None
+        answer = answer[:count_new]
+        if generator.random() < 0.4:
+            end = generator.choice(answer)
+            answer = answer[: answer.index(end) + 1]
+        expected[f"r{i}"] = answer
+        name = manager.add_request(
+            prompt, request_id=f"r{i}", max_new_tokens=count_new, eos_token_id=end
+        )
+        assert name == f"r{i}"
         if generator.random() < 0.1:
             cancelled.add(f"r{generator.randint(0, i)}")
             manager.cancel_request(next(iter(cancelled)))
@@ -94,6 +108,37 @@ def test_memory_that_a_pool_takes(free, num_rows, monkeypatch):
     if free:
         assert free / 2 - page < taken <= free / 2
     assert pool.num_rows == num_rows + 1
+
+
+@pytest.mark.parametrize(("end", "num_steps"), [(None, 9), (4, 5)], ids=["full", "early"])
+def test_the_host_looks_while_the_next_step_runs(end, num_steps, monkeypatch):
+    """So an end that could not be foreseen costs one step, and one that could be none."""
+    steps, seen = [], []
+    prompt, answer = alone(0, 9, seed=2)
+    assert answer[4] not in answer[:4]
+
+    def step(model, pool, rows, ids):
+        steps.append(rows)
+        seen.append(len(processors[0].active[rows[0]].generated_tokens))
+        return step_in_torch(model, pool, rows, ids)
+
+    processors = pooled(monkeypatch, step)
+    (out,) = (
+        model_of()
+        .generate_batch(
+            [prompt],
+            GenerationConfig(
+                do_sample=False,
+                eos_token_id=None if end is None else answer[end],
+                max_new_tokens=10,
+            ),
+            ContinuousBatchingConfig(**{PAGE_SIZE: PAGE}, num_blocks=3),
+        )
+        .values()
+    )
+    assert out.generated_tokens == answer[: 10 if end is None else end + 1]
+    assert len(steps) == num_steps
+    assert seen == list(range(num_steps))  # one less than were chosen
 
 
 @pytest.mark.parametrize("seed", range(4))
