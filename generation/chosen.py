@@ -32,6 +32,7 @@ class Chosen:
         """Row, request, token and its log probability of each text; waits for the copy."""
         if self._copied is not None:
             self._copied.synchronize()
-        count = len(self.rows)
-        logprobs = [None] * count if self._logprobs is None else self._logprobs.tolist()
+        logprobs: list[Any] = [None] * len(self.rows)
+        if self._logprobs is not None:
+            logprobs = self._logprobs.tolist()
         return list(zip(self.rows, self.states, self._tokens.tolist(), logprobs, strict=True))

@@ -472,7 +472,8 @@ class RequestProcessor:
         self.chosen = [each for each in self.chosen if each not in found]
         for each in found:
             for row, state, token, logprob in each.values():
-                if self.active.get(row) is not state:  # cancelled, or a step too many
+                if row not in self.active or self.active[row] is not state:
+                    # cancelled, or a step too many
                     continue
                 if state.update_and_check_completion(token, logprob):
                     self._end(row)
