@@ -4,8 +4,9 @@ For each number of rows, the experts' two products and each linear layer: in bfl
 that are unpacked for 16-bit activations ("fp8w"), and with quantised activations ("fp8") for each
 of the tiles below, the time of quantising beside it. A line of JSON each: milliseconds, operations
 a second, and how far the result is from that of 16-bit activations (some 0.03 for one product).
-What to set by it: LARGE_TILE, USES_DESCRIPTORS and MANY_ROWS in `ops/packed/float8.py`,
-GATE_UP_TILES, DOWN_TILES and FEW_ROWS in `ops/experts/float8_kernels.py`.
+What to set by it: LARGE_TILE and USES_DESCRIPTORS in `ops/packed/float8.py`, GATE_UP_TILES,
+DOWN_TILES and FEW_ROWS in `ops/experts/float8_kernels.py`, FLOAT8_TOKENS in
+`ops/experts/packed.py`, MANY_ROWS and MANY_OUTPUTS in `ops/projections.py`.
 
     python benchmarks/float8_h200.py --record benchmarks/results/float8_h200.jsonl
     python benchmarks/float8_h200.py --pointers --record benchmarks/results/float8_pointers.jsonl

@@ -89,7 +89,7 @@ class KimiLinearLatentAttention(nn.Module):
 
     def latent(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, L + P]: normed latent and shared key part, what the cache keeps."""
-        latent, shared_key = project(x, self.kv_a_proj_with_mqa).split(
+        latent, shared_key = self.kv_a_proj_with_mqa(x).split(
             [self.latent_dim, self.shared_key_dim], dim=-1
         )
         return torch.cat([self.kv_a_layernorm(latent), shared_key], dim=-1)

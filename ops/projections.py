@@ -1,8 +1,8 @@
 """Linear layers' products where no graph is recorded: of quantised rows, if weights ask for it.
 
-Packed weights with dynamic activations (`Scheme.activation_scheme`) are multiplied in float8 from
-`MANY_ROWS` rows on, by layers in evaluation mode. Whatever else a layer is (training, adapters,
-hooks, other weights, few rows, other hardware), it is called as it is.
+Large products of packed weights with dynamic activations (`Scheme.activation_scheme`) are made in
+float8, by layers in evaluation mode. Whatever else a layer is (training, adapters, hooks, other
+weights, few rows or outputs, other hardware), it is called as it is.
 
 Shapes: D inputs, N outputs.
 """
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from kimi_linear.ops.packed.float8 import Float8Rows, float8_linear, quantize_rows, takes_float8
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import linear_weight, needs_grad, product_dtype
+
+# Rows and outputs from which a product in float8 is faster (H200). Quantising costs time by rows
+# and inputs, and saves it by rows, inputs and outputs: these must be many. With fewer rows,
+# launches take longer than products.
+MANY_ROWS, MANY_OUTPUTS = 2048, 4096
 
 
 class LinearInput:
@@ -49,9 +54,11 @@ def _float8_weight(x: Tensor, linear: nn.Module) -> Any:
     if not isinstance(weight, PackedWeights) or linear.training or x.dim() < 2:
         return None
     is_taken = (
-        x.device == weight.device
-        and x.dtype == weight.dtype == product_dtype(weight)
+        x.shape[:-1].numel() >= MANY_ROWS
+        and weight.shape[0] >= MANY_OUTPUTS
+        and x.device == weight.device
+        and weight.dtype == x.dtype == product_dtype(x)
         and not needs_grad(x)
-        and takes_float8(weight, x.numel() // x.shape[-1])
+        and takes_float8(weight)
     )
     return weight if is_taken else None

@@ -15,6 +15,7 @@ Shapes: T rows, N outputs, K inputs, B = ceil(K / 128) blocks of a row.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,20 +31,22 @@ try:
 except ImportError:  # no triton, or an old one
     TensorDescriptor = None
 
-# Rows from which activations are quantised.
-MANY_ROWS = 256
 DTYPES = (torch.bfloat16, torch.float16)
-CAPABILITY = (8, 9)  # the first with products of float8 numbers
+FIRST_ARCHITECTURE = 89  # with products of float8 numbers
+INTERPRETED = 0
 BLOCK, RUN_, LARGEST = FLOAT8_BLOCK, RUN, 448.0
 if tl is not None:
     BLOCK, RUN_, LARGEST = tl.constexpr(FLOAT8_BLOCK), tl.constexpr(RUN), tl.constexpr(448.0)
-# Whether hardware copies tiles where it can. Without, launches cost the host less.
+# Whether hardware copies tiles where it can. Without, a linear layer takes half as long again.
 USES_DESCRIPTORS = True
 QUANTIZED_ROWS = 16  # of a program that quantises
 # Rows, columns, halves (a program has as many tiles side by side), warps and stages of a tile: with
-# the shared memory of Hopper and data-centre Blackwell, and with that of others.
+# the shared memory of Hopper and data-centre Blackwell, and with that of others. Where rows of
+# weights have scales of their own, sums of 256 columns leave no registers for them.
 LARGE_MEMORY = (90, 100, 103)
-LARGE_TILE, SMALL_TILE = (128, 128, 2, 8, 4), (64, 128, 1, 8, 2)
+LARGE_TILE = (128, 128, 2, 8, 4)
+ROW_SCALES_TILE = (64, 128, 1, 4, 3)
+SMALL_TILE = (64, 128, 1, 8, 2)
 
 
 class Float8Rows(NamedTuple):
@@ -58,29 +61,27 @@ class Float8Rows(NamedTuple):
     scale: Tensor
 
 
-def takes_float8(weights: Any, num_rows: int) -> bool:
-    """Whether a packed tensor is to be multiplied by this many quantised rows, and this GPU can."""
+def takes_float8(weights: Any) -> bool:
+    """Whether a packed tensor's scheme allows products by quantised rows, and this GPU has them."""
+    device = weights.device
     return (
-        num_rows >= MANY_ROWS
-        and weights.scheme.has_float8_products
+        weights.scheme.has_float8_products
         and HAS_KERNELS
         and weights.dtype in DTYPES
-        and weights.device.type in DEVICES
+        and device.type in DEVICES
         and not is_traced()
-        and has_products(weights.device)
+        and torch.version.hip is None
+        and (architecture(device) >= FIRST_ARCHITECTURE or architecture(device) == INTERPRETED)
     )
 
 
-def has_products(device: torch.device) -> bool:
-    """Whether a device multiplies float8 numbers; the interpreter does everywhere."""
+@cache
+def architecture(device: torch.device) -> int:
+    """What kernels are compiled for: the GPU's compute capability, 90 for 9.0; or INTERPRETED."""
     if not is_jit_function(to_float8):
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY
-
-
-def architecture() -> int:
-    """What kernels are compiled for: the GPU's compute capability, 90 for 9.0; 0: interpreted."""
-    return driver.active.get_current_target().arch if is_jit_function(to_float8) else 0
+        return INTERPRETED
+    with torch.cuda.device(-1 if device.index is None else device.index):
+        return driver.active.get_current_target().arch
 
 
 def quantize_rows(x: Tensor) -> Float8Rows:
@@ -107,8 +108,7 @@ def float8_linear(rows: Float8Rows, weights: Any, dtype: torch.dtype) -> Tensor:
     """
     T, (N, K) = rows.codes.shape[0], weights.shape
     out = torch.empty(T, N, dtype=dtype, device=rows.codes.device)
-    tile = LARGE_TILE if has_large_memory() else SMALL_TILE
-    tile_rows, columns, halves, num_warps, num_stages = tile
+    tile_rows, columns, halves, num_warps, num_stages = _tile(weights, out.device)
     with torch.cuda.device_of(out):
         _float8_linear[(ceil_div(T, tile_rows) * ceil_div(N, halves * columns),)](
             tiles_of_bytes(rows.codes, tile_rows),
@@ -120,7 +120,7 @@ def float8_linear(rows: Float8Rows, weights: Any, dtype: torch.dtype) -> Tensor:
             N=N,
             K=K,
             SCALES=scales_form(weights, columns),
-            HAS_DESCRIPTORS=has_descriptors(),
+            HAS_DESCRIPTORS=has_descriptors(out.device),
             ROWS=tile_rows,
             COLUMNS=columns,
             HALVES=halves,
@@ -128,6 +128,12 @@ def float8_linear(rows: Float8Rows, weights: Any, dtype: torch.dtype) -> Tensor:
             num_stages=num_stages,
         )
     return out
+
+
+def _tile(weights: Any, device: torch.device) -> tuple[int, int, int, int, int]:
+    if not has_large_memory(device):
+        return SMALL_TILE
+    return ROW_SCALES_TILE if weights.scheme.rows % FLOAT8_BLOCK else LARGE_TILE
 
 
 def weight_bytes(weights: Any) -> Tensor:
@@ -153,21 +159,21 @@ def scales_form(weights: Any, columns: int) -> tuple[int, int, int, int, int, bo
 
 def tiles_of_bytes(rows: Tensor, tile_rows: int) -> Any:
     """What a kernel reads tiles of rows and blocks from; hardware copies them from Hopper on."""
-    if not has_descriptors():
+    if not has_descriptors(rows.device):
         return rows
     return TensorDescriptor.from_tensor(rows, [tile_rows, FLOAT8_BLOCK])
 
 
-def has_descriptors() -> bool:
+def has_descriptors(device: torch.device) -> bool:
     """Whether `tiles_of_bytes` gives descriptors."""
-    if not USES_DESCRIPTORS:
+    if not USES_DESCRIPTORS or TensorDescriptor is None:
         return False
-    return TensorDescriptor is not None and (architecture() >= 90 or architecture() == 0)
+    return architecture(device) >= 90 or architecture(device) == INTERPRETED
 
 
-def has_large_memory() -> bool:
+def has_large_memory(device: torch.device) -> bool:
     """Whether a program has some 200 KB of shared memory."""
-    return architecture() in LARGE_MEMORY
+    return architecture(device) in LARGE_MEMORY
 
 
 # --------------------------------------------------------------------------------------- kernels

@@ -96,7 +96,7 @@ def convolved_projections(
             inputs, convolutions, conv_state, output_state, cu_seqlens, last_inputs
         )
     q, k, v = (out.unflatten(-1, heads) for out in outputs)
-    rest = [read.through(other) for other in others]
+    rest = [other(x) for other in others]
     state = state if output_state else None
     at_cut = _state_at(cut, inputs, taps, conv_state) if cut else None
     return ConvolvedProjections(q, k, v, tuple(rest), state, False, at_cut)

@@ -80,7 +80,7 @@ def test_products_of_rows(monkeypatch, shape, scheme, tile):
     small_tiles(monkeypatch, tile)
     (num_rows, num_outputs, num_inputs) = shape
     weights, full = random_packed(scheme, (num_outputs, num_inputs), DTYPE, DEVICE)
-    assert float8.takes_float8(weights, float8.MANY_ROWS)
+    assert float8.takes_float8(weights)
     rows = float8.quantize_rows(draw(num_rows, num_inputs, dtype=DTYPE))
     found = float8.float8_linear(rows, weights, DTYPE)
     assert relative(found, in_full(rows, num_inputs) @ full.double().t()) < CLOSE

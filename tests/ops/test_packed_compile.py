@@ -28,7 +28,7 @@ CASES = [
     ("prefill", 90, ("3 bits", "8 bits")),
     ("prefill", 120, ("3 bits",)),
     ("float8", 89, ("float8 blocks",)),
-    ("float8", 90, ("float8 blocks",)),
+    ("float8", 90, ("float8 blocks", "float8 a row")),
     ("float8", 120, ("float8 a row",)),
     ("decode", 86, ("3 bits",)),  # of the preset for cards of 24 GB
     ("decode", 90, ("4 bits, zeros",)),
@@ -54,9 +54,7 @@ def test_kernels_fit(group, arch, schemes, tmp_path):
         pytest.fail(found.stdout + found.stderr)
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert lines
-    # in loops: Triton 3.6 keeps some sums of two tiles of 128 x 128 there, which are worth it
-    allowed = {"_float8_gate_up": 160, "_float8_down": 160}
-    assert [x for x in lines if x["stack"] > allowed.get(x["kernel"], FEW_REGISTERS)] == []
+    assert [line for line in lines if line["stack"] > FEW_REGISTERS] == []
     if group == "float8":
         kind = "wgmma.mma_async" if arch == 90 else "mma.sync"
         products = {each for line in lines for each in line["products"]}

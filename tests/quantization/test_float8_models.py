@@ -25,8 +25,10 @@ PARTS = ("experts", "shared_experts", "attention")
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
-    """Also for a few rows, so that tests are quick."""
-    monkeypatch.setattr(float8, "MANY_ROWS", 8)
+    """Also for a few rows and outputs, so that tests are quick."""
+    monkeypatch.setattr(projections, "MANY_ROWS", 8)
+    monkeypatch.setattr(projections, "MANY_OUTPUTS", 8)
+    monkeypatch.setattr(packed, "FLOAT8_TOKENS", 8)
     if not IS_INTERPRETED:
         if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
             pytest.skip("needs products of float8 numbers")
@@ -80,7 +82,7 @@ def test_layers_of_one_input_quantise_it_once(quantized):
 
 @with_kernels
 def test_what_is_called_as_it_is(quantized, monkeypatch):
-    """Few rows, training, recorded graphs, hooks, and layers with a bias."""
+    """Few rows or outputs, training, recorded graphs, hooks, and layers with a bias."""
     x, linear = rows(9), layer()
     graph = x.clone().requires_grad_()
     assert project(graph, linear).requires_grad
@@ -88,6 +90,7 @@ def test_what_is_called_as_it_is(quantized, monkeypatch):
     assert torch.equal(project(graph, linear), expected)
     with torch.no_grad():
         project(x[:7], linear)
+        project(x, layer(num_outputs=7))
         project(x, linear.train())
         project(x, nn.Linear(128, 4, device=DEVICE, dtype=DTYPE))
         hooked = layer()
