@@ -3,7 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from float8_references import in_full, reference_rows, relative, round_as_torch
+from float8_references import (
+    assert_rounded,
+    exact,
+    in_full,
+    reference_rows,
+    relative,
+    round_as_torch,
+)
 from interpreter import DEVICE, IS_INTERPRETED, draw, with_kernels
 from packed_weights import random_packed
 
@@ -15,8 +22,12 @@ from kimi_linear.schemes import Scheme
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 DTYPE = torch.float32 if IS_INTERPRETED else torch.bfloat16
-# Of sums in float32; on a GPU, of results in bfloat16 and sums of the tensor cores in 14 bits.
+# The root mean square of errors. In bfloat16, rounding the result costs 1.7e-3. Hopper's tensor
+# cores cut products off 13 bits behind the point of the largest that they add at once (DeepSeek-V3,
+# section 3.3.2), which costs a sum of 128 some 4e-4.
 CLOSE = 2e-6 if IS_INTERPRETED else 4e-3
+# Of one number, by the largest of its block. So cut off, silu(gate) * up is up to 2e-3 off.
+SLACK = 1e-5 if IS_INTERPRETED else 1e-2
 SCHEMES = {
     "blocks": Scheme(8, 128, is_float=True, rows=128, activation_scheme="dynamic"),
     "blocks of few rows": Scheme(8, 128, is_float=True, rows=24, activation_scheme="dynamic"),
@@ -79,21 +90,20 @@ def test_a_number_that_is_not_finite_stays_so():
 def test_products_of_rows(monkeypatch, shape, scheme, tile):
     small_tiles(monkeypatch, tile)
     (num_rows, num_outputs, num_inputs) = shape
-    weights, full = random_packed(scheme, (num_outputs, num_inputs), DTYPE, DEVICE)
+    weights, _ = random_packed(scheme, (num_outputs, num_inputs), DTYPE, DEVICE)
     assert float8.takes_float8(weights)
     rows = float8.quantize_rows(draw(num_rows, num_inputs, dtype=DTYPE))
     found = float8.float8_linear(rows, weights, DTYPE)
-    assert relative(found, in_full(rows, num_inputs) @ full.double().t()) < CLOSE
+    assert relative(found, in_full(rows, num_inputs) @ exact(weights).t()) < CLOSE
 
 
 @with_kernels
 def test_blocks_that_inputs_do_not_fill(monkeypatch):
     small_tiles(monkeypatch, TILES["one"])
-    weights, full = random_packed(SCHEMES["blocks"], (200, 200), DTYPE, DEVICE)
-    full = weights.dequantized()  # by the definition, whose last block is cut short
+    weights, _ = random_packed(SCHEMES["blocks"], (200, 200), DTYPE, DEVICE)
     rows = float8.quantize_rows(draw(20, 200, dtype=DTYPE))
     found = float8.float8_linear(rows, weights, DTYPE)
-    assert relative(found, in_full(rows, 200) @ full.double().t()) < CLOSE
+    assert relative(found, in_full(rows, 200) @ exact(weights).t()) < CLOSE
 
 
 @with_kernels
@@ -106,7 +116,7 @@ def test_scales_of_any_dtype(monkeypatch, dtype):
     weights = weights.to(DTYPE)
     assert weights.scale.dtype == dtype
     rows = float8.quantize_rows(draw(40, 640, dtype=DTYPE))
-    expected = in_full(rows, 640) @ weights.to(torch.float32).dequantized().double().t()
+    expected = in_full(rows, 640) @ exact(weights).t()
     assert relative(float8.float8_linear(rows, weights, DTYPE), expected) < CLOSE
 
 
@@ -116,7 +126,7 @@ def test_error_beside_rows_in_full():
     x, w = draw(64, 1024, dtype=DTYPE), draw(256, 1024, dtype=DTYPE)
     weights = quantize(w, SCHEMES["blocks"])
     found = float8.float8_linear(float8.quantize_rows(x), weights, DTYPE)
-    error = relative(found, x.double() @ weights.dequantized().double().t())
+    error = relative(found, x.double() @ exact(weights).t())
     assert 0.02 < error < 0.03
 
 
@@ -127,9 +137,9 @@ def test_error_beside_rows_in_full():
 def test_products_by_expert(monkeypatch, tokens, hidden, width, scheme, tile):
     small_tiles(monkeypatch, tile)
     scheme = SCHEMES[scheme]
-    up, up_full = random_packed(scheme, (6, 2 * width, hidden), DTYPE, DEVICE, factor=1e-3)
+    up, _ = random_packed(scheme, (6, 2 * width, hidden), DTYPE, DEVICE, factor=1e-3)
     down, _ = random_packed(scheme, (6, hidden, width), DTYPE, DEVICE, factor=1e-3)
-    down_full = down.dequantized()
+    up_full, down_full = exact(up), exact(down)
     experts = torch.rand(tokens, 8, device=DEVICE).topk(3, dim=-1).indices  # 6 and 7: other ranks'
     experts[experts == 2] = 4
     order, ends, *_ = sort_pairs(experts, 6)
@@ -141,10 +151,9 @@ def test_products_by_expert(monkeypatch, tokens, hidden, width, scheme, tile):
     for expert, (start, end) in enumerate(zip(stops, stops[1:], strict=False)):
         if start == end:
             continue
-        gate_up = x[order[start:end] // 3] @ up_full[expert].double().t()
-        gate, value = gate_up.chunk(2, dim=1)
-        expected = reference_rows((F.silu(gate) * value).float())
-        assert relative(y[start:end], in_full(expected, width)) < 5e-3
-        assert not in_full(inner, -(-width // 128) * 128)[start:end, width:].any()
-        expected = y[start:end] @ down_full[expert].double().t()
+        gate, value = (x[order[start:end] // 3] @ up_full[expert].t()).chunk(2, dim=1)
+        own = float8.Float8Rows(inner.codes[start:end], inner.scale[:, start:end])
+        assert_rounded(own, F.silu(gate) * value, SLACK)
+        assert not in_full(own, own.codes.shape[1])[:, width:].any()
+        expected = y[start:end] @ down_full[expert].t()
         assert relative(pairs[order[start:end]], expected) < CLOSE

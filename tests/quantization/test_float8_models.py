@@ -5,7 +5,7 @@ import pytest
 import torch
 from builders import token_ids
 from few_bits_models import packed_of, small_model
-from float8_references import in_full, relative, round_as_torch
+from float8_references import exact, in_full, relative, round_as_torch
 from interpreter import DEVICE, IS_INTERPRETED, with_kernels
 from torch import nn
 
@@ -21,6 +21,7 @@ from kimi_linear.schemes import NAMED, Scheme
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 DTYPE = torch.float32 if IS_INTERPRETED else torch.bfloat16
 PARTS = ("experts", "shared_experts", "attention")
+CLOSE = 2e-6 if IS_INTERPRETED else 4e-3  # as in ops/test_float8_kernels.py
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def test_layers_of_one_input_quantise_it_once(quantized):
     found = [read.through(each) for each in layers]
     assert quantized == [(10, 128)]
     for each, out in zip(layers, found, strict=True):
-        expected = x.double() @ each.weight.dequantized().double().t()
+        expected = x.double() @ exact(each.weight).t()
         assert out.shape == expected.shape and out.dtype == DTYPE
         assert relative(out, expected) < 0.035
     assert torch.equal(found[1], layers[1](x))  # its activations stay in 16 bits
@@ -126,20 +127,23 @@ def test_experts(quantized, monkeypatch):
     assert len(quantized) == 1
 
 
-def reference_linear(read, weights, dtype):
-    return (in_full(read, weights.shape[1]) @ weights.dequantized().double().t()).to(dtype)
-
-
 @with_kernels
 @torch.no_grad()
 def test_models(quantized, monkeypatch):
-    """Logits are those of the same products in float64; switched off, nothing is quantised. (A
-    random model's follow no closer than its choices of experts do.)"""
-    ids = token_ids(1, 12).to(DEVICE)
-    found = {}
+    """Each product is that of its own input in float64, and logits stay close to those of 16-bit
+    activations; switched off, nothing is quantised. Each token takes all experts: another choice
+    of them would decide how close."""
+    ids, found, errors = token_ids(1, 12).to(DEVICE), {}, []
+
+    def checked(read, weights, dtype):
+        out = float8.float8_linear(read, weights, dtype)
+        errors.append(relative(out, in_full(read, weights.shape[1]) @ exact(weights).t()))
+        return out
+
+    monkeypatch.setattr(projections, "float8_linear", checked)
     for name in NAMED:
-        model = small_model(num_hidden_layers=4).to(DTYPE)
-        quantize_model(model, KimiLinearQuantizationConfig(**dict.fromkeys(PARTS, name)))
+        model = small_model(num_hidden_layers=4, num_experts=4, num_experts_per_token=4)
+        quantize_model(model.to(DTYPE), KimiLinearQuantizationConfig(**dict.fromkeys(PARTS, name)))
         model = model.to(DEVICE)
         schemes = {each.scheme for each in packed_of(model).values()}
         assert schemes == {Scheme(**NAMED[name])}
@@ -148,10 +152,5 @@ def test_models(quantized, monkeypatch):
         quantized.clear()
         model(ids[:, :4])
         assert not quantized
-        if name == "fp8":
-            with monkeypatch.context() as patch:
-                patch.setattr(projections, "float8_linear", reference_linear)
-                expected = model(ids).logits.double()
-            quantized.clear()
-    assert relative(found["fp8"], expected) < (1e-3 if IS_INTERPRETED else 0.1)
-    assert relative(found["fp8"], found["fp8w"].double()) > 1e-3
+    assert errors and max(errors) < CLOSE
+    assert 1e-3 < relative(found["fp8"], found["fp8w"].double()) < 0.25

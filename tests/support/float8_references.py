@@ -1,6 +1,6 @@
 """Products of quantised rows and packed weights, in float64.
 
-Shapes: T rows, K inputs, P rows by expert.
+Shapes: T rows, K inputs, N outputs.
 """
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_linear.ops.packed.float8 import Float8Rows
+from kimi_linear.ops.packed.weights import PackedWeights
 
 BLOCK, RUN = 128, 32
 
@@ -26,6 +27,32 @@ def in_full(rows: Float8Rows, num_inputs: int) -> Tensor:
     """What quantised rows stand for, float64 [T, K]."""
     blocks = rows.codes.double().unflatten(1, (-1, RUN, BLOCK // RUN)).transpose(2, 3).flatten(2)
     return (blocks * rows.scale.t().double()[..., None]).flatten(1)[:, :num_inputs]
+
+
+def exact(weights: PackedWeights) -> Tensor:
+    """Packed weights as tensor cores multiply by them, float64 [.., N, K]: codes by scales, not
+    rounded to 16 bits."""
+    return weights.to(torch.float32).dequantized().double()
+
+
+def assert_rounded(found: Float8Rows, expected: Tensor, slack: float) -> None:
+    """Each quantised number is the nearest to one that is close to what is expected.
+
+    Two that are close to each other may lie on both sides of a tie, and differ by up to an eighth
+    when they are quantised: quantised numbers are not compared with each other.
+
+    Args:
+        found: [T, K].
+        expected: float64 [T, K].
+        slack: How close, by the largest number of a block.
+    """
+    numbers = in_full(found, found.codes.shape[1]).unflatten(1, (-1, BLOCK))
+    expected = F.pad(expected, (0, -expected.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    largest, scale = expected.abs().amax(dim=2, keepdim=True), found.scale.t().double()[..., None]
+    assert ((448 * scale - largest).abs() <= slack * largest).all()
+    exponent = (expected / scale).abs().clamp(min=2**-6).log2().floor()
+    half_ulp = scale * torch.exp2(exponent - 4)  # three bits behind the point
+    assert ((numbers - expected).abs() <= half_ulp + slack * largest).all()
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
