@@ -3,7 +3,8 @@
 For every launch Triton binds the arguments, derives a type and a specialisation of each, and makes
 a key of strings by which it finds the kernel: two to three times as long as the launch itself takes
 the host, and a training step has some hundred launches. Here a kernel is found by what that
-depends on: dtype and alignment of tensors, values of all else, and the device.
+depends on: dtype and alignment of tensors, dtype and block of tensor descriptors, values of all
+else, and the device.
 
 Triton's own way is taken for what is new, in the interpreter, and where somebody listens to
 launches (profilers such as Proton, hooks of kernels).
@@ -23,6 +24,11 @@ try:
     from triton.runtime.jit import JITFunction
 except ImportError:  # no triton, or one before 3.4
     JITFunction = driver = None
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no triton, or an old one
+    TensorDescriptor = None
 
 TENSORS = frozenset({Tensor, nn.Parameter})
 MAX_KERNELS = 1024  # remembered of one function: lengths of texts are among the values
@@ -77,7 +83,11 @@ class DirectLaunch:
             device,
             *kwargs,
             *[
-                (value.dtype, value.data_ptr() & 15) if type(value) in TENSORS else value
+                (value.dtype, value.data_ptr() & 15)
+                if (kind := type(value)) in TENSORS
+                else (value.base.dtype, tuple(value.block_shape))
+                if kind is TensorDescriptor
+                else value
                 for value in given
             ],
         )

@@ -6,7 +6,8 @@ source of Python's standard library and of installed packages; whole files of th
 out. Then its weights are quantised and judged, one form after the other (`measuring/forms.py` has
 their names), in this order:
 
-    main               the presets 24gb, 48gb and 80gb, fp8, all parts in 3, 4 and 8 bits; no data
+    main               the presets 24gb, 48gb and 80gb, fp8 and fp8w, all parts in 3, 4 and 8 bits;
+                       no data
     calibrated         those of 3 and 4 bits with GPTQ, on --calibration-tokens of the training text
     parts              one part alone in 3 and in 4 bits
     groups             experts alone, with groups of 32, 64 and 128 and with zeros
@@ -70,7 +71,7 @@ def in_each(bits: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{part}={each}" for each in bits for part in PARTS)
 
 
-MAIN = ("24gb", "48gb", "80gb", "fp8", *map(everything, ("3/64", "4/64", "8/64")))
+MAIN = ("24gb", "48gb", "80gb", "fp8", "fp8w", *map(everything, ("3/64", "4/64", "8/64")))
 GROUPED = ("3/32", "3/128", "3/32z", "3/64z", "3/128z", "4/32", "4/128", "4/64z")
 SECTIONS: dict[str, tuple[str, ...]] = {
     "main": (NONE, *MAIN),

@@ -4,6 +4,7 @@ On a CPU beside a stand-in for Triton, on a GPU beside Triton itself.
 """
 
 import inspect
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,29 @@ def stand_in(monkeypatch):
     function = StandIn()
     function.active, function.runtime = active, runtime
     return function
+
+
+@dataclass
+class Descriptor:
+    """As Triton's, which has no hash."""
+
+    base: torch.Tensor
+    block_shape: list[int]
+
+
+def test_descriptors_are_told_apart_by_dtype_and_block(stand_in, monkeypatch):
+    monkeypatch.setattr(direct_launch, "TensorDescriptor", Descriptor)
+    run = DirectLaunch(stand_in, stand_in.run, chosen=lambda: stand_in.added)
+    run(Descriptor(torch.zeros(4, 8), [2, 4]), None, grid=(1,), size=4)
+    same = Descriptor(torch.zeros(6, 16), [2, 4])
+    assert run(same, None, grid=(1,), size=4).function == "kernel 1"
+    (launch,) = stand_in.launches
+    assert launch[9] is same
+    wide, tall = torch.zeros(4, 8, dtype=torch.float64), [4, 2]
+    for number, other in enumerate((Descriptor(wide, [2, 4]), Descriptor(same.base, tall)), 2):
+        for _ in range(2):
+            assert run(other, None, grid=(1,), size=4).function == f"kernel {number}"
+            assert stand_in.searches == number
 
 
 def test_a_second_launch_is_direct(stand_in):
@@ -141,6 +165,12 @@ if triton is not None:
             value = tl.load(x + place, mask=place < size, other=0.0).to(tl.float32)
         tl.store(y + place, (value * SCALE + size).to(y.dtype.element_ty), mask=place < size)
 
+    @triton.jit
+    def _copy_tile(source, target, SIZE: tl.constexpr):
+        place = tl.arange(0, SIZE)
+        value = source.load([tl.program_id(0) * SIZE, 0])
+        tl.store(target + (tl.program_id(0) * SIZE + place)[:, None] * SIZE + place[None, :], value)
+
 
 @pytest.mark.gpu
 def test_kernels_on_a_gpu():
@@ -168,3 +198,21 @@ def test_kernels_on_a_gpu():
             torch.testing.assert_close(out, wanted)
     # without a source there is no start
     assert len(searches) == len(cases) - 6
+
+
+@pytest.mark.gpu
+def test_descriptors_on_a_gpu():
+    """Other tensors of other sizes, by the kernel of the first."""
+    if direct_launch.TensorDescriptor is None or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs hardware that copies tiles")
+    function, searches = launch_directly(_copy_tile), []
+    run = function.run._run
+    function.run._run = lambda *args, **kwargs: searches.append(1) or run(*args, **kwargs)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        for shape in ((32, 32), (64, 48), (128, 32)):
+            source = torch.randn(shape, device="cuda").to(dtype)
+            target = torch.zeros(shape[0], 32, device="cuda", dtype=dtype)
+            tiles = direct_launch.TensorDescriptor.from_tensor(source, [32, 32])
+            function[(shape[0] // 32,)](tiles, target, SIZE=32)
+            assert torch.equal(target, source[:, :32])
+    assert len(searches) == 2
