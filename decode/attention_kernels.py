@@ -14,7 +14,7 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 from kimi_linear.decode.addresses import CACHED, COUNTERS, ROW, KDAAddresses, LatentAddresses
 from kimi_linear.decode.addresses import columns as table_columns
 from kimi_linear.decode.fixed_point_kernels import store_row_fixed_point
-from kimi_linear.decode.projection_kernels import norm_scale, pointer_to, wait
+from kimi_linear.decode.projection_kernels import is_last_program, norm_scale, pointer_to, wait
 from kimi_linear.ops.runtime import jit, tl
 
 CONV_STATE, RECURRENT_STATE, *_ = table_columns(KDAAddresses)
@@ -43,6 +43,91 @@ def _convolved(past, newest, new):
 
 
 @jit
+def projected_gate(weight, x):
+    """[channels]: weights [channels, K] by pointers [K] to an inner product."""
+    return tl.sum(weight.to(tl.float32) * tl.load(x).to(tl.float32)[None, :], axis=1)
+
+
+@jit
+def decay_of(f, A):
+    softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
+    return tl.exp(-A * softplus)
+
+
+@jit
+def take_in(state_KV, decay, q, k, v, beta, K: tl.constexpr):
+    """The delta rule for a token: the new state, its output, and what `pending.py` notes."""
+    q = q / tl.sqrt((tl.sum(q * q) + 1e-6) * K)
+    k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
+    state_KV *= decay[:, None]
+    correction = beta * (v - tl.sum(state_KV * k[:, None], axis=0))
+    state_KV += k[:, None] * correction[None, :]
+    return state_KV, tl.sum(state_KV * q[:, None], axis=0), k, correction
+
+
+@jit
+def store_gated(
+    o,  # [BLOCK], a program's values of a head
+    gate,
+    norm,
+    mixed,  # pointers [BLOCK] to float32, and
+    square,  # one for the sum of squares: both to be written
+):
+    """A head's gated values before its norm, whose scale all its programs make together."""
+    tl.store(mixed, o * norm * tl.sigmoid(gate))
+    tl.store(square, tl.sum(o * o))
+
+
+@jit
+def store_normed(
+    mixed,  # pointers [K] to what `store_gated` has written, and
+    squares,  # [BLOCKS]
+    eps,
+    out,
+    channel,
+    fixed,
+    row,
+    K: tl.constexpr,
+    FIXED: tl.constexpr,
+):
+    """Store the gated norm of a head [K], also in fixed point."""
+    o = tl.load(mixed, cache_modifier=".cg")
+    store_head(
+        o, tl.sum(tl.load(squares, cache_modifier=".cg")), eps, out, channel, fixed, row, K, FIXED
+    )
+
+
+@jit
+def store_head(o, square, eps, out, channel, fixed, row, K: tl.constexpr, FIXED: tl.constexpr):
+    """Store a gated head [K] with its norm's scale, also in fixed point."""
+    o *= norm_scale(square, K, eps)
+    tl.store(out + channel, o)
+    if FIXED > 0:
+        store_row_fixed_point(o, channel, fixed, row, FIXED)
+
+
+@jit
+def gated_heads(o, gate, norm, eps, out, channel, fixed, row, K: tl.constexpr, FIXED: tl.constexpr):
+    """Store the gated norm of a head [K], also in fixed point."""
+    o_gated = o * norm * tl.sigmoid(gate)
+    store_head(o_gated, tl.sum(o * o), eps, out, channel, fixed, row, K, FIXED)
+
+
+@jit
+def _move_inputs(x, conv, channel, INNER: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """The step of the convolutions' states of some channels."""
+    j = tl.arange(0, TAPS)
+    for kind in tl.static_range(3):
+        place = conv + (kind * INNER + channel[:, None]) * (WIDTH - 1) + j[None, :]
+        # each cached input but the oldest moves to the place before it
+        new = tl.load(x + kind * INNER + channel)
+        past = tl.load(place + 1, mask=(j < WIDTH - 2)[None, :], other=0.0)
+        tl.debug_barrier()
+        past = tl.where((j == WIDTH - 2)[None, :], new[:, None], past)
+        tl.store(place, past, mask=(j < WIDTH - 1)[None, :])
+
+
+@jit
 def kda_kernel(
     x,  # [B, x_stride]: the projections q, k, v [H * K] each, f_a and g_a [K] each, b [H]
     gates,  # [B, 2, H * K], f_b of f_a and g_b of g_a, with HAS_GATES
@@ -52,9 +137,22 @@ def kda_kernel(
     f_b,  # [H * K, K]
     A_log,  # float32 [H]
     dt_bias,  # float32 [H * K]
+    g_b,  # [H * K, K]
+    norm,  # [K]
     table,  # int64, columns of `KDAAddresses`
-    out,  # float32 [B, H, K], to be written
+    mixed,  # float32 [B, H, K], to be written
+    squares,  # float32 [B, H, K / BLOCK] and
+    arrived,  # int32 [B, H], 0, between the programs of a head
+    out,  # [B, out_stride], to be written with IN_ONE
+    columns,  # int8 [B, 8, FIXED] and
+    wide_columns,  # float16 [B, 4, FIXED] and
+    halves,  # int8 [B, 2, FIXED] and
+    unit,  # float32 [B, FIXED / 32]: out in fixed point; without FIXED anything
     x_stride,
+    out_stride,
+    eps,
+    FIXED: tl.constexpr,
+    IN_ONE: tl.constexpr,  # whether to do what else `kda_out_kernel` does
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -63,13 +161,15 @@ def kda_kernel(
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """The delta rule, a block of a head's values by program."""
+    """The delta rule, a block of a head's values by program; the last one of a head ends it."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, K)
     value = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     channel, value_channel = head * K + i, head * K + value
     inner: tl.constexpr = H * K
+    BLOCKS: tl.constexpr = K // BLOCK
     x += row * x_stride
+    mixed += row * inner
     # everything that the kernels before this one do not write
     state = pointer_to(tl.load(table + RECURRENT_STATE), A_log) + (row * H + head) * K * K
     place = state + i[:, None] * K + value[None, :]
@@ -81,8 +181,12 @@ def kda_kernel(
     v_past, v_tap = _window(conv + 2 * past, v_taps, value_channel, WIDTH, TAPS)
     if not HAS_GATES:
         f_w = tl.load(f_b + channel[:, None] * K + i[None, :])
+        if IN_ONE:
+            g_w = tl.load(g_b + value_channel[:, None] * K + i[None, :])
     A = tl.exp(tl.load(A_log + head))
     bias = tl.load(dt_bias + channel)
+    if IN_ONE:
+        weight = tl.load(norm + value).to(tl.float32)
     wait(IS_LINKED)
     q_new, k_new = tl.load(x + channel), tl.load(x + inner + channel)
     v_new = tl.load(x + 2 * inner + value_channel)
@@ -90,30 +194,25 @@ def kda_kernel(
     if HAS_GATES:
         f = tl.load(gates + row * 2 * inner + channel).to(tl.float32)
     else:
-        f_a = tl.load(x + 3 * inner + i).to(tl.float32)
-        f = tl.sum(f_w.to(tl.float32) * f_a[None, :], axis=1)
-    f += bias
-    softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
-    decay = tl.exp(-A * softplus)
+        f = projected_gate(f_w, x + 3 * inner + i)
     q, k = _convolved(q_past, q_tap, q_new), _convolved(k_past, k_tap, k_new)
     v = _convolved(v_past, v_tap, v_new)
-    q = q / tl.sqrt((tl.sum(q * q) + 1e-6) * K)
-    k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
-    state_KV *= decay[:, None]
-    error = beta * (v - tl.sum(state_KV * k[:, None], axis=0))
-    state_KV += k[:, None] * error[None, :]
+    state_KV, o, _, _ = take_in(state_KV, decay_of(f + bias, A), q, k, v, beta, K)
     tl.store(place, state_KV)
-    tl.store(out + (row * H + head) * K + value, tl.sum(state_KV * q[:, None], axis=0))
-
-
-@jit
-def gated_heads(o, gate, norm, eps, out, channel, fixed, row, K: tl.constexpr, FIXED: tl.constexpr):
-    """Store the gated norm of a head [K], also in fixed point."""
-    o *= norm_scale(tl.sum(o * o), K, eps) * norm
-    o *= tl.sigmoid(gate)
-    tl.store(out + channel, o)
-    if FIXED > 0:
-        store_row_fixed_point(o, channel, fixed, row, FIXED)
+    if not IN_ONE:
+        tl.store(mixed + value_channel, o)
+    else:
+        if HAS_GATES:
+            gate = tl.load(gates + (row * 2 + 1) * inner + value_channel).to(tl.float32)
+        else:
+            gate = projected_gate(g_w, x + 3 * inner + K + i)
+        squares += (row * H + head) * BLOCKS
+        store_gated(o, gate, weight, mixed + value_channel, squares + tl.program_id(2))
+        if is_last_program(arrived + row * H + head, BLOCKS):
+            _move_inputs(x, conv, channel, inner, WIDTH, TAPS)
+            fixed = (columns, wide_columns, halves, unit)
+            own, all_squares = out + row * out_stride, squares + tl.arange(0, BLOCKS)
+            store_normed(mixed + channel, all_squares, eps, own, channel, fixed, row, K, FIXED)
 
 
 @jit
@@ -142,7 +241,7 @@ def kda_out_kernel(
 ):
     """Gated norm of a head, and its channels' step of the convolutions' states."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, j = tl.arange(0, K), tl.arange(0, TAPS)
+    i = tl.arange(0, K)
     channel = head * K + i
     inner: tl.constexpr = H * K
     x += row * x_stride
@@ -151,20 +250,12 @@ def kda_out_kernel(
     if not HAS_GATES:
         g_w = tl.load(g_b + channel[:, None] * K + i[None, :])
     wait(IS_LINKED)
-    for kind in tl.static_range(3):
-        place = conv + (kind * inner + channel[:, None]) * (WIDTH - 1) + j[None, :]
-        # each cached input but the oldest moves to the place before it
-        new = tl.load(x + kind * inner + channel)
-        past = tl.load(place + 1, mask=(j < WIDTH - 2)[None, :], other=0.0)
-        tl.debug_barrier()
-        past = tl.where((j == WIDTH - 2)[None, :], new[:, None], past)
-        tl.store(place, past, mask=(j < WIDTH - 1)[None, :])
+    _move_inputs(x, conv, channel, inner, WIDTH, TAPS)
     o = tl.load(mixed + (row * H + head) * K + i)
     if HAS_GATES:
         gate = tl.load(gates + (row * 2 + 1) * inner + channel).to(tl.float32)
     else:
-        g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
-        gate = tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
+        gate = projected_gate(g_w, x + 3 * inner + K + i)
     fixed = (columns, wide_columns, halves, unit)
     gated_heads(o, gate, weight, eps, out + row * out_stride, channel, fixed, row, K, FIXED)
 

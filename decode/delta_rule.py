@@ -1,29 +1,52 @@
 """How a decode step launches Kimi Delta Attention: one token a row, or several.
 
-Shapes: B rows, H heads, K key and value size, T tokens of a sequence.
+Shapes: B rows, H heads, K key and value size, S sequences, T tokens of each.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kimi_linear.decode.attention_kernels import kda_kernel, kda_out_kernel
 from kimi_linear.decode.delta_rule_kernels import delta_rule_kernel, delta_rule_out_kernel
 from kimi_linear.ops.runtime import power_of_two
 
+# rows up to which one launch does all; then columns of a state that a program has, and its warps
+KDA_IN_ONE = 4
+IN_ONE_BLOCK, IN_ONE_WARPS = 32, 8
+
 
 class OneToken:
     """One token of each sequence, which states take in at once.
 
     Args:
-        num_sequences: B.
-        block, num_warps: Columns of a state that a program has, and its warps.
+        num_sequences, num_tokens: S and T.
+        linear: The configuration's `linear_attn_config`.
+        block, num_warps: Columns of a state that a program has, and its warps, of two launches.
         options: For all launches, see `linked`.
     """
 
-    def __init__(self, num_sequences: int, block: int, num_warps: int, options: Any) -> None:
-        self.num_sequences, self.block = num_sequences, block
-        self.num_warps, self.options = num_warps, options
+    def __init__(
+        self,
+        num_sequences: int,
+        num_tokens: int,
+        linear: Any,
+        block: int,
+        num_warps: int,
+        options: Any,
+        device: torch.device,
+    ) -> None:
+        self.num_sequences, self.num_tokens, self.options = num_sequences, num_tokens, options
+        H, K, B = linear["num_heads"], linear["head_dim"], num_sequences * num_tokens
+        self.is_in_one = B <= KDA_IN_ONE
+        if self.is_in_one:
+            block, num_warps = IN_ONE_BLOCK, IN_ONE_WARPS
+        self.block, self.num_warps = min(block, K), num_warps if K >= 128 else 4
+        # between the programs of a head
+        self.mixed = torch.empty(B, H, K, dtype=torch.float32, device=device)
+        self.squares = torch.empty(B, H, K // self.block, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(B, H, dtype=torch.int32, device=device)
 
     def launch(
         self,
@@ -32,7 +55,6 @@ class OneToken:
         counters: Tensor,
         projected: Tensor,
         gates: Tensor | None,
-        mixed: Tensor,
         out: Tensor,
         fixed: tuple[tuple[Tensor, ...], int],
     ) -> None:
@@ -44,42 +66,48 @@ class OneToken:
             counters: [sequences, 4], columns of `Counters`.
             projected: [B, ..], the layer's projections of its input, side by side.
             gates: [B, 2, H * K]; None: the kernels project them.
-            mixed: float32 [B, H * K], between both kernels.
             out: [B, H * K], the gated heads.
             fixed: Where they go in fixed point too, and its places.
         """
         H, K, width = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
-        block = min(self.block, K)
         rule, gated_norm = self._kernels()
         counts, tokens = self._of_several(counters)
-        sizes = {"H": H, "K": K, "WIDTH": width, **self._places(width)}
-        sizes |= {"HAS_GATES": gates is not None, "num_warps": self._warps(K), **self.options}
+        sizes = {"FIXED": fixed[1], "H": H, "K": K, "WIDTH": width, **self._places(width)}
+        sizes |= {"HAS_GATES": gates is not None, "num_warps": self.num_warps, **self.options}
         both = projected, projected if gates is None else gates
-        rule[(self.num_sequences, H, K // block)](
+        ends = a.g_b_proj.weight, a.o_norm.weight
+        strides = projected.stride(0), out.stride(0)
+        rule[(self.num_sequences, H, K // self.block)](
             *both,
             *_weights(a),
+            *ends,
             table,
             *counts,
-            mixed,
-            projected.stride(0),
-            *tokens,
-            BLOCK=block,
-            **sizes,
-        )
-        gated_norm[(out.shape[0], H)](
-            *both,
-            a.g_b_proj.weight,
-            a.o_norm.weight,
-            table,
-            *counts,
-            mixed,
+            self.mixed,
+            self.squares,
+            self.arrived,
             out,
             *fixed[0],
-            projected.stride(0),
-            out.stride(0),
+            *strides,
             *tokens,
             a.o_norm.eps,
-            FIXED=fixed[1],
+            BLOCK=self.block,
+            IN_ONE=self.is_in_one,
+            **sizes,
+        )
+        if self.is_in_one:
+            return
+        gated_norm[(out.shape[0], H)](
+            *both,
+            *ends,
+            table,
+            *counts,
+            self.mixed,
+            out,
+            *fixed[0],
+            *strides,
+            *tokens,
+            a.o_norm.eps,
             **sizes,
         )
 
@@ -95,20 +123,9 @@ class OneToken:
         """Inputs of a convolution that a program loads at once."""
         return {"TAPS": power_of_two(width - 1)}
 
-    def _warps(self, head_size: int) -> int:
-        return self.num_warps if head_size >= 128 else 4
-
 
 class SeveralTokens(OneToken):
-    """Several tokens of each sequence, or one that may be taken back.
-
-    Args:
-        num_tokens: T.
-    """
-
-    def __init__(self, *args: Any, num_tokens: int) -> None:
-        super().__init__(*args)
-        self.num_tokens = num_tokens
+    """Several tokens of each sequence, or one that may be taken back."""
 
     def _kernels(self) -> tuple[Any, Any]:
         return delta_rule_kernel, delta_rule_out_kernel
@@ -121,6 +138,6 @@ class SeveralTokens(OneToken):
 
 
 def _weights(a: Any) -> tuple[Tensor, ...]:
-    """What both kernels of the rule take of a layer."""
+    """What the rule itself takes of a layer."""
     taps = (conv.weight for conv in (a.q_conv1d, a.k_conv1d, a.v_conv1d))
     return (*taps, a.f_b_proj.weight, a.A_log, a.dt_bias)

@@ -15,8 +15,15 @@ Shapes: S sequences, T tokens of each, B = S * T rows, H heads, K key and value 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
 from kimi_linear.decode.addresses import CACHED, COUNTERS, PENDING, ROW, KDAAddresses, columns
-from kimi_linear.decode.attention_kernels import gated_heads
-from kimi_linear.decode.projection_kernels import pointer_to, wait
+from kimi_linear.decode.attention_kernels import (
+    decay_of,
+    gated_heads,
+    projected_gate,
+    store_gated,
+    store_normed,
+    take_in,
+)
+from kimi_linear.decode.projection_kernels import is_last_program, pointer_to, wait
 from kimi_linear.ops.runtime import jit, tl
 
 CONV_STATE, RECURRENT_STATE, _, _, UPDATES, INPUTS, CAPACITY = columns(KDAAddresses)
@@ -60,6 +67,49 @@ def _convolved(x, taps, channel, WIDTH: tl.constexpr, PLACES: tl.constexpr):
 
 
 @jit
+def _move_inputs(
+    x,
+    conv,
+    inputs,
+    is_noted,
+    channel,
+    sizes,
+    x_stride,
+    num_tokens,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Move the convolutions' states of some channels to where the recurrent state is now, and write
+    down the inputs that are pending then; arguments as of `_conv_inputs`."""
+    cached, _, capacity = sizes
+    j = tl.arange(0, PLACES)
+    past = tl.where(is_noted, 0, num_tokens) + 1 - WIDTH + j
+    past = tl.where(j < WIDTH - 1, past, NOWHERE)
+    for kind in tl.static_range(3):
+        state = conv + kind * INNER * (WIDTH - 1)
+        moved = _conv_inputs(
+            past,
+            x + kind * INNER,
+            state,
+            inputs + kind * INNER,
+            channel,
+            sizes,
+            x_stride,
+            INNER,
+            WIDTH,
+        )
+        tl.debug_barrier()
+        place = state + channel[:, None] * (WIDTH - 1) + j[None, :]
+        tl.store(place, moved, mask=(j < WIDTH - 1)[None, :])
+        if is_noted:
+            for t in range(num_tokens):
+                slot = (cached + t) & (capacity - 1)
+                new = tl.load(x + t * x_stride + kind * INNER + channel)
+                tl.store(inputs + (slot * 3 + kind) * INNER + channel, new)
+
+
+@jit
 def delta_rule_kernel(
     x,  # [B, x_stride]: the projections q, k, v [H * K] each, f_a and g_a [K] each, b [H]
     gates,  # [B, 2, H * K], f_b of f_a and g_b of g_a, with HAS_GATES
@@ -69,11 +119,24 @@ def delta_rule_kernel(
     f_b,  # [H * K, K]
     A_log,  # float32 [H]
     dt_bias,  # float32 [H * K]
+    g_b,  # [H * K, K]
+    norm,  # [K]
     table,  # int64, columns of `KDAAddresses`
     counters,  # int64 [S, 4], columns of `Counters`
-    out,  # float32 [B, H, K], to be written
+    mixed,  # float32 [B, H, K], to be written
+    squares,  # float32 [B, H, K / BLOCK] and
+    arrived,  # int32 [B, H], 0, between the programs of a head
+    out,  # [B, out_stride], to be written with IN_ONE
+    columns,  # int8 [B, 8, FIXED] and
+    wide_columns,  # float16 [B, 4, FIXED] and
+    halves,  # int8 [B, 2, FIXED] and
+    unit,  # float32 [B, FIXED / 32]: out in fixed point; without FIXED anything
     x_stride,
+    out_stride,
     num_tokens,  # T
+    eps,
+    FIXED: tl.constexpr,
+    IN_ONE: tl.constexpr,  # whether to do what else `delta_rule_out_kernel` does
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -82,16 +145,18 @@ def delta_rule_kernel(
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """The delta rule, a block of a head's values by program."""
+    """The delta rule, a block of a head's values by program; the last one of a head ends it."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i, j = tl.arange(0, K), tl.arange(0, PLACES)
     value = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     channel, value_channel = head * K + i, head * K + value
     inner: tl.constexpr = H * K
+    BLOCKS: tl.constexpr = K // BLOCK
     first = sequence * num_tokens
     x += first * x_stride
     gates += first * 2 * inner
-    out += first * inner
+    mixed += first * inner
+    squares += (first * H + head) * BLOCKS
     # everything that the kernels before this one do not write
     counters += sequence * COUNTERS
     cached, pending = tl.load(counters + CACHED), tl.load(counters + PENDING)
@@ -115,6 +180,10 @@ def delta_rule_kernel(
     inputs = pointer_to(tl.load(table + INPUTS), x) + cached_row * capacity * 3 * inner
     if not HAS_GATES:
         f_w = tl.load(f_b + channel[:, None] * K + i[None, :])
+        if IN_ONE:
+            g_w = tl.load(g_b + value_channel[:, None] * K + i[None, :])
+    if IN_ONE:
+        weight = tl.load(norm + value).to(tl.float32)
     A = tl.exp(tl.load(A_log + head))
     bias = tl.load(dt_bias + channel)
     sizes = (cached, pending, capacity)
@@ -141,19 +210,21 @@ def delta_rule_kernel(
         if HAS_GATES:
             f = tl.load(gates + t * 2 * inner + channel).to(tl.float32)
         else:
-            f = tl.sum(f_w.to(tl.float32) * tl.load(row + i).to(tl.float32)[None, :], axis=1)
-        f += bias
-        softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
-        decay = tl.exp(-A * softplus)
+            f = projected_gate(f_w, row + i)
+        decay = decay_of(f + bias, A)
         q = _convolved(q_in, q_taps, channel, WIDTH, PLACES)
         k = _convolved(k_in, k_taps, channel, WIDTH, PLACES)
         v = _convolved(v_in, v_taps, value_channel, WIDTH, PLACES)
-        q = q / tl.sqrt((tl.sum(q * q) + 1e-6) * K)
-        k = k / tl.sqrt(tl.sum(k * k) + 1e-6)
-        state_KV *= decay[:, None]
-        correction = beta * (v - tl.sum(state_KV * k[:, None], axis=0))
-        state_KV += k[:, None] * correction[None, :]
-        tl.store(out + t * inner + value_channel, tl.sum(state_KV * q[:, None], axis=0))
+        state_KV, o, k, correction = take_in(state_KV, decay, q, k, v, beta, K)
+        if not IN_ONE:
+            tl.store(mixed + t * inner + value_channel, o)
+        else:
+            if HAS_GATES:
+                gate = tl.load(gates + (t * 2 + 1) * inner + value_channel).to(tl.float32)
+            else:
+                gate = projected_gate(g_w, row + K + i)
+            square = squares + t * H * BLOCKS + tl.program_id(2)
+            store_gated(o, gate, weight, mixed + t * inner + value_channel, square)
         if is_noted:
             update = noted + ((cached + t) & (capacity - 1)) * 3 * inner
             tl.store(update + 2 * inner + value_channel, correction)
@@ -162,6 +233,36 @@ def delta_rule_kernel(
                 tl.store(update + inner + channel, k)
     if not is_noted:
         tl.store(place, state_KV)
+    if IN_ONE:
+        if is_last_program(arrived + first * H + head, BLOCKS):
+            _move_inputs(
+                x,
+                conv,
+                inputs,
+                tl.load(table + INPUTS) != 0,
+                channel,
+                sizes,
+                x_stride,
+                num_tokens,
+                inner,
+                WIDTH,
+                PLACES,
+            )
+            fixed = (columns, wide_columns, halves, unit)
+            all_squares = squares + tl.arange(0, BLOCKS)
+            for t in range(num_tokens):
+                token_row = first + t
+                store_normed(
+                    mixed + t * inner + channel,
+                    all_squares + t * H * BLOCKS,
+                    eps,
+                    out + token_row * out_stride,
+                    channel,
+                    fixed,
+                    token_row,
+                    K,
+                    FIXED,
+                )
 
 
 @jit
@@ -193,7 +294,7 @@ def delta_rule_out_kernel(
     """Gated norm of a head of a row; the first row of a sequence moves the convolutions' states to
     where the recurrent state is now, and writes down the inputs that are pending then."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, j = tl.arange(0, K), tl.arange(0, PLACES)
+    i = tl.arange(0, K)
     channel = head * K + i
     inner: tl.constexpr = H * K
     weight = tl.load(norm + i).to(tl.float32)
@@ -207,39 +308,16 @@ def delta_rule_out_kernel(
     noted = pointer_to(tl.load(table + INPUTS), x) + cached_row * capacity * 3 * inner
     is_noted = tl.load(table + INPUTS) != 0
     wait(IS_LINKED)
-    if token == 0:
-        own = x + row * x_stride
-        past = tl.where(is_noted, 0, num_tokens) + 1 - WIDTH + j
-        past = tl.where(j < WIDTH - 1, past, NOWHERE)
-        sizes = (cached, pending, capacity)
-        for kind in tl.static_range(3):
-            state = conv + kind * inner * (WIDTH - 1)
-            moved = _conv_inputs(
-                past,
-                own + kind * inner,
-                state,
-                noted + kind * inner,
-                channel,
-                sizes,
-                x_stride,
-                inner,
-                WIDTH,
-            )
-            tl.debug_barrier()
-            place = state + channel[:, None] * (WIDTH - 1) + j[None, :]
-            tl.store(place, moved, mask=(j < WIDTH - 1)[None, :])
-            if is_noted:
-                for t in range(num_tokens):
-                    slot = (cached + t) & (capacity - 1)
-                    new = tl.load(own + t * x_stride + kind * inner + channel)
-                    tl.store(noted + (slot * 3 + kind) * inner + channel, new)
     x += row * x_stride
+    if token == 0:
+        sizes = (cached, pending, capacity)
+        _move_inputs(
+            x, conv, noted, is_noted, channel, sizes, x_stride, num_tokens, inner, WIDTH, PLACES
+        )
     o = tl.load(mixed + (row * H + head) * K + i)
     if HAS_GATES:
         gate = tl.load(gates + (row * 2 + 1) * inner + channel).to(tl.float32)
     else:
-        gate = tl.sum(
-            g_w.to(tl.float32) * tl.load(x + 3 * inner + K + i).to(tl.float32)[None, :], axis=1
-        )
+        gate = projected_gate(g_w, x + 3 * inner + K + i)
     fixed = (columns, wide_columns, halves, unit)
     gated_heads(o, gate, weight, eps, out + row * out_stride, channel, fixed, row, K, FIXED)

@@ -50,6 +50,17 @@ def wait_first(IS_LINKED: tl.constexpr):
 
 
 @jit
+def is_last_program(arrived, PROGRAMS: tl.constexpr):
+    """Whether the other programs that share the counter have all been here, whose stores this one
+    then sees (past its multiprocessor's cache). The counter, 0 before, is 0 again for the next."""
+    tl.debug_barrier()  # all threads have stored
+    is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == PROGRAMS - 1
+    if is_last:
+        tl.store(arrived, 0)
+    return is_last
+
+
+@jit
 def norm_scale(square, size, eps):
     """1 / root mean square, from a sum of squares."""
     return 1.0 / tl.sqrt(square / size + eps)

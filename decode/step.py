@@ -112,11 +112,15 @@ class DecodeStep(ABC):
         lm_head: Any = model.lm_head
         self.head = self._input_projection(lm_head.weight)
         self.logits = self._empty(num_rows, lm_head.weight.shape[0])
-        launches = num_sequences, self.kda_block, self.kda_warps, linked(self.is_linked)
-        self.delta_rule = (
-            SeveralTokens(*launches, num_tokens=num_tokens)
-            if num_tokens > 1 or is_pending
-            else OneToken(*launches)
+        rule = SeveralTokens if num_tokens > 1 or is_pending else OneToken
+        self.delta_rule = rule(
+            num_sequences,
+            num_tokens,
+            config.linear_attn_config,
+            self.kda_block,
+            self.kda_warps,
+            linked(self.is_linked),
+            self.device,
         )
         self._prepare_attention()
         if any(layer.is_moe for layer in self.layers):
@@ -150,10 +154,8 @@ class DecodeStep(ABC):
             self.inputs.append(self._input_projection(*(proj.weight for proj in projs)))
             self.outputs.append(self._output_projection(a.o_proj.weight))
         H, L, P = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
-        linear = config.linear_attn_config
         wide = torch.float32
         self.projected = self._empty(B, max(proj.width for proj in self.inputs))
-        self.kda_out = self._empty(B, linear["num_heads"] * linear["head_dim"], dtype=wide)
         self.mixed_heads = self._empty(B, max(proj.size for proj in self.outputs))
         self.query = self._empty(B, H, L + P)
         self.splits = max(1, SPLITS // B)
@@ -245,7 +247,6 @@ class DecodeStep(ABC):
             self.counters,
             self.projected,
             gates,
-            self.kda_out,
             out,
             self._fixed_output(i),
         )
