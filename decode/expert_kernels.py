@@ -1,4 +1,4 @@
-"""Triton kernels of the decode step's experts: their choice, and their two products.
+"""Triton kernels of the decode step's experts: their two products.
 
 A few rows read the experts that each of them chose. For more rows the choices are sorted, and each
 expert is read once for all that chose it. See `projection_kernels.py`, also for IS_LINKED.
@@ -16,49 +16,6 @@ from kimi_linear.ops.runtime import jit, tl
 
 
 # --------------------------------------------------------------------------------------- few rows
-@jit
-def route_kernel(
-    logits,  # float32 [B, E]
-    bias,  # [E]
-    experts,  # int32 [B, TOP], to be written
-    weights,  # float32 [B, TOP], to be written
-    scaling,
-    E: tl.constexpr,
-    PLACES: tl.constexpr,  # E, or more, a power of two
-    TOP: tl.constexpr,
-    SLOTS: tl.constexpr,  # TOP, or more, a power of two
-    IS_SIGMOID: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    IS_LINKED: tl.constexpr,
-):
-    """The experts of each row, by falling score, and their weights."""
-    row = tl.program_id(0)
-    e, slot = tl.arange(0, PLACES), tl.arange(0, SLOTS)
-    correction = tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    wait(IS_LINKED)
-    logit = tl.load(logits + row * E + e, mask=e < E, other=-float("inf"))
-    largest, total = 0.0, 1.0
-    if not IS_SIGMOID:
-        largest = tl.max(logit)
-        total = tl.sum(tl.exp(logit - largest))
-    score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
-    # as integers of the same order, of which a warp finds the largest in one instruction
-    choice = (score + correction).to(tl.int32, bitcast=True)
-    choice = tl.where(choice < 0, choice ^ 0x7FFFFFFF, choice)
-    choice = tl.where(e < E, choice, -0x80000000)
-    chosen = tl.zeros([SLOTS], tl.int32)
-    for i in tl.static_range(TOP):
-        best = tl.min(tl.where(choice == tl.max(choice), e, PLACES))
-        chosen = tl.where(slot == i, best, chosen)
-        choice = tl.where(e == best, -0x80000000, choice)
-    logit = tl.load(logits + row * E + chosen)
-    score = tl.sigmoid(logit) if IS_SIGMOID else tl.exp(logit - largest) / total
-    if RENORMALIZE:
-        score /= tl.sum(tl.where(slot < TOP, score, 0.0)) + 1e-20
-    tl.store(experts + row * TOP + slot, chosen, mask=slot < TOP)
-    tl.store(weights + row * TOP + slot, score * scaling, mask=slot < TOP)
-
-
 @jit
 def gated(gate, up):
     return gate * tl.sigmoid(gate) * up

@@ -100,11 +100,9 @@ class FewRowsStep(DecodeStep):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.dense_inner = self._empty(self.num_rows, self.config.intermediate_size)
-        # of a layer with experts its router, else the second half of its MLP
-        self.feed_forward = [
-            self._projection(
-                layer.block_sparse_moe.gate.weight if layer.is_moe else layer.mlp.down_proj.weight
-            )
+        # of a layer without experts
+        self.down = [
+            None if layer.is_moe else self._projection(layer.mlp.down_proj.weight)
             for layer in self.layers
         ]
 
@@ -140,11 +138,12 @@ class FewRowsStep(DecodeStep):
         out, width = self.dense_inner, self.config.intermediate_size
         # as one shared expert, without others
         self._gated(norm, mlp.gate_proj.weight, mlp, out, width, top=0, slots=1)
-        self._add(self.feed_forward[i], out)
+        self._add(self.down[i], out)
 
-    def _score_experts(self, i: int) -> None:
-        norm = self.layers[i].post_attention_layernorm
-        self._project(self.feed_forward[i], norm, self.router_logits)
+    def _choose_experts(self, i: int) -> None:
+        layer = self.layers[i]
+        gate, norm = layer.block_sparse_moe.gate, layer.post_attention_layernorm
+        self.router.score(gate, self.hidden, norm)
 
     def _run_experts(self, i: int) -> None:
         layer = self.layers[i]

@@ -71,6 +71,30 @@ def store_row_fixed_point(x, d, out, row, P: tl.constexpr):
 
 
 @jit
+def norm_fixed(
+    x,  # float32 [places], a row
+    norm,
+    d,
+    inside,
+    out,  # [B, D], to be written
+    fixed,  # alike, see `store_fixed_point`
+    row,
+    eps,
+    D: tl.constexpr,
+    P: tl.constexpr,
+):
+    """The norm of a row, after writing it, also in fixed point."""
+    scale = norm_scale(tl.sum(x * x), D, eps)
+    x *= norm
+    size = tl.zeros([1], tl.float32) + largest(x, 0) * scale
+    x *= scale
+    tl.store(out + row * D + d, x, mask=inside)
+    rows = tl.zeros([1], tl.int64) + row
+    store_fixed_point(x[:, None], size, d, inside[:, None], fixed, rows, P)
+    return x
+
+
+@jit
 def add_norm_fixed_kernel(
     hidden,  # [B, D], added to
     parts,  # [B, PARTS, D]
@@ -98,20 +122,7 @@ def add_norm_fixed_kernel(
     weight = tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
     wait(IS_LINKED)
     x = add_parts(hidden, parts, row, d, inside, D, PARTS)
-    scale = norm_scale(tl.sum(x * x), D, eps)
-    x *= weight
-    size = largest(x, 0) * scale
-    x *= scale
-    tl.store(out + row * D + d, x, mask=inside)
-    size = tl.zeros([1], tl.float32) + size
-    store_fixed_point(
-        x[:, None],
-        size,
-        d,
-        inside[:, None],
-        (columns, wide_columns, halves, unit),
-        tl.zeros([1], tl.int64) + row,
-        P,
-    )
+    fixed = (columns, wide_columns, halves, unit)
+    x = norm_fixed(x, weight, d, inside, out, fixed, row, eps, D, P)
     if HAS_LOG:
         log_normed(x, d, inside, row, num_tokens, table, counters, out, D)

@@ -223,10 +223,12 @@ class ManyRowsStep(DecodeStep):
         """Where the first half of a gated MLP goes."""
         return self.mlp_inner[: self.num_rows * down.size].view(self.num_rows, down.size)
 
-    def _score_experts(self, i: int) -> None:
+    def _choose_experts(self, i: int) -> None:
         layer = self.layers[i]
+        gate = layer.block_sparse_moe.gate
         self._add_norm(layer.post_attention_layernorm)
-        self._wide_product(layer.block_sparse_moe.gate.weight, self.router_logits)
+        self._wide_product(gate.weight, self.router.logits)
+        self.router.choose(gate)
 
     def _wide_product(self, weight: Tensor, out: Tensor) -> None:
         """out = normed @ weight^T in float32."""

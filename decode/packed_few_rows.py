@@ -8,9 +8,11 @@ Shapes: B rows, K inputs, P inputs in whole blocks of 256, I expert width.
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kimi_linear.decode.few_rows import FewRowsStep, VectorProjection
+from kimi_linear.decode import router
+from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.fixed_expert_kernels import fixed_in_kernel, fixed_out_kernel
 from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection, can_multiply
 from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
@@ -169,18 +171,20 @@ class PackedFewRowsStep(PackedManyRowsStep):
         self.inner = FixedPoint(self.num_rows * self.top, width, self.device)
         shared_width = max(1, self.num_shared) * width
         self.shared_inner = FixedPoint(self.num_rows, shared_width, self.device)
-        self.routers = [
-            VectorProjection((layer.block_sparse_moe.gate.weight,), self.num_rows, self.is_linked)
-            if layer.is_moe
-            else None
-            for layer in self.layers
-        ]
+        self.other_hidden = torch.empty_like(self.hidden)
 
-    def _score_experts(self, i: int) -> None:
-        self._add_norm(self.layers[i].post_attention_layernorm)
-        router = self.routers[i]
-        assert router is not None
-        router.launch(self.normed, self.router_logits)
+    def _choose_experts(self, i: int) -> None:
+        layer, fixed = self.layers[i], self.fixed
+        gate, norm = layer.block_sparse_moe.gate, layer.post_attention_layernorm
+        if self.num_rows > router.NORM_ROWS:
+            self._add_norm(norm)
+            self.router.score(gate, self.normed)
+            return
+        # other programs still read `hidden` when its sum is written
+        parts, total = self.to_add, self.other_hidden
+        written = total, self.normed, *fixed.parts
+        self.router.score(gate, self.hidden, norm, parts, written, fixed.size)
+        self.hidden, self.other_hidden, self.to_add = total, self.hidden, None
 
     def _joined_shared(self, i: int) -> tuple[PackedWeights, ...] | None:
         """Gate, up and down of shared experts that the experts' launches take too."""

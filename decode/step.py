@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kimi_linear.decode.addresses import TABLE_COLUMNS, Counters
 from kimi_linear.decode.attention_kernels import absorb_kernel, attend_kernel, mix_kernel
 from kimi_linear.decode.delta_rule import OneToken, SeveralTokens
-from kimi_linear.decode.expert_kernels import route_kernel
+from kimi_linear.decode.router import Router
 from kimi_linear.ops.runtime import power_of_two
 
 LOG2_E = 1.4426950408889634
@@ -166,9 +166,8 @@ class DecodeStep(ABC):
         """The buffers that all layers with experts share."""
         config, B = self.config, self.num_rows
         self.top, self.num_shared = config.num_experts_per_token, config.num_shared_experts or 0
-        self.router_logits = self._empty(B, config.num_experts, dtype=torch.float32)
-        self.experts = self._empty(B, self.top, dtype=torch.int32)
-        self.weights = self._empty(B, self.top, dtype=torch.float32)
+        self.router = Router(config, B, linked(self.is_linked), self.device)
+        self.experts, self.weights = self.router.experts, self.router.weights
 
     # ---------------------------------------------------------------------- how weights are read
     @abstractmethod
@@ -212,8 +211,8 @@ class DecodeStep(ABC):
         """hidden += the MLP of a layer without experts."""
 
     @abstractmethod
-    def _score_experts(self, i: int) -> None:
-        """Router logits in float32, as the layers make them."""
+    def _choose_experts(self, i: int) -> None:
+        """The router's choice, by logits in float32, as the layers make them."""
 
     @abstractmethod
     def _run_experts(self, i: int) -> None:
@@ -233,7 +232,7 @@ class DecodeStep(ABC):
             else:
                 self._dense(i)
         self._project(self.head, self.norm, self.logits)
-        self.counters[:, :2] += self.num_tokens
+        self.counters[:, :2].add_(self.num_tokens)
 
     def _kda(self, i: int) -> None:
         layer, table, proj = self.layers[i], self.table[i], self.inputs[i]
@@ -334,21 +333,5 @@ class DecodeStep(ABC):
         )
 
     def _experts(self, i: int) -> None:
-        self._score_experts(i)
-        config = self.config
-        route_kernel[(self.num_rows,)](
-            self.router_logits,
-            self.layers[i].block_sparse_moe.gate.e_score_correction_bias,
-            self.experts,
-            self.weights,
-            config.routed_scaling_factor,
-            E=config.num_experts,
-            PLACES=power_of_two(config.num_experts),
-            TOP=self.top,
-            SLOTS=power_of_two(self.top),
-            IS_SIGMOID=config.moe_router_activation_func == "sigmoid",
-            RENORMALIZE=config.moe_renormalize and self.top > 1,
-            num_warps=1,
-            **linked(self.is_linked),
-        )
+        self._choose_experts(i)
         self._run_experts(i)

@@ -10,7 +10,7 @@ from compiling import Target, replace_kernels
 from decode_models import decode_model
 
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.decode import delta_rule, few_rows, many_rows
+from kimi_linear.decode import delta_rule, few_rows, many_rows, router
 from kimi_linear.decode import step as decode_steps
 from kimi_linear.decode.recording import StepKind, decode_step
 from kimi_linear.ops import gated_norm, gated_silu
@@ -86,7 +86,7 @@ def real_sizes() -> KimiLinearForCausalLM:
 def compile_decode_steps() -> None:
     """Few rows and more, with padding and without, of one token and of several, for both kinds of
     sizes."""
-    for module in (decode_steps, delta_rule, few_rows, many_rows):
+    for module in (decode_steps, delta_rule, few_rows, many_rows, router):
         replace_kernels(module, [name for name in vars(module) if name.endswith("_kernel")])
     decode_steps.can_link = lambda device: True
     # a product that only CUDA has
