@@ -18,7 +18,7 @@ CHOICE = "last"
 NORM_ROWS = 4
 # programs that share the scores, and their warps: of normed rows or plain weights, and of sums of
 # parts that each program norms for itself
-SCORE_PROGRAMS, SCORE_WARPS = 128, 4
+SCORE_PROGRAMS, SCORE_WARPS = 128, 8
 NORM_PROGRAMS, NORM_WARPS = 128, 8
 
 

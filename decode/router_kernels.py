@@ -58,7 +58,7 @@ def choose(logits, correction, experts, weights, row, scaling, ROUTER: tl.conste
     score = _load_scores(logits, row, ROUTER)
     # no two alike: of equal ones the first comes first
     order = _order(score, correction, ROUTER).to(tl.int64) * ROUTER[2] - e
-    rank = tl.sum((order[None, :] > order[:, None]).to(tl.int32), axis=1)
+    rank = tl.sum((order[:, None] > order[None, :]).to(tl.int32), axis=0)
     is_there = rank[:, None] == slot[None, :]
     chosen = tl.sum(tl.where(is_there, e[:, None], 0), axis=0)
     score = tl.sum(tl.where(is_there, score[:, None], 0.0), axis=0)
@@ -159,5 +159,5 @@ def score_kernel(
         tl.store(logits + i * E + n, y, mask=n < E)
     if CHOOSES:
         if is_last_program(arrived, (E + BLOCK - 1) // BLOCK):
-            for i in tl.static_range(ROWS):
-                choose(logits, correction, experts, weights, i, scaling, ROUTER)
+            for each in range(ROWS):
+                choose(logits, correction, experts, weights, each, scaling, ROUTER)
