@@ -77,20 +77,23 @@ def route_kernel(
 ):
     """The experts of each row, by falling score, and their weights: one after the other."""
     row = tl.program_id(0)
-    e, slot = tl.arange(0, ROUTER[2]), tl.arange(0, ROUTER[3])
+    TOP: tl.constexpr = ROUTER[1]
+    PLACES: tl.constexpr = ROUTER[2]
+    SLOTS: tl.constexpr = ROUTER[3]
+    e, slot = tl.arange(0, PLACES), tl.arange(0, SLOTS)
     correction = tl.load(bias + e, mask=e < ROUTER[0], other=0.0).to(tl.float32)
     wait(IS_LINKED)
     score = _load_scores(logits, row, ROUTER)
     # as integers, of which a warp finds the largest in one instruction
     order = _order(score, correction, ROUTER)
-    chosen = tl.zeros([ROUTER[3]], tl.int32)
-    found = tl.zeros([ROUTER[3]], tl.float32)
-    for i in tl.static_range(ROUTER[1]):
-        best = tl.min(tl.where(order == tl.max(order), e, ROUTER[2]))
+    chosen = tl.zeros([SLOTS], tl.int32)
+    for i in tl.static_range(TOP):
+        best = tl.min(tl.where(order == tl.max(order), e, PLACES))
         chosen = tl.where(slot == i, best, chosen)
-        found = tl.where(slot == i, tl.sum(tl.where(e == best, score, 0.0)), found)
         order = tl.where(e == best, -0x80000000, order)
-    _store_choice(chosen, found, experts, weights, row, scaling, ROUTER)
+    is_there = e[:, None] == chosen[None, :]
+    score = tl.sum(tl.where(is_there, score[:, None], 0.0), axis=0)
+    _store_choice(chosen, score, experts, weights, row, scaling, ROUTER)
 
 
 @jit
