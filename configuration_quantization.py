@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kimi_linear.configuration_rules import require
-from kimi_linear.schemes import Scheme
+from kimi_linear.schemes import NAMED, Scheme
 
 QUANT_METHOD = "kimi_linear"
 # The parts by the names of modules in them, without the layer's.
@@ -47,10 +47,13 @@ class KimiLinearQuantizationConfig(QuantizationConfigMixin):
         attention: The large projections of KDA and MLA.
         embeddings: The embedding.
         head: The language model's head.
-        Each is None, or a dict with `bits` (3, 4 or 8) and, if wanted, `group` (inputs that share
-        a scale, a multiple of 32; None: a row; default 64), `is_symmetric` (default True; False:
-        each group has a zero of its own), `is_float` (default False; True: float8 codes), and
-        `rows` (outputs that share a scale; default 1).
+        Each is None, "fp8" or "fp8w" (float8 in blocks of 128 x 128; many rows are multiplied in
+        float8, or always by 16-bit activations), or a dict with `bits` (3, 4 or 8) and, if wanted,
+        `group` (inputs that share a scale, a multiple of 32; None: a row; default 64),
+        `is_symmetric` (default True; False: each group has a zero of its own), `is_float` (default
+        False; True: float8 codes), `rows` (outputs that share a scale; default 1), and
+        `activation_scheme` (default None; "dynamic": many rows of activations are quantised where
+        the hardware multiplies float8 numbers).
 
     Raises:
         ValueError: For an unknown part or field, and values that are not allowed.
@@ -58,11 +61,11 @@ class KimiLinearQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        experts: dict[str, Any] | Scheme | None = None,
-        shared_experts: dict[str, Any] | Scheme | None = None,
-        attention: dict[str, Any] | Scheme | None = None,
-        embeddings: dict[str, Any] | Scheme | None = None,
-        head: dict[str, Any] | Scheme | None = None,
+        experts: str | dict[str, Any] | Scheme | None = None,
+        shared_experts: str | dict[str, Any] | Scheme | None = None,
+        attention: str | dict[str, Any] | Scheme | None = None,
+        embeddings: str | dict[str, Any] | Scheme | None = None,
+        head: str | dict[str, Any] | Scheme | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -107,6 +110,9 @@ class KimiLinearQuantizationConfig(QuantizationConfigMixin):
 def _scheme(part: str, value: Any) -> Scheme | None:
     if value is None or isinstance(value, Scheme):
         return value
+    if isinstance(value, str):
+        require(value in NAMED, part, value, f"{' or '.join(map(repr, NAMED))}, or a dict")
+        return Scheme(**NAMED[value])
     fields = Scheme.__dataclass_fields__
     require(isinstance(value, dict), part, value, f"None or a dict of {', '.join(fields)}")
     for name in value:

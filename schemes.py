@@ -7,12 +7,22 @@ Shapes: N outputs, K inputs, G groups of a row.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 BITS = (3, 4, 8)
 # Inputs whose codes lie side by side in memory (`ops/packed/codes.py`); groups are multiples of it.
 RUN = 32
 # Inputs that kernels read at once; rows are padded to multiples of it.
 BLOCK = 256
+# Inputs of a row that share a scale where activations are quantised.
+FLOAT8_BLOCK = 128
+ACTIVATION_SCHEMES = (None, "dynamic")
+# Float8 in DeepSeek-V3's blocks, by the names that configurations have for them.
+_BLOCKS: dict[str, Any] = {"bits": 8, "group": 128, "is_float": True, "rows": 128}
+NAMED: dict[str, dict[str, Any]] = {
+    "fp8": {**_BLOCKS, "activation_scheme": "dynamic"},
+    "fp8w": _BLOCKS,
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class Scheme:
         is_float: Codes are float8 (e4m3), not integers.
         is_symmetric: The zero of all groups is the middle code; else each group has its own.
         rows: Outputs that share a scale.
+        activation_scheme: "dynamic": many rows of activations are brought to float8 for the
+            product, where the hardware multiplies such numbers; None: never. Of float8 codes only.
 
     Raises:
         ValueError: For a field that is not allowed.
@@ -35,6 +47,7 @@ class Scheme:
     is_float: bool = False
     is_symmetric: bool = True
     rows: int = 1
+    activation_scheme: str | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -52,11 +65,24 @@ class Scheme:
             )
         if not isinstance(self.rows, int) or self.rows < 1:
             raise ValueError(f"rows={self.rows!r} is not allowed: it must be at least 1")
+        allowed = ACTIVATION_SCHEMES if self.is_float else ACTIVATION_SCHEMES[:1]
+        if self.activation_scheme not in allowed:
+            raise ValueError(
+                f"activation_scheme={self.activation_scheme!r} is not allowed: it must be "
+                f"{' or '.join(map(repr, allowed))} with is_float={self.is_float}"
+            )
 
     @property
     def slots(self) -> int:
         """Codes that a word holds."""
         return 4 if self.bits == 8 else 8
+
+    @property
+    def has_float8_products(self) -> bool:
+        """Whether many rows are multiplied in float8: of what `activation_scheme` allows, the
+        groups that each block of activations lies in."""
+        is_dynamic = self.activation_scheme == "dynamic"
+        return is_dynamic and (self.group is None or self.group % FLOAT8_BLOCK == 0)
 
     @property
     def middle(self) -> int:

@@ -1,8 +1,8 @@
 """Weights in few bits as other engines read them: names, layout, and `quantization_config`.
 
 Integers are written as compressed-tensors' `pack-quantized`, float8 numbers as `float-quantized`,
-or as `fp8` (DeepSeek-V3's) where all large matrices are in blocks. Experts get their matrices' own
-names. `docs/quantization_files.md` has the tables.
+or as `fp8` (DeepSeek-V3's) where all large matrices are in blocks and activations dynamic. Experts
+get their matrices' own names. `docs/quantization_files.md` has the tables.
 
 | scheme            | tensors of the matrix NAME                                                  |
 |-------------------|-----------------------------------------------------------------------------|
@@ -30,7 +30,7 @@ from kimi_linear.configuration_kimi_linear import KimiLinearConfig
 from kimi_linear.configuration_quantization import PARTS, KimiLinearQuantizationConfig
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div
-from kimi_linear.schemes import Scheme
+from kimi_linear.schemes import FLOAT8_BLOCK, Scheme
 
 COMPRESSED_TENSORS, FP8 = "compressed-tensors", "fp8"
 FLOAT8 = torch.float8_e4m3fn
@@ -255,7 +255,7 @@ def config_of(schemes: dict[str, Scheme | None]) -> dict[str, Any]:
             f"group_{i}": {
                 "targets": _targets(names[scheme], held),
                 "weights": _weights_of(scheme),
-                "input_activations": None,
+                "input_activations": _activations_of(scheme),
                 "output_activations": None,
                 **({"format": formats[i]} if is_mixed else {}),
             }
@@ -269,11 +269,13 @@ def config_of(schemes: dict[str, Scheme | None]) -> dict[str, Any]:
 
 def is_fp8(held: dict[str, Scheme | None]) -> bool:
     """Whether `quant_method: "fp8"` says all: each large matrix of the layers, and nothing else, is
-    in the same blocks of float8."""
+    in the same blocks of float8, and many rows of activations are quantised too."""
     schemes = {held[name] for name in held if part_of(name) in LINEAR_PARTS}
     others = [held[name] for name in held if part_of(name) not in LINEAR_PARTS]
     scheme = schemes.pop() if len(schemes) == 1 else None
-    return scheme is not None and _is_in_blocks(scheme) and not any(others)
+    if scheme is None or any(others):
+        return False
+    return _is_in_blocks(scheme) and scheme.activation_scheme is not None
 
 
 def part_of(name: str) -> str | None:
@@ -315,6 +317,21 @@ def _weights_of(scheme: Scheme) -> dict[str, Any]:
         blocks = {"block_structure": [scheme.rows, scheme.group], "group_size": None}
         found |= {"strategy": "block", **blocks}
     return found
+
+
+def _activations_of(scheme: Scheme) -> dict[str, Any] | None:
+    """What the format says of inputs; theirs are quantised by token where weights' are by row."""
+    if scheme.activation_scheme is None:
+        return None
+    is_by_block = scheme.group is not None
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group" if is_by_block else "token",
+        "group_size": FLOAT8_BLOCK if is_by_block else None,
+        "dynamic": True,
+    }
 
 
 # vLLM asks for experts by these names, whatever the checkpoint calls them, and joins these two.

@@ -2,18 +2,18 @@
 
 Three formats are read: compressed-tensors' `pack-quantized` (integers) and `float-quantized`
 (float8), and `fp8` in blocks (DeepSeek-V3's). What would change weights or results, and is not
-read, is refused by its name. Activations are not quantised here, whatever the entry says of those
-that others quantise as they go: products are in the model's dtype.
+read, is refused by its name. Activations that the entry calls dynamic are quantised for products
+with float8 weights (`Scheme.activation_scheme`); beside integers they stay in the model's dtype.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kimi_linear.checkpoints.packed import COMPRESSED_TENSORS, FORMATS, FP8
 from kimi_linear.configuration_rules import require
-from kimi_linear.schemes import Scheme
+from kimi_linear.schemes import ACTIVATION_SCHEMES, Scheme
 
 METHODS = (COMPRESSED_TENSORS, FP8)
 MIXED = "mixed-precision"
@@ -115,13 +115,16 @@ def _named(field: str) -> str:
 
 def _fp8(entry: Mapping[str, Any]) -> StoredSchemes:
     activations, sizes = entry.get("activation_scheme", "dynamic"), entry.get("weight_block_size")
-    require(activations == "dynamic", _named("activation_scheme"), activations, "'dynamic'")
+    allowed = "'dynamic', or null for activations in 16 bits"
+    is_read = activations in ACTIVATION_SCHEMES
+    require(is_read, _named("activation_scheme"), activations, allowed)
     kind = entry.get("fmt", "e4m3")
     require(kind == "e4m3", _named("fmt"), kind, "'e4m3'")
     field, allowed = _named("weight_block_size"), "two sizes, such as [128, 128]"
     are_sizes = isinstance(sizes, list | tuple) and len(sizes) == 2
     require(are_sizes, field, sizes, allowed)
-    return StoredSchemes(blocks=_block_scheme(field, sizes))
+    scheme = _block_scheme(field, sizes)
+    return StoredSchemes(blocks=replace(scheme, activation_scheme=activations))
 
 
 def _block_scheme(field: str, sizes: Any) -> Scheme:
@@ -177,6 +180,8 @@ def _group(name: str, group: Any, whole_format: Any) -> Group | None:
     require(isinstance(weights, Mapping), f"{field}.weights", weights, "an object")
     _check_targets(f"{field}.targets", group.get("targets"))
     scheme, is_per_tensor = _weights(f"{field}.weights", weights)
+    if scheme.is_float and _has_float8_inputs(group.get("input_activations")):
+        scheme = replace(scheme, activation_scheme="dynamic")
     own = group.get("format")
     is_whole = own is None and whole_format != MIXED
     written, where = (whole_format, _named("format")) if is_whole else (own, f"{field}.format")
@@ -186,6 +191,13 @@ def _group(name: str, group: Any, whole_format: Any) -> Group | None:
     require(written in allowed_formats, where, written, allowed)
     is_reordered = weights.get("actorder") in (True, "group", "dynamic")
     return Group(name, tuple(group["targets"]), scheme, is_per_tensor, is_reordered)
+
+
+def _has_float8_inputs(activations: Any) -> bool:
+    """Whether inputs are dynamic float8 numbers; other dynamic ones stay in 16 bits here."""
+    return bool(activations) and (
+        (activations.get("type"), activations.get("num_bits")) == ("float", 8)
+    )
 
 
 def _weights(field: str, weights: Mapping[str, Any]) -> tuple[Scheme, bool]:

@@ -75,11 +75,12 @@ it, and "host_ms_per_token" the rest.
 
     none                 as --dtype says
     24gb, 48gb, 80gb     the presets of `KimiLinearQuantizationConfig`
-    fp8                  experts, shared experts and attention in float8 blocks of 128 x 128
+    fp8                  experts, shared experts and attention in float8 blocks of 128 x 128, many
+                         rows of activations too; fp8w: activations always in 16 bits
     experts=3/64+head=8  parts of it (experts, shared_experts, attention, embeddings, head) in 3, 4,
-                         8 bits or fp8; "/64": inputs that share a scale, "/row": a scale per row,
-                         "z" behind that: a zero for each group; behind a name from above: but for
-                         these parts
+                         8 bits, fp8 or fp8w; "/64": inputs that share a scale, "/row": a scale per
+                         row, "z" behind that: a zero for each group; behind a name from above: but
+                         for these parts
 
 Packed weights are random codes, with scales that give weights of a usual size. Lines of them say
 "quantize", "bits" (of a weight of each packed part, scales counted) and "held_bytes" (of all

@@ -2,14 +2,15 @@
 
     none                  as the dtype says
     24gb, 48gb, 80gb      presets of `KimiLinearQuantizationConfig`
-    fp8                   experts, shared experts and attention in float8 blocks of 128 x 128
+    fp8                   experts, shared experts and attention in float8 blocks of 128 x 128, many
+                          rows of activations too; fp8w: activations always in 16 bits
     PART=BITS             that part alone, others as the dtype says
     48gb+head=none        a name first: the parts behind it are held otherwise
     experts=4/32z+head=8  several parts
 
-BITS are 3, 4, 8, fp8 or none; behind them "/32" or another group of inputs that share a scale,
-"/row" for a scale per row; behind that "z" for a zero of each group. Without a group it is 64, of 8
-bits 128.
+BITS are 3, 4, 8, fp8, fp8w or none; behind them "/32" or another group of inputs that share a
+scale, "/row" for a scale per row; behind that "z" for a zero of each group. Without a group it is
+64, of 8 bits 128.
 """
 
 import re
@@ -19,16 +20,15 @@ import torch
 from options.settings import require
 
 from kimi_linear.configuration_quantization import PARTS, PRESETS, KimiLinearQuantizationConfig
-from kimi_linear.schemes import Scheme
+from kimi_linear.schemes import NAMED, Scheme
 
-NONE, FP8 = "none", "fp8"
-FLOAT8_BLOCKS = Scheme(8, 128, is_float=True, rows=128)
+NONE = "none"
 # As block-scaled checkpoints have it: embeddings and head stay in 16 bits.
 FLOAT8_PARTS = ("experts", "shared_experts", "attention")
 BITS = re.compile(r"(?P<bits>[348])(/(?P<group>\d+|row))?(?P<zero>z)?")
 ALLOWED = (
-    f"{NONE}, {', '.join(PRESETS)}, {FP8}, or parts such as experts=4/64+head=8 "
-    f"({', '.join(PARTS)}; 3, 4, 8, {FP8} or {NONE})"
+    f"{NONE}, {', '.join(PRESETS)}, {', '.join(NAMED)}, or parts such as experts=4/64+head=8 "
+    f"({', '.join(PARTS)}; 3, 4, 8, {', '.join(NAMED)} or {NONE})"
 )
 
 
@@ -41,10 +41,10 @@ def quantization(form: str) -> KimiLinearQuantizationConfig | None:
     first, *rest = form.split("+")
     if "=" in first:
         first, rest = NONE, [first, *rest]
-    require(first in (NONE, FP8, *PRESETS), "quantize", form, ALLOWED)
+    require(first in (NONE, *NAMED, *PRESETS), "quantize", form, ALLOWED)
     parts: dict[str, Any] = dict(PRESETS.get(first, {}))
-    if first == FP8:
-        parts = dict.fromkeys(FLOAT8_PARTS, FLOAT8_BLOCKS)
+    if first in NAMED:
+        parts = dict.fromkeys(FLOAT8_PARTS, first)
     for text in rest:
         part, _, bits = text.partition("=")
         require(part in PARTS, "quantize", form, ALLOWED)
@@ -53,8 +53,8 @@ def quantization(form: str) -> KimiLinearQuantizationConfig | None:
 
 
 def _scheme(form: str, text: str) -> Scheme | None:
-    if text in (NONE, FP8):
-        return None if text == NONE else FLOAT8_BLOCKS
+    if text in (NONE, *NAMED):
+        return None if text == NONE else Scheme(**NAMED[text])
     found = BITS.fullmatch(text)
     require(found is not None, "quantize", form, ALLOWED)
     assert found is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 # Bytes of cards that forms are meant for: RTX 4090 or 3090, L40S, A100 or H100. The last are sold
 # as 80 GB and have more.
-CARDS = {"24gb": 24 << 30, "48gb": 48 << 30, "80gb": 80 * 10**9, "fp8": 80 * 10**9}
+CARDS = {"24gb": 24 << 30, "48gb": 48 << 30, **dict.fromkeys(("80gb", "fp8", "fp8w"), 80 * 10**9)}
 # Of these, what CUDA's context, kernels and libraries take.
 CONTEXT_BYTES = 800 * 10**6
 # A text is read in pieces of so many tokens, unless another number is given.

@@ -44,7 +44,8 @@ class Settings:
     train_preset: str | None = setting(None, "size for train; else --preset", choices=PRESETS)
     models: Sequence[str] = setting(MODELS, "in this order", choices=MODELS)
     quantize: Sequence[str] = setting(
-        (NONE,), "weights of ours, in this order: none,24gb,48gb,80gb,fp8, or parts (see above)"
+        (NONE,),
+        "weights of ours, in this order: none,24gb,48gb,80gb,fp8,fp8w, or parts (see above)",
     )
     measure: Sequence[str] = setting(
         DEFAULT_MEASURES, "default: all but the last four", choices=MEASURES

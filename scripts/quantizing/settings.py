@@ -6,6 +6,7 @@ from typing import Any
 from options.settings import require
 
 from kimi_linear.configuration_quantization import PARTS, PRESETS, KimiLinearQuantizationConfig
+from kimi_linear.schemes import NAMED
 
 # A flag's names for the fields of a scheme.
 FIELDS = {
@@ -14,9 +15,10 @@ FIELDS = {
     "symmetric": "is_symmetric",
     "float": "is_float",
     "rows": "rows",
+    "activations": "activation_scheme",
 }
-WORDS = {"none": None, "true": True, "false": False}
-FORM = "none, or fields such as bits=4,group=64 (" + ", ".join(FIELDS) + ")"
+WORDS = {"none": None, "true": True, "false": False, "dynamic": "dynamic"}
+FORM = "none, fp8, fp8w, or fields such as bits=4,group=64 (" + ", ".join(FIELDS) + ")"
 
 
 def read_quantization(
@@ -50,6 +52,8 @@ def _fields(part: str, value: str | Mapping[str, Any]) -> dict[str, Any] | None:
         return dict(value)
     if value == "none":
         return None
+    if value in NAMED:
+        return dict(NAMED[value])
     fields: dict[str, Any] = {}
     for item in value.split(","):
         name, is_pair, text = item.partition("=")

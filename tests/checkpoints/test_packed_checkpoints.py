@@ -35,7 +35,7 @@ except ImportError:
 pytestmark = pytest.mark.core
 
 IDS = token_ids(2, 13)
-BLOCKS = SCHEMES["float8 blocks"] | {"rows": 64}
+BLOCKS = SCHEMES["float8 blocks"] | {"rows": 64, "activation_scheme": "dynamic"}
 WAYS = {
     "3 bits and 8": MIXED,
     "4 bits, zeros": dict.fromkeys(PARTS, SCHEMES["4 bits, zeros"]),
@@ -46,6 +46,9 @@ WAYS = {
         "head": SCHEMES["float8"] | {"group": None},
     },
     "float8 blocks": dict.fromkeys(("experts", "shared_experts", "attention"), BLOCKS),
+    "blocks, inputs in 16 bits": dict.fromkeys(
+        ("experts", "shared_experts", "attention"), BLOCKS | {"activation_scheme": None}
+    ),
     "blocks and a head": {"experts": BLOCKS, "head": SCHEMES["4 bits"]},
 }
 

@@ -14,6 +14,7 @@ from kimi_linear.checkpoints.packed import (
     module_names,
     packed_entries,
 )
+from kimi_linear.checkpoints.packed_config import stored_schemes
 from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
 from kimi_linear.ops.packed.rounding import quantize
 from kimi_linear.schemes import Scheme
@@ -37,7 +38,7 @@ SCHEMES = {
     "float8 blocks": Scheme(8, 128, is_float=True, rows=32),
 }
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-BLOCKS = {"bits": 8, "group": 128, "is_float": True, "rows": 128}
+BLOCKS = "fp8"
 EXPERTS = "model.layers.3.block_sparse_moe.experts"
 
 
@@ -232,6 +233,32 @@ def test_blocks_of_some_parts_are_float_quantized():
     (group,) = entry["config_groups"].values()
     assert group["weights"]["strategy"] == "block" and group["targets"][-1] == "lm_head"
     assert group["weights"]["block_structure"] == [128, 128]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "inputs"),
+    [
+        ("fp8w", None),
+        ("fp8", ("group", 128)),
+        ({"bits": 8, "group": None, "is_float": True, "activation_scheme": "dynamic"}, ("token",)),
+    ],
+)
+def test_whether_activations_are_quantised_is_written(scheme, inputs):
+    """Blocks whose activations stay in 16 bits are not "fp8", which has no word for that."""
+    quantization = KimiLinearQuantizationConfig(scheme, scheme, scheme, head=None)
+    if scheme == "fp8":
+        quantization.schemes["shared_experts"] = None
+    entry = compressed_config(quantization, tiny_config())
+    (group,) = entry["config_groups"].values()
+    found = group["input_activations"]
+    if inputs is None:
+        assert found is None
+    else:
+        strategy, size = (*inputs, None)[:2]
+        assert (found["strategy"], found["group_size"]) == (strategy, size)
+        assert found["dynamic"] is True and found["type"] == "float" and found["num_bits"] == 8
+    read = stored_schemes(entry).groups[0].scheme
+    assert read == quantization.schemes["experts"]
 
 
 def test_two_formats_are_named_by_each_group():

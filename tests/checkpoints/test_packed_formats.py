@@ -19,10 +19,10 @@ from stored_checkpoints import (
     write_stored,
 )
 
-from kimi_linear import KimiLinearForCausalLM
+from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.checkpoints.names import official_shapes
 from kimi_linear.ops.packed.weights import PackedWeights
-from kimi_linear.schemes import Scheme
+from kimi_linear.schemes import NAMED, Scheme
 
 pytestmark = pytest.mark.core
 
@@ -85,9 +85,12 @@ def test_integers(tmp_path, bits, group, symmetric):
         torch.testing.assert_close(model(ids).logits, wide(ids).logits)
 
 
+A_ROW = Scheme(8, None, is_float=True, activation_scheme="dynamic")
+
+
 def test_float8_a_row(tmp_path):
     expected = write_stored(tmp_path / "it", float_quantized(), linear_in(floats))
-    check_loaded(tmp_path / "it", expected, Scheme(8, None, is_float=True))
+    check_loaded(tmp_path / "it", expected, A_ROW)
 
 
 @pytest.mark.parametrize("shape", [(1,), ()])
@@ -99,10 +102,10 @@ def test_float8_with_one_scale(tmp_path, shape):
         return parts | {"weight_scale": parts["weight_scale"].view(shape)}, wide
 
     expected = write_stored(tmp_path / "it", float_quantized(strategy="tensor"), hold)
-    check_loaded(tmp_path / "it", expected, Scheme(8, None, is_float=True))
+    check_loaded(tmp_path / "it", expected, A_ROW)
 
 
-BLOCK = Scheme(8, 128, is_float=True, rows=128)
+BLOCK = Scheme(**NAMED["fp8"])
 
 
 def test_float8_blocks_of_compressed_tensors(tmp_path):
@@ -116,6 +119,24 @@ def test_deepseeks_blocks(tmp_path):
     hold = linear_in(floats, strategy="block", name="weight_scale_inv")
     expected = write_stored(tmp_path / "it", FP8, hold)
     check_loaded(tmp_path / "it", expected, BLOCK)
+
+
+@pytest.mark.parametrize("inputs", [None, {"num_bits": 8, "type": "int", "dynamic": True}])
+def test_activations_that_no_float8_product_takes_stay_in_16_bits(tmp_path, inputs):
+    entry = float_quantized()
+    entry["config_groups"]["group_0"]["input_activations"] = inputs
+    expected = write_stored(tmp_path / "it", entry, linear_in(floats))
+    check_loaded(tmp_path / "it", expected, Scheme(8, None, is_float=True))
+
+
+def test_the_configuration_keeps_activations_of_blocks_in_16_bits(tmp_path):
+    hold = linear_in(floats, strategy="block", name="weight_scale_inv")
+    write_stored(tmp_path / "it", FP8, hold)
+    config = KimiLinearConfig.from_pretrained(tmp_path / "it")
+    config.quantization_config["activation_scheme"] = None
+    model = KimiLinearForCausalLM.from_pretrained(tmp_path / "it", config=config)
+    schemes = {p.scheme for p in model.parameters() if isinstance(p, PackedWeights)}
+    assert schemes == {Scheme(**NAMED["fp8w"])}
 
 
 def test_blocks_that_rows_and_inputs_of_experts_do_not_fill(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from measuring.bench import Bench, Effort, packed_lengths
 from measuring.child import ChildError, run_child
 from measuring.device import Rates
-from measuring.forms import FLOAT8_BLOCKS, bits_of, quantization
+from measuring.forms import bits_of, quantization
 from measuring.limits import Limits
 from measuring.long_text import LongText
 from measuring.memory import allocator_limit
@@ -24,7 +24,7 @@ from tolerance import assert_close
 
 from kimi_linear import KimiLinearConfig
 from kimi_linear.ops.packed.weights import PackedWeights
-from kimi_linear.schemes import Scheme
+from kimi_linear.schemes import NAMED, Scheme
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def test_both_models_are_the_same_function() -> None:
 
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme(3, 64), Scheme(4, 32, is_symmetric=False), Scheme(8, None), FLOAT8_BLOCKS],
+    [Scheme(3, 64), Scheme(4, 32, is_symmetric=False), Scheme(8, None), Scheme(**NAMED["fp8"])],
     ids=str,
 )
 def test_random_packed_weights_have_a_usual_size(scheme: Scheme) -> None:
@@ -156,7 +156,7 @@ def test_random_packed_weights_have_a_usual_size(scheme: Scheme) -> None:
 
 def test_spread_of_codes() -> None:
     assert code_spread(Scheme(3)) == pytest.approx(5.5**0.5)
-    assert 0.4 < code_spread(FLOAT8_BLOCKS) < 0.8
+    assert 0.4 < code_spread(Scheme(**NAMED["fp8"])) < 0.8
 
 
 def test_a_packed_model_has_no_wide_copy() -> None:
@@ -189,7 +189,7 @@ def test_forms_of_weights() -> None:
     assert found.schemes["attention"] == Scheme(8, 128)
     blocks = quantization("fp8")
     assert blocks is not None and blocks.schemes["embeddings"] is None
-    assert blocks.schemes["experts"] == FLOAT8_BLOCKS
+    assert blocks.schemes["experts"] == Scheme(**NAMED["fp8"])
     assert quantization("head=8/row").schemes["head"] == Scheme(8, None)
     bits = bits_of("24gb", torch.bfloat16)
     assert bits["experts"] == 3.25 and bits["head"] == 8.125

@@ -170,7 +170,7 @@ def test_presets_and_parts(original: Path, tmp_path: Path) -> None:
 
 
 def test_blocks_of_float8(original: Path, tmp_path: Path) -> None:
-    blocks = "bits=8,group=32,float=true,rows=32"
+    blocks = "bits=8,group=32,float=true,rows=32,activations=dynamic"
     parts = dict.fromkeys(("experts", "shared_experts", "attention"), blocks)
     out = run(original, tmp_path / "out", **parts, embeddings="none", head="none")
     fields = json.loads((out / "config.json").read_text())["quantization_config"]
