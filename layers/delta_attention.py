@@ -16,6 +16,7 @@ from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.norm import KimiLinearGatedRMSNorm
 from kimi_linear.layers.plan import ForwardPlan
 from kimi_linear.ops.kda import kda_attention_and_cut
+from kimi_linear.ops.projections import project
 from kimi_linear.ops.short_conv import convolved_projections
 from kimi_linear.ops.short_conv.convolution import short_convolution
 from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
@@ -122,7 +123,7 @@ class KimiLinearDeltaAttention(nn.Module):
         conv_state, conv_at_cut = layout.row_states(projected.conv_state), projected.conv_at_cut
         del inputs, projected, g  # gigabytes, in a long text
         out = self.o_norm(out, self._heads(self.g_b_proj(gate)))  # RMSNorm(o) * sigmoid(gate)
-        out = layout.unpack(self.o_proj(out.flatten(-2)), hidden_states.shape[0])
+        out = layout.unpack(project(out.flatten(-2), self.o_proj), hidden_states.shape[0])
         after = KDAState(conv_state, layout.row_states(recurrent)) if keeps else None
         return out, after, KDAState(conv_at_cut, recurrent_at_cut) if inside else after
 

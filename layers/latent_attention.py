@@ -18,6 +18,7 @@ from kimi_linear.ops.latent_attention.blocks import first_tokens
 from kimi_linear.ops.latent_attention.expanded import FUSED_QUERY_TOKENS
 from kimi_linear.ops.latent_attention.sdpa import attention_by_sequence, eager_attention
 from kimi_linear.ops.linear_map import is_linear_map, linear_map
+from kimi_linear.ops.projections import project
 from kimi_linear.upstream.arguments import LAYER_ARGUMENTS, check_arguments
 from kimi_linear.upstream.interfaces import ALL_ATTENTION_FUNCTIONS, attention_backend, is_flash
 
@@ -74,13 +75,13 @@ class KimiLinearLatentAttention(nn.Module):
                 out, weights = self._attend_by_backend(x, latent, None, **plan.lengths, **kwargs)
             case "backend":
                 out, weights = self._attend_by_backend(x, latent, plan.mask, **kwargs)
-        out = self.o_proj(out.flatten(-2))
+        out = project(out.flatten(-2), self.o_proj)
         return plan.in_rows(out, hidden_states.shape[0]), weights
 
     def query(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, H, K]."""
         query = (
-            self.q_proj(x)
+            project(x, self.q_proj)
             if hasattr(self, "q_proj")
             else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         )
@@ -88,7 +89,7 @@ class KimiLinearLatentAttention(nn.Module):
 
     def latent(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, L + P]: normed latent and shared key part, what the cache keeps."""
-        latent, shared_key = self.kv_a_proj_with_mqa(x).split(
+        latent, shared_key = project(x, self.kv_a_proj_with_mqa).split(
             [self.latent_dim, self.shared_key_dim], dim=-1
         )
         return torch.cat([self.kv_a_layernorm(latent), shared_key], dim=-1)
@@ -143,14 +144,14 @@ class KimiLinearLatentAttention(nn.Module):
         size = max(1024, FUSED_QUERY_TOKENS // x.shape[0])
         if plan.seen is not None or size >= T or torch.is_grad_enabled():
             out, weights = self._attend(self.query(x), segments, real, plan.seen)
-            return self.o_proj(out.flatten(-2)), weights
+            return project(out.flatten(-2), self.o_proj), weights
         past, result = sum(segment.shape[1] for segment in segments) - T, torch.empty_like(x)
         for start in range(0, T, size):
             stop = min(start + size, T)
             own = None if real is None else real[:, : past + stop]
             before = first_tokens(segments, past + stop)
             out, _ = self._attend(self.query(x[:, start:stop]), before, own, None)
-            result[:, start:stop] = self.o_proj(out.flatten(-2))
+            result[:, start:stop] = project(out.flatten(-2), self.o_proj)
         return result, None
 
     def _attend_by_text(self, query: Tensor, texts: list[Any], ends: list[int]) -> Tensor:

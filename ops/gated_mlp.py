@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from kimi_linear.ops.gated_silu import gated_silu, gated_silu_backward, launch_gated_silu
 from kimi_linear.ops.joint_products import joint_weights, split_gradient, stacked
+from kimi_linear.ops.projections import LinearInput, project
 from kimi_linear.ops.runtime import (
     has_kernels,
     in_pieces,
@@ -43,12 +44,13 @@ def gated_mlp(
         weights = joint_weights(x, (gate_proj, up_proj, down_proj))
         if weights is not None and is_plain_silu(act_fn):
             return _JointMLP.apply(x, *weights, product_dtype(weights[0]))
-        gate, up = gate_proj(x), up_proj(x)
+        read = LinearInput(x)
+        gate, up = read.through(gate_proj), read.through(up_proj)
         if has_kernels(gate, up) and is_plain_silu(act_fn):
             inner = launch_gated_silu(gate.flatten(0, -2), up.flatten(0, -2)).view_as(up)
         else:
             inner = act_fn(gate) * up
-        return down_proj(inner)
+        return project(inner, down_proj)
 
     return in_pieces(run, PIECE_TOKENS, x)
 

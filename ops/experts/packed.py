@@ -2,7 +2,8 @@
 
 With few rows by expert, reading the weights is what takes time: words are taken apart inside the
 products. With many, the products are, and Hopper's kernels for plain weights are faster: some
-experts at a time are written out in full for them.
+experts at a time are written out in full for them. Where activations are quantised too, neither is
+done (`float8_kernels.py`).
 
 Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs.
 """
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_linear.ops.experts.float8_kernels import down as float8_down
+from kimi_linear.ops.experts.float8_kernels import gate_up as float8_gate_up
 from kimi_linear.ops.experts.packed_kernels import down, gate_up
 from kimi_linear.ops.experts.prefill_kernels import TensorDescriptor
 from kimi_linear.ops.experts.prefill_kernels import down as plain_down
 from kimi_linear.ops.experts.prefill_kernels import gate_up as plain_gate_up
+from kimi_linear.ops.packed.float8 import quantize_rows, takes_float8
 from kimi_linear.ops.packed.unpacking import can_unpack
 from kimi_linear.ops.packed.weights import PackedWeights
 
@@ -47,6 +51,9 @@ def packed_products(
         k: Experts of one token.
     """
     first, second = matrices
+    if all(takes_float8(each, x.shape[0]) for each in matrices):
+        rows = float8_gate_up(quantize_rows(x), order, ends, first, k)
+        return float8_down(rows, order, ends, second, x.dtype)
     if order.numel() < MANY_ROWS * first.shape[0] or not _has_tiles(x):
         return down(gate_up(x, order, ends, first, k), order, ends, second)
     inner = x.new_empty(order.numel(), first.shape[1] // 2)

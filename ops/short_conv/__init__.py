@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_linear.ops.joint_products import joint_weights
+from kimi_linear.ops.projections import LinearInput
 from kimi_linear.ops.runtime import has_kernels
 from kimi_linear.ops.short_conv.convolution import convolution_state
 from kimi_linear.ops.short_conv.prefill_kernels import convolve_three
@@ -84,7 +85,8 @@ def convolved_projections(
             q, k, v, *rest = project_jointly(x, weights, taps, token_starts(), head_dim)
             q, k, v = (each.unflatten(-1, heads) for each in (q, k, v))
             return ConvolvedProjections(q, k, v, tuple(rest), None, is_normalised=True)
-    inputs = [projection(x) for projection in projections]
+    read = LinearInput(x)
+    inputs = [read.through(projection) for projection in projections]
     taps = [convolution.weight for convolution in convolutions]
     state: Tensor | None
     if cu_seqlens is None and last_inputs is None and has_kernels(*inputs, *taps):
@@ -94,7 +96,7 @@ def convolved_projections(
             inputs, convolutions, conv_state, output_state, cu_seqlens, last_inputs
         )
     q, k, v = (out.unflatten(-1, heads) for out in outputs)
-    rest = [other(x) for other in others]
+    rest = [read.through(other) for other in others]
     state = state if output_state else None
     at_cut = _state_at(cut, inputs, taps, conv_state) if cut else None
     return ConvolvedProjections(q, k, v, tuple(rest), state, False, at_cut)

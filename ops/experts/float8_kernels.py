@@ -1,0 +1,227 @@
+"""Triton kernels of float8 experts for many tokens: both products by quantised rows.
+
+As those of `prefill_kernels.py`, by the products of `ops/packed/float8.py`. Tokens are quantised
+once, whatever their experts; `gate_up` quantises what it gives, as each tile has whole blocks of
+128 inputs of `down`, so that no 16-bit rows are written between both.
+
+Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs
+of a token and one of its experts, sorted by expert.
+"""
+
+# mypy: disable-error-code="no-untyped-def,union-attr,operator,assignment"
+
+from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_linear.ops.experts.tiles import find_tile, tiles_of
+from kimi_linear.ops.packed.float8 import (
+    BLOCK,
+    Float8Rows,
+    add_blocks,
+    has_descriptors,
+    has_large_memory,
+    load_bytes,
+    load_weight_scale,
+    scales_form,
+    store_columns,
+    tiles_of_bytes,
+    to_float8,
+    weight_bytes,
+)
+from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
+from kimi_linear.schemes import FLOAT8_BLOCK
+
+# Of a tile of `gate_up`, which has a block of each half of the outputs: rows, warps and stages. Of
+# one of `down`: rows, columns, halves, warps and stages. By average rows of an expert: from
+# FEW_ROWS on the first, below it the second; with less shared memory than Hopper's the third.
+GATE_UP_TILES = ((128, 8, 4), (64, 8, 4), (64, 8, 2))
+DOWN_TILES = ((128, 128, 2, 8, 4), (64, 128, 2, 8, 4), (64, 128, 1, 8, 2))
+FEW_ROWS = 64
+
+
+def gate_up(rows: Float8Rows, order: Tensor, ends: Tensor, weights: Any, k: int) -> Float8Rows:
+    """[P, I], by expert, quantised: silu(gate) * up of the tokens' rows [T, D], for packed weights
+    [E, 2 I, D]. Rows with an out-of-range expert are left uninitialised."""
+    P, (E, width, D) = order.numel(), weights.shape
+    I, device = width // 2, order.device  # noqa: E741
+    blocks = ceil_div(I, FLOAT8_BLOCK)
+    codes = torch.empty(P, blocks * FLOAT8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty(blocks, P, dtype=torch.float32, device=device)
+    tile_rows, num_warps, num_stages = _tile(GATE_UP_TILES, P, E)
+    *shared, is_single = scales_form(weights, FLOAT8_BLOCK)
+    is_single = is_single and I % FLOAT8_BLOCK == 0  # the rows of `up` begin where a tile does
+    with torch.cuda.device_of(order):
+        _float8_gate_up[(tiles_of(P, E, tile_rows) * blocks,)](
+            *rows,
+            order,
+            ends,
+            tiles_of_bytes(weight_bytes(weights), FLOAT8_BLOCK),
+            weights.scale,
+            codes,
+            scale,
+            rows.codes.shape[0],
+            P,
+            TOP=k,
+            D=D,
+            I=I,
+            **_sizes(weights, tile_rows),
+            SCALES=(*shared, is_single),
+            HAS_DESCRIPTORS=has_descriptors(),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return Float8Rows(codes, scale)
+
+
+def down(
+    inner: Float8Rows, order: Tensor, ends: Tensor, weights: Any, dtype: torch.dtype
+) -> Tensor:
+    """[P, D], in the pairs' order, of a dtype, from inner [P, I] by expert and packed weights
+    [E, D, I]. Rows with an out-of-range expert are left uninitialised."""
+    P, (E, D, I) = order.numel(), weights.shape  # noqa: E741
+    out = torch.empty(P, D, dtype=dtype, device=order.device)
+    tile_rows, columns, halves, num_warps, num_stages = _tile(DOWN_TILES, P, E)
+    with torch.cuda.device_of(order):
+        _float8_down[(tiles_of(P, E, tile_rows) * ceil_div(D, halves * columns),)](
+            tiles_of_bytes(inner.codes, tile_rows),
+            inner.scale,
+            order,
+            ends,
+            tiles_of_bytes(weight_bytes(weights), columns),
+            weights.scale,
+            out,
+            P,
+            D=D,
+            I=I,
+            **_sizes(weights, tile_rows),
+            COLUMNS=columns,
+            HALVES=halves,
+            SCALES=scales_form(weights, columns),
+            HAS_DESCRIPTORS=has_descriptors(),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out
+
+
+def _tile(tiles: Any, num_pairs: int, num_experts: int) -> Any:
+    if not has_large_memory():
+        return tiles[2]
+    return tiles[num_pairs < FEW_ROWS * num_experts]
+
+
+def _sizes(weights: Any, tile_rows: int) -> dict[str, int]:
+    """What both kernels are compiled for."""
+    E, words = weights.shape[0], weights.scale[0].numel()
+    experts = max(16, power_of_two(E))
+    return {"E": E, "EXPERTS": experts, "SCALES_EACH": words, "ROWS": tile_rows}
+
+
+# --------------------------------------------------------------------------------------- kernels
+@jit
+def _float8_gate_up(
+    x,  # float8 [T, 128 blocks of D]
+    x_scale,  # [blocks of D, T]
+    order,  # [P]
+    ends,  # [E]
+    weights,  # float8 [E * 2 * I, bytes of a row]
+    w_scale,
+    out,  # float8 [P, 128 blocks of I]
+    out_scale,  # [blocks of I, P]
+    num_tokens,
+    num_pairs,
+    TOP: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCALES_EACH: tl.constexpr,  # scales of an expert
+    SCALES: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    BYTES: tl.constexpr = (D + 255) // 256 * 256
+    across: tl.constexpr = (I + BLOCK - 1) // BLOCK
+    expert, first, end = find_tile(ends, tl.program_id(0) // across, E, EXPERTS, ROWS)
+    if expert >= E:
+        return
+    own_block = tl.program_id(0) % across
+    column = own_block * BLOCK
+    row = first + tl.arange(0, ROWS)
+    # of 32 bits: the sums leave few registers for pointers
+    token = (tl.load(order + row, mask=row < end, other=0) // TOP).to(tl.int32)
+    k = tl.arange(0, BLOCK)
+    places = token[:, None] * (BLOCKS * BLOCK) + k[None, :]
+    n = tl.minimum(column + k, I - 1)
+    w_scale += expert.to(tl.int64) * SCALES_EACH
+    matrix = expert * 2 * I
+    gate = tl.zeros((ROWS, BLOCK), tl.float32)
+    up = tl.zeros((ROWS, BLOCK), tl.float32)
+    for block in range(BLOCKS):
+        scale = tl.load(x_scale + block * num_tokens + token)[:, None]
+        gate_scale = scale * load_weight_scale(w_scale, column, n, block, SCALES)
+        up_scale = scale * load_weight_scale(w_scale, column + I, n + I, block, SCALES)
+        value = tl.load(x + block * BLOCK + places)
+        start = matrix + column
+        weight = load_bytes(weights, start, matrix + n, block, BYTES, HAS_DESCRIPTORS)
+        gate += tl.dot(value, weight.T) * gate_scale
+        weight = load_bytes(weights, start + I, matrix + I + n, block, BYTES, HAS_DESCRIPTORS)
+        up += tl.dot(value, weight.T) * up_scale
+    inner = gate * tl.sigmoid(gate) * up
+    if across * BLOCK != I:
+        inner = tl.where((column + k < I)[None, :], inner, 0.0)
+    number, own = to_float8(inner, ROWS)
+    place = row.to(tl.int64)
+    target = out + place[:, None] * (across * BLOCK) + (column + k)[None, :]
+    tl.store(target, number, mask=(row < end)[:, None])
+    tl.store(out_scale + own_block.to(tl.int64) * num_pairs + place, own, mask=row < end)
+
+
+@jit
+def _float8_down(
+    inner,  # float8 [P, 128 blocks of I]
+    inner_scale,  # [blocks of I, P]
+    order,  # [P]
+    ends,  # [E]
+    weights,  # float8 [E * D, bytes of a row]
+    w_scale,
+    out,  # [P, D]
+    num_pairs,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SCALES_EACH: tl.constexpr,
+    SCALES: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    across: tl.constexpr = (D + HALVES * COLUMNS - 1) // (HALVES * COLUMNS)
+    expert, first, end = find_tile(ends, tl.program_id(0) // across, E, EXPERTS, ROWS)
+    if expert >= E:
+        return
+    column = tl.program_id(0) % across * (HALVES * COLUMNS)
+    row = first + tl.arange(0, ROWS)
+    own_row = tl.minimum(row, end - 1)
+    one, other = add_blocks(
+        (inner, inner_scale + own_row, num_pairs, first, own_row),
+        (weights, w_scale + expert.to(tl.int64) * SCALES_EACH, expert * D, column),
+        D,
+        I,
+        SCALES,
+        HAS_DESCRIPTORS,
+        ROWS,
+        COLUMNS,
+        HALVES,
+    )
+    target = out + tl.load(order + row, mask=row < end, other=0)[:, None] * D
+    store_columns(target, one, row < end, column, D)
+    if HALVES == 2:
+        store_columns(target, other, row < end, column + COLUMNS, D)

@@ -1,0 +1,57 @@
+"""Linear layers' products where no graph is recorded: of quantised rows, if weights ask for it.
+
+Packed weights with dynamic activations (`Scheme.activation_scheme`) are multiplied in float8 from
+`MANY_ROWS` rows on, by layers in evaluation mode. Whatever else a layer is (training, adapters,
+hooks, other weights, few rows, other hardware), it is called as it is.
+
+Shapes: D inputs, N outputs.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kimi_linear.ops.packed.float8 import Float8Rows, float8_linear, quantize_rows, takes_float8
+from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.ops.runtime import linear_weight, needs_grad, product_dtype
+
+
+class LinearInput:
+    """What linear layers read, quantised at most once however many read it.
+
+    Args:
+        x: [.., D].
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._rows: Float8Rows | None = None
+
+    def through(self, linear: nn.Module) -> Tensor:
+        """[.., N]: the layer's product."""
+        weight = _float8_weight(self.x, linear)
+        if weight is None:
+            return linear(self.x)
+        if self._rows is None:
+            self._rows = quantize_rows(self.x.flatten(0, -2))
+        out = float8_linear(self._rows, weight, self.x.dtype)
+        return out.view(*self.x.shape[:-1], out.shape[-1])
+
+
+def project(x: Tensor, linear: nn.Module) -> Tensor:
+    """[.., N]: the product of x [.., D] and a linear layer."""
+    return LinearInput(x).through(linear)
+
+
+def _float8_weight(x: Tensor, linear: nn.Module) -> Any:
+    """The weight [N, D] that quantised rows of x are multiplied by; None: call the layer."""
+    weight = linear_weight(linear)
+    if not isinstance(weight, PackedWeights) or linear.training or x.dim() < 2:
+        return None
+    is_taken = (
+        x.device == weight.device
+        and x.dtype == weight.dtype == product_dtype(weight)
+        and not needs_grad(x)
+        and takes_float8(weight, x.numel() // x.shape[-1])
+    )
+    return weight if is_taken else None

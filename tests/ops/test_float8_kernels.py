@@ -1,0 +1,150 @@
+"""Products of float8 rows and weights beside float64: on a GPU, or by Triton's interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from float8_references import in_full, reference_rows, relative, round_as_torch
+from interpreter import DEVICE, IS_INTERPRETED, draw, with_kernels
+from packed_weights import random_packed
+
+from kimi_linear.ops.experts import float8_kernels
+from kimi_linear.ops.experts.sort import sort_pairs
+from kimi_linear.ops.packed import float8
+from kimi_linear.ops.packed.rounding import quantize
+from kimi_linear.schemes import Scheme
+
+pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
+DTYPE = torch.float32 if IS_INTERPRETED else torch.bfloat16
+# Of sums in float32; on a GPU, of results in bfloat16 and sums of the tensor cores in 14 bits.
+CLOSE = 2e-6 if IS_INTERPRETED else 4e-3
+SCHEMES = {
+    "blocks": Scheme(8, 128, is_float=True, rows=128, activation_scheme="dynamic"),
+    "blocks of few rows": Scheme(8, 128, is_float=True, rows=24, activation_scheme="dynamic"),
+    "large groups": Scheme(8, 256, is_float=True, rows=16, activation_scheme="dynamic"),
+    "a row": Scheme(8, None, is_float=True, activation_scheme="dynamic"),
+}
+TILES = {"halves": (32, 32, 2, 4, 2), "one": (16, 64, 1, 4, 2)}
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    if not IS_INTERPRETED:
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("needs products of float8 numbers")
+        return
+    round_as_torch(monkeypatch)
+    monkeypatch.setattr(float8, "DEVICES", ("cpu",))
+    monkeypatch.setattr(float8, "DTYPES", (torch.float32,))
+
+
+def small_tiles(monkeypatch, tile):
+    if IS_INTERPRETED:
+        rows, _, _, *launch = tile
+        monkeypatch.setattr(float8, "SMALL_TILE", tile)
+        monkeypatch.setattr(float8_kernels, "DOWN_TILES", 3 * (tile,))
+        monkeypatch.setattr(float8_kernels, "GATE_UP_TILES", 3 * ((rows, *launch),))
+
+
+@with_kernels
+@pytest.mark.parametrize(("rows", "inputs"), [(2, 128), (37, 320)])
+def test_rows_are_quantised_as_by_torch(rows, inputs):
+    x = draw(rows, inputs, dtype=DTYPE)
+    x[0] *= 1e4
+    x[-1, :128] = 0
+    found, expected = float8.quantize_rows(x), reference_rows(x)
+    torch.testing.assert_close(found.scale, expected.scale)
+    assert torch.equal(in_full(found, inputs) == 0, in_full(expected, inputs) == 0)
+    # an ulp of the scale may move a number that lies between two of float8
+    assert relative(in_full(found, inputs), in_full(expected, inputs)) < 1e-3
+    assert relative(in_full(found, inputs), x.double()) < 0.03
+
+
+@with_kernels
+def test_a_number_that_is_not_finite_stays_so():
+    x = draw(3, 256, dtype=DTYPE)
+    x[0, 5], x[1, 200] = float("nan"), float("inf")
+    rows = float8.quantize_rows(x)
+    finite = in_full(rows, 256).isfinite()
+    assert not finite[0, 5] and not finite[1, 200] and finite[2].all()
+    if not IS_INTERPRETED:  # which takes float8's NaN for 480
+        weights, _ = random_packed(SCHEMES["blocks"], (40, 256), DTYPE, DEVICE)
+        out = float8.float8_linear(rows, weights, DTYPE)
+        assert not out[:2].isfinite().any() and out[2].isfinite().all()
+
+
+@with_kernels
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("shape", [(70, 200, 512), (33, 56, 256)], ids=str)
+def test_products_of_rows(monkeypatch, shape, scheme, tile):
+    small_tiles(monkeypatch, tile)
+    (num_rows, num_outputs, num_inputs) = shape
+    weights, full = random_packed(scheme, (num_outputs, num_inputs), DTYPE, DEVICE)
+    assert float8.takes_float8(weights, float8.MANY_ROWS)
+    rows = float8.quantize_rows(draw(num_rows, num_inputs, dtype=DTYPE))
+    found = float8.float8_linear(rows, weights, DTYPE)
+    assert relative(found, in_full(rows, num_inputs) @ full.double().t()) < CLOSE
+
+
+@with_kernels
+def test_blocks_that_inputs_do_not_fill(monkeypatch):
+    small_tiles(monkeypatch, TILES["one"])
+    weights, full = random_packed(SCHEMES["blocks"], (200, 200), DTYPE, DEVICE)
+    full = weights.dequantized()  # by the definition, whose last block is cut short
+    rows = float8.quantize_rows(draw(20, 200, dtype=DTYPE))
+    found = float8.float8_linear(rows, weights, DTYPE)
+    assert relative(found, in_full(rows, 200) @ full.double().t()) < CLOSE
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scales_of_any_dtype(monkeypatch, dtype):
+    if IS_INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("numpy has no bfloat16")
+    small_tiles(monkeypatch, TILES["halves"])
+    weights, _ = random_packed(SCHEMES["blocks"], (256, 640), dtype, DEVICE)
+    weights = weights.to(DTYPE)
+    assert weights.scale.dtype == dtype
+    rows = float8.quantize_rows(draw(40, 640, dtype=DTYPE))
+    expected = in_full(rows, 640) @ weights.to(torch.float32).dequantized().double().t()
+    assert relative(float8.float8_linear(rows, weights, DTYPE), expected) < CLOSE
+
+
+@with_kernels
+def test_error_beside_rows_in_full():
+    """What the quantised activations cost: that of numbers with three bits behind the point."""
+    x, w = draw(64, 1024, dtype=DTYPE), draw(256, 1024, dtype=DTYPE)
+    weights = quantize(w, SCHEMES["blocks"])
+    found = float8.float8_linear(float8.quantize_rows(x), weights, DTYPE)
+    error = relative(found, x.double() @ weights.dequantized().double().t())
+    assert 0.02 < error < 0.03
+
+
+@with_kernels
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("scheme", ["blocks", "blocks of few rows", "a row"])
+@pytest.mark.parametrize(("tokens", "hidden", "width"), [(1, 256, 128), (50, 384, 72)])
+def test_products_by_expert(monkeypatch, tokens, hidden, width, scheme, tile):
+    small_tiles(monkeypatch, tile)
+    scheme = SCHEMES[scheme]
+    up, up_full = random_packed(scheme, (6, 2 * width, hidden), DTYPE, DEVICE, factor=1e-3)
+    down, _ = random_packed(scheme, (6, hidden, width), DTYPE, DEVICE, factor=1e-3)
+    down_full = down.dequantized()
+    experts = torch.rand(tokens, 8, device=DEVICE).topk(3, dim=-1).indices  # 6 and 7: other ranks'
+    experts[experts == 2] = 4
+    order, ends, *_ = sort_pairs(experts, 6)
+    stops = [0, *ends.tolist()]
+    rows = float8.quantize_rows(draw(tokens, hidden, dtype=DTYPE))
+    inner = float8_kernels.gate_up(rows, order, ends, up, 3)
+    pairs = float8_kernels.down(inner, order, ends, down, DTYPE)
+    x, y = in_full(rows, hidden), in_full(inner, width)
+    for expert, (start, end) in enumerate(zip(stops, stops[1:], strict=False)):
+        if start == end:
+            continue
+        gate_up = x[order[start:end] // 3] @ up_full[expert].double().t()
+        gate, value = gate_up.chunk(2, dim=1)
+        expected = reference_rows((F.silu(gate) * value).float())
+        assert relative(y[start:end], in_full(expected, width)) < 5e-3
+        assert not in_full(inner, -(-width // 128) * 128)[start:end, width:].any()
+        expected = y[start:end] @ down_full[expert].double().t()
+        assert relative(pairs[order[start:end]], expected) < CLOSE
