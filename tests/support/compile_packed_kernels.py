@@ -10,6 +10,7 @@ with PTX of their own. A further kernel is a line of `KERNELS`, and its group a 
 import functools
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +24,9 @@ from kimi_linear.decode import delta_rule, few_rows, fixed_point, many_rows, pac
 from kimi_linear.decode import packed as packed_step
 from kimi_linear.decode import step as decode_steps
 from kimi_linear.decode.recording import StepKind, decode_step
+from kimi_linear.ops.experts import float8_kernels
 from kimi_linear.ops.experts import packed_kernels as packed_experts
-from kimi_linear.ops.packed import unpacking
+from kimi_linear.ops.packed import float8, unpacking
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.schemes import Scheme
 
@@ -36,13 +38,15 @@ SCHEMES = {
     "4 bits a row": Scheme(4, None),
     "8 bits": Scheme(8, 128),
     "8 bits a row": Scheme(8, None),
-    "float8 a row": Scheme(8, None, is_float=True),
-    "float8 blocks": Scheme(8, 128, is_float=True, rows=128),
+    "float8 a row": Scheme(8, None, is_float=True, activation_scheme="dynamic"),
+    "float8 blocks": Scheme(8, 128, is_float=True, rows=128, activation_scheme="dynamic"),
 }
 DTYPES = (torch.bfloat16, torch.float16)
 # Outputs and inputs of a matrix: the 48B model's, and one whose tiles and blocks are cut short.
 SIZES = ((2304, 2304), (40, 448))
 FEW_ROWS, MANY_ROWS = (1, 4), (40,)
+# PTX of products by tensor cores
+PRODUCTS = re.compile(r"\b((?:wgmma\.mma_async|mma|tcgen05\.mma)\.[\w.:]+)")
 
 
 def unpack(scheme: Scheme, dtype: torch.dtype) -> None:
@@ -75,10 +79,34 @@ def prefill(scheme: Scheme, dtype: torch.dtype) -> None:
     packed_experts.down(torch.zeros(64 * k, I, dtype=dtype), order, ends, weights[1])
 
 
+def float8_products(scheme: Scheme, dtype: torch.dtype) -> None:
+    """Products of quantised rows: of linear layers, and of experts with few and many rows."""
+    if not scheme.has_float8_products:
+        return
+    D, I, E, k = 2304, 1024, 16, 8  # noqa: E741
+    for num_rows in (64, 1024):
+        rows = float8.quantize_rows(torch.zeros(num_rows, D, dtype=dtype))
+        float8.float8_linear(rows, PackedWeights.empty((4096, D), scheme, dtype, "cpu"), dtype)
+        order = torch.zeros(num_rows * k, dtype=torch.int64)
+        ends = torch.zeros(E, dtype=torch.int32)
+        up, down = (
+            PackedWeights.empty(s, scheme, dtype, "cpu") for s in ((E, 2 * I, D), (E, D, I))
+        )
+        inner = float8_kernels.gate_up(rows, order, ends, up, k)
+        float8_kernels.down(inner, order, ends, down, dtype)
+
+
 # By group: its kernels, by module, and what launches them for a scheme and a dtype.
 KERNELS: dict[str, tuple[dict[Any, list[str]], Callable[[Scheme, torch.dtype], Any]]] = {
     "unpack": ({unpacking: ["_unpack"]}, unpack),
     "prefill": ({packed_experts: ["_packed_gate_up", "_packed_down"]}, prefill),
+    "float8": (
+        {
+            float8: ["_quantize_rows", "_float8_linear"],
+            float8_kernels: ["_float8_gate_up", "_float8_down"],
+        },
+        float8_products,
+    ),
     "decode": (
         {packed_step: ["packed_project_kernel", "packed_in_kernel", "packed_out_kernel"]},
         functools.partial(decode, MANY_ROWS),
@@ -123,7 +151,10 @@ def main(arch: int, group: str, names: list[str]) -> None:
         case = {"arch": arch, "scheme": title, "dtype": str(dtype)[6:]}
         for name, kernel in kernels:
             for compiled in {each.hash: each for each in kernel.compiled}.values():
-                print(json.dumps({"kernel": name, **case, **resources(compiled)}), flush=True)
+                found = {"kernel": name, **case, **resources(compiled)}
+                if group == "float8":
+                    found["products"] = sorted(set(PRODUCTS.findall(compiled.asm["ptx"])))
+                print(json.dumps(found), flush=True)
             kernel.compiled.clear()
 
 
