@@ -54,6 +54,7 @@ def test_kernels_fit(group, arch, schemes, tmp_path):
         pytest.fail(found.stdout + found.stderr)
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert lines
+    # in loops: Triton 3.6 keeps some sums of two tiles of 128 x 128 there, which are worth it
     allowed = {"_float8_gate_up": 160, "_float8_down": 160}
     assert [x for x in lines if x["stack"] > allowed.get(x["kernel"], FEW_REGISTERS)] == []
     if group == "float8":

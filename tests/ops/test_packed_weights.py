@@ -86,6 +86,14 @@ def test_it_is_a_parameter_that_moves_and_is_pickled():
         (lambda: Scheme(5), "bits=5 is not allowed: it must be one of"),
         (lambda: Scheme(4, 48), "group=48 is not allowed: it must be a multiple of 32"),
         (lambda: Scheme(4, is_float=True), "is_float with bits=4"),
+        (
+            lambda: Scheme(8, activation_scheme="dynamic"),
+            "activation_scheme='dynamic' .* None with",
+        ),
+        (
+            lambda: Scheme(8, is_float=True, activation_scheme="static"),
+            "activation_scheme='static' is not allowed: it must be None or 'dynamic'",
+        ),
         (lambda: Scheme(8, rows=0), "rows=0 is not allowed"),
         (lambda: Scheme(4, 128).check_size("w", 192), "w: group=128 .* must divide the 192 inputs"),
     ],

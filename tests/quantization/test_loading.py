@@ -107,6 +107,19 @@ def test_the_configuration_is_the_models(folder: Path) -> None:
     assert KimiLinearQuantizationConfig.from_dict(stored).to_dict() == config.to_dict()
 
 
+def test_float8_blocks_by_name() -> None:
+    config = KimiLinearQuantizationConfig(experts="fp8", attention="fp8w")
+    fields = {"bits": 8, "group": 128, "is_float": True, "rows": 128}
+    again = KimiLinearQuantizationConfig(
+        experts=fields | {"activation_scheme": "dynamic"}, attention=fields
+    )
+    assert config.to_dict() == again.to_dict()
+    with pytest.raises(
+        ValueError, match="experts='fp4' is not allowed: it must be 'fp8' or 'fp8w'"
+    ):
+        KimiLinearQuantizationConfig(experts="fp4")
+
+
 @pytest.mark.parametrize("form", ["object", "dict"])
 @pytest.mark.parametrize("device_map", [None, "auto", {"": "cpu"}, "cpu"])
 def test_the_ways_to_ask_for_it(folder: Path, form: str, device_map: Any) -> None:
