@@ -4,10 +4,11 @@ For each number of rows, the experts' two products and each linear layer: in bfl
 that are unpacked for 16-bit activations ("fp8w"), and with quantised activations ("fp8") for each
 of the tiles below, the time of quantising beside it. A line of JSON each: milliseconds, operations
 a second, and how far the result is from that of 16-bit activations (some 0.03 for one product).
-What to set by it: LARGE_TILE and MANY_ROWS in `ops/packed/float8.py`, GATE_UP_TILES, DOWN_TILES and
-FEW_ROWS in `ops/experts/float8_kernels.py`.
+What to set by it: LARGE_TILE, USES_DESCRIPTORS and MANY_ROWS in `ops/packed/float8.py`,
+GATE_UP_TILES, DOWN_TILES and FEW_ROWS in `ops/experts/float8_kernels.py`.
 
     python benchmarks/float8_h200.py --record benchmarks/results/float8_h200.jsonl
+    python benchmarks/float8_h200.py --pointers --record benchmarks/results/float8_pointers.jsonl
     python benchmarks/float8_h200.py --rows 64,128,256,512 --tiles chosen
 """
 
@@ -69,6 +70,7 @@ class Lines:
     def line(self, form: str, run: Callable[[], Any], expected: Any = None, **more: Any) -> Any:
         """What `run` gives; None if it cannot be launched."""
         fields = {"case": "float8", **self.fields, "form": form, **more}
+        fields["has_descriptors"] = float8.USES_DESCRIPTORS
         try:
             out = run()
             milliseconds = do_bench(run, warmup=20, rep=100, return_mode="median")
@@ -153,7 +155,9 @@ def main() -> None:
     parser.add_argument("--rows", default="256,1024,4096,32768", help="tokens of a call")
     parser.add_argument("--tiles", choices=("all", "chosen"), default="all")
     parser.add_argument("--products", default="experts,linear")
+    parser.add_argument("--pointers", action="store_true", help="no hardware copies of tiles")
     args = parser.parse_args()
+    float8.USES_DESCRIPTORS = not args.pointers
     record, sweep = Recorder(args.record), args.tiles == "all"
     record.tell(setting())
     all_rows = [int(each) for each in args.rows.split(",")]

@@ -5,8 +5,8 @@ a key of strings by which it finds the kernel: two to three times as long as the
 the host, and a training step has some hundred launches. Here a kernel is found by what that
 depends on: dtype and alignment of tensors, values of all else, and the device.
 
-Triton's own way is taken for what is new, in the interpreter, and where somebody listens to
-launches (profilers such as Proton, hooks of kernels).
+Triton's own way is taken for what is new, for tensor descriptors, in the interpreter, and where
+somebody listens to launches (profilers such as Proton, hooks of kernels).
 """
 
 import inspect
@@ -81,7 +81,10 @@ class DirectLaunch:
                 for value in given
             ],
         )
-        found = self._kernels.get(key)
+        try:
+            found = self._kernels.get(key)
+        except TypeError:  # a tensor descriptor is among the arguments, and has no hash
+            return self._run(*args, grid=grid, warmup=warmup, **kwargs)
         if found is None:
             return self._search(key, args, grid, kwargs)
         kernel, launch, function, metadata, added, pick = found

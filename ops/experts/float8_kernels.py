@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.experts.tiles import find_tile, tiles_of
+from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.packed.float8 import (
     BLOCK,
     Float8Rows,
@@ -122,6 +123,7 @@ def _sizes(weights: Any, tile_rows: int) -> dict[str, int]:
 
 
 # --------------------------------------------------------------------------------------- kernels
+@launch_directly
 @jit
 def _float8_gate_up(
     x,  # float8 [T, 128 blocks of D]
@@ -182,6 +184,7 @@ def _float8_gate_up(
     tl.store(out_scale + own_block.to(tl.int64) * num_pairs + place, own, mask=row < end)
 
 
+@launch_directly
 @jit
 def _float8_down(
     inner,  # float8 [P, 128 blocks of I]

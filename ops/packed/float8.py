@@ -37,6 +37,8 @@ CAPABILITY = (8, 9)  # the first with products of float8 numbers
 BLOCK, RUN_, LARGEST = FLOAT8_BLOCK, RUN, 448.0
 if tl is not None:
     BLOCK, RUN_, LARGEST = tl.constexpr(FLOAT8_BLOCK), tl.constexpr(RUN), tl.constexpr(448.0)
+# Whether hardware copies tiles where it can. Without, launches cost the host less.
+USES_DESCRIPTORS = True
 QUANTIZED_ROWS = 16  # of a program that quantises
 # Rows, columns, halves (a program has as many tiles side by side), warps and stages of a tile: with
 # the shared memory of Hopper and data-centre Blackwell, and with that of others.
@@ -158,6 +160,8 @@ def tiles_of_bytes(rows: Tensor, tile_rows: int) -> Any:
 
 def has_descriptors() -> bool:
     """Whether `tiles_of_bytes` gives descriptors."""
+    if not USES_DESCRIPTORS:
+        return False
     return TensorDescriptor is not None and (architecture() >= 90 or architecture() == 0)
 
 
@@ -266,6 +270,7 @@ def _quantize_rows(
     tl.store(scale + block.to(tl.int64) * num_rows + row, own, mask=row < num_rows)
 
 
+@launch_directly
 @jit
 def _float8_linear(
     x,  # float8 [T, 128 B]

@@ -57,6 +57,19 @@ def stand_in(monkeypatch):
     return function
 
 
+class Descriptor:
+    """As Triton's, has no hash."""
+
+    __hash__ = None
+
+
+def test_descriptors_take_tritons_own_way(stand_in):
+    direct, x = DirectLaunch(stand_in, stand_in.run, lambda: stand_in.added), torch.zeros(4)
+    for number in (1, 2):
+        kernel = direct(x, Descriptor(), 3, grid=(1,))
+        assert kernel.function == f"kernel {number}" and stand_in.launches == []
+
+
 def test_a_second_launch_is_direct(stand_in):
     """With the same kernel, this launch's tensors and grid, defaults and what was chosen."""
     run = DirectLaunch(stand_in, stand_in.run, chosen=lambda: stand_in.added)

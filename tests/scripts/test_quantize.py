@@ -190,7 +190,10 @@ def test_blocks_of_float8(original: Path, tmp_path: Path) -> None:
         ({"experts": "bits=5"}, r"experts\.bits=5 is not allowed"),
         ({"experts": "bits=4,group=48"}, "experts.group=48 is not allowed"),
         ({"experts": "bits=4;group=64"}, "--experts 'bits=4;group=64' is not allowed"),
-        ({"experts": "size=4"}, "--experts 'size=4' is not allowed: it must be none, fp8, fp8w, or fields"),
+        (
+            {"experts": "size=4"},
+            "--experts 'size=4' is not allowed: it must be none, fp8, fp8w, or fields",
+        ),
         ({"experts": "bits=4,bits=3"}, "--experts 'bits=4,bits=3' is not allowed"),
         ({"experts": "4"}, "--experts '4' is not allowed"),
         ({"experts": "group=64"}, r"experts\.bits"),
