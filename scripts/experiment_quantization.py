@@ -70,7 +70,7 @@ def in_each(bits: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{part}={each}" for each in bits for part in PARTS)
 
 
-MAIN = ("24gb", "48gb", "80gb", "fp8", *map(everything, ("3/64", "4/64", "8/64")))
+MAIN = ("24gb", "48gb", "80gb", "fp8", "fp8w", *map(everything, ("3/64", "4/64", "8/64")))
 GROUPED = ("3/32", "3/128", "3/32z", "3/64z", "3/128z", "4/32", "4/128", "4/64z")
 SECTIONS: dict[str, tuple[str, ...]] = {
     "main": (NONE, *MAIN),
@@ -189,7 +189,7 @@ def _train(
             tokens=training.num_tokens,
             train_seconds=training.seconds,
         )
-        save_trained(training, file, _dtype(device))
+        save_trained(training, file, _dtype(device), config=config.to_dict())
     return is_done
 
 
