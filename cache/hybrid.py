@@ -83,6 +83,22 @@ class KimiLinearCache(Cache):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
+    @property
+    def kda_layers(self) -> list[KDALayerCache]:
+        """Those of KDA layers."""
+        return [layer for layer in self.layers if isinstance(layer, KDALayerCache)]
+
+    def begin_draft(self) -> None:
+        """Have `crop` remove the next call's tokens, up to `STEP_TOKENS`, from a cache that keeps
+        no log. It costs a copy of the states."""
+        for layer in self.kda_layers:
+            layer.begin_draft()
+
+    def end_draft(self) -> None:
+        """Keep no log again; to be called after that crop."""
+        for layer in self.kda_layers:
+            layer.end_draft()
+
     def note_padding(self, attention_mask: Tensor | None, mask: Tensor | None) -> None:
         """Record whether the cache holds padding; ValueError if the mask contradicts it.
 

@@ -153,6 +153,17 @@ class KDALayerCache(LayerCache):
             self.is_stale |= removed > self.pending.count
             self.pending.count = 0 if self.is_stale else self.pending.count - removed
 
+    def begin_draft(self) -> None:
+        """Have `crop` remove the next call's tokens, though nothing else of the text."""
+        if not self.is_stale:
+            self.settle()
+            self.rollback.keep(self.state)
+        self.rollback.tokens = STEP_TOKENS
+
+    def end_draft(self) -> None:
+        """Keep nothing again, once the next call has read what a crop left of the last."""
+        self.rollback.tokens = 0
+
     def settle(self) -> None:
         """Take what is pending into the state, for all that reads it but a step."""
         if self.pending.count:

@@ -5,6 +5,8 @@ before. A mixture of experts reads more weights for every drafted token, so a dr
 costs as much as it would have saved. Here the number follows what the same kind of match has been
 worth so far and how long calls of each length have taken. What a longer draft would have been worth
 is known afterwards also where none was made, so nothing is tried for the sake of knowing.
+
+`lookup_loop.py` decodes with these drafts; Transformers' own loop does where that one cannot.
 """
 
 import time
@@ -23,9 +25,9 @@ LENGTHS = (1, 3, 7, 15)
 LONGEST_MATCH = 8
 # A longer step is first taken to cost this much more by token.
 COST_BY_TOKEN = 0.25
-# With every call, what calls of other lengths have taken moves this much towards what is to be
+# With every call, what calls of other lengths have taken moves this much down to what is to be
 # expected from it: one that was slow for another reason would otherwise be the last of its length.
-DOUBT = 0.01
+DOUBT = 0.005
 # What was learnt before counts this much less with every new draft.
 FORGETTING = 0.9
 
@@ -90,8 +92,8 @@ class DraftLength:
         self.lengths = sorted({0, most, *(each for each in LENGTHS if each < most)})
         self._clock, self._is_timed = clock, num_processes() == 1
         self._start: float | None = None
-        self._length = 0
-        self._seconds: dict[int, float | None] = {}  # of a call, by drafted tokens
+        self._seconds: dict[int, float] = {}  # of a call, by drafted tokens
+        self._ready: set[int] = set()  # numbers of drafted tokens whose steps have been made ready
         # by a match's length, how many tokens of drafts were right and how many were tried
         self._chances = {size: [1.0, 2.0] for size in range(1, LONGEST_MATCH + 1)}
 
@@ -110,46 +112,59 @@ class DraftLength:
         chances[0] = FORGETTING * chances[0] + right
         chances[1] = FORGETTING * chances[1] + tried
 
-    def take_time(self) -> None:
-        """Note what the last call has taken; the first of its length also makes it ready, as does
-        the first one without a draft that comes behind a draft: its step leaves updates pending."""
+    def take_time(self, drafted: int, behind: int = 0) -> None:
+        """Note what the call that has just ended took since the one before it.
+
+        The first of its length also makes it ready, as does the first one without a draft that
+        comes behind a draft: its step leaves updates pending.
+
+        Args:
+            drafted: Tokens that it drafted.
+            behind: Those of the call before. What a call without a draft takes more behind one,
+                which leaves the device waiting or refused tokens to take back, is the draft's.
+        """
         if not self._is_timed:
             return
-        now = self._clock()
+        now, seconds = self._clock(), self._seconds
         if self._start is not None:
-            taken, before = now - self._start, self._seconds.get(self._length)
-            if self._length not in self._seconds:
-                if self._length and not any(self._seconds):  # the first draft
-                    self._seconds.pop(0, None)
-                self._seconds[self._length] = None
-            elif before is None:
-                self._seconds[self._length] = taken
+            taken, before = now - self._start, seconds.get(drafted)
+            cost = seconds.get(behind) if behind and not drafted else None
+            if drafted not in self._ready:
+                if not any(self._ready):  # the first draft
+                    self._ready.discard(0)
+                self._ready.add(drafted)
+            elif cost and before:
+                seconds[behind] = cost + 0.2 * max(taken - before, 0.0)
             else:
-                self._seconds[self._length] = before + 0.2 * (taken - before)
-            self._doubt_others()
+                seconds[drafted] = taken if before is None else before + 0.2 * (taken - before)
+                self._doubt_others(drafted)
         self._start = now
 
-    def choose(self, match: int, most: int) -> int:
-        """The number that gives most tokens a second, `most` of them at most."""
+    def choose(self, match: int, most: int, unknown: int = 0) -> int:
+        """The number that gives most tokens a second; 0 until it is known what that takes.
+
+        Args:
+            match: Length of the match.
+            most: At most.
+            unknown: Tokens that were not known when the match was found: a draft behind them is
+                right only if they are what it goes on from.
+        """
+        if self._is_timed and 0 not in self._seconds:
+            return 0
         chance = self.chance(match)
         allowed = [each for each in self.lengths if each <= most]
-        self._length = max(allowed, key=lambda each: _tokens(chance, each) / self._cost(each))
-        return self._length
+        return max(allowed, key=lambda each: _tokens(chance, each, unknown) / self._cost(each))
 
-    def choose_none(self) -> None:
-        """Nothing is drafted."""
-        self._length = 0
-
-    def _doubt_others(self) -> None:
-        own = self._seconds[self._length]
+    def _doubt_others(self, drafted: int) -> None:
+        own = self._seconds[drafted]
         for each, taken in self._seconds.items():
-            if own and taken and each != self._length:
-                expected = own * _first_cost(each) / _first_cost(self._length)
+            expected = own * _first_cost(each) / _first_cost(drafted)
+            if each != drafted and expected < taken:
                 self._seconds[each] = taken * (expected / taken) ** DOUBT
 
     def _cost(self, length: int) -> float:
         """Seconds of a call, or what is to be expected from those that were measured."""
-        known = {each: taken for each, taken in self._seconds.items() if taken}
+        known = self._seconds
         if not known:
             return _first_cost(length)
         if length in known:
@@ -168,13 +183,13 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _tokens(chance: float, length: int) -> float:
+def _tokens(chance: float, length: int, unknown: int) -> float:
     """Tokens that a call is expected to give: those drafted up to the first wrong one, and one."""
-    return sum(chance**i for i in range(length + 1))
+    return 1 + sum(chance ** (unknown + i) for i in range(1, length + 1))
 
 
 class PromptLookup(CandidateGenerator):
-    """Drafts for assisted decoding of one text.
+    """Drafts for one text.
 
     Args:
         num_tokens: Drafted tokens, at most.
@@ -189,37 +204,45 @@ class PromptLookup(CandidateGenerator):
         self.max_length = max_length
         self.ends = set() if end_tokens is None else set(end_tokens.flatten().tolist())
         self.finder, self.length = MatchFinder(match_size), DraftLength(num_tokens)
-        self._last: tuple[int, list[int]] | None = None  # match and draft, made or not
+        self._expected: tuple[int, list[int]] | None = None  # a match, and what would follow
+        self._drafted = 0
+
+    def extend(self, new: Sequence[int]) -> None:
+        """Append to the text, and compare it with what was to be expected."""
+        if self._expected is not None:
+            self.length.learn(*self._expected, new)
+        self.finder.extend(new)
+        found, self._expected = self.finder.find(), None
+        if found is not None:
+            place, match = found
+            tokens = self.finder.continuation(place, self.length.lengths[-1] + 1)
+            end = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+            self._expected = match, tokens[:end]
+
+    def draft(self, unknown: int = 0) -> list[int]:
+        """What to draft behind the text and `unknown` tokens more, which are being chosen."""
+        if self._expected is None:
+            return []
+        match, tokens = self._expected
+        # one token comes from the call itself
+        room = self.max_length - len(self.finder.tokens) - unknown - 1
+        most = max(min(len(tokens) - unknown, room), 0)
+        return tokens[unknown : unknown + self.length.choose(match, most, unknown)]
 
     def get_candidates(self, input_ids: Tensor, **kwargs: object) -> tuple[Tensor, None]:
-        """The text [1, S] with a draft behind it, and no logits. Nothing is drafted behind the
-        prompt, which is read at once: the step after it is the first that can be taken back for
-        nothing."""
+        """The text [1, S] with a draft behind it, and no logits, for Transformers' loop. Nothing is
+        drafted behind the prompt, which is read at once: the step after it is the first that can be
+        taken back for nothing."""
         is_first = not self.finder.tokens
         new = input_ids[0, len(self.finder.tokens) :].tolist()  # waits for the last call
         if not is_first:
-            self.length.take_time()
-        if self._last is not None:
-            self.length.learn(*self._last, new)
-        self.finder.extend(new)
-        draft = [] if is_first else self._draft()
+            self.length.take_time(self._drafted)
+        self.extend(new)
+        draft = [] if is_first else self.draft()
+        self._drafted = len(draft)
         if not draft:
             return input_ids, None
         return torch.cat([input_ids, input_ids.new_tensor([draft])], dim=1), None
 
     def update_candidate_strategy(self, *args: object) -> None:
         """Nothing: the next call sees what became of a draft."""
-
-    def _draft(self) -> list[int]:
-        found = self.finder.find()
-        self._last = None
-        self.length.choose_none()
-        if found is None:
-            return []
-        place, match = found
-        # one token comes from the call itself
-        room = self.max_length - len(self.finder.tokens) - 1
-        draft = self.finder.continuation(place, min(self.length.lengths[-1], room))
-        end = next((i for i, token in enumerate(draft) if token in self.ends), len(draft))
-        self._last = match, draft[:end]
-        return draft[: self.length.choose(match, end)]

@@ -14,6 +14,7 @@ from kimi_linear.cache.pending import STEP_TOKENS
 from kimi_linear.cache.sessions import Session, load_session, read_session, save_session
 from kimi_linear.cache.static import KimiLinearStaticCache, is_compileable
 from kimi_linear.generation.lookup import PromptLookup
+from kimi_linear.generation.lookup_loop import LookupLoop
 from kimi_linear.generation.requests import RequestProcessor
 from kimi_linear.inputs.checks import check_source
 from kimi_linear.inputs.layout import last_real_columns
@@ -24,6 +25,7 @@ from kimi_linear.upstream.generation import (
     GenerationHooks,
     PromptLookupCandidateGenerator,
 )
+from kimi_linear.upstream.lookup_call import LookupCall
 from kimi_linear.upstream.requests import RequestHooks
 
 logger = logging.get_logger(__name__)
@@ -135,6 +137,10 @@ class KimiLinearGenerationMixin(RequestHooks, GenerationHooks):
             generator.max_length,
             generator.eos_token_id,
         )
+
+    def decode_by_lookup(self, call: LookupCall, drafts: Any) -> Tensor:
+        """The whole text, see `LookupLoop`."""
+        return LookupLoop(self, call, drafts).run()
 
     def prepare_inputs_for_generation(
         self,

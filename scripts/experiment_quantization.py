@@ -190,7 +190,7 @@ def _train(
             tokens=training.num_tokens,
             train_seconds=training.seconds,
         )
-        save_trained(training, file, _dtype(device))
+        save_trained(training, file, _dtype(device), config=config.to_dict())
     return is_done
 
 

@@ -17,6 +17,7 @@ from transformers.generation import (
 from kimi_linear.outputs_kimi_linear import answering_both, one_cache
 from kimi_linear.upstream.caches import CACHE_NAME
 from kimi_linear.upstream.late_stop import late_sample
+from kimi_linear.upstream.lookup_call import LookupCall, lookup_call
 from kimi_linear.upstream.releases import versions
 
 __all__ = ["CandidateGenerator", "GenerationHooks", "PromptLookupCandidateGenerator"]
@@ -179,10 +180,16 @@ class GenerationHooks(GenerationMixin):
             watch.step(cache, width, read.shape[1], uses_cache=uses_cache)
         return inputs if cache is None else {**inputs, "past_key_values": cache}
 
-    # 5.17: the loop whose first step reads the text and a draft at once.
+    # 5.17: the loop of drafts; `decode_by_lookup` takes its place where that knows what is asked.
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = None if args else lookup_call(input_ids, **kwargs)
+        if call is not None:
+            drafts: Any = self._get_candidate_generator(
+                call.config, input_ids, input_ids, call.processors, call.of_forwards
+            )
+            return call.answer(self.decode_by_lookup(call, drafts))
         watch = _watch.get()
-        if watch is not None:
+        if watch is not None:  # its first step reads the text and a draft at once
             watch.drafted_from = input_ids.shape[1]
         return super()._assisted_decoding(input_ids, *args, **kwargs)
 
@@ -192,6 +199,10 @@ class GenerationHooks(GenerationMixin):
 
     def candidates(self, generator: Any) -> Any:
         """What drafts in the place of Transformers' generator; the model's class knows."""
+        raise NotImplementedError
+
+    def decode_by_lookup(self, call: LookupCall, drafts: Any) -> Tensor:
+        """The whole text [1, S]; the model's class knows how."""
         raise NotImplementedError
 
     def drafted_from(self) -> int | None:

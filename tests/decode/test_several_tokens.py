@@ -4,6 +4,7 @@ import pytest
 import torch
 from builders import token_ids
 from decode_models import DEVICES, allowed, check, decode_model, prepared, small_grids  # noqa: F401
+from late_devices import look_late
 
 from kimi_linear import KimiLinearCache
 from kimi_linear.cache.kda import KDALayerCache
@@ -11,6 +12,7 @@ from kimi_linear.cache.pending import STEP_TOKENS
 from kimi_linear.cache.state import KDAState
 from kimi_linear.decode import graph as graph_module
 from kimi_linear.decode.addresses import counters
+from kimi_linear.generation import lookup_loop
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -220,6 +222,8 @@ def test_drafts_give_the_greedy_text(how, device, monkeypatch):
     greedy = model.generate(ids, max_new_tokens=16, **GREEDY)[0, start:].tolist()
     model.decode_backend = "auto"
     kinds = used(monkeypatch)
+    if device == "cpu":
+        look_late(monkeypatch, lookup_loop)
     options = {how: 4 if how.startswith("prompt") else decode_model(device, 1)}
     found = model.generate(ids, max_new_tokens=16, **options, **GREEDY)[0, start:].tolist()
     assert found == allowed(model, ids[0].tolist(), found, greedy)

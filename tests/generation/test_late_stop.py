@@ -3,6 +3,7 @@
 import pytest
 import torch
 from builders import tiny_model, token_ids
+from late_devices import Stream, look_late
 from tolerance import assert_close
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import GenerationMixin
@@ -33,33 +34,12 @@ class EndAfter(LogitsProcessor):
         return scores
 
 
-class Stream(list):
-    def put(self, value):
-        self.append(value.tolist())
-
-    def end(self):
-        self.append("end")
-
-
-class Event:
-    """What takes the place of a device's event where there is none."""
-
-    def __init__(self, **kwargs):
-        pass
-
-    def record(self):
-        pass
-
-    synchronize = record
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def model(request, monkeypatch):
     model = tiny_model()
     if request.param == "cuda":
         return model.to("cuda", torch.bfloat16)
-    monkeypatch.setattr(late_stop, "LATE_DEVICE_TYPES", ("cpu",))
-    monkeypatch.setattr(torch, "Event", Event)
+    look_late(monkeypatch, late_stop)
     return model
 
 

@@ -57,18 +57,18 @@ class Calls:
     """Calls by a clock of their own: a call of n drafted tokens takes 1 + cost * n seconds."""
 
     def __init__(self, most, cost):
-        self.now, self.cost = 0.0, cost
+        self.now, self.cost, self.drafted = 0.0, cost, 0
         self.length = DraftLength(most, lambda: self.now)
 
     def run(self, count, chance, seed=0):
         """Tokens a second over `count` calls whose drafted tokens are right by chance."""
         generator, start, made = random.Random(seed), self.now, 0
         for _ in range(count):
-            self.length.take_time()
+            self.length.take_time(self.drafted)
             right = 0
             while right < 15 and generator.random() < chance:
                 right += 1
-            drafted = self.length.choose(4, 15)
+            self.drafted = drafted = self.length.choose(4, 15)
             text = [1] * min(right, drafted + 1) + [2] * (right <= drafted)
             self.length.learn(4, [1] * self.length.lengths[-1], text)
             made += len(text)
@@ -94,23 +94,22 @@ def test_drafts_that_are_right_become_long(cost):
 
 
 def test_recording_a_length_does_not_count():
-    calls = Calls(3, 0.1)
+    calls, drafted = Calls(3, 0.1), 0
     for _ in range(12):
-        calls.length.take_time()
+        calls.length.take_time(drafted)
         drafted = calls.length.choose(8, 3)
         calls.length.learn(8, [1] * 3, [1] * (drafted + 1))
-        calls.now += 100 if drafted == 3 and calls.length._seconds.get(3, 0) == 0 else 1.0
+        calls.now += 100 if drafted == 3 and 3 not in calls.length._ready else 1.0
     assert drafted == 3
 
 
 def test_recording_a_step_behind_a_draft_does_not_count():
     """One token is another step once there were drafts, as the states have updates pending."""
     calls, drafts = Calls(3, 0.1), [0, 0, 0, 3, 0, 0, 3, 0]
+    calls.length.take_time(0)
     for place, drafted in enumerate(drafts):
-        calls.length.take_time()
-        calls.length._length = drafted
         calls.now += 100 if place in (0, 3, 4) else 1 + 0.1 * drafted
-    calls.length.take_time()
+        calls.length.take_time(drafted)
     assert calls.length._seconds == pytest.approx({0: 1.0, 3: 1.3}, rel=0.01)
     assert calls.run(200, 0.02) > 0.97
 
@@ -120,9 +119,8 @@ def test_a_call_that_took_long_once_is_not_held_against_its_length(drafted):
     calls, counts = Calls(drafted, 0.1), {}
     choose = calls.length.choose
     for _ in range(3):  # nothing was found at first
-        calls.length.take_time()
-        calls.length.choose_none()
         calls.now += 1.0
+        calls.length.take_time(0)
 
     def choose_and_wait(match, most):
         length = choose(match, most)
@@ -157,7 +155,7 @@ def test_processes_draft_alike(monkeypatch):
 def lookup(text, most=3, max_length=100, ends=None):
     found = PromptLookup(most, 2, max_length, None if ends is None else torch.tensor(ends))
     found.get_candidates(torch.tensor([text[:-1]]))  # the prompt
-    found.length.choose = lambda match, count: min(most, count)
+    found.length.choose = lambda match, count, unknown: min(most, count)
     ids, logits = found.get_candidates(torch.tensor([text]))
     assert logits is None and ids[0, : len(text)].tolist() == text
     return ids[0, len(text) :].tolist()
@@ -191,7 +189,7 @@ def test_generate_drafts_from_the_text(monkeypatch):
     model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    monkeypatch.setattr(DraftLength, "choose", lambda self, match, most: min(2, most))
+    monkeypatch.setattr(DraftLength, "choose", lambda self, match, most, unknown=0: min(2, most))
     out = model.generate(ids, prompt_lookup_num_tokens=3, **settings)
     assert torch.equal(out, expected)
     assert widths[0] == ids.shape[1] and 3 in widths and 4 not in widths and len(widths) < 60

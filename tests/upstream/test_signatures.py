@@ -6,7 +6,9 @@ import inspect
 
 import pytest
 from touchpoints import CHANGED, find
-from transformers import GenerationConfig, Trainer
+from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, Trainer
+
+from kimi_linear.upstream.lookup_call import OUTPUTS
 
 pytestmark = pytest.mark.core
 
@@ -59,8 +61,30 @@ FUNCTIONS = {
         "max_cache_length",
     ],
     "generation.utils:GenerationMixin._sample": ["self", "input_ids"],
-    "generation.utils:GenerationMixin._assisted_decoding": ["self", "input_ids"],
-    "generation.utils:GenerationMixin._get_candidate_generator": ["self", "generation_config"],
+    "generation.utils:GenerationMixin._assisted_decoding": [
+        "self",
+        "input_ids",
+        "logits_processor",
+        "stopping_criteria",
+        "generation_config",
+        "synced_gpus",
+        "streamer",
+    ],
+    "generation.utils:GenerationMixin._get_candidate_generator": [
+        "self",
+        "generation_config",
+        "input_ids",
+        "inputs_tensor",
+        "logits_processor",
+        "model_kwargs",
+    ],
+    "generation.utils:GenerationMixin._prefill": [
+        "self",
+        "input_ids",
+        "generation_config",
+        "model_kwargs",
+    ],
+    "generation.utils:GenerationMixin._optimize_model_for_decode": ["self"],
     "generation.continuous_batching.continuous_api:ContinuousBatchingManager.__init__": [
         "self",
         "model",
@@ -201,5 +225,12 @@ def test_trainer_sums_its_losses():
 
 def test_generation_configuration():
     config = GenerationConfig()
-    for name in ("cache_implementation", "compile_config", "is_assistant", "max_cache_len"):
+    names = ("cache_implementation", "compile_config", "is_assistant", "max_cache_len")
+    for name in (*names, "prompt_lookup_num_tokens", "assistant_early_exit", *OUTPUTS):
         assert hasattr(config, name), f"GenerationConfig.{name} is gone: {CHANGED}"
+
+
+def test_stopping_criteria():
+    """What a loop of ours reads of them, in the place of asking them."""
+    ends, limit = EosTokenCriteria([3, 5]), MaxLengthCriteria(7)
+    assert ends.eos_token_id.tolist() == [3, 5] and limit.max_length == 7, CHANGED
