@@ -4,7 +4,8 @@ A text has a row of every KDA layer's states and, for its latents, pages of so m
 all MLA layers cut alike. Texts come and go without moving each other; a page belongs to all
 texts that begin with the same tokens. What reads and writes it is the decode step, which finds rows
 and pages through tables on the device (`decode/addresses.py`); a text is read into a cache of its
-own first.
+own first. What a step has read of a text can be taken back until the next one, if the pool keeps
+updates of states apart so long (`pending.py`).
 
 Shapes: N rows, P pages of G tokens, H heads, K key and value size, W convolution width, R latent
 width.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.cache.hybrid import check_one_text
+from kimi_linear.cache.pending import STEP_TOKENS, PendingUpdates
 from kimi_linear.cache.state import KDAState
 from kimi_linear.ops.runtime import ceil_div
 
@@ -36,6 +38,7 @@ class TextPool:
         num_pages: Of all texts together.
         dtype, device: The model's.
         page_tokens: G, a multiple of 32.
+        rollback_tokens: Of a step and text, at most, if `crop` is to take them back; 0: it cannot.
 
     Raises:
         ValueError: If a number is not allowed.
@@ -44,7 +47,10 @@ class TextPool:
         states: Of KDA layers, by their number: [N + 1, ..].
         latents: Of MLA layers, by their number: [P + 1, G, R].
         pages: int32 [N + 1, P] on the device: each row's pages, in order.
+        updates: Of KDA layers, by their number, what `states` have not taken in, of N + 1 rows;
+            empty without `rollback_tokens`.
         lengths: Tokens of each row; 0 of those that are free.
+        pending: Of them, the last ones, which `crop` can remove.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class TextPool:
         dtype: torch.dtype,
         device: torch.device,
         page_tokens: int = PAGE_TOKENS,
+        rollback_tokens: int = 0,
     ) -> None:
         for name, value in {"num_rows": num_rows, "num_pages": num_pages}.items():
             if value < 1:
@@ -64,7 +71,12 @@ class TextPool:
             raise ValueError(
                 f"page_tokens={page_tokens} is not allowed: it must be a multiple of {PAGE_UNIT}"
             )
-        self.page_tokens = page_tokens
+        if not 0 <= rollback_tokens <= STEP_TOKENS:
+            raise ValueError(
+                f"rollback_tokens={rollback_tokens} is not allowed: it must be from 0 to "
+                f"{STEP_TOKENS}"
+            )
+        self.page_tokens, self.rollback_tokens = page_tokens, rollback_tokens
         linear = config.linear_attn_config
         heads, size = linear["num_heads"], linear["head_dim"]
         conv = num_rows + 1, 3, heads * size, linear["short_conv_kernel_size"] - 1
@@ -72,6 +84,7 @@ class TextPool:
         self.num_rows, self.num_pages = num_rows, num_pages
         self.states: dict[int, KDAState] = {}
         self.latents: dict[int, Tensor] = {}
+        self.updates: dict[int, PendingUpdates] = {}
         with torch.inference_mode(False):  # made in it, they could not be written to outside of it
             for i, kind in enumerate(config.layer_types):
                 if kind == "linear_attention":
@@ -80,12 +93,15 @@ class TextPool:
                         torch.zeros(conv, dtype=dtype, device=device),
                         torch.zeros(shape, dtype=torch.float32, device=device),
                     )
+                    if rollback_tokens:
+                        self.updates[i] = PendingUpdates()
+                        self.updates[i].reserve(self.states[i], rollback_tokens)
                 else:
                     self.latents[i] = torch.zeros(num_pages + 1, *page, dtype=dtype, device=device)
             self.pages = torch.full(
                 (num_rows + 1, num_pages), num_pages, dtype=torch.int32, device=device
             )
-        self.lengths = [0] * num_rows
+        self.lengths, self.pending = [0] * num_rows, [0] * num_rows
         self._own_pages: list[list[int]] = [[] for _ in range(num_rows)]
         self._free_rows = list(range(num_rows))[::-1]
         self._free_pages = list(range(num_pages))[::-1]
@@ -106,9 +122,12 @@ class TextPool:
         return ceil_div(num_tokens, self.page_tokens)
 
     @staticmethod
-    def bytes_of(config: Any, page_tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+    def bytes_of(
+        config: Any, page_tokens: int, dtype: torch.dtype, rollback_tokens: int = 0
+    ) -> tuple[int, int]:
         """What a row and a page take, of all layers together."""
         place: Any = {"dtype": dtype, "device": torch.device("meta"), "page_tokens": page_tokens}
+        place["rollback_tokens"] = rollback_tokens
         held = TextPool(config, 1, 1, **place).memory_bytes()
         return held["linear_attention"] // 2, held["full_attention"] // 2  # one is spare
 
@@ -125,8 +144,7 @@ class TextPool:
         """
         check_one_text(cache, "cache")
         num_tokens = cache.get_seq_length()
-        shared = [] if like is None else self._own_pages[like]
-        shared = shared[: min(num_tokens, self.lengths[like or 0]) // self.page_tokens]
+        shared = [] if like is None else self._whole_pages(like, num_tokens)
         own = self._begin(num_tokens, shared)
         try:
             self._copy(cache, own, len(shared))
@@ -186,6 +204,22 @@ class TextPool:
     def count(self, row: int, num_tokens: int) -> None:
         """Count tokens that a step has written behind a text."""
         self.lengths[row] += num_tokens
+        self.pending[row] = num_tokens if self.rollback_tokens else 0
+
+    def crop(self, row: int, num_tokens: int) -> None:
+        """Remove a text's last tokens, which its last step has read. Its pages stay its own.
+
+        Raises:
+            ValueError: If they are not the last step's.
+        """
+        if not 0 <= num_tokens <= self.pending[row]:
+            raise ValueError(
+                f"num_tokens={num_tokens} is not allowed: it must be from 0 to "
+                f"{self.pending[row]}, tokens of the text's last step "
+                f"(rollback_tokens={self.rollback_tokens})"
+            )
+        self.lengths[row] -= num_tokens
+        self.pending[row] -= num_tokens
 
     def free(self, row: int) -> None:
         """Give back a text's row and its pages; those that others share stay."""
@@ -193,18 +227,18 @@ class TextPool:
             self._uses[page] -= 1
             if not self._uses[page]:
                 self._free_pages.append(page)
-        self._own_pages[row], self.lengths[row] = [], 0
+        self._own_pages[row], self.lengths[row], self.pending[row] = [], 0, 0
         self._free_rows.append(row)
 
     def fork(self, row: int) -> int:
         """Another text that goes on from here; whole pages are shared."""
         num_tokens = self.lengths[row]
-        shared = self._own_pages[row][: num_tokens // self.page_tokens]
+        shared = self._whole_pages(row, num_tokens)
         own = self._begin(num_tokens, shared)
+        self.pending[own] = self.pending[row]
         last = self._own_pages[row][len(shared) :], self._own_pages[own][len(shared) :]
-        for state in self.states.values():
-            for x in state.tensors():
-                x[own] = x[row]
+        for x in self._row_tensors():
+            x[own] = x[row]
         for latents in self.latents.values():
             for source, target in zip(*last, strict=False):
                 latents[target] = latents[source]
@@ -212,9 +246,19 @@ class TextPool:
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes held: "linear_attention" for states, "full_attention" for latents."""
-        states = [x for state in self.states.values() for x in state.tensors()]
-        held = {"linear_attention": states, "full_attention": self.latents.values()}
+        held = {"linear_attention": self._row_tensors(), "full_attention": self.latents.values()}
         return {kind: sum(x.nbytes for x in tensors) for kind, tensors in held.items()}
+
+    def _row_tensors(self) -> list[Tensor]:
+        """What has a place for each row."""
+        both = *self.states.values(), *self.updates.values()
+        return [x for each in both for x in each.tensors()]
+
+    def _whole_pages(self, row: int, num_tokens: int) -> list[int]:
+        """Pages of a row's first tokens that nothing will be written to: tokens that can be taken
+        back may be followed by others."""
+        settled = min(num_tokens, self.lengths[row] - self.pending[row])
+        return self._own_pages[row][: settled // self.page_tokens]
 
     def _take_page(self) -> int:
         page = self._free_pages.pop()

@@ -99,10 +99,14 @@ class PoolTable:
 
     def __init__(self, pool: TextPool) -> None:
         place, stride = pool.pages.data_ptr(), pool.pages.stride(0)
-        found: dict[int, Any] = {
-            i: KDAAddresses(*(x.data_ptr() for x in state.tensors()))
-            for i, state in pool.states.items()
-        }
+        found: dict[int, Any] = {}
+        for i, state in pool.states.items():
+            found[i] = KDAAddresses(*(x.data_ptr() for x in state.tensors()))
+        for i, pending in pool.updates.items():
+            updates, inputs = pending.tensors()
+            found[i] = found[i]._replace(
+                updates=updates.data_ptr(), inputs=inputs.data_ptr(), capacity=updates.shape[1]
+            )
         for i, latents in pool.latents.items():
             found[i] = LatentAddresses(tail=latents.data_ptr(), pages=place, pages_stride=stride)
         self.rows = padded([found[i] for i in sorted(found)])

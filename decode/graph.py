@@ -211,15 +211,15 @@ class _Decoder:
     def step_pool(
         self, model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor
     ) -> Tensor | None:
-        """Logits [texts, vocab_size] of one more token of each of these texts, ids [texts]; their
-        pages have room for it. The number of rows is rounded up, so that few steps are recorded.
-        None if the model has an obstacle by now."""
-        size = power_of_two(len(rows))
+        """Logits [texts, T, vocab_size] of more tokens of each of these texts, ids [texts, T];
+        their pages have room for them. The number of rows is rounded up, so that few steps are
+        recorded. None if the model has an obstacle by now."""
+        size, num_tokens = power_of_two(len(rows)), ids.shape[1]
         spare = size - len(rows)
-        counts = [Counters(pool.lengths[row], row=row) for row in rows]
+        counts = [Counters(pool.lengths[row], pending=pool.pending[row], row=row) for row in rows]
         counts += [Counters(row=pool.num_rows)] * spare
         places = torch.tensor(counts, dtype=torch.int64)
-        kind = StepKind(size, is_pending=True, page_tokens=pool.page_tokens)
+        kind = StepKind(size, num_tokens=num_tokens, is_pending=True, page_tokens=pool.page_tokens)
         with self._lock:
             snapshot = self._snapshot
             if snapshot is None or not snapshot.is_current(model):
@@ -231,11 +231,10 @@ class _Decoder:
                 table = self._pool_tables[pool] = PoolTable(pool)
             recording = self._steps.get(kind) or self._record(model, kind)
             self._steps.move_to_end(kind)
-            padded_ids = F.pad(ids, (0, spare)).unsqueeze(1)
-            logits = recording.run(padded_ids, None, table, places)
+            logits = recording.run(F.pad(ids, (0, 0, 0, spare)), None, table, places)
         for row in rows:
-            pool.count(row, 1)
-        return logits[: len(rows), 0]
+            pool.count(row, num_tokens)
+        return logits[: len(rows)]
 
     def _record(self, model: nn.Module, kind: StepKind) -> Recording:
         recording = self._steps[kind] = Recording(model, kind)
@@ -279,18 +278,32 @@ def pool_obstacle(model: nn.Module, num_rows: int) -> str:
 
 
 def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) -> Tensor | None:
-    """Read one more token of some texts of a pool, by a recorded step.
+    """Read one more token of some texts of a pool, or several, by a recorded step.
 
     Args:
         model: A `KimiLinearForCausalLM` that `pool_obstacle` had nothing against.
         pool: Made for it.
-        rows: Of the pool, in any order, each once; their pages have room for the token.
-        ids: [texts] int64.
+        rows: Of the pool, in any order, each once; their pages have room for the tokens.
+        ids: [texts] or [texts, T] int64.
 
     Returns:
-        Logits [texts, vocab_size], or None: `pool_obstacle` has something against the model now,
-        and nothing is read.
+        Logits [texts, vocab_size] or [texts, T, vocab_size], or None: `pool_obstacle` has something
+        against the model now, and nothing is read.
+
+    Raises:
+        ValueError: For more tokens than a step takes, or than the pool can take back.
     """
+    if ids.ndim == 1:
+        logits = decode_pool(model, pool, rows, ids[:, None])
+        return None if logits is None else logits[:, 0]
+    num_tokens, most = ids.shape[1], pool.rollback_tokens or STEP_TOKENS
+    if not 1 <= num_tokens <= most:
+        raise ValueError(
+            f"ids has {num_tokens} tokens a text, which is not allowed: there must be 1 to {most} "
+            f"(rollback_tokens={pool.rollback_tokens})"
+        )
+    if num_tokens > 1 and (reason := call_obstacle(model, power_of_two(len(rows)) * num_tokens)):
+        raise ValueError(f"ids has shape {[*ids.shape]}, which is not allowed: {reason}")
     decoder = _decoders.get(model) or _decoders.setdefault(model, _Decoder())
     try:
         return decoder.step_pool(model, pool, rows, ids)

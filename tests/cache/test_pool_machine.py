@@ -34,14 +34,14 @@ class PoolMachine(RuleBasedStateMachine):
 
     Attributes:
         texts: By row: what has read the same tokens.
-        begins: By row: the tokens that it begins with, as their ids.
+        before: By row: what had read the tokens before its last step, and that step's.
     """
 
     pattern = "hybrid"
 
     def __init__(self):
         super().__init__()
-        self.texts = {}
+        self.texts, self.before = {}, {}
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
 
@@ -53,27 +53,38 @@ class PoolMachine(RuleBasedStateMachine):
         assert not any(pool.lengths) and not any(pool._uses)
         torch.set_num_threads(self.threads)
 
-    @initialize(num_rows=st.integers(1, 4), num_pages=st.integers(1, 9))
-    def begin(self, num_rows, num_pages):
+    @initialize(
+        num_rows=st.integers(1, 4),
+        num_pages=st.integers(1, 9),
+        rollback_tokens=st.sampled_from([0, 3, 16]),
+    )
+    def begin(self, num_rows, num_pages, rollback_tokens):
         self.model = model_of(self.pattern)
         place = {"dtype": torch.float32, "device": torch.device("cpu"), "page_tokens": PAGE}
+        place["rollback_tokens"] = rollback_tokens
         self.pool = TextPool(self.model.config, num_rows, num_pages, **place)
-        for state in self.pool.states.values():  # what a step of more rows than texts writes
-            for x in state.tensors():
-                x[num_rows] = torch.nan
+        for x in self.pool._row_tensors():  # what a step of more rows than texts writes
+            x[num_rows] = torch.nan
         for latents in self.pool.latents.values():
             latents[num_pages] = torch.nan
 
     def put(self, cache, like=None):
         """Into the pool, if there is room for it; which of it depends on what is shared."""
         pool, num_tokens = self.pool, cache.get_seq_length()
-        shared = 0 if like is None else min(num_tokens, pool.lengths[like]) // PAGE
+        shared = 0 if like is None else min(num_tokens, self.settled(like)) // PAGE
         has_room = pool.pages_for(num_tokens) - shared <= pool.num_free_pages
         if pool.num_free_rows and has_room:
-            self.texts[pool.add(cache, like=like)] = cache.fork()
+            row = pool.add(cache, like=like)
+            self.texts[row], self.before[row] = cache.fork(), None
             return
         with pytest.raises(RuntimeError, match="of the pool"):
             pool.add(cache, like=like)
+
+    def settled(self, row):
+        """Tokens that cannot be taken back."""
+        before = self.before[row]
+        is_pending = before is not None and self.pool.rollback_tokens
+        return before[0].get_seq_length() if is_pending else self.pool.lengths[row]
 
     def row(self, data):
         return data.draw(st.sampled_from(sorted(self.texts)))
@@ -100,9 +111,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data):
         row, pool = self.row(data), self.pool
-        rest = bool(pool.lengths[row] % PAGE)
-        if pool.num_free_rows and pool.num_free_pages >= rest:
-            self.texts[pool.fork(row)] = self.texts[row].fork()
+        missing = pool.pages_for(pool.lengths[row]) - self.settled(row) // PAGE
+        if pool.num_free_rows and pool.num_free_pages >= missing:
+            own = pool.fork(row)
+            self.texts[own], self.before[own] = self.texts[row].fork(), self.before[row]
             return
         with pytest.raises(RuntimeError, match="of the pool"):
             pool.fork(row)
@@ -112,13 +124,33 @@ class PoolMachine(RuleBasedStateMachine):
     def free(self, data):
         row = self.row(data)
         self.pool.free(row)
-        del self.texts[row]
+        del self.texts[row], self.before[row]
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data(), count=st.integers(0, 16))
+    def crop(self, data, count):
+        """What the last step has read is as if it had not."""
+        row, pool = self.row(data), self.pool
+        pending = pool.lengths[row] - self.settled(row)
+        if count > pending:
+            with pytest.raises(ValueError, match=f"must be from 0 to {pending}, tokens of"):
+                pool.crop(row, count)
+            return
+        pool.crop(row, count)
+        if count:
+            cache, ids = self.before[row]
+            kept = ids[:, : ids.shape[1] - count]
+            self.texts[row], self.before[row] = cache.fork(), (cache, kept)
+            if kept.shape[1]:
+                with torch.no_grad():
+                    self.model(kept, cache=self.texts[row])
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data(), num_tokens=st.integers(1, 16), seed=seeds)
     @torch.no_grad()
     def step(self, data, num_tokens, seed):
         """Some texts go on, in any order; those that there is no page for stay what they are."""
+        num_tokens = min(num_tokens, self.pool.rollback_tokens or num_tokens)
         chosen = data.draw(st.permutations(sorted(self.texts)))
         chosen = chosen[: data.draw(st.integers(1, len(chosen)))]
         rows = []
@@ -133,7 +165,8 @@ class PoolMachine(RuleBasedStateMachine):
         ids = token_ids(len(rows), num_tokens, seed=seed)
         logits = step_in_torch(self.model, self.pool, rows, ids)
         for i, row in enumerate(rows):
-            expected = self.model(ids[i : i + 1], cache=self.texts[row]).logits[0, -1]
+            self.before[row] = self.texts[row].fork(), ids[i : i + 1]
+            expected = self.model(ids[i : i + 1], cache=self.texts[row]).logits[0]
             assert_close(logits[i], expected, torch.float32, f"row {row}")
 
     def missing_pages(self, row, num_tokens):

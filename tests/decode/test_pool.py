@@ -17,10 +17,11 @@ PAGE = 32
 class Texts:
     """Texts in a pool, and in caches of their own."""
 
-    def __init__(self, model, num_rows=4, num_pages=12):
+    def __init__(self, model, num_rows=4, num_pages=12, rollback_tokens=0):
         self.model = model
         model.decode_backend = "eager"
         options = {"dtype": model.dtype, "device": model.device, "page_tokens": PAGE}
+        options["rollback_tokens"] = rollback_tokens
         self.pool = TextPool(model.config, num_rows, num_pages, **options)
         self.caches = {}
         self.seed = 0
@@ -49,13 +50,17 @@ class Texts:
         self.pool.free(row)
         del self.caches[row]
 
-    def step(self, rows=None):
+    def crop(self, row, num_tokens):
+        self.pool.crop(row, num_tokens)
+        self.caches[row].crop(-num_tokens)
+
+    def step(self, rows=None, num_tokens=1):
         rows = list(self.caches) if rows is None else rows
-        ids = self.ids(len(rows))
-        assert all(self.pool.grow(row, 1) for row in rows)
+        ids = self.ids(len(rows), num_tokens)
+        assert all(self.pool.grow(row, num_tokens) for row in rows)
         logits = graph.decode_pool(self.model, self.pool, rows, ids)
         for i, row in enumerate(rows):
-            expected = self.model(ids[i : i + 1, None], cache=self.caches[row]).logits[0, -1]
+            expected = self.model(ids[i : i + 1], cache=self.caches[row]).logits[0]
             check(logits[i], expected, f"row {row}")
 
 
@@ -68,6 +73,58 @@ def test_texts_of_different_lengths(device):
     for _ in range(3):
         texts.step()
     texts.step([2, 0])  # some of them, in another order
+
+
+@each_device
+@pytest.mark.parametrize("rollback_tokens", [0, 4])
+@torch.no_grad()
+def test_several_tokens_of_each_text(rollback_tokens, device):
+    """Some are taken back, of each text another number, also behind the beginning of a page."""
+    texts = Texts(decode_model(device), rollback_tokens=rollback_tokens)
+    for num_tokens in (5, 2 * PAGE - 1, PAGE - 3):
+        texts.add(num_tokens)
+    texts.step(num_tokens=4)
+    if rollback_tokens:
+        for row, count in enumerate((1, 4, 2)):
+            texts.crop(row, count)
+    texts.step()
+    texts.step([2, 0], num_tokens=3)
+    if rollback_tokens:
+        texts.crop(0, 3)
+        with pytest.raises(ValueError, match="num_tokens=1 is not allowed: it must be from 0 to 0"):
+            texts.pool.crop(0, 1)
+        own = texts.fork(2)
+        texts.crop(own, 2)  # another end than that of the text which it goes on from
+        texts.step([own, 2], num_tokens=2)
+    texts.step()
+
+
+@each_device
+@torch.no_grad()
+def test_a_page_is_shared_when_nothing_of_it_is_taken_back(device):
+    texts = Texts(decode_model(device), rollback_tokens=4)
+    first = texts.add(PAGE - 3)
+    texts.step(num_tokens=3)  # fills the page
+    second = texts.fork(first)
+    texts.crop(first, 2)
+    texts.step([first], num_tokens=2)
+    texts.step([second])
+    free = texts.pool.num_free_pages
+    texts.fork(second)
+    assert texts.pool.num_free_pages == free - 1
+
+
+@torch.no_grad()
+def test_steps_that_are_too_long():
+    texts = Texts(decode_model("cpu"), rollback_tokens=4)
+    row = texts.add(3)
+    for num_tokens in (0, 5):
+        with pytest.raises(
+            ValueError, match=rf"ids has {num_tokens} tokens a text.*there must be 1 to 4"
+        ):
+            graph.decode_pool(texts.model, texts.pool, [row], texts.ids(1, num_tokens))
+    with pytest.raises(ValueError, match="rollback_tokens=17 is not allowed: it must be from 0 to"):
+        Texts(texts.model, rollback_tokens=17)
 
 
 @each_device
