@@ -251,7 +251,7 @@ class TextPool:
 
     def _row_tensors(self) -> list[Tensor]:
         """What has a place for each row."""
-        both = *self.states.values(), *self.updates.values()
+        both: list[Any] = [*self.states.values(), *self.updates.values()]
         return [x for each in both for x in each.tensors()]
 
     def _whole_pages(self, row: int, num_tokens: int) -> list[int]:

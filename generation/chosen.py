@@ -7,20 +7,26 @@ from torch import Tensor
 
 
 class Chosen:
-    """The next token of some texts. The copy is queued at once, so that reading it does not wait
-    for what the device is given to do afterwards.
+    """The next tokens of some texts: one behind each that a step has read. The copy is queued at
+    once, so that reading it does not wait for what the device is given to do afterwards.
 
     Args:
         rows: Where the texts decode.
         states: Their requests.
-        tokens: [texts] int64.
-        logprobs: float32 [texts], or None.
+        drafts: What was read behind the last token of each, T - 1 tokens.
+        tokens: [texts, T] int64.
+        logprobs: float32 [texts, T], or None.
     """
 
     def __init__(
-        self, rows: list[int], states: list[Any], tokens: Tensor, logprobs: Tensor | None
+        self,
+        rows: list[int],
+        states: list[Any],
+        drafts: list[list[int]],
+        tokens: Tensor,
+        logprobs: Tensor | None,
     ) -> None:
-        self.rows, self.states = rows, states
+        self.rows, self.states, self.drafts = rows, states, drafts
         is_cuda = tokens.is_cuda
         self._tokens = tokens.to("cpu", non_blocking=is_cuda)
         self._logprobs = None if logprobs is None else logprobs.to("cpu", non_blocking=is_cuda)
@@ -28,11 +34,13 @@ class Chosen:
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(tokens.device))
 
-    def values(self) -> list[tuple[int, Any, int, float | None]]:
-        """Row, request, token and its log probability of each text; waits for the copy."""
+    def values(self) -> list[tuple[int, Any, list[int], list[int], list[float | None]]]:
+        """Row, request, draft, tokens and their log probabilities of each text; waits for the
+        copy."""
         if self._copied is not None:
             self._copied.synchronize()
-        logprobs: list[Any] = [None] * len(self.rows)
+        tokens = self._tokens.tolist()
+        logprobs: list[Any] = [[None] * len(each) for each in tokens]
         if self._logprobs is not None:
             logprobs = self._logprobs.tolist()
-        return list(zip(self.rows, self.states, self._tokens.tolist(), logprobs, strict=True))
+        return list(zip(self.rows, self.states, self.drafts, tokens, logprobs, strict=True))

@@ -79,22 +79,11 @@ class MatchFinder:
         return [self.tokens[place + i % period] for i in range(count)]
 
 
-class DraftLength:
-    """How many tokens to draft.
+class Chances:
+    """How often tokens that were expected have come, by the length of the match that said so."""
 
-    Args:
-        most: At most.
-        clock: Seconds that go by; not looked at where there are several processes, which may share
-            the model and have to draft alike.
-    """
-
-    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.lengths = sorted({0, most, *(each for each in LENGTHS if each < most)})
-        self._clock, self._is_timed = clock, num_processes() == 1
-        self._start: float | None = None
-        self._seconds: dict[int, float] = {}  # of a call, by drafted tokens
-        self._ready: set[int] = set()  # numbers of drafted tokens whose steps have been made ready
-        # by a match's length, how many tokens of drafts were right and how many were tried
+    def __init__(self) -> None:
+        # how many tokens were right and how many were tried
         self._chances = {size: [1.0, 2.0] for size in range(1, LONGEST_MATCH + 1)}
 
     def chance(self, match: int) -> float:
@@ -104,13 +93,29 @@ class DraftLength:
 
     def learn(self, match: int, draft: Sequence[int], text: Sequence[int]) -> None:
         """Compare what might have been drafted with how the text went on."""
-        right = 0
-        while right < min(len(draft), len(text)) and draft[right] == text[right]:
-            right += 1
+        right = num_right(draft, text)
         tried = min(right + 1, len(draft), len(text))
         chances = self._chances[match]
         chances[0] = FORGETTING * chances[0] + right
         chances[1] = FORGETTING * chances[1] + tried
+
+
+class DraftLength(Chances):
+    """How many tokens to draft.
+
+    Args:
+        most: At most.
+        clock: Seconds that go by; not looked at where there are several processes, which may share
+            the model and have to draft alike.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__()
+        self.lengths = draft_lengths(most)
+        self._clock, self._is_timed = clock, num_processes() == 1
+        self._start: float | None = None
+        self._seconds: dict[int, float] = {}  # of a call, by drafted tokens
+        self._ready: set[int] = set()  # numbers of drafted tokens whose steps have been made ready
 
     def take_time(self, drafted: int, behind: int = 0) -> None:
         """Note what the call that has just ended took since the one before it.
@@ -153,7 +158,9 @@ class DraftLength:
             return 0
         chance = self.chance(match)
         allowed = [each for each in self.lengths if each <= most]
-        return max(allowed, key=lambda each: _tokens(chance, each, unknown) / self._cost(each))
+        return max(
+            allowed, key=lambda each: expected_tokens(chance, each, unknown) / self._cost(each)
+        )
 
     def _doubt_others(self, drafted: int) -> None:
         own = self._seconds[drafted]
@@ -183,12 +190,55 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _tokens(chance: float, length: int, unknown: int) -> float:
+def draft_lengths(most: int) -> list[int]:
+    """Numbers of tokens that may be drafted, 0 among them."""
+    return sorted({0, most, *(each for each in LENGTHS if each < most)})
+
+
+def expected_tokens(chance: float, length: int, unknown: int = 0) -> float:
     """Tokens that a call is expected to give: those drafted up to the first wrong one, and one."""
     return 1 + sum(chance ** (unknown + i) for i in range(1, length + 1))
 
 
-class PromptLookup(CandidateGenerator):
+def num_right(draft: Sequence[int], text: Sequence[int]) -> int:
+    """How many of a draft's tokens are the text's, up to the first that is not."""
+    pairs = zip(draft, text, strict=False)
+    least = min(len(draft), len(text))
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), least)
+
+
+class Expectation:
+    """What a text is expected to go on with: what followed where its last tokens stood before.
+
+    Args:
+        match_size: See `MatchFinder`.
+        most: Tokens, at most.
+        ends: Ids that end the text: none is expected.
+        chances: Learn from what came.
+
+    Attributes:
+        found: Length of the match, and the tokens; None if there is no match.
+    """
+
+    def __init__(self, match_size: int, most: int, ends: set[int], chances: Chances) -> None:
+        self.finder, self.most, self.ends = MatchFinder(match_size), most, ends
+        self.chances = chances
+        self.found: tuple[int, list[int]] | None = None
+
+    def extend(self, new: Sequence[int]) -> None:
+        """Append to the text, and compare it with what was to be expected."""
+        if self.found is not None:
+            self.chances.learn(*self.found, new)
+        self.finder.extend(new)
+        found, self.found = self.finder.find(), None
+        if found is not None:
+            place, match = found
+            tokens = self.finder.continuation(place, self.most)
+            end = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+            self.found = match, tokens[:end]
+
+
+class PromptLookup(Expectation, CandidateGenerator):
     """Drafts for one text.
 
     Args:
@@ -201,29 +251,17 @@ class PromptLookup(CandidateGenerator):
     def __init__(
         self, num_tokens: int, match_size: int, max_length: int, end_tokens: Tensor | None
     ) -> None:
-        self.max_length = max_length
-        self.ends = set() if end_tokens is None else set(end_tokens.flatten().tolist())
-        self.finder, self.length = MatchFinder(match_size), DraftLength(num_tokens)
-        self._expected: tuple[int, list[int]] | None = None  # a match, and what would follow
+        self.max_length, self.length = max_length, DraftLength(num_tokens)
+        ends = set() if end_tokens is None else set(end_tokens.flatten().tolist())
+        # one more than is drafted: the first may be on its way
+        super().__init__(match_size, num_tokens + 1, ends, self.length)
         self._drafted = 0
-
-    def extend(self, new: Sequence[int]) -> None:
-        """Append to the text, and compare it with what was to be expected."""
-        if self._expected is not None:
-            self.length.learn(*self._expected, new)
-        self.finder.extend(new)
-        found, self._expected = self.finder.find(), None
-        if found is not None:
-            place, match = found
-            tokens = self.finder.continuation(place, self.length.lengths[-1] + 1)
-            end = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
-            self._expected = match, tokens[:end]
 
     def draft(self, unknown: int = 0) -> list[int]:
         """What to draft behind the text and `unknown` tokens more, which are being chosen."""
-        if self._expected is None:
+        if self.found is None:
             return []
-        match, tokens = self._expected
+        match, tokens = self.found
         # one token comes from the call itself
         room = self.max_length - len(self.finder.tokens) - unknown - 1
         most = max(min(len(tokens) - unknown, room), 0)

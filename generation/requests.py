@@ -6,7 +6,8 @@ of all texts that decode, at most `max_batch_tokens` tokens of prompts are read.
 the text that came last gives its own back and is read again later.
 
 The device chooses tokens and goes on with them; the host looks at each step's tokens while the next
-step runs. A text whose end it sees so has had one step too many, which nobody is told of.
+step runs. A text whose end it sees so has had one step too many, which nobody is told of. With
+drafts (`prompt_lookup_num_tokens`) it looks first: the next step goes on from what was right.
 
 Transformers' manager (`upstream/requests.py`) calls `prepare_next_batch`, `_generation_step` and
 `update_batch` in turn, from a thread of its own.
@@ -22,10 +23,13 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from kimi_linear.cache.pending import STEP_TOKENS
 from kimi_linear.decode.few_rows import power_below
 from kimi_linear.decode.graph import pool_obstacle
 from kimi_linear.decode.obstacles import MAX_PAIRS, MAX_ROWS
 from kimi_linear.generation.chosen import Chosen
+from kimi_linear.generation.drafts import GroupDrafts
+from kimi_linear.generation.lookup import num_right
 from kimi_linear.generation.reading import Prefix, Reading, first_lengths, prompt_length
 from kimi_linear.generation.texts import OwnCaches, PooledTexts
 from kimi_linear.parallel.tensor import is_dtensor
@@ -86,6 +90,10 @@ class RequestProcessor:
         if settings.seed is not None:
             self.generator = torch.Generator(model.device).manual_seed(settings.seed)
         self.settings = settings
+        found = manager.generation_config.prompt_lookup_num_tokens or 0
+        self.most_drafted = min(found, STEP_TOKENS - 1)
+        self.match_size = manager.generation_config.max_matching_ngram_size or 2
+        self.drafts: GroupDrafts | None = None
         self.texts: Any = None
         # by row, in the order in which they came
         self.active: OrderedDict[int, Any] = OrderedDict()
@@ -114,12 +122,16 @@ class RequestProcessor:
         if reason := pool_obstacle(model, num_rows):
             if model.device.type == "cuda":
                 logger.warning_once(f"requests decode layer by layer, not as one graph: {reason}")
-            self.texts = OwnCaches(model, num_rows)
+            self.texts, self.drafts = OwnCaches(model, num_rows), None
         elif getattr(self.texts, "made_for", None) != (model.dtype, model.device):
             share = settings.max_memory_percent or MEMORY_SHARE
             pages = settings.num_blocks, getattr(settings, PAGE_SIZE)
             self.texts = None  # its memory is for the next
-            self.texts = PooledTexts(model, num_rows, *pages, share)
+            rollback_tokens = self.most_drafted and 1 + self.most_drafted
+            self.texts = PooledTexts(model, num_rows, *pages, share, rollback_tokens)
+        if self.most_drafted and isinstance(self.texts, PooledTexts):
+            most = most_rows(model.config)
+            self.drafts = GroupDrafts(self.most_drafted, self.match_size, most)
         with torch.inference_mode(False):  # written to outside of it
             rows = self.texts.num_rows + 1  # and a prefix's
             self.last = torch.zeros(rows, dtype=torch.int64, device=model.device)
@@ -154,8 +166,8 @@ class RequestProcessor:
 
     @torch.no_grad()
     def _generation_step(self, model: Any) -> None:
-        self._read()
-        self._decode()
+        has_read = self._read()
+        self._decode(is_timed=not has_read)
 
     def update_batch(self) -> None:
         """Hand out what the last step has found."""
@@ -216,23 +228,23 @@ class RequestProcessor:
                 f"a time (max_requests_per_batch), with {self.texts.most_tokens()} tokens in all"
             )
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
         """Read a piece of the prompts that are next; those that are read wait for their memory,
-        which texts that go on may have taken meanwhile."""
+        which texts that go on may have taken meanwhile. Whether there was something to read."""
         if self.reading is None:
             self.reading = self._next_reading()
         reading = self.reading
         if reading is None:
-            return
+            return False
         if not reading.is_done:
             try:
                 reading.read()
             except torch.OutOfMemoryError as error:
                 self._read_less(reading, error)
-                return
+                return True
             except Exception as error:  # any kind: others go on
                 self._fail_reading(error)
-                return
+                return True
         if reading.is_done and self._has_room(reading.lengths(), may_drop=True):
             if reading.states:
                 self._admit(reading)
@@ -240,6 +252,7 @@ class RequestProcessor:
                 (cache,) = reading.caches
                 self.prefix = Prefix(reading.texts[0], cache, self.texts.add(cache.fork()))
             self.reading, self._last_read = None, time.perf_counter()
+        return True
 
     def _read_less(self, reading: Reading, error: Exception) -> None:
         """From now on read fewer prompts at once, and then smaller pieces: what is left beside
@@ -380,17 +393,24 @@ class RequestProcessor:
             for each, child in zip(own, [state, *children], strict=True):
                 child.num_children, child.status = 0, RequestStatus.DECODING
                 self.active[each] = child
+                if self.drafts is not None:
+                    self.drafts.begin(each, child.initial_tokens, _ends(child))
             rows += own
             sources += [i] * len(own)
         if rows:
-            self._choose(rows, reading.logits()[sources])
+            self._choose(rows, [[] for _ in rows], reading.logits()[sources, None])
 
     # ------------------------------------------------------------------------------------- answers
-    def _decode(self) -> None:
-        """One more token of each text; then look at those that were chosen before."""
+    def _decode(self, *, is_timed: bool) -> None:
+        """More tokens of each text; then look at those that were chosen before."""
+        if self.drafts is not None:
+            self._look(self.chosen)
+        drafts = self._choose_drafts()
         for row in self._unfinished():
-            while row in self.active and not self.texts.grow(row):
-                if self.prefix is not None:
+            while row in self.active and not self.texts.grow(row, 1 + len(drafts[row])):
+                if drafts[row]:
+                    drafts = dict.fromkeys(drafts, [])
+                elif self.prefix is not None:
                     self._drop_prefix()
                 elif self.chosen:  # texts may have ended
                     self._look(self.chosen)
@@ -398,15 +418,31 @@ class RequestProcessor:
                     self._set_back(next(reversed(self.active)))
         rows, before = self._unfinished(), len(self.chosen)
         if rows:
-            # without waiting for what is being read, so that the step is launched behind it in time
-            ids = self.last[torch.tensor(rows).to(self.last.device, non_blocking=True)]
-            logits = self.texts.step(rows, ids)
+            own = [drafts[row] for row in rows]
+            if self.drafts is not None and is_timed:
+                self.drafts.start(len(rows), 1 + len(own[0]))
+            logits = self.texts.step(rows, self._next_ids(rows, own))
             if logits is None:
                 self._look(self.chosen)
                 self._move()
                 return
-            self._choose(rows, logits)
+            self._choose(rows, own, logits)
         self._look(self.chosen[:before])
+
+    def _choose_drafts(self) -> dict[int, list[int]]:
+        """What to read behind the last token of each text."""
+        if self.drafts is None or not (rows := self._unfinished()):
+            return dict.fromkeys(self.active, [])
+        return self.drafts.choose(rows)
+
+    def _next_ids(self, rows: list[int], drafts: list[list[int]]) -> Tensor:
+        """[texts, T] on the device: the last token of each text, and its draft; without waiting for
+        what is being read, so that the step is launched behind it in time."""
+        device = self.last.device
+        ids = self.last[torch.tensor(rows).to(device, non_blocking=True)][:, None]
+        if not drafts[0]:
+            return ids
+        return torch.cat([ids, torch.tensor(drafts).to(device, non_blocking=True)], dim=1)
 
     def _unfinished(self) -> list[int]:
         """Rows whose texts may have another token, counting those that the host has not seen."""
@@ -447,13 +483,17 @@ class RequestProcessor:
         else:
             self.waiting.appendleft(self._again(state))
 
-    def _choose(self, rows: list[int], logits: Tensor) -> None:
-        """Choose a token for each text from its logits [texts, vocab_size]."""
-        states, scores = [self.active[row] for row in rows], logits.float()
+    def _choose(self, rows: list[int], drafts: list[list[int]], logits: Tensor) -> None:
+        """Choose a token behind each that was read, by logits [texts, T, vocab_size]."""
+        states, scores = [self.active[row] for row in rows], logits.flatten(0, 1).float()
         if self.processors.do_processing:
             count = self.processors.tensors_required
-            args = torch.zeros(count, len(states), dtype=torch.int32, device=scores.device)
-            wrapped = [SimpleNamespace(state=state, has_new_token=True) for state in states]
+            args = torch.zeros(count, len(scores), dtype=torch.int32, device=scores.device)
+            wrapped = [
+                SimpleNamespace(state=state, has_new_token=True)
+                for state in states
+                for _ in range(logits.shape[1])
+            ]
             self.processors.prepare_tensor_args(wrapped, args)
             scores = self.processors(None, scores, args)
         if self.samples:
@@ -463,27 +503,55 @@ class RequestProcessor:
             tokens = scores.argmax(dim=-1)
         logprobs = None
         if self.returns_logprobs:
-            logprobs = scores.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-        self.last[torch.tensor(rows).to(tokens.device, non_blocking=True)] = tokens
-        self.chosen.append(Chosen(rows, states, tokens, logprobs))
+            logprobs = scores.log_softmax(dim=-1).gather(1, tokens[:, None]).view(logits.shape[:2])
+        tokens = tokens.view(logits.shape[:2])
+        self._go_on_from(rows, tokens[:, -1])
+        self.chosen.append(Chosen(rows, states, drafts, tokens, logprobs))
+
+    def _go_on_from(self, rows: list[int], tokens: Tensor) -> None:
+        """Note the last token of some texts, on the device."""
+        self.last[torch.tensor(rows).to(self.last.device, non_blocking=True)] = tokens
 
     def _look(self, found: list[Chosen]) -> None:
         """Tell what was chosen, and end the texts that it ends."""
         self.chosen = [each for each in self.chosen if each not in found]
+        last: dict[int, int] = {}  # where the device has chosen behind a draft
         for each in found:
-            for row, state, token, logprob in each.values():
+            for row, state, draft, tokens, logprobs in each.values():
                 if row not in self.active or self.active[row] is not state:
                     # cancelled, or a step too many
                     continue
-                if state.update_and_check_completion(token, logprob):
-                    self._end(row)
-                if state.streaming or state.status == RequestStatus.FINISHED:
-                    self._results.append(state.to_generation_output())
+                right = num_right(draft, tokens)
+                self._tell(row, state, tokens[: right + 1], logprobs)
+                if row not in self.active:
+                    continue
+                self.texts.crop(row, len(draft) - right)
+                if self.drafts is not None:
+                    self.drafts.texts[row].extend(tokens[: right + 1])
+                if draft:
+                    last[row] = tokens[right]
+            if self.drafts is not None:
+                self.drafts.end()
+        if last:
+            ids = torch.tensor([*last.values()])
+            self._go_on_from([*last], ids.to(self.last.device, non_blocking=True))
+
+    def _tell(self, row: int, state: Any, tokens: list[int], logprobs: list[float | None]) -> None:
+        """Add tokens to a request's answer; they may end it."""
+        for token, logprob in zip(tokens, logprobs, strict=False):
+            is_end = state.update_and_check_completion(token, logprob)
+            if state.streaming or is_end:
+                self._results.append(state.to_generation_output())
+            if is_end:
+                self._end(row)
+                return
 
     def _end(self, row: int) -> None:
         """Forget a text."""
         del self.active[row]
         self.texts.free(row)
+        if self.drafts is not None:
+            self.drafts.texts.pop(row, None)
 
     def _end_all(self) -> None:
         """Forget all texts."""
@@ -500,6 +568,12 @@ class RequestProcessor:
         for state in [] if self.reading is None else self.reading.states:
             if state.request_id == request_id:
                 state.status = RequestStatus.FINISHED
+
+
+def _ends(state: Any) -> set[int]:
+    """Ids that end a request's answer."""
+    found = state.eos_token_id
+    return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
 def _turn(state: Any) -> float:

@@ -53,19 +53,23 @@ class OwnCaches:
         """Forget a text."""
         del self.caches[row]
 
-    def grow(self, row: int) -> bool:
-        """Make room for one more token; False if there is none."""
+    def grow(self, row: int, num_tokens: int) -> bool:
+        """Make room for more tokens; False if there is none."""
         return True
 
+    def crop(self, row: int, num_tokens: int) -> None:
+        """Remove the last tokens of a text's last step; here there is nothing to remove."""
+
     def step(self, rows: list[int], ids: Tensor) -> Tensor | None:
-        """Logits [texts, vocab_size] of one more token of each text, ids [texts]; None: the model
-        has changed, and its texts must be elsewhere."""
+        """Logits [texts, T, vocab_size] of more tokens of each text, ids [texts, T]; None: the
+        model has changed, and its texts must be elsewhere."""
+        count, num_tokens = ids.shape
         out = self.model.model(
-            input_ids=ids[None],
-            cu_seq_lens_q=torch.arange(len(rows) + 1),
+            input_ids=ids.reshape(1, -1),
+            cu_seq_lens_q=torch.arange(count + 1) * num_tokens,
             cache=[self.caches[row] for row in rows],
         )
-        return self.model.lm_head(out.last_hidden_state[0])
+        return self.model.lm_head(out.last_hidden_state[0]).unflatten(0, (count, num_tokens))
 
 
 class PooledTexts:
@@ -77,6 +81,7 @@ class PooledTexts:
         num_pages: Of all texts together; None: as many as memory has room for.
         page_tokens: Tokens of a page.
         memory_share: Of the free memory, for rows and pages.
+        rollback_tokens: See `TextPool`.
     """
 
     def __init__(
@@ -86,10 +91,11 @@ class PooledTexts:
         num_pages: int | None,
         page_tokens: int,
         memory_share: float,
+        rollback_tokens: int = 0,
     ) -> None:
         self.model = model
         if num_pages is None or model.device.type == "cuda":
-            row, page = TextPool.bytes_of(model.config, page_tokens, model.dtype)
+            row, page = TextPool.bytes_of(model.config, page_tokens, model.dtype, rollback_tokens)
             torch.cuda.empty_cache()  # what torch holds and does not use is free too
             free = memory_share * torch.cuda.mem_get_info(model.device)[0]
             # states take at most half of it
@@ -99,6 +105,7 @@ class PooledTexts:
         assert num_pages is not None
         place: Any = {"dtype": model.dtype, "device": model.device, "page_tokens": page_tokens}
         self.num_rows, self.made_for = num_rows, (model.dtype, model.device)
+        place["rollback_tokens"] = rollback_tokens
         self.pool = TextPool(model.config, num_rows + 1, num_pages, **place)
 
     def most_tokens(self) -> float:
@@ -120,8 +127,11 @@ class PooledTexts:
     def free(self, row: int) -> None:
         self.pool.free(row)
 
-    def grow(self, row: int) -> bool:
-        return self.pool.grow(row, 1)
+    def grow(self, row: int, num_tokens: int) -> bool:
+        return self.pool.grow(row, num_tokens)
+
+    def crop(self, row: int, num_tokens: int) -> None:
+        self.pool.crop(row, num_tokens)
 
     def step(self, rows: list[int], ids: Tensor) -> Tensor | None:
         if self.made_for != (self.model.dtype, self.model.device):

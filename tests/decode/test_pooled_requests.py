@@ -9,6 +9,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode import recording
 from kimi_linear.generation import requests
+from kimi_linear.generation.drafts import GroupDrafts
 from kimi_linear.generation.texts import OwnCaches, PooledTexts
 from kimi_linear.ops.runtime import TritonError
 from kimi_linear.upstream.requests import PAGE_SIZE
@@ -18,7 +19,7 @@ each_device = pytest.mark.parametrize("device", DEVICES)
 PAGE = 32
 
 
-def answers(model, lengths, count, start=0, place=PooledTexts, **settings):
+def answers(model, lengths, count, start=0, place=PooledTexts, num_drafted=None, **settings):
     """Of `generate_batch`, those that each prompt gets alone, and the processor, whose texts end in
     `place`; prompts begin with the same `start` tokens."""
     found, make = [], type(model).request_processor
@@ -28,7 +29,8 @@ def answers(model, lengths, count, start=0, place=PooledTexts, **settings):
     greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": count}
     options = ContinuousBatchingConfig(**{PAGE_SIZE: PAGE}, **settings)
     model.decode_backend = "auto"
-    outs = list(model.generate_batch(texts, GenerationConfig(**greedy), options).values())
+    config = GenerationConfig(**greedy, prompt_lookup_num_tokens=num_drafted)
+    outs = list(model.generate_batch(texts, config, options).values())
     model.decode_backend = "eager"
     ids = [torch.tensor([text], device=model.device) for text in texts]
     alone = [model.generate(x, **greedy)[0, x.shape[1] :].tolist() for x in ids]
@@ -43,6 +45,23 @@ def answers(model, lengths, count, start=0, place=PooledTexts, **settings):
 def test_prompts_of_different_lengths(device):
     outs, alone, processor = answers(decode_model(device), (3, 40, 9, 33), 4, num_blocks=10)
     assert [out.generated_tokens for out in outs] == alone
+    pool = processor.texts.pool
+    assert (pool.num_free_rows, pool.num_free_pages) == (pool.num_rows, pool.num_pages)
+
+
+@each_device
+def test_drafts(device, monkeypatch):
+    """Right ones and wrong ones, in a step with all texts."""
+    monkeypatch.setattr(GroupDrafts, "_value", lambda self, rows, size, length: length)
+    kinds, record = set(), recording.decode_step
+    monkeypatch.setattr(
+        recording, "decode_step", lambda model, kind: (kinds.add(kind), record(model, kind))[1]
+    )
+    outs, alone, processor = answers(
+        decode_model(device), (3, 40, 9), 12, num_blocks=10, num_drafted=3
+    )
+    assert [out.generated_tokens for out in outs] == alone
+    assert {kind.num_tokens for kind in kinds} >= {4}
     pool = processor.texts.pool
     assert (pool.num_free_rows, pool.num_free_pages) == (pool.num_rows, pool.num_pages)
 

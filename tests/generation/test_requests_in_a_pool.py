@@ -13,6 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kimi_linear.cache.pool import TextPool
 from kimi_linear.generation import requests, texts
+from kimi_linear.generation.drafts import GroupDrafts
 from kimi_linear.upstream.requests import PAGE_SIZE
 
 PAGE = 32
@@ -41,7 +42,7 @@ def pooled(monkeypatch, step=step_in_torch):
     return processors
 
 
-def run(seed, monkeypatch):
+def run(seed, monkeypatch, num_drafted=None):
     """A workload, with cancellations, and answers that end early."""
     generator = random.Random(seed)
     model, processors = model_of(), pooled(monkeypatch)
@@ -52,7 +53,7 @@ def run(seed, monkeypatch):
         max_requests_per_batch=generator.randint(1, 6),
         max_batch_tokens=generator.choice([7, 40, 8192]),
     )
-    greedy = GenerationConfig(do_sample=False, eos_token_id=None)
+    greedy = GenerationConfig(do_sample=False, prompt_lookup_num_tokens=num_drafted)
     count = generator.randint(1, 12)
     expected, found, cancelled = {}, {}, set()
     manager = model.init_continuous_batching(greedy, settings)
@@ -147,6 +148,80 @@ def test_random_requests(seed, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4, 200))
-def test_many_random_requests(seed, monkeypatch):
-    run(seed, monkeypatch)
+@pytest.mark.parametrize("num_drafted", [None, 3])
+@pytest.mark.parametrize("seed", range(4, 100))
+def test_many_random_requests(seed, num_drafted, monkeypatch):
+    always_draft(monkeypatch)
+    run(seed, monkeypatch, num_drafted)
+
+
+# ---- drafts -------------------------------------------------------------------------------------
+
+
+def always_draft(monkeypatch):
+    """As many tokens as are allowed, right or wrong."""
+    monkeypatch.setattr(GroupDrafts, "_value", lambda self, rows, size, length: length)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_requests_with_drafts(seed, monkeypatch):
+    always_draft(monkeypatch)
+    run(seed, monkeypatch, num_drafted=3)
+
+
+@pytest.mark.parametrize("count", [9, 10, 11])
+def test_right_drafts_save_steps(count, monkeypatch):
+    """Three of four tokens, also where the answer ends inside of a draft."""
+    steps = []
+    monkeypatch.setattr(GroupDrafts, "_draft", lambda self, row, length: known(row)[:length])
+
+    def known(row):
+        state = processors[0].active[row]
+        return answers[tuple(state.initial_tokens)][len(state.generated_tokens) :]
+
+    def step(model, pool, rows, ids):
+        steps.append(ids.shape[1])
+        return step_in_torch(model, pool, rows, ids)
+
+    always_draft(monkeypatch)
+    processors = pooled(monkeypatch, step)
+    pairs = [alone(0, n, seed=n) for n in (9, 30)]
+    answers = {tuple(prompt): answer for prompt, answer in pairs}
+    outs = model_of().generate_batch(
+        [prompt for prompt, _ in pairs],
+        GenerationConfig(do_sample=False, max_new_tokens=count, prompt_lookup_num_tokens=3),
+        ContinuousBatchingConfig(**{PAGE_SIZE: PAGE}, num_blocks=6, return_logprobs=True),
+    )
+    for out, (_, answer) in zip(outs.values(), pairs, strict=True):
+        assert out.generated_tokens == answer[:count] and len(out.logprobs) == count
+    assert steps == [4, 4, 4][: -(-(count - 1) // 4)]
+
+
+def test_drafts_are_as_long_as_pays():
+    """By the chances of all texts, and what steps of so many tokens take."""
+    now = [0.0]
+    drafts = GroupDrafts(7, 2, 64, lambda: now[0])
+    for row in range(3):
+        drafts.begin(row, [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2] if row else [1, 2, 3, 4], set())
+
+    def measure(num_tokens, seconds):
+        for _ in range(40):
+            drafts.start(3, num_tokens)
+            now[0] += seconds
+            drafts.end()
+
+    for num_tokens in (1, 2, 4, 8):
+        measure(num_tokens, 1.0)
+    drafts.chances.learn(2, [3, 4, 5, 6], [3, 4, 5, 6])
+    assert drafts.choose([0, 1, 2]) == {
+        0: [4] * 7,
+        1: [3, 4, 5, 6, 7, 8, 9],
+        2: [3, 4, 5, 6, 7, 8, 9],
+    }
+    for num_tokens in (2, 4, 8):
+        measure(num_tokens, 3.0 * num_tokens)
+    assert drafts.choose([0, 1, 2]) == {0: [], 1: [], 2: []}
+    drafts.most_tokens = 8  # of three texts, which count as four
+    for num_tokens in (2, 4, 8):
+        measure(num_tokens, 0.1)
+    assert all(len(draft) == 1 for draft in drafts.choose([0, 1, 2]).values())
