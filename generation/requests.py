@@ -402,8 +402,9 @@ class RequestProcessor:
 
     # ------------------------------------------------------------------------------------- answers
     def _decode(self, *, is_timed: bool) -> None:
-        """More tokens of each text; then look at those that were chosen before."""
-        if self.drafts is not None:
+        """More tokens of each text; then look at those that were chosen before, or with drafts, at
+        all: the next ones go on from them."""
+        if self.drafts is not None:  # first tokens of texts that have just been read
             self._look(self.chosen)
         drafts = self._choose_drafts()
         for row in self._unfinished():
@@ -427,7 +428,7 @@ class RequestProcessor:
                 self._move()
                 return
             self._choose(rows, own, logits)
-        self._look(self.chosen[:before])
+        self._look(self.chosen[:before] if self.drafts is None else self.chosen)
 
     def _choose_drafts(self) -> dict[int, list[int]]:
         """What to read behind the last token of each text."""
