@@ -193,13 +193,18 @@ class TextPool:
         """Make room for more tokens behind a text; False, and nothing is changed, if there are not
         enough pages."""
         own = self._own_pages[row]
-        before, missing = len(own), self.pages_for(self.lengths[row] + num_tokens) - len(own)
+        before, missing = len(own), self.missing_pages(row, num_tokens)
         if missing > len(self._free_pages):
             return False
         if missing > 0:
             own += [self._take_page() for _ in range(missing)]
             self._tell(row, before)
         return True
+
+    def missing_pages(self, row: int, num_tokens: int) -> int:
+        """Pages that a text needs for more tokens, besides its own."""
+        needed = self.pages_for(self.lengths[row] + num_tokens)
+        return max(0, needed - len(self._own_pages[row]))
 
     def count(self, row: int, num_tokens: int) -> None:
         """Count tokens that a step has written behind a text."""

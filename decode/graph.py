@@ -52,7 +52,8 @@ logger = logging.get_logger(__name__)
 
 DecodeBackend = Literal["auto", "graph", "eager"]
 BACKENDS = get_args(DecodeBackend)
-MAX_STEPS = 20  # recordings kept per model: those of all numbers of tokens, and some
+# recordings kept per model: those of all numbers of tokens, or of requests with drafts, and some
+MAX_STEPS = 32
 # what a step reads, or what has no effect on it
 STEP_ARGUMENTS = {"input_ids", "attention_mask", "cache", "position_ids", "use_cache"}
 # what only the layers themselves can hand out
@@ -296,6 +297,8 @@ def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) 
     if ids.ndim == 1:
         logits = decode_pool(model, pool, rows, ids[:, None])
         return None if logits is None else logits[:, 0]
+    if call_obstacle(model, 1):
+        return None
     num_tokens, most = ids.shape[1], pool.rollback_tokens or STEP_TOKENS
     if not 1 <= num_tokens <= most:
         raise ValueError(

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from kimi_linear.generation.host_copy import HostCopy
 
 
 class Chosen:
-    """The next tokens of some texts: one behind each that a step has read. The copy is queued at
-    once, so that reading it does not wait for what the device is given to do afterwards.
+    """The next tokens of some texts: one behind each that a step has read.
 
     Args:
         rows: Where the texts decode.
@@ -27,18 +27,11 @@ class Chosen:
         logprobs: Tensor | None,
     ) -> None:
         self.rows, self.states, self.drafts = rows, states, drafts
-        is_cuda = tokens.is_cuda
-        self._tokens = tokens.to("cpu", non_blocking=is_cuda)
-        self._logprobs = None if logprobs is None else logprobs.to("cpu", non_blocking=is_cuda)
-        self._copied = torch.cuda.Event() if is_cuda else None
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(tokens.device))
+        self._tokens = HostCopy(tokens)
+        self._logprobs = None if logprobs is None else HostCopy(logprobs)
 
     def values(self) -> list[tuple[int, Any, list[int], list[int], list[float | None]]]:
-        """Row, request, draft, tokens and their log probabilities of each text; waits for the
-        copy."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        """Row, request, draft, tokens and their log probabilities of each text; waits for them."""
         tokens = self._tokens.tolist()
         logprobs: list[Any] = [[None] * len(each) for each in tokens]
         if self._logprobs is not None:

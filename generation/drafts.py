@@ -7,11 +7,14 @@ together, and what it gives on every text's own chances.
 import time
 from collections.abc import Callable, Sequence
 
-from kimi_linear.generation.lookup import Chances, Expectation, draft_lengths, expected_tokens
+from kimi_linear.generation.lookup import DOUBT, Chances, Expectation, expected_tokens
 from kimi_linear.ops.runtime import power_of_two
 
 # What a step takes is remembered by how many tokens it reads; a new one counts so much.
 NEW_SHARE = 0.2
+# Besides none and the most that are allowed, so many tokens are drafted: steps of each number are
+# recorded for each number of texts.
+SHORT_DRAFT = 3
 
 
 class GroupDrafts:
@@ -31,7 +34,7 @@ class GroupDrafts:
         most_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.lengths, self.match_size = draft_lengths(most), match_size
+        self.lengths, self.match_size = sorted({0, min(most, SHORT_DRAFT), most}), match_size
         self.most_tokens, self.clock = most_tokens, clock
         self.chances = Chances()
         self.texts: dict[int, Expectation] = {}
@@ -89,4 +92,12 @@ class GroupDrafts:
         if kind in self._ready:
             before = self._seconds.get(tokens, taken)
             self._seconds[tokens] = before + NEW_SHARE * (taken - before)
+            self._doubt_others(tokens)
         self._ready.add(kind)
+
+    def _doubt_others(self, tokens: int) -> None:
+        """Steps that were slow for another reason are tried again some day."""
+        for each, taken in self._seconds.items():
+            expected = self._seconds[tokens] * (each / tokens) ** 0.5
+            if expected < taken:
+                self._seconds[each] = taken * (expected / taken) ** DOUBT

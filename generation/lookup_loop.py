@@ -8,8 +8,6 @@ it. What a drafted step has chosen says where the next one begins, so the host w
 Shapes: N tokens of a step, S of the text, V vocabulary.
 """
 
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,42 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_linear.cache.pending import STEP_TOKENS
-from kimi_linear.generation.lookup import PromptLookup
+from kimi_linear.generation.host_copy import HostCopy
+from kimi_linear.generation.lookup import PromptLookup, num_right
 from kimi_linear.upstream.late_stop import LATE_DEVICE_TYPES
 from kimi_linear.upstream.lookup_call import LookupCall
-
-
-class Arrivals:
-    """Brings numbers from the device to the host.
-
-    Args:
-        device: Where they are.
-        is_late: Whether the host has something else to do until it needs them. Two lots are then
-            under way at most.
-    """
-
-    def __init__(self, device: torch.device, is_late: bool) -> None:
-        def slot() -> tuple[Tensor, Any]:
-            place = torch.zeros(STEP_TOKENS + 1, dtype=torch.long, pin_memory=device.type == "cuda")
-            return place, torch.Event(device=device)
-
-        self._slots = deque(slot() for _ in range(2)) if is_late else None
-
-    def send(self, numbers: Tensor) -> Callable[[], list[int]]:
-        """What waits for `numbers` [N] and returns them."""
-        if self._slots is None:
-            return numbers.tolist
-        self._slots.rotate()
-        place, event = self._slots[0]
-        place = place[: len(numbers)]
-        place.copy_(numbers, non_blocking=True)
-        event.record()
-
-        def receive() -> list[int]:
-            event.synchronize()
-            return place.tolist()
-
-        return receive
 
 
 @dataclass
@@ -62,13 +28,13 @@ class Step:
 
     Attributes:
         draft: The tokens that it read behind the text.
-        receive: Waits for the tokens that were chosen behind each token that it read, and, if
-            criteria have looked at a step without a draft, 1 if they end the text.
+        chosen: The tokens behind each that it read, and, if criteria have looked at a step without
+            a draft, 1 if they end the text.
         behind: Tokens that were drafted in the step before it, if that was waited for.
     """
 
     draft: list[int]
-    receive: Callable[[], list[int]]
+    chosen: HostCopy
     behind: int
 
 
@@ -85,7 +51,6 @@ class LookupLoop:
         self.model, self.call, self.drafts = model, call, drafts
         device = call.ids.device
         self.is_late = device.type in LATE_DEVICE_TYPES
-        self.arrivals = Arrivals(device, self.is_late)
         self.ids = F.pad(call.ids, (0, STEP_TOKENS))  # [1, room for more]
         self.num_chosen = call.ids.shape[1]  # tokens of the text, with those on their way
         self.num_hidden = 0  # tokens that the cache has, but not `ids`
@@ -165,14 +130,14 @@ class LookupLoop:
         if call.criteria and not draft:
             is_end = call.criteria(self.ids[:, : self.num_chosen], None)
             tokens = torch.cat([tokens, is_end.to(tokens)])
-        return Step(draft, self.arrivals.send(tokens), behind)
+        return Step(draft, HostCopy(tokens), behind)
 
     def _take(self, step: Step) -> None:
         """Wait for a step, and take what belongs to the text."""
         drafted = len(step.draft)
-        tokens = step.receive()
+        tokens = step.chosen.tolist()
         self.drafts.length.take_time(drafted, step.behind)
-        right = next((i for i, x in enumerate(step.draft) if x != tokens[i]), drafted)
+        right = num_right(step.draft, tokens)
         new: list[int] = []
         while len(new) <= right and not self.is_over:
             new.append(tokens[len(new)])

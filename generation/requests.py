@@ -7,7 +7,8 @@ the text that came last gives its own back and is read again later.
 
 The device chooses tokens and goes on with them; the host looks at each step's tokens while the next
 step runs. A text whose end it sees so has had one step too many, which nobody is told of. With
-drafts (`prompt_lookup_num_tokens`) it looks first: the next step goes on from what was right.
+drafts (`prompt_lookup_num_tokens`) it looks first: the next step goes on from what was right; so it
+does on a CPU, where nothing would run meanwhile.
 
 Transformers' manager (`upstream/requests.py`) calls `prepare_next_batch`, `_generation_step` and
 `update_batch` in turn, from a thread of its own.
@@ -33,6 +34,7 @@ from kimi_linear.generation.lookup import num_right
 from kimi_linear.generation.reading import Prefix, Reading, first_lengths, prompt_length
 from kimi_linear.generation.texts import OwnCaches, PooledTexts
 from kimi_linear.parallel.tensor import is_dtensor
+from kimi_linear.upstream.late_stop import LATE_DEVICE_TYPES
 from kimi_linear.upstream.models import is_divided
 from kimi_linear.upstream.requests import PAGE_SIZE, RequestStatus, drained
 
@@ -142,8 +144,11 @@ class RequestProcessor:
         status = self.manager.background_thread_status
         status.update_with_tp_status(status.local_status)
         if status.tp_status == status.HARD_STOP:
+            self._look(self.chosen)  # some are answered
             return False
         if getattr(status, "is_pause_requested", bool)():  # 5.17 has none
+            self._look(self.chosen)
+            self.update_batch()
             self._forget_prefix()
             status.pause_and_wait()
         arrived = []
@@ -402,24 +407,20 @@ class RequestProcessor:
 
     # ------------------------------------------------------------------------------------- answers
     def _decode(self, *, is_timed: bool) -> None:
-        """More tokens of each text; then look at those that were chosen before, or with drafts, at
-        all: the next ones go on from them."""
-        if self.drafts is not None:  # first tokens of texts that have just been read
+        """More tokens of each text; then look at those that were chosen before, or at all."""
+        if not self.looks_late:  # first tokens of texts that have just been read
             self._look(self.chosen)
-        drafts = self._choose_drafts()
         for row in self._unfinished():
-            while row in self.active and not self.texts.grow(row, 1 + len(drafts[row])):
-                if drafts[row]:
-                    drafts = dict.fromkeys(drafts, [])
+            while row in self.active and not self.texts.grow(row):
+                if self.chosen:  # texts may have ended
+                    self._look(self.chosen)
                 elif self.prefix is not None:
                     self._drop_prefix()
-                elif self.chosen:  # texts may have ended
-                    self._look(self.chosen)
                 else:
                     self._set_back(next(reversed(self.active)))
         rows, before = self._unfinished(), len(self.chosen)
         if rows:
-            own = [drafts[row] for row in rows]
+            own = self._choose_drafts(rows)
             if self.drafts is not None and is_timed:
                 self.drafts.start(len(rows), 1 + len(own[0]))
             logits = self.texts.step(rows, self._next_ids(rows, own))
@@ -428,13 +429,22 @@ class RequestProcessor:
                 self._move()
                 return
             self._choose(rows, own, logits)
-        self._look(self.chosen[:before] if self.drafts is None else self.chosen)
+        self._look(self.chosen[:before] if self.looks_late else self.chosen)
 
-    def _choose_drafts(self) -> dict[int, list[int]]:
-        """What to read behind the last token of each text."""
-        if self.drafts is None or not (rows := self._unfinished()):
-            return dict.fromkeys(self.active, [])
-        return self.drafts.choose(rows)
+    @property
+    def looks_late(self) -> bool:
+        """Whether steps go on from what the host has not seen: not where it has nothing to do
+        meanwhile, nor behind drafts."""
+        return self.drafts is None and self.last.device.type in LATE_DEVICE_TYPES
+
+    def _choose_drafts(self, rows: list[int]) -> list[list[int]]:
+        """What to read behind the last token of each text, if there is room for it."""
+        none: list[list[int]] = [[] for _ in rows]
+        if self.drafts is None:
+            return none
+        found = self.drafts.choose(rows)
+        has_room = self.texts.can_grow({row: 1 + len(draft) for row, draft in found.items()})
+        return [*found.values()] if has_room else none
 
     def _next_ids(self, rows: list[int], drafts: list[list[int]]) -> Tensor:
         """[texts, T] on the device: the last token of each text, and its draft; without waiting for
@@ -511,7 +521,9 @@ class RequestProcessor:
 
     def _go_on_from(self, rows: list[int], tokens: Tensor) -> None:
         """Note the last token of some texts, on the device."""
-        self.last[torch.tensor(rows).to(self.last.device, non_blocking=True)] = tokens
+        device = self.last.device  # tokens are chosen where the head is
+        place = torch.tensor(rows).to(device, non_blocking=True)
+        self.last[place] = tokens.to(device, non_blocking=True)
 
     def _look(self, found: list[Chosen]) -> None:
         """Tell what was chosen, and end the texts that it ends."""
@@ -534,8 +546,7 @@ class RequestProcessor:
             if self.drafts is not None:
                 self.drafts.end()
         if last:
-            ids = torch.tensor([*last.values()])
-            self._go_on_from([*last], ids.to(self.last.device, non_blocking=True))
+            self._go_on_from([*last], torch.tensor([*last.values()]))
 
     def _tell(self, row: int, state: Any, tokens: list[int], logprobs: list[float | None]) -> None:
         """Add tokens to a request's answer; they may end it."""

@@ -53,8 +53,12 @@ class OwnCaches:
         """Forget a text."""
         del self.caches[row]
 
-    def grow(self, row: int, num_tokens: int) -> bool:
-        """Make room for more tokens; False if there is none."""
+    def can_grow(self, num_tokens: dict[int, int]) -> bool:
+        """Whether there is room for so many tokens more of each text, by its row."""
+        return True
+
+    def grow(self, row: int) -> bool:
+        """Make room for one more token; False if there is none."""
         return True
 
     def crop(self, row: int, num_tokens: int) -> None:
@@ -127,13 +131,19 @@ class PooledTexts:
     def free(self, row: int) -> None:
         self.pool.free(row)
 
-    def grow(self, row: int, num_tokens: int) -> bool:
-        return self.pool.grow(row, num_tokens)
+    def can_grow(self, num_tokens: dict[int, int]) -> bool:
+        missing = (self.pool.missing_pages(row, count) for row, count in num_tokens.items())
+        return sum(missing) <= self.pool.num_free_pages
+
+    def grow(self, row: int) -> bool:
+        return self.pool.grow(row, 1)
 
     def crop(self, row: int, num_tokens: int) -> None:
         self.pool.crop(row, num_tokens)
 
     def step(self, rows: list[int], ids: Tensor) -> Tensor | None:
+        for row in rows:
+            self.pool.grow(row, ids.shape[1])  # there is room, `can_grow` or `grow` has said
         if self.made_for != (self.model.dtype, self.model.device):
             return None
         return decode_pool(self.model, self.pool, rows, ids)

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from builders import tiny_model, token_ids
+from late_devices import look_late
 from pool_steps import step_in_torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -47,6 +48,8 @@ def run(seed, monkeypatch, num_drafted=None):
     generator = random.Random(seed)
     model, processors = model_of(), pooled(monkeypatch)
     monkeypatch.setattr(requests, "PREFIX_TOKENS", PAGE)
+    if generator.random() < 0.7:
+        look_late(monkeypatch, requests)
     settings = ContinuousBatchingConfig(
         **{PAGE_SIZE: PAGE},
         num_blocks=generator.randint(3, 24),
@@ -111,9 +114,13 @@ def test_memory_that_a_pool_takes(free, num_rows, monkeypatch):
     assert pool.num_rows == num_rows + 1
 
 
+@pytest.mark.parametrize("is_late", [True, False])
 @pytest.mark.parametrize(("end", "num_steps"), [(None, 9), (4, 5)], ids=["full", "early"])
-def test_the_host_looks_while_the_next_step_runs(end, num_steps, monkeypatch):
-    """So an end that could not be foreseen costs one step, and one that could be none."""
+def test_the_host_looks_while_the_next_step_runs(end, num_steps, is_late, monkeypatch):
+    """So an end that could not be foreseen costs one step, and one that could be none. On a CPU it
+    looks at once."""
+    if is_late:
+        look_late(monkeypatch, requests)
     steps, seen = [], []
     prompt, answer = alone(0, 9, seed=2)
     assert answer[4] not in answer[:4]
@@ -138,8 +145,8 @@ def test_the_host_looks_while_the_next_step_runs(end, num_steps, monkeypatch):
         .values()
     )
     assert out.generated_tokens == answer[: 10 if end is None else end + 1]
-    assert len(steps) == num_steps
-    assert seen == list(range(num_steps))  # one less than were chosen
+    assert len(steps) == (num_steps if is_late or end is None else num_steps - 1)
+    assert seen == list(range(1 - is_late, len(steps) + 1 - is_late))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -221,7 +228,15 @@ def test_drafts_are_as_long_as_pays():
     for num_tokens in (2, 4, 8):
         measure(num_tokens, 3.0 * num_tokens)
     assert drafts.choose([0, 1, 2]) == {0: [], 1: [], 2: []}
-    drafts.most_tokens = 8  # of three texts, which count as four
-    for num_tokens in (2, 4, 8):
-        measure(num_tokens, 0.1)
-    assert all(len(draft) == 1 for draft in drafts.choose([0, 1, 2]).values())
+    drafts.most_tokens = 16  # of three texts, which count as four
+    measure(1, 0.1)
+    measure(4, 0.1)
+    lengths = [{len(draft) for draft in drafts.choose([0, 1, 2]).values()}]
+    drafts.start(3, 4)
+    now[0] += 100  # for another reason
+    drafts.end()
+    for _ in range(2):
+        lengths.append({len(draft) for draft in drafts.choose([0, 1, 2]).values()})
+        for _ in range(20):
+            measure(1, 0.1)
+    assert lengths == [{3}, {0}, {3}]
