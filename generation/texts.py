@@ -142,8 +142,8 @@ class PooledTexts:
         self.pool.crop(row, num_tokens)
 
     def step(self, rows: list[int], ids: Tensor) -> Tensor | None:
-        for row in rows:
-            self.pool.grow(row, ids.shape[1])  # there is room, `can_grow` or `grow` has said
         if self.made_for != (self.model.dtype, self.model.device):
             return None
+        for row in rows:
+            self.pool.grow(row, ids.shape[1])  # there is room, `can_grow` or `grow` has said
         return decode_pool(self.model, self.pool, rows, ids)
