@@ -127,8 +127,7 @@ class TextPool:
     ) -> tuple[int, int]:
         """What a row and a page take, of all layers together."""
         place: Any = {"dtype": dtype, "device": torch.device("meta"), "page_tokens": page_tokens}
-        place["rollback_tokens"] = rollback_tokens
-        held = TextPool(config, 1, 1, **place).memory_bytes()
+        held = TextPool(config, 1, 1, rollback_tokens=rollback_tokens, **place).memory_bytes()
         return held["linear_attention"] // 2, held["full_attention"] // 2  # one is spare
 
     def add(self, cache: Any, *, like: int | None = None) -> int:

@@ -47,7 +47,7 @@ class GroupDrafts:
         self.texts[row] = Expectation(self.match_size, self.lengths[-1], ends, self.chances)
         self.texts[row].extend(tokens)
 
-    def choose(self, rows: list[int]) -> dict[int, list[int]]:
+    def choose(self, rows: list[int]) -> list[list[int]]:
         """A draft for each text, all equally long, so that most tokens a second are expected. What
         is missing of one is filled with the text's last token."""
         size = power_of_two(len(rows))
@@ -55,7 +55,7 @@ class GroupDrafts:
             each for each in self.lengths if not each or size * (1 + each) <= self.most_tokens
         ]
         length = max(allowed, key=lambda each: self._value(rows, size, each))
-        return {row: self._draft(row, length) for row in rows}
+        return [self._draft(row, length) for row in rows]
 
     def _value(self, rows: list[int], size: int, length: int) -> float:
         """Tokens a second."""

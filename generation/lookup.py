@@ -111,7 +111,7 @@ class DraftLength(Chances):
 
     def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()
-        self.lengths = draft_lengths(most)
+        self.lengths = sorted({0, most, *(each for each in LENGTHS if each < most)})
         self._clock, self._is_timed = clock, num_processes() == 1
         self._start: float | None = None
         self._seconds: dict[int, float] = {}  # of a call, by drafted tokens
@@ -188,11 +188,6 @@ def _first_cost(length: int) -> float:
 def num_processes() -> int:
     """Processes that torch.distributed knows of."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def draft_lengths(most: int) -> list[int]:
-    """Numbers of tokens that may be drafted, 0 among them."""
-    return sorted({0, most, *(each for each in LENGTHS if each < most)})
 
 
 def expected_tokens(chance: float, length: int, unknown: int = 0) -> float:

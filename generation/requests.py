@@ -411,7 +411,7 @@ class RequestProcessor:
         if not self.looks_late:  # first tokens of texts that have just been read
             self._look(self.chosen)
         for row in self._unfinished():
-            while row in self.active and not self.texts.grow(row):
+            while row in self.active and not self.texts.grow([row], 1):
                 if self.chosen:  # texts may have ended
                     self._look(self.chosen)
                 elif self.prefix is not None:
@@ -439,12 +439,10 @@ class RequestProcessor:
 
     def _choose_drafts(self, rows: list[int]) -> list[list[int]]:
         """What to read behind the last token of each text, if there is room for it."""
-        none: list[list[int]] = [[] for _ in rows]
-        if self.drafts is None:
-            return none
-        found = self.drafts.choose(rows)
-        has_room = self.texts.can_grow({row: 1 + len(draft) for row, draft in found.items()})
-        return [*found.values()] if has_room else none
+        found = [] if self.drafts is None else self.drafts.choose(rows)
+        if found and found[0] and self.texts.grow(rows, 1 + len(found[0])):
+            return found
+        return [[] for _ in rows]
 
     def _next_ids(self, rows: list[int], drafts: list[list[int]]) -> Tensor:
         """[texts, T] on the device: the last token of each text, and its draft; without waiting for

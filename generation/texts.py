@@ -53,12 +53,9 @@ class OwnCaches:
         """Forget a text."""
         del self.caches[row]
 
-    def can_grow(self, num_tokens: dict[int, int]) -> bool:
-        """Whether there is room for so many tokens more of each text, by its row."""
-        return True
-
-    def grow(self, row: int) -> bool:
-        """Make room for one more token; False if there is none."""
+    def grow(self, rows: list[int], num_tokens: int) -> bool:
+        """Make room for so many tokens more of each text; False, and nothing is changed, if there
+        is none for all."""
         return True
 
     def crop(self, row: int, num_tokens: int) -> None:
@@ -107,10 +104,16 @@ class PooledTexts:
             most_pages = max(1, int((free - (num_rows + 2) * row) // page) - 1)
             num_pages = most_pages if num_pages is None else num_pages
         assert num_pages is not None
-        place: Any = {"dtype": model.dtype, "device": model.device, "page_tokens": page_tokens}
         self.num_rows, self.made_for = num_rows, (model.dtype, model.device)
-        place["rollback_tokens"] = rollback_tokens
-        self.pool = TextPool(model.config, num_rows + 1, num_pages, **place)
+        self.pool = TextPool(
+            model.config,
+            num_rows + 1,
+            num_pages,
+            dtype=model.dtype,
+            device=model.device,
+            page_tokens=page_tokens,
+            rollback_tokens=rollback_tokens,
+        )
 
     def most_tokens(self) -> float:
         return self.pool.num_pages * self.pool.page_tokens
@@ -131,12 +134,11 @@ class PooledTexts:
     def free(self, row: int) -> None:
         self.pool.free(row)
 
-    def can_grow(self, num_tokens: dict[int, int]) -> bool:
-        missing = (self.pool.missing_pages(row, count) for row, count in num_tokens.items())
-        return sum(missing) <= self.pool.num_free_pages
-
-    def grow(self, row: int) -> bool:
-        return self.pool.grow(row, 1)
+    def grow(self, rows: list[int], num_tokens: int) -> bool:
+        missing = sum(self.pool.missing_pages(row, num_tokens) for row in rows)
+        return missing <= self.pool.num_free_pages and all(
+            self.pool.grow(row, num_tokens) for row in rows
+        )
 
     def crop(self, row: int, num_tokens: int) -> None:
         self.pool.crop(row, num_tokens)
@@ -144,6 +146,4 @@ class PooledTexts:
     def step(self, rows: list[int], ids: Tensor) -> Tensor | None:
         if self.made_for != (self.model.dtype, self.model.device):
             return None
-        for row in rows:
-            self.pool.grow(row, ids.shape[1])  # there is room, `can_grow` or `grow` has said
         return decode_pool(self.model, self.pool, rows, ids)

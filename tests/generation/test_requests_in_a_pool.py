@@ -220,23 +220,19 @@ def test_drafts_are_as_long_as_pays():
     for num_tokens in (1, 2, 4, 8):
         measure(num_tokens, 1.0)
     drafts.chances.learn(2, [3, 4, 5, 6], [3, 4, 5, 6])
-    assert drafts.choose([0, 1, 2]) == {
-        0: [4] * 7,
-        1: [3, 4, 5, 6, 7, 8, 9],
-        2: [3, 4, 5, 6, 7, 8, 9],
-    }
+    assert drafts.choose([0, 1, 2]) == [[4] * 7, *2 * [[3, 4, 5, 6, 7, 8, 9]]]
     for num_tokens in (2, 4, 8):
         measure(num_tokens, 3.0 * num_tokens)
-    assert drafts.choose([0, 1, 2]) == {0: [], 1: [], 2: []}
+    assert drafts.choose([0, 1, 2]) == [[], [], []]
     drafts.most_tokens = 16  # of three texts, which count as four
     measure(1, 0.1)
     measure(4, 0.1)
-    lengths = [{len(draft) for draft in drafts.choose([0, 1, 2]).values()}]
+    lengths = [{len(draft) for draft in drafts.choose([0, 1, 2])}]
     drafts.start(3, 4)
     now[0] += 100  # for another reason
     drafts.end()
     for _ in range(2):
-        lengths.append({len(draft) for draft in drafts.choose([0, 1, 2]).values()})
+        lengths.append({len(draft) for draft in drafts.choose([0, 1, 2])})
         for _ in range(20):
             measure(1, 0.1)
     assert lengths == [{3}, {0}, {3}]
