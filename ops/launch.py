@@ -3,8 +3,8 @@
 For every launch Triton binds the arguments, derives a type and a specialisation of each, and makes
 a key of strings by which it finds the kernel: two to three times as long as the launch itself takes
 the host, and a training step has some hundred launches. Here a kernel is found by what that
-depends on: dtype and alignment of tensors, dtype and block of tensor descriptors, values of all
-else, and the device.
+depends on: dtype and alignment of tensors, dtype and block of tensor descriptors, of numbers such
+as lengths of texts whether 16 divides them, values of all else, and the device.
 
 Triton's own way is taken for what is new, in the interpreter, and where somebody listens to
 launches (profilers such as Proton, hooks of kernels).
@@ -13,7 +13,7 @@ launches (profilers such as Proton, hooks of kernels).
 import inspect
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ except ImportError:  # no triton, or an old one
     TensorDescriptor = None
 
 TENSORS = frozenset({Tensor, nn.Parameter})
-MAX_KERNELS = 1024  # remembered of one function: lengths of texts are among the values
+MAX_KERNELS = 1024  # remembered of one function
+# Integers from here on are passed in 64 bits, others in 32.
+WIDE = 1 << 31
 
 
 def launch_directly(function: Any) -> Any:
@@ -54,6 +56,7 @@ class DirectLaunch:
         function: Any,
         run: Callable[..., Any],
         chosen: Callable[[], dict[str, Any] | None] = dict,
+        by_value: Collection[str] = (),
     ) -> None:
         """
         Args:
@@ -61,8 +64,10 @@ class DirectLaunch:
             run: what is called for arguments that are new; returns the compiled kernel.
             chosen: the parameters that `run` has added to those it was given; None if it must be
                 called in any case.
+            by_value: names of parameters whose values `run` looks at to choose.
         """
         parameters = function.params
+        self._numbers = {each.name for each in parameters if not each.is_constexpr} - {*by_value}
         self._names = [parameter.name for parameter in parameters]
         self._defaults = {
             parameter.name: parameter.default
@@ -78,7 +83,8 @@ class DirectLaunch:
             return self._run(*args, grid=grid, warmup=warmup, **kwargs)
         active = driver.active
         device = active.get_current_device()
-        given = (*args, *kwargs.values())
+        given, numbers = (*args, *kwargs.values()), self._numbers
+        names = *self._names[: len(args)], *kwargs
         key = (
             device,
             *kwargs,
@@ -87,8 +93,10 @@ class DirectLaunch:
                 if (kind := type(value)) in TENSORS
                 else (value.base.dtype, tuple(value.block_shape))
                 if kind is TensorDescriptor
+                else (value & 15 == 0,)  # 1, and what is below, are kernels of their own
+                if kind is int and 1 < value < WIDE and name in numbers
                 else value
-                for value in given
+                for name, value in zip(names, given, strict=True)
             ],
         )
         found = self._kernels.get(key)

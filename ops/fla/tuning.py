@@ -69,7 +69,7 @@ def remember_choices(tuner: Any) -> None:
     """Let the autotuner launch what it has chosen without working out its key again.
 
     FLA works it out twice for a launch, which takes the host as long as the launch: a training step
-    of the 1B model at 8,192 tokens has 300 of them. With the same lengths too, launches are direct.
+    of the 1B model at 8,192 tokens has 300 of them.
     """
     names = [name for name in tuner.keys if name not in tuner.configs[0].kwargs]
     choices: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -98,7 +98,7 @@ def remember_choices(tuner: Any) -> None:
 
     tuner.run = run
     if is_jit_function(tuner.fn):
-        tuner.run = DirectLaunch(tuner.fn, run, chosen=lambda: latest)
+        tuner.run = DirectLaunch(tuner.fn, run, chosen=lambda: latest, by_value=tuner.keys)
 
 
 def autotuners() -> Iterator[Any]:

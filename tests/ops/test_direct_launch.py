@@ -29,7 +29,10 @@ class StandIn:
     def __init__(self):
         empty = inspect.Parameter.empty
         defaults = {"x": empty, "y": empty, "size": empty, "SCALE": 2, "BLOCK": empty}
-        self.params = [SimpleNamespace(name=n, default=d) for n, d in defaults.items()]
+        self.params = [
+            SimpleNamespace(name=n, default=d, is_constexpr=n.isupper())
+            for n, d in defaults.items()
+        ]
         self.pre_run_hooks = []
         self.searches, self.launches = 0, []
 
@@ -103,7 +106,10 @@ def test_a_second_launch_is_direct(stand_in):
         {"x": torch.zeros(4, dtype=torch.bfloat16)},
         {"x": torch.zeros(5)[1:]},  # no longer aligned to 16 bytes
         {"x": None},
-        {"size": 5},
+        {"size": 16},  # a multiple of 16
+        {"size": 1},
+        {"size": 0},
+        {"size": 1 << 31},  # no longer in 32 bits
         {"SCALE": 3},
         {"num_warps": 8},
         {"device": 1},
@@ -119,6 +125,20 @@ def test_what_differs_is_another_kernel(stand_in, other):
     for searches in (2, 2):
         assert run(grid=(1,), **{**plain, **other}).function == "kernel 2"
         assert stand_in.searches == searches
+
+
+def test_numbers_of_a_kind_share_a_kernel(stand_in):
+    """But for those by which it is chosen; each launch has its own."""
+    run = DirectLaunch(stand_in, stand_in.run, chosen=lambda: stand_in.added)
+    x = torch.zeros(4)
+    for sizes, kernel in (((4, 5, 999), "kernel 1"), ((16, 4096), "kernel 2")):
+        for size in sizes:
+            assert run(x, x, size, grid=(1,)).function == kernel
+    assert [launch[11] for launch in stand_in.launches] == [5, 999, 4096]
+    run = DirectLaunch(stand_in, stand_in.run, lambda: stand_in.added, by_value=["size"])
+    for size in (4, 5, 5):
+        run(x, x, grid=(1,), size=size)
+    assert stand_in.searches == 4
 
 
 @pytest.mark.parametrize("listener", ["launch_enter_hook", "launch_exit_hook", "pre_run", "warmup"])
@@ -175,7 +195,7 @@ if triton is not None:
 @pytest.mark.gpu
 def test_kernels_on_a_gpu():
     """Sizes, dtypes and alignments in turn: always Triton's result, and Triton asked once of
-    each."""
+    each but for sizes of a kind."""
     function, searches = launch_directly(_shift), []
     run = function.run._run
     function.run._run = lambda *args, **kwargs: searches.append(1) or run(*args, **kwargs)
@@ -184,7 +204,7 @@ def test_kernels_on_a_gpu():
         (source, start, size, scale)
         for source in (*sources, None)
         for start in (0, 1)
-        for size in (1, 16, 37)
+        for size in (1, 16, 48, 37, 39)
         for scale in (2, 5)
     ]
     for _ in range(3):
@@ -197,7 +217,7 @@ def test_kernels_on_a_gpu():
             # a product and a sum may be rounded once
             torch.testing.assert_close(out, wanted)
     # without a source there is no start
-    assert len(searches) == len(cases) - 6
+    assert len(searches) == 3 * 2 * (2 * 2 + 1)
 
 
 @pytest.mark.gpu
