@@ -4,7 +4,7 @@ Technical report (arXiv 2510.26692), section 3: q, k and v pass a causal depthwi
 few taps and SiLU. `convolved_projections` is the entry; it chooses among three forms:
 
 - training on a GPU: all projections as one product, and one kernel behind it (`training.py`);
-- no graph on a GPU, plain rows: one kernel for the three convolutions (`prefill_kernels.py`);
+- no graph on a GPU: one kernel for the three convolutions (`prefill_kernels.py`);
 - else the modules one by one (`convolution.py`), in FLA or in torch, which is the reference.
 
 Shapes: B batch, T tokens, D hidden size, H heads, K head size, W taps, N sequences.
@@ -89,8 +89,8 @@ def convolved_projections(
     inputs = [read.through(projection) for projection in projections]
     taps = [convolution.weight for convolution in convolutions]
     state: Tensor | None
-    if cu_seqlens is None and last_inputs is None and has_kernels(*inputs, *taps):
-        outputs, state = convolve_three(inputs, taps, conv_state)
+    if last_inputs is None and has_kernels(*inputs, *taps):
+        outputs, state = convolve_three(inputs, taps, conv_state, cu_seqlens)
     else:
         outputs, state = _one_by_one(
             inputs, convolutions, conv_state, output_state, cu_seqlens, last_inputs

@@ -1,10 +1,10 @@
-"""Triton kernel of the three short convolutions of a KDA layer, where no graph is recorded.
+"""Triton kernels of the three short convolutions of a KDA layer, where no graph is recorded.
 
 `short_convolution` three times (its torch path is the reference) in one launch, which writes the
 state after the last token on the way: at 4,096 tokens the launches of a layer take longer than its
 arithmetic.
 
-Shapes: B batch, T tokens, D channels, W taps.
+Shapes: B batch, T tokens, D channels, W taps, N packed sequences.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -27,36 +27,35 @@ def convolve_three(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """SiLU of three causal depthwise convolutions, each over its own input.
 
     Args:
         inputs: three [B, T, D].
         weights: three [D, 1, W], oldest tap first.
-        state: the W - 1 inputs before the first token, [B, 3, D, W - 1]; None for zeros.
+        state: the W - 1 inputs before the first token, [B, 3, D, W - 1], or [N, ...]; None for
+            zeros.
+        cu_seqlens: [N + 1] int32, ends of packed sequences, with B = 1; some may be empty.
 
     Returns:
-        three outputs [B, T, D]; the state after the last token, [B, 3, D, W - 1].
+        three outputs [B, T, D]; the state after the last token, [B, 3, D, W - 1], or [N, ...].
     """
     B, T, D = inputs[0].shape
     W = weights[0].shape[-1]
+    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
     inputs, weights = [x.contiguous() for x in inputs], [x.contiguous() for x in weights]
     outputs = [torch.empty_like(x) for x in inputs]
-    after = inputs[0].new_empty(B, 3, D, W - 1)
-    grid = (ceil_div(T, TOKENS), ceil_div(D, CHANNELS), 3 * B)
+    after = inputs[0].new_empty(N, 3, D, W - 1)
+    state = state if state is None else state.contiguous()
+    sizes = {"W": W, "TOKENS": TOKENS, "CHANNELS": CHANNELS}
+    tensors = (*inputs, *weights, *outputs, state, after)
+    blocks, groups = ceil_div(T, TOKENS), ceil_div(D, CHANNELS)
     with torch.cuda.device_of(inputs[0]):
-        _convolve[grid](
-            *inputs,
-            *weights,
-            *outputs,
-            state if state is None else state.contiguous(),
-            after,
-            T,
-            D,
-            W=W,
-            TOKENS=TOKENS,
-            CHANNELS=CHANNELS,
-        )
+        if cu_seqlens is None:
+            _convolve[(blocks, groups, 3 * B)](*tensors, T, D, **sizes)
+        else:  # sequences have programs of their own, which write their states
+            _convolve_packed[(blocks + N, groups, 3)](*tensors, cu_seqlens, T, N, D, **sizes)
     return outputs, after
 
 
@@ -128,3 +127,93 @@ def _convolve(
             offset = tl.full((1, CHANNELS), column - W + 1, dtype=tl.int32)
             last = _last_input(x, state, T + offset, channel, D, W)
             tl.store(after + place, last, mask=channel < D)
+
+
+@jit
+def _sequence_of(token, cu_seqlens, N):
+    """The last sequence that begins at a token or before it, which is the one that it is in."""
+    low = token * 0
+    high = low + N
+    for _ in range(32):  # bits of an index, at most; then it is `low`
+        middle = (low + high) // 2
+        is_behind = tl.load(cu_seqlens + middle) <= token
+        low = tl.where(is_behind, middle, low)
+        high = tl.where(is_behind, high, middle)
+    return low
+
+
+@jit
+def _write_state(x, state, after, cu_seqlens, sequence, which, channel, D, W: tl.constexpr):
+    """One convolution's state after a sequence."""
+    start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - start
+    x += start.to(tl.int64) * D
+    own = (sequence.to(tl.int64) * 3 + which) * D * (W - 1)
+    if state is not None:
+        state += own
+    for column in tl.static_range(W - 1):
+        token = tl.full(channel.shape, column - W + 1, dtype=tl.int32) + length
+        value = _last_input(x, state, token, channel, D, W)
+        tl.store(after + own + channel * (W - 1) + column, value, mask=channel < D)
+
+
+@launch_directly
+@jit
+def _convolve_packed(
+    x0,
+    x1,
+    x2,
+    weight0,
+    weight1,
+    weight2,
+    out0,
+    out1,
+    out2,
+    state,
+    after,
+    cu_seqlens,
+    T,
+    N,
+    D,
+    W: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    which = tl.program_id(2)
+    if which == 0:
+        x, weight, out = x0, weight0, out0
+    elif which == 1:
+        x, weight, out = x1, weight1, out1
+    else:
+        x, weight, out = x2, weight2, out2
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    blocks = (T + TOKENS - 1) // TOKENS
+    if tl.program_id(0) >= blocks:
+        ended = tl.program_id(0) - blocks
+        _write_state(x, state, after, cu_seqlens, ended, which, channel, D, W)
+    else:
+        token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+        inside = (token < T) & (channel < D)
+        own = _sequence_of(tl.program_id(0) * TOKENS, cu_seqlens, N)
+        last = _sequence_of(tl.program_id(0) * TOKENS + TOKENS - 1, cu_seqlens, N)
+        sequence, start = token * 0 + own, token * 0 + tl.load(cu_seqlens + own)
+        for other in range(own + 1, last + 1):
+            begins = tl.load(cu_seqlens + other)
+            sequence = tl.where(token < begins, sequence, other)
+            start = tl.where(token < begins, start, begins)
+        place = token.to(tl.int64) * D + channel
+        total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
+        for tap in tl.static_range(W):
+            factor = tl.load(weight + channel * W + tap, mask=channel < D, other=0.0)
+            source = token + (tap - W + 1)
+            value = tl.load(
+                x + place + (tap - W + 1) * D, mask=inside & (source >= start), other=0.0
+            )
+            total += factor.to(tl.float32) * value.to(tl.float32)
+            if state is not None:
+                before = state + ((sequence.to(tl.int64) * 3 + which) * D + channel) * (W - 1)
+                column = source - start + W - 1
+                old = tl.load(before + column, mask=inside & (source < start), other=0.0)
+                total += factor.to(tl.float32) * old.to(tl.float32)
+        total = total * tl.sigmoid(total)
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

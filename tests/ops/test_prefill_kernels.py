@@ -165,6 +165,25 @@ def test_three_convolutions_in_one(rows, tokens, channels, width, has_state, dty
 
 @with_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_state", [False, True])
+@pytest.mark.parametrize("lengths", [[5], [0, 3, 0, 0, 40, 1, 2, 31, 0], [33, 0], [0, 64, 7]])
+def test_three_convolutions_of_packed_sequences(lengths, has_state, dtype):
+    """Some are empty, some shorter than the state, some begin inside of a block."""
+    tokens, ends = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+    inputs = [draw(1, tokens, 130, dtype=dtype) for _ in range(3)]
+    weights = [draw(130, 1, 4, dtype=dtype) for _ in range(3)]
+    state = draw(len(lengths), 3, 130, 3, dtype=dtype) if has_state else None
+    outputs, after = convolve_three(inputs, weights, state, ends)
+    for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+        initial = None if state is None else state[:, i]
+        options = {"initial_state": initial, "output_final_state": True, "cu_seqlens": ends}
+        out, last = short_convolution(x, weight, **options, backend="torch")
+        assert_close(outputs[i], out, dtype)
+        assert torch.equal(after[:, i], last)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_weighted", [True, False])
 def test_sum_of_rows(is_weighted, dtype):
     rows, weights = draw(33, 20, dtype=dtype), draw(11, 3) if is_weighted else None

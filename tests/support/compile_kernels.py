@@ -21,7 +21,7 @@ from kimi_linear.ops.short_conv import training_kernels as conv_training_kernels
 
 KERNELS = {
     choice_kernels: ["_choose_experts", "_choice_backward"],
-    conv_kernel: ["_convolve"],
+    conv_kernel: ["_convolve", "_convolve_packed"],
     conv_training_kernels: ["_convolve_columns", "_convolve_columns_backward"],
     gated_norm: ["_gated_norm", "_gated_norm_backward"],
     gated_silu: ["_gated_silu", "_gated_silu_backward"],
@@ -52,6 +52,11 @@ def compile_all(dtype: torch.dtype) -> None:
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
             conv_kernel.convolve_three([x[None]] * 3, taps, state)
+            ends = torch.tensor([0, 2], dtype=torch.int32)
+            conv_kernel.convolve_three([x[None]] * 3, taps, state, ends)
+        states = torch.zeros(3, 3, D, 3, dtype=dtype)
+        ends = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
+        conv_kernel.convolve_three([x[None]] * 3, taps, states, ends)
         gated_silu.launch_gated_silu_backward(both, inner)
         sort.launch_sort_pairs(experts, E)
         heads, weight = torch.zeros(2, 3, D // 8, dtype=dtype), torch.zeros(D // 8, dtype=dtype)
