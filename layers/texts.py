@@ -7,6 +7,7 @@ before.
 Shapes: T tokens of the call, N texts, D hidden size, L + P width of a latent.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,18 @@ from kimi_linear.cache.pieces import KDAPieces
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.layout import SequenceLayout, sequence_ends
 from kimi_linear.layers.plan import ForwardPlan
+from kimi_linear.ops.fla.backend import prepare_fla_layout
 
 
 @dataclass(frozen=True)
 class TextsPlan(ForwardPlan):
-    """The plan of such a call; `cache` is the list."""
+    """The plan of such a call; `cache` is the list.
+
+    Attributes:
+        num_tokens: Of each text in this call.
+    """
+
+    num_tokens: tuple[int, ...] = ()
 
     def begin_call(self) -> None:
         for cache in self.cache:
@@ -56,9 +64,8 @@ class TextsPlan(ForwardPlan):
         ]
 
     @property
-    def num_tokens(self) -> list[int]:
-        """Of each text in this call."""
-        return [stop - start for start, stop in zip(self.ends, self.ends[1:], strict=False)]
+    def ends(self) -> list[int]:
+        return [0, *itertools.accumulate(self.num_tokens)]
 
 
 def texts_plan(
@@ -98,10 +105,18 @@ def texts_plan(
     own = [prepare_cache(cache, model.config) for cache in caches]
     for i, cache in enumerate(own):
         _check_text(cache, f"cache[{i}]")
-    num_tokens = hidden_states.shape[1]
-    ends = sequence_ends(cu_seq_lens, num_tokens, len(own)).to(hidden_states.device, torch.int32)
-    layout = SequenceLayout(cu_seqlens=ends, num_places=num_tokens)
-    return TextsPlan(layout, own, "texts", KDAPieces(()))
+    num_places, device = hidden_states.shape[1], hidden_states.device
+    ends = sequence_ends(cu_seq_lens, num_places, len(own)).cpu()
+    own_ends = ends.to(device, torch.int32, non_blocking=True)
+    if device.type != "cpu":  # before a layer would wait for what is launched
+        prepare_fla_layout(own_ends, ends)
+    return TextsPlan(
+        SequenceLayout(cu_seqlens=own_ends, num_places=num_places),
+        own,
+        "texts" if any(cache.get_seq_length() for cache in own) else "sequences",
+        KDAPieces(()),
+        num_tokens=tuple(ends.diff().tolist()),
+    )
 
 
 def _check_text(cache: Any, name: str) -> None:

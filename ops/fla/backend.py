@@ -113,6 +113,7 @@ class FlaLayout(NamedTuple):
     version: int | None  # of the tensor it was made from; None cannot be checked
     all_ends: Tensor  # int64 [N + 1], a tensor of its own
     filled_ends: Tensor  # the same without empty sequences
+    host_filled_ends: Tensor  # the same on the host
     filled: Tensor | None  # int64, the sequences that are not empty; None means all
 
 
@@ -125,17 +126,28 @@ def fla_layout(cu_seqlens: Tensor) -> FlaLayout:
     FLA keeps what it derives from cu_seqlens by the identity of the tensor, so a buffer refreshed
     in place would give stale chunks: every content gets a tensor of its own. (A write that torch
     does not count, such as one inside a replayed CUDA graph, cannot be seen.) Making it reads the
-    lengths on the host.
+    lengths on the host, unless `prepare_fla_layout` was told them.
     """
     version = None if cu_seqlens.is_inference() else cu_seqlens._version
     layout = _layouts.get(cu_seqlens)
     if layout is not None and version is not None and layout.version == version:
         return layout
-    all_ends = cu_seqlens.to(torch.int64, copy=True)
-    is_filled = all_ends.diff() > 0
-    layout = FlaLayout(version, all_ends, all_ends, None)
+    return prepare_fla_layout(cu_seqlens, cu_seqlens.cpu())
+
+
+def prepare_fla_layout(cu_seqlens: Tensor, host_ends: Tensor) -> FlaLayout:
+    """FLA's form of cu_seqlens, whose content the host knows: nothing waits for the device."""
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    device, host_ends = cu_seqlens.device, host_ends.to(torch.int64, copy=True)
+    all_ends = host_ends.to(device, non_blocking=True, copy=True)
+    is_filled = host_ends.diff() > 0
+    layout = FlaLayout(version, all_ends, all_ends, host_ends, None)
     if not bool(is_filled.all()):
-        filled_ends = torch.cat((all_ends[:1], all_ends[1:][is_filled]))
-        layout = FlaLayout(version, all_ends, filled_ends, is_filled.nonzero().flatten())
+        host_filled = torch.cat((host_ends[:1], host_ends[1:][is_filled]))
+        filled_ends, filled = (
+            x.to(device, non_blocking=True, copy=True)
+            for x in (host_filled, is_filled.nonzero().flatten())
+        )
+        layout = FlaLayout(version, all_ends, filled_ends, host_filled, filled)
     _layouts[cu_seqlens] = layout
     return layout

@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, H heads, K key size, V value size, N sequences.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from kimi_linear.ops.fla.backend import fla_layout, kda_kernels
@@ -27,6 +29,9 @@ def fla_kda(
     state = x.initial_state
     if state is not None:
         state = (state if filled is None else state.index_select(0, filled)).float().contiguous()
+    known: dict[str, Any] = {}
+    if layout is not None and not is_short:
+        known["cu_seqlens_cpu"] = layout.host_filled_ends
     # FLA's own sigmoid, a Function of two more kernels, takes the host three times as long
     out, final = kernel(
         q=x.q,
@@ -43,6 +48,7 @@ def fla_kda(
         use_gate_in_kernel=True,
         use_beta_sigmoid_in_kernel=not is_recorded,
         cu_seqlens=None if layout is None else layout.filled_ends,
+        **known,
     )
     if not output_final_state:
         return out, None

@@ -521,6 +521,7 @@ def pretend_fla(monkeypatch):
         ends, state = arguments["cu_seqlens"], arguments["initial_state"]
         if ends is not None:
             assert ends.dtype == torch.int64 and (ends.diff() > 0).all()
+            assert name == "step" or torch.equal(arguments.pop("cu_seqlens_cpu"), ends)
         if state is not None:
             assert state.dtype == torch.float32 and state.is_contiguous()
         assert arguments["A_log"].shape == arguments["q"].shape[2:3]
@@ -582,6 +583,18 @@ def test_fla_layout_follows_writes_in_place(pretend_fla):
     first, second, third = (ends for _, ends in pretend_fla)
     assert first is second and second is not third
     torch.testing.assert_close(actual[0], expected[0])
+
+
+def test_fla_layout_of_what_the_host_knows():
+    """Is taken from then on, until the tensor is written to."""
+    cu_seqlens = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    layout = fla_backend.prepare_fla_layout(cu_seqlens, cu_seqlens)
+    assert fla_backend.fla_layout(cu_seqlens) is layout
+    for ends in (layout.filled_ends, layout.host_filled_ends):
+        assert ends.tolist() == [0, 5, 12] and ends.dtype == torch.int64
+    assert layout.all_ends.tolist() == [0, 5, 5, 12] and layout.filled.tolist() == [0, 2]
+    cu_seqlens[1] = 7
+    assert fla_backend.fla_layout(cu_seqlens) is not layout
 
 
 @pytest.mark.parametrize(
