@@ -7,6 +7,11 @@ The model and its held-out files are those that `scripts/experiment_quantization
     edited   the same, but in the second beginning the file's commonest name is another one
     new      the file's beginning; tokens are sampled, so that greedy text's loops are none
 
+Minutes of training make a model that copies if some of its texts repeat themselves:
+
+    python scripts/experiment_quantization.py --train-minutes 8 --repeats 0.5 --time-limit 560 \\
+        --sections main --folder /tmp/quantization
+
 Each is continued with and without drafts in turn, after one continuation of each to warm up. A line
 of JSON for each kind: seconds of all continuations, which of them is how many times as fast, the
 slowest file's ratio, and how many tokens of greedy text are the same before the first other one

@@ -18,6 +18,8 @@ from kimi_linear.ops.runtime import power_of_two
 
 # rows up to which several weights are applied in one launch; beyond, cuBLAS takes one by one
 SOME_ROWS = 64
+# rows up to which KDA's own kernels project its gates; beyond, they are a launch of their own
+OWN_GATES_ROWS = 4
 # rows and columns of a tile of experts' weights
 GROUPED_IN_BLOCK, GROUPED_IN_STEP = 32, 128
 GROUPED_OUT_BLOCK, GROUPED_OUT_STEP = 128, 64
@@ -186,6 +188,8 @@ class ManyRowsStep(DecodeStep):
         self.to_add = self.branch_out
 
     def _project_gates(self, i: int) -> Tensor | None:
+        if self.num_rows <= OWN_GATES_ROWS:
+            return None
         projection = self.gate_projections[i]
         assert projection is not None
         projection.launch(self.projected, self.gates)

@@ -97,6 +97,9 @@ class Settings(RunSettings):
     learning_rate: float = setting(6e-4, "the highest", above=0)
     weight_decay: float = setting(0.1, "of matrices", least=0)
     bias_rate: float = setting(1e-3, "step of the routers' correction biases", least=0)
+    repeats: float = setting(
+        0.0, "share of rows that say a piece of text again and again", least=0, most=1
+    )
     seed: int = setting(0, "of weights and batches", least=0)
     sections: Sequence[str] = setting(tuple(SECTIONS), "in this order", choices=SECTIONS)
     eval_tokens: int = setting(1 << 17, "of held-out text", least=2)
@@ -114,6 +117,7 @@ class Settings(RunSettings):
             weight_decay=self.weight_decay,
             seed=self.seed,
             bias_rate=self.bias_rate,
+            repeats=self.repeats,
         )
 
     def config(self, sources: Sources) -> KimiLinearConfig:

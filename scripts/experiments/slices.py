@@ -38,6 +38,7 @@ class Recipe:
         weight_decay: Of matrices.
         seed: Of weights and batches.
         bias_rate: Step of the routers' correction biases.
+        repeats: Share of each batch's rows that say a piece of text again and again.
     """
 
     seconds: float
@@ -47,6 +48,7 @@ class Recipe:
     weight_decay: float
     seed: int
     bias_rate: float
+    repeats: float = 0.0
 
 
 class SlicedTraining:
@@ -138,7 +140,7 @@ class SlicedTraining:
         """One step and its loss; a warm-up, which compiles, changes nothing."""
         recipe = self.recipe
         ids, positions = self.sources.rows(
-            recipe.rows, recipe.length, (recipe.seed << 32) + self.step
+            recipe.rows, recipe.length, (recipe.seed << 32) + self.step, recipe.repeats
         )
         ids, positions = ids.to(self.device), positions.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):

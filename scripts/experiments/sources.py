@@ -95,9 +95,12 @@ class Sources:
         say(f"{len(tokens):,} tokens for training")
         return cls(tokens, test, [file.num_bytes for file in held_out], special_ids(tokenizer))
 
-    def rows(self, count: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    def rows(
+        self, count: int, length: int, seed: int, repeats: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Ids and positions [count, length] int64 of pieces from random places; positions restart
-        where a file begins."""
+        where a file begins. Of them, `repeats` say their beginning, at most half, again and again,
+        as one text: minutes of training on them make a model that copies."""
         generator = torch.Generator().manual_seed(seed)
         most = len(self.train) - length
         if most < 0:
@@ -105,8 +108,14 @@ class Sources:
                 f"--length {length} is not allowed: the text has {len(self.train)} tokens"
             )
         starts = torch.randint(most + 1, (count, 1), generator=generator)
-        ids = self.train[starts + torch.arange(length)].long()
-        return ids, positions_of(ids, self.special["bos_token_id"])
+        places = torch.arange(length).repeat(count, 1)
+        num_repeating = round(repeats * count)
+        periods = torch.randint(1 + length // 16, 1 + length // 2, (count, 1), generator=generator)
+        places[:num_repeating] %= periods[:num_repeating]
+        ids = self.train[starts + places].long()
+        positions = positions_of(ids, self.special["bos_token_id"])
+        positions[:num_repeating] = torch.arange(length)
+        return ids, positions
 
 
 def positions_of(ids: Tensor, begin: int) -> Tensor:
