@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_linear.decode.expert_kernels import group_kernel, grouped_in_kernel, grouped_out_kernel
+from kimi_linear.decode.few_rows import VectorProjection
 from kimi_linear.decode.projection_kernels import add_norm_kernel, project_many_kernel
 from kimi_linear.decode.step import DecodeStep, linked, weight_tiles
 from kimi_linear.ops.runtime import power_of_two
@@ -20,6 +21,11 @@ from kimi_linear.ops.runtime import power_of_two
 SOME_ROWS = 64
 # rows up to which KDA's own kernels project its gates; beyond, they are a launch of their own
 OWN_GATES_ROWS = 4
+# rows up to which KDA's own kernels project its gates; beyond, they are a launch of their own
+OWN_GATES_ROWS = 4
+# rows up to which a router is read row by row, and up to which one launch takes it, which unlike
+# cuBLAS's is linked; outputs of a program of that
+ROUTER_VECTOR_ROWS, ROUTER_ROWS, ROUTER_BLOCK = 8, 64, 16
 # rows and columns of a tile of experts' weights
 GROUPED_IN_BLOCK, GROUPED_IN_STEP = 32, 128
 GROUPED_OUT_BLOCK, GROUPED_OUT_STEP = 128, 64
@@ -34,9 +40,9 @@ class MatrixProjection:
         is_linked: See `linked`.
         x_columns: Where each weight's input begins in the rows of x; None: all at the first column.
         up: A weight of the same shape as a single one: out is silu(x @ weight^T) * (x @ up^T).
+        block: Outputs of a program, where one launch applies all weights.
+        is_by_weight: Whether cuBLAS does; None: where that is faster.
     """
-
-    block = 32
 
     def __init__(
         self,
@@ -45,12 +51,17 @@ class MatrixProjection:
         is_linked: bool,
         x_columns: list[int] | None = None,
         up: Tensor | None = None,
+        block: int = 32,
+        is_by_weight: bool | None = None,
     ) -> None:
         self.weights, self.num_rows, self.is_linked, self.up = weights, num_rows, is_linked, up
+        self.block = block
         self.x_columns = x_columns or [0] * len(weights)
         self.width = sum(weight.shape[0] for weight in weights)
         self.size = weights[0].shape[1]
-        self.is_by_weight = num_rows > SOME_ROWS or (len(weights) == 1 and up is None)
+        if is_by_weight is None:
+            is_by_weight = num_rows > SOME_ROWS or (len(weights) == 1 and up is None)
+        self.is_by_weight = is_by_weight
         if not self.is_by_weight:
             self.tiles = weight_tiles(weights, self.block, self.x_columns)
             self.up_tiles = self.tiles
@@ -115,6 +126,10 @@ class ManyRowsStep(DecodeStep):
             self._gate_projection(layer.self_attn) if is_kda else None
             for layer, is_kda in zip(self.layers, self.is_kda, strict=True)
         ]
+        self.routers = [
+            self._router(layer.block_sparse_moe.gate.weight) if layer.is_moe else None
+            for layer in self.layers
+        ]
         self.mlps = [self._mlp_projections(layer) for layer in self.layers]
         widths = [mlp[1].size for mlp in self.mlps if mlp is not None]
         self.mlp_inner = self._empty(B * max(widths, default=0))
@@ -125,6 +140,15 @@ class ManyRowsStep(DecodeStep):
         weights = a.f_b_proj.weight, a.g_b_proj.weight
         columns = [first, first + a.head_dim]
         return MatrixProjection(weights, self.num_rows, self.is_linked, x_columns=columns)
+
+    def _router(self, weight: Tensor) -> Any:
+        """What multiplies by a router's weight; None: cuBLAS, with sums in float32."""
+        given = (weight,), self.num_rows, self.is_linked
+        if self.num_rows <= ROUTER_VECTOR_ROWS:
+            return VectorProjection(*given)
+        if self.num_rows <= ROUTER_ROWS:
+            return MatrixProjection(*given, block=ROUTER_BLOCK, is_by_weight=False)
+        return None
 
     def _mlp_projections(self, layer: Any) -> tuple[MatrixProjection, MatrixProjection] | None:
         """Both halves of a layer's dense MLP, or of its shared experts."""
@@ -230,7 +254,11 @@ class ManyRowsStep(DecodeStep):
     def _score_experts(self, i: int) -> None:
         layer = self.layers[i]
         self._add_norm(layer.post_attention_layernorm)
-        self._wide_product(layer.block_sparse_moe.gate.weight, self.router_logits)
+        router = self.routers[i]
+        if router is None:
+            self._wide_product(layer.block_sparse_moe.gate.weight, self.router_logits)
+        else:
+            router.launch(self.normed, self.router_logits)
 
     def _wide_product(self, weight: Tensor, out: Tensor) -> None:
         """out = normed @ weight^T in float32."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kimi_linear.decode.few_rows import FewRowsStep, VectorProjection
+from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.fixed_expert_kernels import fixed_in_kernel, fixed_out_kernel
 from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection, can_multiply
 from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
@@ -174,18 +174,6 @@ class PackedFewRowsStep(PackedManyRowsStep):
         self.inner = FixedPoint(self.num_rows * self.top, width, self.device)
         shared_width = max(1, self.num_shared) * width
         self.shared_inner = FixedPoint(self.num_rows, shared_width, self.device)
-        self.routers = [
-            VectorProjection((layer.block_sparse_moe.gate.weight,), self.num_rows, self.is_linked)
-            if layer.is_moe
-            else None
-            for layer in self.layers
-        ]
-
-    def _score_experts(self, i: int) -> None:
-        self._add_norm(self.layers[i].post_attention_layernorm)
-        router = self.routers[i]
-        assert router is not None
-        router.launch(self.normed, self.router_logits)
 
     def _joined_shared(self, i: int) -> tuple[PackedWeights, ...] | None:
         """Gate, up and down of shared experts that the experts' launches take too."""
