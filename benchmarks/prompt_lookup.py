@@ -9,7 +9,7 @@ The model and its held-out files are those that `scripts/experiment_quantization
 
 Minutes of training make a model that copies if some of its texts repeat themselves:
 
-    python scripts/experiment_quantization.py --train-minutes 8 --repeats 0.5 --time-limit 560 \\
+    python scripts/experiment_quantization.py --train-minutes 8 --repeats 1 --time-limit 560 \\
         --sections main --folder /tmp/quantization
 
 Each is continued with and without drafts in turn, after one continuation of each to warm up. A line

@@ -12,7 +12,7 @@ from kimi_linear.decode.delta_rule_kernels import delta_rule_kernel, delta_rule_
 from kimi_linear.ops.runtime import power_of_two
 
 # of several tokens: columns of a state that a program has, and its warps
-SEVERAL_BLOCK, SEVERAL_WARPS = 32, 8
+SEVERAL_BLOCK, SEVERAL_WARPS = 64, 8
 
 
 class OneToken:

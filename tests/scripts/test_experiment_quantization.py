@@ -105,7 +105,7 @@ def test_positions_restart_with_every_file(sources: Sources) -> None:
     assert torch.equal(same[2], rows[2]) and torch.equal(places[2], positions[2])
     assert places[:2].tolist() == [list(range(40))] * 2
     for row, whole in zip(same[:2], rows[:2], strict=True):
-        assert any(torch.equal(row, whole[torch.arange(40) % n]) for n in range(3, 21))
+        assert any(torch.equal(row, whole[torch.arange(40) % n]) for n in range(16, 21))
     with pytest.raises(ValueError, match="--length 100000 is not allowed"):
         sources.rows(1, 100_000, seed=0)
 
