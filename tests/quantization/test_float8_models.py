@@ -45,9 +45,9 @@ def quantized(monkeypatch):
     """Sizes of what is quantised, in order."""
     found = []
 
-    def noted(x):
+    def noted(x, *places):
         found.append(tuple(x.shape))
-        return float8.quantize_rows(x)
+        return float8.quantize_rows(x, *places)
 
     for module in (projections, packed):
         monkeypatch.setattr(module, "quantize_rows", noted)
@@ -114,16 +114,16 @@ def test_experts(quantized, monkeypatch):
 
     x = rows(12)
     experts = torch.rand(12, 4, device=DEVICE).topk(2, dim=-1).indices
-    order, ends, *_ = sort_pairs(experts, 4)
+    pairs = sort_pairs(experts, 4)
     sizes = (4, 256, 128), (4, 128, 128)
     found, wide = (
-        packed.packed_products(x, order, ends, tuple(held(s, name) for s in sizes), 2)
+        packed.packed_products(x, pairs, tuple(held(s, name) for s in sizes))
         for name in ("fp8", "fp8w")
     )
     assert quantized == [(12, 128)]
     assert 1e-3 < relative(found, wide.double()) < 0.06  # two products, one after the other
-    order, ends, *_ = sort_pairs(experts[:4], 4)
-    packed.packed_products(x[:4], order, ends, tuple(held(s, "fp8") for s in sizes), 2)
+    pairs = sort_pairs(experts[:4], 4)
+    packed.packed_products(x[:4], pairs, tuple(held(s, "fp8") for s in sizes))
     assert len(quantized) == 1
 
 
