@@ -15,6 +15,11 @@ aten = torch.ops.aten
 _data: Any = Tensor.data
 
 
+# A context in which attributes of quantised tensors are read as those of any tensor, a tenth of a
+# microsecond each: by way of `__torch_function__` it is more than one, some ten times a product.
+quick_attributes = torch._C.DisableTorchFunctionSubclass
+
+
 class QuantizedTensor(Tensor):
     """A frozen tensor whose numbers are held in fewer bits than its dtype has.
 
@@ -66,7 +71,8 @@ class QuantizedTensor(Tensor):
         """The product of a linear layer where no graph is recorded, without the way through each of
         its operations, which takes the host longer than a GPU to multiply."""
         if func is F.linear and not kwargs and not torch.is_grad_enabled():
-            x, *others = (plain_weights(x) if isinstance(x, Tensor) else x for x in args)
+            with quick_attributes():
+                x, *others = (plain_weights(x) if isinstance(x, Tensor) else x for x in args)
             return F.linear(x, *others)
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 

@@ -85,7 +85,7 @@ def architecture(device: torch.device) -> int:
 
 
 def quantize_rows(x: Tensor, places: Tensor | None = None) -> Float8Rows:
-    """Quantise rows [T, K]; with places int64 [T, k], to each of which a row is written, [T k, K]."""
+    """Quantise rows [T, K]; with places int64 [T, k], a row is written to each of its: [T k, K]."""
     (T, K), x = x.shape, x.contiguous()
     blocks, copies = ceil_div(K, FLOAT8_BLOCK), 1 if places is None else places.shape[1]
     size = (T * copies, blocks * FLOAT8_BLOCK)
