@@ -2,8 +2,9 @@
 
 For each number of rows, the experts' two products and each linear layer: in bfloat16, as weights
 that are unpacked for 16-bit activations ("fp8w"), and with quantised activations ("fp8") for each
-of the tiles below, the time of quantising beside it. A line of JSON each: milliseconds, operations
-a second, and how far the result is from that of 16-bit activations (some 0.03 for one product).
+of the tiles below, the time of quantising beside it, and of linear layers by cuBLAS. A line of JSON
+each: milliseconds, operations a second, and how far the result is from that of 16-bit activations
+(some 0.03 for one product).
 What to set by it: LARGE_TILE and USES_DESCRIPTORS in `ops/packed/float8.py`, GATE_UP_TILES,
 DOWN_TILES, MANY_ROWS and FEW_ROWS in `ops/experts/float8_kernels.py`, FLOAT8_TOKENS in
 `ops/experts/packed.py`, MANY_ROWS and MANY_OUTPUTS in `ops/projections.py`.
@@ -59,6 +60,23 @@ def as_16_bits(weights: Any) -> Any:
     scheme = Scheme(**NAMED["fp8w"])
     return PackedWeights(
         weights.planes, weights.scale, None, scheme, weights.shape[-1], weights.dtype
+    )
+
+
+def library_linear(rows: float8.Float8Rows, weights: Any) -> Callable[[], Any]:
+    """The product of `float8_linear` by cuBLAS, which has it from CUDA 12.9 on, for Hopper: scales
+    of weights are [a multiple of 4 that holds the groups of a row, N / 128]."""
+    K, scaling = weights.shape[1], F.ScalingType
+    own = F.pad(weights.scales().float(), (0, -(K // 128) % 4)).t()
+    matrix = float8.weight_bytes(weights)[:, :K].t()
+    return lambda: F.scaled_mm(
+        rows.codes,
+        matrix,
+        rows.scale.t(),
+        scaling.BlockWise1x128,
+        own,
+        scaling.BlockWise128x128,
+        output_dtype=torch.bfloat16,
     )
 
 
@@ -138,6 +156,8 @@ def measure_linear(record: Recorder, num_rows: int, sweep: bool, shape: tuple[in
     lines.line("fp8w", lambda: F.linear(x, wide), expected)
     rows = float8.quantize_rows(x)
     lines.line("quantise", lambda: float8.quantize_rows(x))
+    if num_outputs % 128 == 0 and hasattr(F, "scaled_mm"):
+        lines.line("cublas", library_linear(rows, weights), expected)
     chosen = float8.LARGE_TILE
     for tile in TILES if sweep else (chosen,):
         float8.LARGE_TILE = tile

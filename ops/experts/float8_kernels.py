@@ -39,9 +39,10 @@ from kimi_linear.schemes import FLOAT8_BLOCK
 # Of a tile of `gate_up`, which has a block of each half of the outputs: rows, warps and stages. Of
 # one of `down`: rows, columns, halves, warps and stages. By average rows of an expert, first those
 # from MANY_ROWS on, then from FEW_ROWS on, then below it; last, with less shared memory than
-# Hopper's. (At 128 rows of an expert, a third of the tiles of 128 rows is padding.)
+# Hopper's. (At 128 rows of an expert, a third of the tiles of 128 rows is padding. Where rows of
+# weights have scales of their own, their sums leave no registers for them.)
 GATE_UP_TILES = ((128, 8, 4), (64, 8, 3), (64, 8, 4), (64, 8, 2))
-DOWN_TILES = ((128, 128, 2, 8, 3), (64, 128, 1, 4, 3), (64, 128, 2, 8, 4), (64, 128, 1, 8, 2))
+DOWN_TILES = ((64, 128, 1, 4, 3), (64, 128, 1, 4, 3), (64, 128, 2, 8, 4), (64, 128, 1, 8, 2))
 MANY_ROWS, FEW_ROWS = 512, 64
 
 
@@ -53,7 +54,7 @@ def gate_up(rows: Float8Rows, ends: Tensor, weights: Any) -> Float8Rows:
     blocks = ceil_div(I, FLOAT8_BLOCK)
     codes = torch.empty(P, blocks * FLOAT8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty(blocks, P, dtype=torch.float32, device=device)
-    tile_rows, num_warps, num_stages = _tile(GATE_UP_TILES, P, E, device)
+    tile_rows, num_warps, num_stages = _tile(GATE_UP_TILES, P, weights, device)
     *shared, is_single = scales_form(weights, FLOAT8_BLOCK)
     is_single = is_single and I % FLOAT8_BLOCK == 0  # the rows of `up` begin where a tile does
     with torch.cuda.device_of(ends):
@@ -84,7 +85,7 @@ def down(
     [E, D, I]. Rows with an out-of-range expert are left uninitialised."""
     P, (E, D, I) = order.numel(), weights.shape  # noqa: E741
     out = torch.empty(P, D, dtype=dtype, device=order.device)
-    tile_rows, columns, halves, num_warps, num_stages = _tile(DOWN_TILES, P, E, out.device)
+    tile_rows, columns, halves, num_warps, num_stages = _tile(DOWN_TILES, P, weights, out.device)
     with torch.cuda.device_of(order):
         _float8_down[(tiles_of(P, E, tile_rows) * ceil_div(D, halves * columns),)](
             tiles_of_bytes(inner.codes, tile_rows),
@@ -108,10 +109,14 @@ def down(
     return out
 
 
-def _tile(tiles: Any, num_pairs: int, num_experts: int, device: torch.device) -> Any:
+def _tile(tiles: Any, num_pairs: int, weights: Any, device: torch.device) -> Any:
     if not has_large_memory(device):
         return tiles[-1]
-    return tiles[(num_pairs < MANY_ROWS * num_experts) + (num_pairs < FEW_ROWS * num_experts)]
+    average = num_pairs / weights.shape[0]
+    has_block_scales = weights.scheme.rows % FLOAT8_BLOCK == 0
+    if average >= MANY_ROWS and has_block_scales:
+        return tiles[0]
+    return tiles[1 if average >= FEW_ROWS else 2]
 
 
 def _sizes(weights: Any, tile_rows: int) -> dict[str, int]:

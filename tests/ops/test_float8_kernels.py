@@ -82,11 +82,16 @@ def test_rows_are_written_to_each_of_their_places(inputs):
 
 
 @with_kernels
-@pytest.mark.parametrize("memory", [False, True])
-def test_tiles_by_rows_of_an_expert(monkeypatch, memory):
-    monkeypatch.setattr(float8_kernels, "has_large_memory", lambda device: memory)
-    found = [float8_kernels._tile("abcd", 10 * rows, 10, DEVICE) for rows in (512, 511, 64, 63)]
-    assert "".join(found) == ("abbc" if memory else "dddd")
+@pytest.mark.parametrize(
+    ("scheme", "has_memory", "expected"),
+    [("blocks", True, "abbc"), ("a row", True, "bbbc"), ("blocks", False, "dddd")],
+)
+def test_tiles_by_rows_of_an_expert(monkeypatch, scheme, has_memory, expected):
+    monkeypatch.setattr(float8_kernels, "has_large_memory", lambda device: has_memory)
+    weights, _ = random_packed(SCHEMES[scheme], (10, 128, 128), DTYPE, DEVICE)
+    rows = 512, 511, 64, 63
+    found = [float8_kernels._tile("abcd", 10 * each, weights, DEVICE) for each in rows]
+    assert "".join(found) == expected
 
 
 @with_kernels
