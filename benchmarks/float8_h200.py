@@ -2,10 +2,11 @@
 
 For each number of rows, the experts' two products and each linear layer: in bfloat16, as weights
 that are unpacked for 16-bit activations ("fp8w"), and with quantised activations ("fp8") for each
-of the tiles below, the time of quantising beside it. A line of JSON each: milliseconds, operations
-a second, and how far the result is from that of 16-bit activations (some 0.03 for one product).
+of the tiles below, the time of quantising beside it, and of linear layers by cuBLAS. A line of JSON
+each: milliseconds, operations a second, and how far the result is from that of 16-bit activations
+(some 0.03 for one product).
 What to set by it: LARGE_TILE and USES_DESCRIPTORS in `ops/packed/float8.py`, GATE_UP_TILES,
-DOWN_TILES and FEW_ROWS in `ops/experts/float8_kernels.py`, FLOAT8_TOKENS in
+DOWN_TILES, MANY_ROWS and FEW_ROWS in `ops/experts/float8_kernels.py`, FLOAT8_TOKENS in
 `ops/experts/packed.py`, MANY_ROWS and MANY_OUTPUTS in `ops/projections.py`.
 
     python benchmarks/float8_h200.py --record benchmarks/results/float8_h200.jsonl
@@ -38,8 +39,8 @@ LINEARS = (
 )
 # Rows, warps and stages; rows, columns, halves, warps and stages.
 GATE_UP_TILES = (
-    *((128, 8, 3), (128, 8, 4), (128, 16, 3), (128, 16, 4)),
-    *((64, 8, 3), (64, 8, 4), (64, 4, 3), (64, 4, 4)),
+    *((128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 16, 3), (128, 16, 4)),
+    *((64, 8, 2), (64, 8, 3), (64, 8, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4)),
 )
 TILES = (
     *((128, 128, 2, 8, 3), (128, 128, 2, 8, 4), (128, 128, 2, 16, 4), (128, 256, 1, 16, 3)),
@@ -59,6 +60,23 @@ def as_16_bits(weights: Any) -> Any:
     scheme = Scheme(**NAMED["fp8w"])
     return PackedWeights(
         weights.planes, weights.scale, None, scheme, weights.shape[-1], weights.dtype
+    )
+
+
+def library_linear(rows: float8.Float8Rows, weights: Any) -> Callable[[], Any]:
+    """The product of `float8_linear` by cuBLAS, which has it from CUDA 12.9 on, for Hopper: scales
+    of weights are [a multiple of 4 that holds the groups of a row, N / 128]."""
+    K, scaling = weights.shape[1], F.ScalingType
+    own = F.pad(weights.scales().float(), (0, -(K // 128) % 4)).t()
+    matrix = float8.weight_bytes(weights)[:, :K].t()
+    return lambda: F.scaled_mm(
+        rows.codes,
+        matrix,
+        rows.scale.t(),
+        scaling.BlockWise1x128,
+        own,
+        scaling.BlockWise128x128,
+        output_dtype=torch.bfloat16,
     )
 
 
@@ -92,7 +110,7 @@ def measure_experts(record: Recorder, num_rows: int, sweep: bool, weights: Any) 
     gate_up, down, plain_gate_up, plain_down = weights
     x = torch.randn(num_rows, D, device="cuda", dtype=torch.bfloat16)
     index = torch.rand(num_rows, E, device="cuda").topk(K, dim=-1).indices
-    order, ends, *_ = sort_pairs(index, E)
+    order, ends, _, places = sorted_pairs = sort_pairs(index, E)
     pairs = num_rows * K
     lines = Lines(record, 6 * pairs * D * I, product="experts", rows=num_rows)
 
@@ -102,30 +120,26 @@ def measure_experts(record: Recorder, num_rows: int, sweep: bool, weights: Any) 
 
     expected = lines.line("bf16", plain)
     wide = as_16_bits(gate_up), as_16_bits(down)
-    lines.line("fp8w", lambda: packed.packed_products(x, order, ends, wide, K), expected)
+    lines.line("fp8w", lambda: packed.packed_products(x, sorted_pairs, wide), expected)
 
-    def quantised() -> Any:
-        rows = float8.quantize_rows(x)
-        inner = float8_kernels.gate_up(rows, order, ends, gate_up, K)
-        return float8_kernels.down(inner, order, ends, down, x.dtype)
-
-    lines.line("fp8", quantised, expected)
-    lines.line("quantise", lambda: float8.quantize_rows(x))
+    quantised = gate_up, down
+    lines.line("fp8", lambda: packed.packed_products(x, sorted_pairs, quantised), expected)
+    lines.line("quantise", lambda: float8.quantize_rows(x, places))
     if not sweep:
         return
-    rows = float8.quantize_rows(x)
-    inner = float8_kernels.gate_up(rows, order, ends, gate_up, K)
+    rows = float8.quantize_rows(x, places)
+    inner = float8_kernels.gate_up(rows, ends, gate_up)
     lines = Lines(record, 4 * pairs * D * I, product="gate_up", rows=num_rows)
     lines.line("bf16", lambda: prefill_kernels.gate_up(x, order, ends, plain_gate_up, K))
     chosen = float8_kernels.GATE_UP_TILES, float8_kernels.DOWN_TILES
     for tile in GATE_UP_TILES:
-        float8_kernels.GATE_UP_TILES = 3 * (tile,)
-        lines.line("fp8", lambda: float8_kernels.gate_up(rows, order, ends, gate_up, K), tile=tile)
+        float8_kernels.GATE_UP_TILES = 4 * (tile,)
+        lines.line("fp8", lambda: float8_kernels.gate_up(rows, ends, gate_up), tile=tile)
     lines = Lines(record, 2 * pairs * D * I, product="down", rows=num_rows)
     wide_inner = torch.randn(pairs, I, device="cuda", dtype=torch.bfloat16)
     lines.line("bf16", lambda: prefill_kernels.down(wide_inner, order, ends, plain_down))
     for tile in TILES:
-        float8_kernels.DOWN_TILES = 3 * (tile,)
+        float8_kernels.DOWN_TILES = 4 * (tile,)
         run = lambda: float8_kernels.down(inner, order, ends, down, x.dtype)  # noqa: E731
         lines.line("fp8", run, tile=tile)
     float8_kernels.GATE_UP_TILES, float8_kernels.DOWN_TILES = chosen
@@ -142,6 +156,8 @@ def measure_linear(record: Recorder, num_rows: int, sweep: bool, shape: tuple[in
     lines.line("fp8w", lambda: F.linear(x, wide), expected)
     rows = float8.quantize_rows(x)
     lines.line("quantise", lambda: float8.quantize_rows(x))
+    if num_outputs % 128 == 0 and hasattr(F, "scaled_mm"):
+        lines.line("cublas", library_linear(rows, weights), expected)
     chosen = float8.LARGE_TILE
     for tile in TILES if sweep else (chosen,):
         float8.LARGE_TILE = tile

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kimi_linear.ops.packed.float8 import Float8Rows, float8_linear, quantize_rows, takes_float8
 from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.ops.quantized import quick_attributes
 from kimi_linear.ops.runtime import linear_weight, needs_grad, product_dtype
 
 # Rows and outputs from which a product in float8 is faster (H200). Quantising costs time by rows
@@ -34,13 +35,14 @@ class LinearInput:
 
     def through(self, linear: nn.Module) -> Tensor:
         """[.., N]: the layer's product."""
-        weight = _float8_weight(self.x, linear)
-        if weight is None:
-            return linear(self.x)
-        if self._rows is None:
-            self._rows = quantize_rows(self.x.flatten(0, -2))
-        out = float8_linear(self._rows, weight, self.x.dtype)
-        return out.view(*self.x.shape[:-1], out.shape[-1])
+        with quick_attributes():
+            weight = _float8_weight(self.x, linear)
+            if weight is not None:
+                if self._rows is None:
+                    self._rows = quantize_rows(self.x.flatten(0, -2))
+                out = float8_linear(self._rows, weight, self.x.dtype)
+                return out.view(*self.x.shape[:-1], out.shape[-1])
+        return linear(self.x)
 
 
 def project(x: Tensor, linear: nn.Module) -> Tensor:

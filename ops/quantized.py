@@ -15,6 +15,11 @@ aten = torch.ops.aten
 _data: Any = Tensor.data
 
 
+# A context in which attributes of quantised tensors are read as those of any tensor, a tenth of a
+# microsecond each: by way of `__torch_function__` it is more than one, some ten times a product.
+quick_attributes = torch._C.DisableTorchFunctionSubclass
+
+
 class QuantizedTensor(Tensor):
     """A frozen tensor whose numbers are held in fewer bits than its dtype has.
 
@@ -45,6 +50,10 @@ class QuantizedTensor(Tensor):
         """The same weights on another device, seen in another dtype."""
         raise NotImplementedError
 
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`F.linear` by these weights, where no graph is recorded."""
+        return F.linear(x, self.dequantized(), bias)
+
     def part(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """The result of an operation that needs only some of the weights; None: it needs all."""
         return None
@@ -66,8 +75,12 @@ class QuantizedTensor(Tensor):
         """The product of a linear layer where no graph is recorded, without the way through each of
         its operations, which takes the host longer than a GPU to multiply."""
         if func is F.linear and not kwargs and not torch.is_grad_enabled():
-            x, *others = (plain_weights(x) if isinstance(x, Tensor) else x for x in args)
-            return F.linear(x, *others)
+            x, weight, bias = (*args, None)[:3]
+            with quick_attributes():
+                x, bias = plain_weights(x), None if bias is None else plain_weights(bias)
+                if isinstance(weight, QuantizedTensor):
+                    return weight.linear(x, bias)
+            return F.linear(x, weight, bias)
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @classmethod

@@ -103,7 +103,7 @@ from measuring.device import collect_garbage, measure_rates
 from measuring.forms import NONE, bits_of, quantization
 from measuring.limits import Limits
 from measuring.long_text import LongText
-from measuring.memory import DEFAULT_CHUNK, allocator_limit
+from measuring.memory import allocator_limit, default_chunk
 from measuring.models import build
 from measuring.plot import plot_lines
 from measuring.report import Line, Recorder, environment, read_lines, say, table
@@ -291,7 +291,7 @@ class Run:
         """A new process for each context."""
         settings = self.settings
         limit = allocator_limit(options["form"], settings.memory_limit)
-        options = {**options, "chunk": settings.prefill_chunk or DEFAULT_CHUNK}
+        options = {**options, "chunk": settings.prefill_chunk or default_chunk(options["form"])}
         for context in sorted(set(settings.contexts)):
             collect_garbage(self.device)
             is_cuda = self.device.type == "cuda"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kimi_linear.ops.experts.prefill import can_prefill, prefill_experts, refuse
 from kimi_linear.ops.experts.training import train_experts, trains_lean
+from kimi_linear.ops.quantized import quick_attributes
 from kimi_linear.ops.runtime import TritonError
 from kimi_linear.upstream.interfaces import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
@@ -32,11 +33,12 @@ def grouped_experts(
     Returns:
         [T, D].
     """
-    if can_prefill(experts, hidden_states):
-        try:
-            return prefill_experts(experts, hidden_states, top_k_index, top_k_weights)
-        except TritonError as error:
-            refuse(error)
+    with quick_attributes():
+        if can_prefill(experts, hidden_states):
+            try:
+                return prefill_experts(experts, hidden_states, top_k_index, top_k_weights)
+            except TritonError as error:
+                refuse(error)
     if trains_lean(experts, hidden_states, top_k_weights):
         return train_experts(experts, hidden_states, top_k_index, top_k_weights)
     transformers_own = ALL_EXPERTS_FUNCTIONS["grouped_mm"]

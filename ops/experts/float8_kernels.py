@@ -1,8 +1,9 @@
 """Triton kernels of float8 experts for many tokens: both products by quantised rows.
 
 As those of `prefill_kernels.py`, by the products of `ops/packed/float8.py`. Tokens are quantised
-once, whatever their experts; `gate_up` quantises what it gives, as each tile has whole blocks of
-128 inputs of `down`, so that no 16-bit rows are written between both.
+once, and written where each of their experts reads them: hardware then copies whole tiles of rows,
+and no registers hold where each row is. `gate_up` quantises what it gives, as each tile has whole
+blocks of 128 inputs of `down`, so that no 16-bit rows are written between both.
 
 Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs
 of a token and one of its experts, sorted by expert.
@@ -25,8 +26,7 @@ from kimi_linear.ops.packed.float8 import (
     add_blocks,
     has_descriptors,
     has_large_memory,
-    load_bytes,
-    load_weight_scale,
+    next_column,
     scales_form,
     store_columns,
     tiles_of_bytes,
@@ -37,38 +37,36 @@ from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
 from kimi_linear.schemes import FLOAT8_BLOCK
 
 # Of a tile of `gate_up`, which has a block of each half of the outputs: rows, warps and stages. Of
-# one of `down`: rows, columns, halves, warps and stages. By average rows of an expert: from
-# FEW_ROWS on the first, below it the second; with less shared memory than Hopper's the third.
-# (With 128 rows, sums of `gate_up` leave the registers, and at 128 rows of an expert a third of the
-# tiles is padding: 0.94 ms instead of 0.73 on an H200.)
-GATE_UP_TILES = ((64, 8, 3), (64, 8, 4), (64, 8, 2))
-DOWN_TILES = ((64, 128, 1, 4, 3), (64, 128, 2, 8, 4), (64, 128, 1, 8, 2))
-FEW_ROWS = 64
+# one of `down`: rows, columns, halves, warps and stages. By average rows of an expert, first those
+# from MANY_ROWS on, then from FEW_ROWS on, then below it; last, with less shared memory than
+# Hopper's. (At 128 rows of an expert, a third of the tiles of 128 rows is padding. Where rows of
+# weights have scales of their own, their sums leave no registers for them.)
+GATE_UP_TILES = ((128, 8, 4), (64, 8, 3), (64, 8, 4), (64, 8, 2))
+DOWN_TILES = ((64, 128, 1, 4, 3), (64, 128, 1, 4, 3), (64, 128, 2, 8, 4), (64, 128, 1, 8, 2))
+MANY_ROWS, FEW_ROWS = 512, 64
 
 
-def gate_up(rows: Float8Rows, order: Tensor, ends: Tensor, weights: Any, k: int) -> Float8Rows:
-    """[P, I], by expert, quantised: silu(gate) * up of the tokens' rows [T, D], for packed weights
+def gate_up(rows: Float8Rows, ends: Tensor, weights: Any) -> Float8Rows:
+    """[P, I], by expert, quantised: silu(gate) * up of rows [P, D] by expert, for packed weights
     [E, 2 I, D]. Rows with an out-of-range expert are left uninitialised."""
-    P, (E, width, D) = order.numel(), weights.shape
-    I, device = width // 2, order.device  # noqa: E741
+    P, (E, width, D) = rows.codes.shape[0], weights.shape
+    I, device = width // 2, ends.device  # noqa: E741
     blocks = ceil_div(I, FLOAT8_BLOCK)
     codes = torch.empty(P, blocks * FLOAT8_BLOCK, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty(blocks, P, dtype=torch.float32, device=device)
-    tile_rows, num_warps, num_stages = _tile(GATE_UP_TILES, P, E, device)
+    tile_rows, num_warps, num_stages = _tile(GATE_UP_TILES, P, weights, device)
     *shared, is_single = scales_form(weights, FLOAT8_BLOCK)
     is_single = is_single and I % FLOAT8_BLOCK == 0  # the rows of `up` begin where a tile does
-    with torch.cuda.device_of(order):
+    with torch.cuda.device_of(ends):
         _float8_gate_up[(tiles_of(P, E, tile_rows) * blocks,)](
-            *rows,
-            order,
+            tiles_of_bytes(rows.codes, tile_rows),
+            rows.scale,
             ends,
             tiles_of_bytes(weight_bytes(weights), FLOAT8_BLOCK),
             weights.scale,
             codes,
             scale,
-            rows.codes.shape[0],
             P,
-            TOP=k,
             D=D,
             I=I,
             **_sizes(weights, tile_rows),
@@ -87,7 +85,7 @@ def down(
     [E, D, I]. Rows with an out-of-range expert are left uninitialised."""
     P, (E, D, I) = order.numel(), weights.shape  # noqa: E741
     out = torch.empty(P, D, dtype=dtype, device=order.device)
-    tile_rows, columns, halves, num_warps, num_stages = _tile(DOWN_TILES, P, E, out.device)
+    tile_rows, columns, halves, num_warps, num_stages = _tile(DOWN_TILES, P, weights, out.device)
     with torch.cuda.device_of(order):
         _float8_down[(tiles_of(P, E, tile_rows) * ceil_div(D, halves * columns),)](
             tiles_of_bytes(inner.codes, tile_rows),
@@ -111,10 +109,14 @@ def down(
     return out
 
 
-def _tile(tiles: Any, num_pairs: int, num_experts: int, device: torch.device) -> Any:
+def _tile(tiles: Any, num_pairs: int, weights: Any, device: torch.device) -> Any:
     if not has_large_memory(device):
-        return tiles[2]
-    return tiles[num_pairs < FEW_ROWS * num_experts]
+        return tiles[-1]
+    average = num_pairs / weights.shape[0]
+    has_block_scales = weights.scheme.rows % FLOAT8_BLOCK == 0
+    if average >= MANY_ROWS and has_block_scales:
+        return tiles[0]
+    return tiles[1 if average >= FEW_ROWS else 2]
 
 
 def _sizes(weights: Any, tile_rows: int) -> dict[str, int]:
@@ -128,17 +130,14 @@ def _sizes(weights: Any, tile_rows: int) -> dict[str, int]:
 @launch_directly
 @jit
 def _float8_gate_up(
-    x,  # float8 [T, 128 blocks of D]
-    x_scale,  # [blocks of D, T]
-    order,  # [P]
+    x,  # float8 [P, 128 blocks of D]
+    x_scale,  # [blocks of D, P]
     ends,  # [E]
     weights,  # float8 [E * 2 * I, bytes of a row]
     w_scale,
     out,  # float8 [P, 128 blocks of I]
     out_scale,  # [blocks of I, P]
-    num_tokens,
     num_pairs,
-    TOP: tl.constexpr,
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     E: tl.constexpr,
@@ -148,8 +147,6 @@ def _float8_gate_up(
     HAS_DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (D + BLOCK - 1) // BLOCK
-    BYTES: tl.constexpr = (D + 255) // 256 * 256
     across: tl.constexpr = (I + BLOCK - 1) // BLOCK
     expert, first, end = find_tile(ends, tl.program_id(0) // across, E, EXPERTS, ROWS)
     if expert >= E:
@@ -157,31 +154,25 @@ def _float8_gate_up(
     own_block = tl.program_id(0) % across
     column = own_block * BLOCK
     row = first + tl.arange(0, ROWS)
-    # of 32 bits: the sums leave few registers for pointers
-    token = (tl.load(order + row, mask=row < end, other=0) // TOP).to(tl.int32)
-    k = tl.arange(0, BLOCK)
-    places = token[:, None] * (BLOCKS * BLOCK) + k[None, :]
-    n = tl.minimum(column + k, I - 1)
-    w_scale += expert.to(tl.int64) * SCALES_EACH
-    matrix = expert * 2 * I
-    gate = tl.zeros((ROWS, BLOCK), tl.float32)
-    up = tl.zeros((ROWS, BLOCK), tl.float32)
-    for block in range(BLOCKS):
-        scale = tl.load(x_scale + block * num_tokens + token)[:, None]
-        gate_scale = scale * load_weight_scale(w_scale, column, n, block, SCALES)
-        up_scale = scale * load_weight_scale(w_scale, column + I, n + I, block, SCALES)
-        value = tl.load(x + block * BLOCK + places)
-        start = matrix + column
-        weight = load_bytes(weights, start, matrix + n, block, BYTES, HAS_DESCRIPTORS)
-        gate += tl.dot(value, weight.T) * gate_scale
-        weight = load_bytes(weights, start + I, matrix + I + n, block, BYTES, HAS_DESCRIPTORS)
-        up += tl.dot(value, weight.T) * up_scale
+    own_row = tl.minimum(row, end - 1)
+    gate, up = add_blocks(
+        (x, x_scale + own_row, num_pairs, first, own_row),
+        (weights, w_scale + expert.to(tl.int64) * SCALES_EACH, expert * 2 * I, column, column + I),
+        2 * I,
+        D,
+        SCALES,
+        HAS_DESCRIPTORS,
+        ROWS,
+        BLOCK,
+        2,
+    )
     inner = gate * tl.sigmoid(gate) * up
+    n = (column + tl.arange(0, BLOCK))[None, :]
     if across * BLOCK != I:
-        inner = tl.where((column + k < I)[None, :], inner, 0.0)
+        inner = tl.where(n < I, inner, 0.0)
     number, own = to_float8(inner, ROWS)
     place = row.to(tl.int64)
-    target = out + place[:, None] * (across * BLOCK) + (column + k)[None, :]
+    target = out + place[:, None] * (across * BLOCK) + n
     tl.store(target, number, mask=(row < end)[:, None])
     tl.store(out_scale + own_block.to(tl.int64) * num_pairs + place, own, mask=row < end)
 
@@ -217,7 +208,13 @@ def _float8_down(
     own_row = tl.minimum(row, end - 1)
     one, other = add_blocks(
         (inner, inner_scale + own_row, num_pairs, first, own_row),
-        (weights, w_scale + expert.to(tl.int64) * SCALES_EACH, expert * D, column),
+        (
+            weights,
+            w_scale + expert.to(tl.int64) * SCALES_EACH,
+            expert * D,
+            column,
+            next_column(column, D, COLUMNS),
+        ),
         D,
         I,
         SCALES,

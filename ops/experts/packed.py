@@ -20,6 +20,7 @@ from kimi_linear.ops.experts.packed_kernels import down, gate_up
 from kimi_linear.ops.experts.prefill_kernels import TensorDescriptor
 from kimi_linear.ops.experts.prefill_kernels import down as plain_down
 from kimi_linear.ops.experts.prefill_kernels import gate_up as plain_gate_up
+from kimi_linear.ops.experts.sort import SortedPairs
 from kimi_linear.ops.packed.float8 import quantize_rows, takes_float8
 from kimi_linear.ops.packed.unpacking import can_unpack
 from kimi_linear.ops.packed.weights import PackedWeights
@@ -40,21 +41,18 @@ def can_prefill_packed(matrices: tuple[Tensor, Tensor], x: Tensor) -> bool:
     )
 
 
-def packed_products(
-    x: Tensor, order: Tensor, ends: Tensor, matrices: tuple[Any, Any], k: int
-) -> Tensor:
+def packed_products(x: Tensor, pairs: SortedPairs, matrices: tuple[Any, Any]) -> Tensor:
     """[P, D], in the pairs' order: both products of each pair's expert.
 
     Args:
         x: [T, D].
-        order: [P], pairs by expert.
-        ends: [E], where each expert's pairs end.
+        pairs: By expert.
         matrices: gate_up [E, 2 I, D] and down [E, D, I], packed.
-        k: Experts of one token.
     """
     first, second = matrices
+    order, ends, k = pairs.order, pairs.ends, pairs.places.shape[1]
     if x.shape[0] >= FLOAT8_TOKENS and all(map(takes_float8, matrices)):
-        rows = float8_gate_up(quantize_rows(x), order, ends, first, k)
+        rows = float8_gate_up(quantize_rows(x, pairs.places), ends, first)
         return float8_down(rows, order, ends, second, x.dtype)
     if order.numel() < MANY_ROWS * first.shape[0] or not _has_tiles(x):
         return down(gate_up(x, order, ends, first, k), order, ends, second)

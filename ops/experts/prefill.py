@@ -58,12 +58,12 @@ def prefill_experts(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> 
 
     def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         x = x.contiguous()
-        order, ends, *_ = sort_pairs(index, num_experts)
+        pairs = sort_pairs(index, num_experts)
         if is_packed:
-            pairs = packed_products(x, order, ends, matrices, index.shape[1])
+            rows = packed_products(x, pairs, matrices)
         else:
-            inner = gate_up(x, order, ends, matrices[0], index.shape[1])
-            pairs = down(inner, order, ends, matrices[1])
-        return weighted_sum(pairs, weights.contiguous(), index.contiguous(), num_experts)
+            inner = gate_up(x, pairs.order, pairs.ends, matrices[0], index.shape[1])
+            rows = down(inner, pairs.order, pairs.ends, matrices[1])
+        return weighted_sum(rows, weights.contiguous(), index.contiguous(), num_experts)
 
     return in_pieces(run, PIECE_TOKENS, x, index, weights)

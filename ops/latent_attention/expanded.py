@@ -26,7 +26,7 @@ from kimi_linear.ops.latent_attention.blocks import (
     unseen_mask,
     wide_bmm,
 )
-from kimi_linear.ops.runtime import needs_grad
+from kimi_linear.ops.runtime import needs_grad, power_of_two
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +34,9 @@ logger = logging.get_logger(__name__)
 EXPANDED_TOKENS = 1024
 FUSED_QUERY_TOKENS = 65536
 FUSED_EXPANDED_TOKENS = 65536
+# A block has at most so many keys for each query: few queries need not as much memory for keys, and
+# merging one more partial result of theirs takes 2 % of the time of four such keys a query.
+FUSED_KEYS_PER_QUERY, FUSED_FEWEST_KEYS = 4, 16384
 FUSED_MAX_HEAD_DIM = 256
 FUSED_DTYPES = (torch.float16, torch.bfloat16)  # on CUDA; a CPU's kernel takes float32 and 64 too
 # cuDNN makes a plan for every new shape, in 40 ms. Pairs of a query and a key token from which it
@@ -89,6 +92,7 @@ def _by_queries(
     past = num_tokens(segments) - T
     size = max(EXPANDED_TOKENS, FUSED_EXPANDED_TOKENS // B)
     tile_size = min(size, max(EXPANDED_TOKENS, FUSED_QUERY_TOKENS // B))
+    size = keys_of_block(T, size)
     wide_key = _wide_key(key_HNL, query.shape[-1] - key_HNL.shape[1])
     outputs = []
     for tile in query_tiles(segments, tile_size, past):
@@ -103,6 +107,12 @@ def _by_queries(
             del out
         outputs.append(merged.result().transpose(1, 2).to(query_BTHK.dtype))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def keys_of_block(num_queries: int, most: int) -> int:
+    """Keys, at most `most`, that are expanded at once for so many queries, a tile of them if there
+    are more: a power of two, so that most calls share cuDNN's plans."""
+    return min(most, max(FUSED_FEWEST_KEYS, power_of_two(FUSED_KEYS_PER_QUERY * num_queries)))
 
 
 def _expand(latent_BnR: Tensor, key_HNL: Tensor, value_HVL: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,16 +84,26 @@ def architecture(device: torch.device) -> int:
         return driver.active.get_current_target().arch
 
 
-def quantize_rows(x: Tensor) -> Float8Rows:
-    """Quantise rows [T, K]."""
+def quantize_rows(x: Tensor, places: Tensor | None = None) -> Float8Rows:
+    """Quantise rows [T, K]; with places int64 [T, k], a row is written to each of its: [T k, K]."""
     (T, K), x = x.shape, x.contiguous()
-    blocks = ceil_div(K, FLOAT8_BLOCK)
-    size = (T, blocks * FLOAT8_BLOCK)
+    blocks, copies = ceil_div(K, FLOAT8_BLOCK), 1 if places is None else places.shape[1]
+    size = (T * copies, blocks * FLOAT8_BLOCK)
     codes = torch.empty(size, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(blocks, T, dtype=torch.float32, device=x.device)
+    scale = torch.empty(blocks, size[0], dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _quantize_rows[(ceil_div(T, QUANTIZED_ROWS), blocks)](
-            x, codes, scale, T, K=K, WIDTH=size[1], ROWS=QUANTIZED_ROWS, num_warps=4
+            x,
+            places,
+            codes,
+            scale,
+            T,
+            K=K,
+            WIDTH=size[1],
+            COPIES=copies,
+            HAS_PLACES=places is not None,
+            ROWS=QUANTIZED_ROWS,
+            num_warps=4,
         )
     return Float8Rows(codes, scale)
 
@@ -211,7 +221,7 @@ def load_weight_scale(scale, first, rows, block, SCALES: tl.constexpr):
 @jit
 def add_blocks(
     rows,  # float8, pointers to their scales, scales of a block, the first row, each row
-    matrix,  # float8, its scales, its first row, the tile's first column
+    matrix,  # float8, its scales, its first row, first columns of the tile and of the other
     N: tl.constexpr,
     K: tl.constexpr,
     SCALES: tl.constexpr,
@@ -221,15 +231,13 @@ def add_blocks(
     HALVES: tl.constexpr,
 ):
     """Products float32 [ROWS, COLUMNS] of rows and the matrix's outputs from a column on, and with
-    two halves of the same number of outputs behind them."""
+    two halves from another column on."""
     BLOCKS: tl.constexpr = (K + BLOCK - 1) // BLOCK
     BYTES: tl.constexpr = (K + 255) // 256 * 256
     x, x_scale, num_scales, first, own_row = rows
-    weights, w_scale, start, column = matrix
+    weights, w_scale, start, column, other_column = matrix
     n = tl.minimum(column + tl.arange(0, COLUMNS), N - 1)
-    after = tl.minimum(column + COLUMNS + tl.arange(0, COLUMNS), N - 1)
-    # a tile behind the last column is multiplied too: by the last rows there are
-    behind = tl.minimum(column + COLUMNS, (N - 1) // COLUMNS * COLUMNS)
+    other_n = tl.minimum(other_column + tl.arange(0, COLUMNS), N - 1)
     one = tl.zeros((ROWS, COLUMNS), tl.float32)
     other = tl.zeros((ROWS, COLUMNS), tl.float32)
     for block in range(BLOCKS):
@@ -239,12 +247,19 @@ def add_blocks(
         weight = load_bytes(weights, start + column, start + n, block, BYTES, HAS_DESCRIPTORS)
         one += tl.dot(value, weight.T) * own
         if HALVES == 2:
-            own = scale * load_weight_scale(w_scale, behind, after, block, SCALES)
+            own = scale * load_weight_scale(w_scale, other_column, other_n, block, SCALES)
             weight = load_bytes(
-                weights, start + behind, start + after, block, BYTES, HAS_DESCRIPTORS
+                weights, start + other_column, start + other_n, block, BYTES, HAS_DESCRIPTORS
             )
             other += tl.dot(value, weight.T) * own
     return one, other
+
+
+@jit
+def next_column(column, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first column of the tile behind one, which is multiplied behind the last column too: by
+    the last outputs there are."""
+    return tl.minimum(column + COLUMNS, (N - 1) // COLUMNS * COLUMNS)
 
 
 @jit
@@ -259,11 +274,14 @@ def store_columns(target, total, is_row, column, N: tl.constexpr):
 @jit
 def _quantize_rows(
     x,  # [T, K]
-    codes,  # [T, WIDTH]
-    scale,  # [B, T]
+    places,  # [T, COPIES]
+    codes,  # [T COPIES, WIDTH]
+    scale,  # [B, T COPIES]
     num_rows,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
+    COPIES: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     block = tl.program_id(1)
@@ -272,8 +290,13 @@ def _quantize_rows(
     inside = (row < num_rows)[:, None]
     value = tl.load(x + row[:, None] * K + column, mask=inside & (column < K), other=0.0)
     number, own = to_float8(value.to(tl.float32), ROWS)
-    tl.store(codes + row[:, None] * WIDTH + column, number, mask=inside)
-    tl.store(scale + block.to(tl.int64) * num_rows + row, own, mask=row < num_rows)
+    scale += block.to(tl.int64) * num_rows * COPIES
+    for copy in tl.static_range(COPIES):
+        place = row
+        if HAS_PLACES:
+            place = tl.load(places + row * COPIES + copy, mask=row < num_rows, other=0)
+        tl.store(codes + place[:, None] * WIDTH + column, number, mask=inside)
+        tl.store(scale + place, own, mask=row < num_rows)
 
 
 @launch_directly
@@ -300,7 +323,7 @@ def _float8_linear(
     own_row = tl.minimum(row, num_rows - 1)
     one, other = add_blocks(
         (x, x_scale + own_row, num_rows, first, own_row),
-        (weights, w_scale, 0, column),
+        (weights, w_scale, 0, column, next_column(column, N, COLUMNS)),
         N,
         K,
         SCALES,

@@ -14,10 +14,13 @@ from torch._prims_common import DeviceLikeType
 from kimi_linear.ops.packed.codes import PLANES, pack, unpack
 from kimi_linear.ops.packed.unpacking import can_unpack, unpack_on_gpu
 from kimi_linear.ops.quantized import QuantizedTensor, TransposedWeights
-from kimi_linear.ops.runtime import ceil_div
+from kimi_linear.ops.runtime import ceil_div, is_traced
 from kimi_linear.schemes import Scheme
 
 aten = torch.ops.aten
+# Bytes of a linear layer's weights that are written out at once, where no graph is recorded: those
+# of the 48B model's head take 755 MB.
+WRITTEN_BYTES = 128 << 20
 
 
 class PackedWeights(QuantizedTensor):
@@ -141,6 +144,28 @@ class PackedWeights(QuantizedTensor):
         else:
             values = codes.to(wide) - self._spread(zero.to(wide))
         return (values * self._spread(scale.to(wide))).to(self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`F.linear`, for memory's sake by some of a large matrix's outputs at a time."""
+        num_outputs, num_inputs = self.shape
+        shared = self.scheme.rows
+        step = WRITTEN_BYTES // (num_inputs * self.dtype.itemsize) // shared * shared
+        step = max(step, shared)
+        if step >= num_outputs or is_traced():
+            return super().linear(x, bias)
+        out = x.new_empty(*x.shape[:-1], num_outputs)
+        for start in range(0, num_outputs, step):
+            some = slice(start, start + step)
+            out[..., some] = F.linear(x, self._outputs(some).dequantized())
+        return out if bias is None else out.add_(bias)
+
+    def _outputs(self, some: slice) -> "PackedWeights":
+        """Those of a matrix; the first is the first that shares its scale."""
+        shared = slice(some.start // self.scheme.rows, ceil_div(some.stop, self.scheme.rows))
+        planes = tuple(plane[some] for plane in self.planes)
+        scale = self.scale[:, shared].contiguous()
+        zero = None if self.zero is None else self.zero[:, shared].contiguous()
+        return PackedWeights(planes, scale, zero, self.scheme, self.shape[-1], self.dtype)
 
     def _spread(self, each: Tensor) -> Tensor:
         """[N / R, G] to what multiplies [N, K]."""

@@ -16,8 +16,9 @@ from typing import Any
 CARDS = {"24gb": 24 << 30, "48gb": 48 << 30, **dict.fromkeys(("80gb", "fp8", "fp8w"), 80 * 10**9)}
 # Of these, what CUDA's context, kernels and libraries take.
 CONTEXT_BYTES = 800 * 10**6
-# A text is read in pieces of so many tokens, unless another number is given.
-DEFAULT_CHUNK = 8192
+# A text is read in pieces of so many tokens, unless another number is given: of what is there while
+# a piece is read, 150 KB a token are its own. The 48B model leaves little of a small card.
+CHUNKS, DEFAULT_CHUNK = {"24gb": 4096}, 8192
 # What decides how the allocator works; lines tell them.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -28,6 +29,11 @@ def allocator_limit(form: str, gigabytes: float | None) -> int | None:
         return int(gigabytes * 1e9)
     card = CARDS.get(form.partition("+")[0])
     return None if card is None else card - CONTEXT_BYTES
+
+
+def default_chunk(form: str) -> int:
+    """Tokens of a piece, by the form's card."""
+    return CHUNKS.get(form.partition("+")[0], DEFAULT_CHUNK)
 
 
 def main(

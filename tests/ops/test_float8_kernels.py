@@ -52,8 +52,8 @@ def small_tiles(monkeypatch, tile):
     if IS_INTERPRETED:
         rows, _, _, *launch = tile
         monkeypatch.setattr(float8, "SMALL_TILE", tile)
-        monkeypatch.setattr(float8_kernels, "DOWN_TILES", 3 * (tile,))
-        monkeypatch.setattr(float8_kernels, "GATE_UP_TILES", 3 * ((rows, *launch),))
+        monkeypatch.setattr(float8_kernels, "DOWN_TILES", 4 * (tile,))
+        monkeypatch.setattr(float8_kernels, "GATE_UP_TILES", 4 * ((rows, *launch),))
 
 
 @with_kernels
@@ -68,6 +68,30 @@ def test_rows_are_quantised_as_by_torch(rows, inputs):
     # an ulp of the scale may move a number that lies between two of float8
     assert relative(in_full(found, inputs), in_full(expected, inputs)) < 1e-3
     assert relative(in_full(found, inputs), x.double()) < 0.03
+
+
+@with_kernels
+@pytest.mark.parametrize("inputs", [128, 320])
+def test_rows_are_written_to_each_of_their_places(inputs):
+    x, places = draw(37, inputs, dtype=DTYPE), torch.randperm(37 * 3, device=DEVICE).view(37, 3)
+    once, found = float8.quantize_rows(x), float8.quantize_rows(x, places)
+    assert found.codes.shape[0] == found.scale.shape[1] == 37 * 3
+    for each in places.t():
+        assert torch.equal(found.codes[each].view(torch.uint8), once.codes.view(torch.uint8))
+        assert torch.equal(found.scale[:, each], once.scale)
+
+
+@with_kernels
+@pytest.mark.parametrize(
+    ("scheme", "has_memory", "expected"),
+    [("blocks", True, "abbc"), ("a row", True, "bbbc"), ("blocks", False, "dddd")],
+)
+def test_tiles_by_rows_of_an_expert(monkeypatch, scheme, has_memory, expected):
+    monkeypatch.setattr(float8_kernels, "has_large_memory", lambda device: has_memory)
+    weights, _ = random_packed(SCHEMES[scheme], (10, 128, 128), DTYPE, DEVICE)
+    rows = 512, 511, 64, 63
+    found = [float8_kernels._tile("abcd", 10 * each, weights, DEVICE) for each in rows]
+    assert "".join(found) == expected
 
 
 @with_kernels
@@ -142,16 +166,16 @@ def test_products_by_expert(monkeypatch, tokens, hidden, width, scheme, tile):
     up_full, down_full = exact(up), exact(down)
     experts = torch.rand(tokens, 8, device=DEVICE).topk(3, dim=-1).indices  # 6 and 7: other ranks'
     experts[experts == 2] = 4
-    order, ends, *_ = sort_pairs(experts, 6)
+    order, ends, _, places = sort_pairs(experts, 6)
     stops = [0, *ends.tolist()]
-    rows = float8.quantize_rows(draw(tokens, hidden, dtype=DTYPE))
-    inner = float8_kernels.gate_up(rows, order, ends, up, 3)
+    rows = float8.quantize_rows(draw(tokens, hidden, dtype=DTYPE), places)
+    inner = float8_kernels.gate_up(rows, ends, up)
     pairs = float8_kernels.down(inner, order, ends, down, DTYPE)
     x, y = in_full(rows, hidden), in_full(inner, width)
     for expert, (start, end) in enumerate(zip(stops, stops[1:], strict=False)):
         if start == end:
             continue
-        gate, value = (x[order[start:end] // 3] @ up_full[expert].t()).chunk(2, dim=1)
+        gate, value = (x[start:end] @ up_full[expert].t()).chunk(2, dim=1)
         own = float8.Float8Rows(inner.codes[start:end], inner.scale[:, start:end])
         assert_rounded(own, F.silu(gate) * value, SLACK)
         assert not in_full(own, own.codes.shape[1])[:, width:].any()

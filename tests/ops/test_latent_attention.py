@@ -149,3 +149,13 @@ def test_the_cheaper_form_of_the_48b_model():
     for num_queries, expected in ((1, True), (16, True), (160, True), (180, False), (4096, False)):
         assert absorbed_is_cheaper(num_queries, 1_000_000, **sizes) is expected
     assert not absorbed_is_cheaper(2048, 2048, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "most", "expected"),
+    [(200, 65536, 16384), (4096, 65536, 16384), (5000, 65536, 32768), (16384, 65536, 65536)]
+    + [(131072, 65536, 65536), (4096, 400, 400)],
+)
+def test_few_queries_expand_few_keys_at_once(num_queries, most, expected):
+    """4,096 tokens behind a long text would take 1.3 GB for keys and values otherwise."""
+    assert expanded.keys_of_block(num_queries, most) == expected

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from packed_weights import SCHEMES, random_packed
 from torch import nn
 
+from kimi_linear.ops.packed import weights
 from kimi_linear.ops.packed.codes import pack, unpack
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.schemes import Scheme
@@ -45,6 +46,27 @@ def test_computations_see_the_weights(scheme):
     assert torch.equal(grad, x.grad)
     ids = torch.tensor([[0, 39], [5, 5]])
     assert torch.equal(F.embedding(ids, packed), expected[ids])
+
+
+@by_scheme
+@torch.no_grad()
+def test_large_layers_are_written_out_in_parts(monkeypatch, scheme):
+    """The 48B model's head would take 755 MB at once."""
+    found, own = [], PackedWeights.dequantized
+
+    def noted(self):
+        found.append(self.shape[0])
+        return own(self)
+
+    packed, expected = random_packed(scheme, (300, 384))
+    x, bias = torch.randn(2, 3, 384, dtype=packed.dtype), torch.randn(300, dtype=packed.dtype)
+    monkeypatch.setattr(weights, "WRITTEN_BYTES", 130 * 384 * 2)
+    monkeypatch.setattr(PackedWeights, "dequantized", noted)
+    for extra in (None, bias):
+        wanted = F.linear(x, expected, extra)
+        torch.testing.assert_close(F.linear(x, packed, extra), wanted, rtol=2e-2, atol=0.5)
+    step = 128 if scheme.rows == 128 else 130
+    assert found == 2 * [step, step, 300 - 2 * step]
 
 
 @by_scheme

@@ -114,8 +114,8 @@ def test_products_by_packed_experts(monkeypatch, is_written_out, scheme, dtype):
     x = draw(90, 64, dtype=dtype)
     experts = torch.rand(90, 8, device=DEVICE).topk(3, dim=-1).indices  # 6 and 7: other ranks'
     experts[experts == 2] = 4
-    order, ends, *_ = sort_pairs(experts, 6)
-    pairs = packed.packed_products(x, order, ends, (first, second), 3)
+    order, ends, *_ = sorted_pairs = sort_pairs(experts, 6)
+    pairs = packed.packed_products(x, sorted_pairs, (first, second))
     written = (experts < 6).flatten()
     inner = reference_gate_up(x, order, ends, up, 3)
     expected = reference_down(inner, order, ends, down)[written]

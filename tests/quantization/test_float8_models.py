@@ -1,8 +1,11 @@
 """Models whose activations are quantised for products with float8 weights, by the interpreter or on
 a GPU: which layers and calls, and how far logits are from those of 16-bit activations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from builders import token_ids
 from few_bits_models import packed_of, small_model
 from float8_references import exact, in_full, relative, round_as_torch
@@ -11,11 +14,12 @@ from torch import nn
 
 import kimi_linear.ops.projections as projections
 from kimi_linear import KimiLinearQuantizationConfig, quantize_model
-from kimi_linear.ops.experts import packed
+from kimi_linear.ops.experts import grouped_experts, packed, prefill
 from kimi_linear.ops.experts.sort import sort_pairs
 from kimi_linear.ops.packed import float8, unpacking
 from kimi_linear.ops.packed.rounding import quantize
 from kimi_linear.ops.projections import LinearInput, project
+from kimi_linear.ops.quantized import QuantizedTensor
 from kimi_linear.schemes import NAMED, Scheme
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
@@ -35,6 +39,8 @@ def everywhere(monkeypatch):
             pytest.skip("needs products of float8 numbers")
         return
     round_as_torch(monkeypatch)
+    monkeypatch.setattr(prefill, "has_kernels", lambda *tensors: True)
+    monkeypatch.setattr(prefill, "DTYPES", (torch.float32,))
     for module in (float8, unpacking):
         monkeypatch.setattr(module, "DEVICES", ("cpu",))
         monkeypatch.setattr(module, "DTYPES", (torch.float32,))
@@ -45,9 +51,9 @@ def quantized(monkeypatch):
     """Sizes of what is quantised, in order."""
     found = []
 
-    def noted(x):
+    def noted(x, *places):
         found.append(tuple(x.shape))
-        return float8.quantize_rows(x)
+        return float8.quantize_rows(x, *places)
 
     for module in (projections, packed):
         monkeypatch.setattr(module, "quantize_rows", noted)
@@ -79,6 +85,30 @@ def test_layers_of_one_input_quantise_it_once(quantized):
         assert out.shape == expected.shape and out.dtype == DTYPE
         assert relative(out, expected) < 0.035
     assert torch.equal(found[1], layers[1](x))  # its activations stay in 16 bits
+
+
+@with_kernels
+@torch.no_grad()
+def test_attributes_of_weights_cost_the_host_little(monkeypatch):
+    """They are not read by way of `__torch_function__`: a layer's products read some twenty."""
+    own, asked = QuantizedTensor.__torch_function__.__func__, []
+
+    def noted(cls, func, *args):
+        asked.append(func)
+        return own(cls, func, *args)
+
+    x, layers = rows(9), [layer("fp8"), layer("fp8w")]
+    experts = SimpleNamespace(training=False, act_fn=nn.SiLU())
+    experts.gate_up_proj, experts.down_proj = (
+        quantize(torch.randn(2, n, 128).to(DEVICE, DTYPE), Scheme(**NAMED["fp8"]))
+        for n in (256, 128)
+    )
+    index, weights = torch.tensor([[0, 1]] * 9, device=DEVICE), torch.ones(9, 2, device=DEVICE)
+    monkeypatch.setattr(QuantizedTensor, "__torch_function__", classmethod(noted))
+    for each in layers:
+        project(x, each)
+    grouped_experts(experts, x, index, weights)
+    assert asked == [F.linear]
 
 
 @with_kernels
@@ -114,16 +144,16 @@ def test_experts(quantized, monkeypatch):
 
     x = rows(12)
     experts = torch.rand(12, 4, device=DEVICE).topk(2, dim=-1).indices
-    order, ends, *_ = sort_pairs(experts, 4)
+    pairs = sort_pairs(experts, 4)
     sizes = (4, 256, 128), (4, 128, 128)
     found, wide = (
-        packed.packed_products(x, order, ends, tuple(held(s, name) for s in sizes), 2)
+        packed.packed_products(x, pairs, tuple(held(s, name) for s in sizes))
         for name in ("fp8", "fp8w")
     )
     assert quantized == [(12, 128)]
     assert 1e-3 < relative(found, wide.double()) < 0.06  # two products, one after the other
-    order, ends, *_ = sort_pairs(experts[:4], 4)
-    packed.packed_products(x[:4], order, ends, tuple(held(s, "fp8") for s in sizes), 2)
+    pairs = sort_pairs(experts[:4], 4)
+    packed.packed_products(x[:4], pairs, tuple(held(s, "fp8") for s in sizes))
     assert len(quantized) == 1
 
 

@@ -14,7 +14,7 @@ from measuring.device import Rates
 from measuring.forms import bits_of, quantization
 from measuring.limits import Limits
 from measuring.long_text import LongText
-from measuring.memory import allocator_limit
+from measuring.memory import allocator_limit, default_chunk
 from measuring.models import MODELS, build
 from measuring.packed import code_spread, fill_packed
 from measuring.plot import plot_lines
@@ -438,6 +438,7 @@ def test_memory_of_a_process(packed_run: tuple[Path, list[Any]]) -> None:
     assert allocator_limit("24gb", None) == (24 << 30) - 800 * 10**6
     assert allocator_limit("24gb+head=4", 20.5) == 20_500_000_000
     assert allocator_limit("none", None) is None
+    assert default_chunk("24gb+head=4") < default_chunk("48gb") == default_chunk("none")
 
 
 def test_what_a_process_had_measured_is_kept(

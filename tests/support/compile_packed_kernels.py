@@ -85,14 +85,16 @@ def float8_products(scheme: Scheme, dtype: torch.dtype) -> None:
         return
     D, I, E, k = 2304, 1024, 16, 8  # noqa: E741
     for num_rows in (64, 1024):
-        rows = float8.quantize_rows(torch.zeros(num_rows, D, dtype=dtype))
-        float8.float8_linear(rows, PackedWeights.empty((4096, D), scheme, dtype, "cpu"), dtype)
+        x = torch.zeros(num_rows, D, dtype=dtype)
+        linear = PackedWeights.empty((4096, D), scheme, dtype, "cpu")
+        float8.float8_linear(float8.quantize_rows(x), linear, dtype)
         order = torch.zeros(num_rows * k, dtype=torch.int64)
+        rows = float8.quantize_rows(x, order.view(num_rows, k))
         ends = torch.zeros(E, dtype=torch.int32)
         up, down = (
             PackedWeights.empty(s, scheme, dtype, "cpu") for s in ((E, 2 * I, D), (E, D, I))
         )
-        inner = float8_kernels.gate_up(rows, order, ends, up, k)
+        inner = float8_kernels.gate_up(rows, ends, up)
         float8_kernels.down(inner, order, ends, down, dtype)
 
 
