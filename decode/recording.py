@@ -16,6 +16,7 @@ from kimi_linear.decode.addresses import (
     PoolTable,
     padded,
 )
+from kimi_linear.decode.divided import DividedFewRowsStep, DividedManyRowsStep
 from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
 from kimi_linear.decode.packed import PackedManyRowsStep
@@ -26,6 +27,7 @@ from kimi_linear.ops.quantized import has_quantized
 
 PLAIN_KINDS = (FewRowsStep, ManyRowsStep)
 PACKED_KINDS = (PackedFewRowsStep, PackedManyRowsStep)
+DIVIDED_KINDS = (DividedFewRowsStep, DividedManyRowsStep)
 
 
 class StepKind(NamedTuple):
@@ -38,23 +40,25 @@ class StepKind(NamedTuple):
     page_tokens: int = 0
 
 
-def decode_step(model: nn.Module, kind: StepKind) -> DecodeStep:
-    """The step of this kind."""
+def decode_step(model: nn.Module, kind: StepKind, group: Any = None) -> DecodeStep:
+    """The step of this kind; with a group, of a model that is one process' part of its model."""
     few, many = PACKED_KINDS if has_quantized(model, PackedWeights) else PLAIN_KINDS
     is_few = kind.num_sequences * kind.num_tokens <= few.most_rows
+    if group is not None:
+        return DIVIDED_KINDS[not is_few](group, model, *kind)
     return (few if is_few else many)(model, *kind)
 
 
 class Recording:
     """A `DecodeStep` and its CUDA graph; on other devices it is launched each time."""
 
-    def __init__(self, model: nn.Module, kind: StepKind) -> None:
+    def __init__(self, model: nn.Module, kind: StepKind, group: Any = None) -> None:
         self._table: AddressTable | PoolTable | None = None
         self._counts: Counters | None = None  # that the device has
         self._stream: torch.cuda.Stream | None = None  # of the last run
         # made in inference mode, buffers could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
-            self._step = decode_step(model, kind)
+            self._step = decode_step(model, kind, group)
             if self._step.device.type == "cuda":
                 with torch.cuda.device(self._step.device):
                     self._record()
