@@ -327,6 +327,12 @@ def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) 
         return None
 
 
+def drop_recordings(model: nn.Module) -> None:
+    """Forget a model's recordings; the next call records anew. Those of NCCL's sums have to be gone
+    before their group of processes is destroyed."""
+    _decoders.pop(model, None)
+
+
 def has_recording(model: nn.Module, num_rows: int) -> bool:
     """Whether calls of one token for each of `num_rows` rows, without padding, ran as a graph."""
     decoder = _decoders.get(model)

@@ -8,7 +8,8 @@ side by side with theirs. It has no forwards of the plan's, which would sum by t
 
 import copy
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,10 +31,16 @@ def is_divided(model: nn.Module) -> bool:
     return any(map(is_dtensor, model.parameters()))
 
 
+def mesh_of(model: nn.Module) -> Any:
+    """The processes of a divided model's first divided parameter."""
+    parameters: Any = model.parameters()
+    return next(x.device_mesh for x in parameters if is_dtensor(x))
+
+
 def division_obstacle(model: nn.Module) -> str:
     """Why a divided model's parts are not those of `TP_PLAN`, in equal sizes, or ""."""
-    mesh = next(x.device_mesh for x in model.parameters() if is_dtensor(x))
-    for name, x in model.named_parameters():
+    mesh, parameters = mesh_of(model), model.named_parameters()
+    for name, x in cast("Iterator[tuple[str, Any]]", parameters):
         style = PLAN.get(_general(name), PLAN.get(_general(name).rpartition(".")[0], ""))
         expected = DIMS.get(style)
         if not is_dtensor(x):
@@ -56,10 +63,10 @@ def _general(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
-def own_part(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup]:
+def own_part(model: nn.Module) -> tuple[nn.Module, Any]:
     """This process' part of a model that `division_obstacle` has nothing against, in the same
     memory, and the processes that have it together."""
-    mesh = next(x.device_mesh for x in model.parameters() if is_dtensor(x))
+    mesh = mesh_of(model)
     parameters = {id(x): _own(x) for x in model.parameters()}
     part = _copied(model, parameters, mesh.size())
     part.config = _own_config(model.config, mesh.size())
@@ -98,7 +105,7 @@ def _own_config(config: Any, num_parts: int) -> Any:
     return own
 
 
-def agreed(reason: str, group: dist.ProcessGroup, device: torch.device) -> str:
+def agreed(reason: str, group: Any, device: torch.device) -> str:
     """A reason against something that all processes do or none, if one of them has any."""
     flag = torch.tensor([bool(reason)], dtype=torch.int32, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)

@@ -7,6 +7,8 @@ recording can repeat it: write `part`, call `run`, read the result.
 Shapes: P processes.
 """
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class GroupSum:
         total: The sum, until the next part is written.
     """
 
-    def __init__(self, total: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, total: Tensor, group: Any) -> None:
         self.part = self.total = total
         self._group = group
 
@@ -39,7 +41,7 @@ class GroupSum:
 class SharedSum:
     """As `GroupSum`, by reading the others' memory: the part is another tensor than the total."""
 
-    def __init__(self, total: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, total: Tensor, group: Any) -> None:
         self.total = total
         self._memory = SharedMemory(total.shape, total.dtype, total.device, group)
         self.part = self._memory.own
@@ -61,19 +63,21 @@ class GroupGather:
         parts: What `run` writes.
     """
 
-    def __init__(self, part: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, part: Tensor, group: Any) -> None:
         self.part, self._group = part, group
         self.parts = part.new_empty(group.size(), *part.shape)
 
     def run(self) -> None:
         """Gather; all processes have to."""
-        dist.all_gather_into_tensor(self.parts.flatten(0, 1), self.part, group=self._group)
+        # newer torch has another name for it
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(self.parts.flatten(0, 1), self.part, group=self._group)
 
 
 class SharedGather:
     """As `GroupGather`, by reading the others' memory."""
 
-    def __init__(self, part: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, part: Tensor, group: Any) -> None:
         self._memory = SharedMemory(part.shape, part.dtype, part.device, group)
         self.part, self.parts = self._memory.own, part.new_empty(group.size(), *part.shape)
 
@@ -82,7 +86,7 @@ class SharedGather:
         self._memory.gather_into(self.parts)
 
 
-def make_sum(total: Tensor, group: dist.ProcessGroup) -> GroupSum | SharedSum:
+def make_sum(total: Tensor, group: Any) -> GroupSum | SharedSum:
     """The fastest one that there is for this tensor; all processes make it at once."""
     if USES_SHARED_MEMORY and total.is_cuda and total.dtype in SUMMED_DTYPES:
         try:
@@ -92,7 +96,7 @@ def make_sum(total: Tensor, group: dist.ProcessGroup) -> GroupSum | SharedSum:
     return GroupSum(total, group)
 
 
-def make_gather(part: Tensor, group: dist.ProcessGroup) -> GroupGather | SharedGather:
+def make_gather(part: Tensor, group: Any) -> GroupGather | SharedGather:
     """The fastest one that there is for tensors like `part`; all processes make it at once."""
     if USES_SHARED_MEMORY and part.is_cuda:
         try:

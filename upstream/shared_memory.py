@@ -6,6 +6,8 @@ off.
 """
 
 import os
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-try:
-    from torch.distributed import _symmetric_memory as symmetric_memory
-except ImportError:  # another build of torch
-    symmetric_memory = None  # type: ignore[assignment]
 
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 SUMMED_DTYPES = (torch.bfloat16, torch.float32)  # of `SharedMemory.sum_into`
@@ -49,11 +46,20 @@ class SharedMemory:
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: Any
     ) -> None:
         self._name, self._shape, self._dtype = group.group_name, shape, dtype
-        if not _agree(can_share(group), device, group):
+        self._handle: Any = None
+        if not can_share(device, group):
             raise SharedMemoryError("the GPUs cannot read each other's memory")
-        with _without_multicast():
-            self.own: Tensor = symmetric_memory.empty(shape, dtype=dtype, device=device)
-            self._handle = symmetric_memory.rendezvous(self.own, group)
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        reason: RuntimeError | None = None
+        try:
+            with _without_multicast():
+                self.own: Tensor = symmetric_memory.empty(shape, dtype=dtype, device=device)
+                self._handle = symmetric_memory.rendezvous(self.own, group)
+        except RuntimeError as error:  # a container may forbid it
+            reason = error
+        if not all(_least([self._handle is not None], device, group)):
+            raise SharedMemoryError("a process cannot share its GPU's memory") from reason
 
     def sum_into(self, out: Tensor) -> None:
         """out = sum of the processes' tensors, in the order of their ranks, the same on each."""
@@ -63,35 +69,43 @@ class SharedMemory:
         """out [processes, *shape] = the processes' tensors, in the order of their ranks."""
         self._handle.barrier()
         for rank, place in enumerate(out):
-            place.copy_(self._handle.get_buffer(rank, self._shape, self._dtype))
+            place.copy_(self.of(rank))
         self._handle.barrier()
+
+    def of(self, rank: int) -> Tensor:
+        """The tensor of a process, in its own GPU's memory."""
+        # torch before 2.10 shares whole allocations, each of one tensor
+        handle = self._handle
+        find = getattr(handle, "get_remote_tensor", handle.get_buffer)
+        return find(rank, self._shape, self._dtype)
 
 
 class SharedMemoryError(RuntimeError):
     """A group's GPUs do not share memory."""
 
 
-def can_share(group: Any) -> bool:
-    """Whether this process sees the GPUs of all processes of a group, and they each other's memory.
-
-    It takes processes of one host, which see the same GPUs.
-    """
-    if symmetric_memory is None or not torch.cuda.is_available():
-        return False
-    count, own = dist.get_world_size(group), torch.cuda.current_device()
-    if not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_out"):
-        return False
-    if torch.cuda.device_count() < count:
-        return False
-    others = [i for i in range(torch.cuda.device_count()) if i != own]
-    return all(torch.cuda.can_device_access_peer(own, other) for other in others)
+def can_share(device: torch.device, group: Any) -> bool:
+    """Whether all processes of a group are on one host, where each sees the others' GPUs and these
+    read each other's memory; all processes ask at once, and get the same answer."""
+    host = zlib.crc32(socket.gethostname().encode())
+    sees_others, first, last = _least([_sees_others(group), host, -host], device, group)
+    return bool(sees_others) and first == -last
 
 
-def _agree(is_possible: bool, device: torch.device, group: Any) -> bool:
-    """Whether something is possible for every process."""
-    flag = torch.tensor([is_possible], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
-    return bool(flag.item())
+def _least(numbers: list[int], device: torch.device, group: Any) -> list[int]:
+    """Of all processes' numbers the least at each place."""
+    found = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
+    return found.tolist()
+
+
+def _sees_others(group: Any) -> bool:
+    if not torch.cuda.is_available() or not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_out"):
+        return False
+    own, count = torch.cuda.current_device(), torch.cuda.device_count()
+    others = [i for i in range(count) if i != own]
+    is_enough = dist.get_world_size(group) <= count
+    return is_enough and all(torch.cuda.can_device_access_peer(own, i) for i in others)
 
 
 @contextmanager

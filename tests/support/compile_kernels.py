@@ -5,12 +5,13 @@ own does this, since it takes the place of Triton's driver.
 """
 
 import torch
+import torch.distributed as dist
 import triton
 from compiling import Target, replace_kernels
 from decode_models import decode_model
 
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.decode import delta_rule, few_rows, many_rows
+from kimi_linear.decode import delta_rule, divided, few_rows, many_rows
 from kimi_linear.decode import step as decode_steps
 from kimi_linear.decode.recording import StepKind, decode_step
 from kimi_linear.ops import gated_norm, gated_silu
@@ -86,7 +87,7 @@ def real_sizes() -> KimiLinearForCausalLM:
 def compile_decode_steps() -> None:
     """Few rows and more, with padding and without, of one token and of several, for both kinds of
     sizes."""
-    for module in (decode_steps, delta_rule, few_rows, many_rows):
+    for module in (decode_steps, delta_rule, divided, few_rows, many_rows):
         replace_kernels(module, [name for name in vars(module) if name.endswith("_kernel")])
     decode_steps.can_link = lambda device: True
     # a product that only CUDA has
@@ -98,6 +99,11 @@ def compile_decode_steps() -> None:
         for num_sequences in (1, 2):
             decode_step(model, StepKind(num_sequences, num_tokens=3)).run()
         decode_step(model, StepKind(2, is_pending=True, page_tokens=256)).run()
+        for num_rows in (1, 4):
+            step = decode_step(model, StepKind(num_rows), dist.group.WORLD)
+            step.run()
+            step.residual = None  # as on all processes but the first
+            step.run()
 
 
 if __name__ == "__main__":
@@ -105,5 +111,6 @@ if __name__ == "__main__":
     for module, names in KERNELS.items():
         replace_kernels(module, names)
     compile_all(torch.bfloat16)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     compile_decode_steps()
     print(f"compiled with triton {triton.__version__}")
