@@ -1,11 +1,11 @@
 """Decoding on several GPUs that have a model together, beside one of them alone.
 
 The first process measures `generate()` of the whole model on its GPU; then all of them build the
-model again, divided by tensor parallelism, with the same weights, and measure it layer by layer, by
-the recorded step with NCCL's sums, and by the recorded step with sums through the GPUs' own memory.
-A line of JSON for each way and number of rows: milliseconds a token, tokens per second, the most
-memory of a GPU, and how many of the new tokens are those of one GPU, counted up to the first other
-one of each row.
+model again, divided by tensor parallelism, with the same weights, and measure it layer by layer,
+and by the recorded step with each of `parallel/sums.py`'s ways to sum: the group's (NCCL), torch's
+operator on symmetric memory, and kernels of ours. A line of JSON for each way and number of rows:
+milliseconds a token, tokens per second, the most memory of a GPU, and how many of the new tokens
+are those of one GPU, counted up to the first other one of each row.
 
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --preset 48b-a3b \\
         --record benchmarks/results/tensor_parallel.jsonl
@@ -31,8 +31,7 @@ from kimi_linear.decode.graph import drop_recordings, has_recording
 from kimi_linear.parallel import sums
 
 WARM_UP_TOKENS = 8
-# the recorded step's sums through shared memory or by the group, or the layers
-WAYS = {"layers": None, "group sums": False, "shared memory": True}
+WAYS = ("layers", *reversed(sums.WAYS))  # without a recorded step, and its sums
 
 
 class Decoding:
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--skip-one", action="store_true", help="no run of one GPU alone")
     args = parser.parse_args()
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
@@ -144,9 +143,9 @@ def main() -> None:
         torch.cuda.empty_cache()
     tell({"case": f"{world} GPUs", "build_seconds": time.monotonic() - start})
     for way in args.ways:
-        model.decode_backend = "eager" if WAYS[way] is None else "auto"
-        sums.USES_SHARED_MEMORY = bool(WAYS[way])
-        count = 8 if WAYS[way] is None else args.new_tokens
+        model.decode_backend = "eager" if way == "layers" else "auto"
+        sums.WAY = way
+        count = 8 if way == "layers" else args.new_tokens
         for num_rows in args.rows:
             found, text = decoding.figures(model, num_rows, count)
             if num_rows in alone:

@@ -19,8 +19,13 @@ from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
 from kimi_linear.decode.projection_kernels import own_embedding_kernel
 from kimi_linear.decode.step import DecodeStep, linked
+from kimi_linear.decode.sum_kernels import sum_kernel, sum_norm_kernel
 from kimi_linear.ops.runtime import power_of_two
-from kimi_linear.parallel.sums import make_gather, make_sum
+from kimi_linear.parallel.sums import Meetings, make_gather, make_sum, uses_kernels
+from kimi_linear.upstream.shared_memory import SharedMemoryError
+
+# numbers that a program of `sum_kernel` sums, and its warps
+SUM_BLOCK, SUM_WARPS = 1024, 4
 
 
 class DividedStep(DecodeStep):
@@ -100,3 +105,88 @@ class DividedManyRowsStep(DividedStep, ManyRowsStep):
             torch.sum(parts, dim=1, keepdim=True, out=self.branch_out)
         self.sum.run()
         self.to_add = self.sum.total
+
+
+class LinkedFewRowsStep(DividedFewRowsStep):
+    """Sums by `sum_kernels.py`."""
+
+    def __init__(self, *args: Any) -> None:
+        DividedStep.__init__(self, *args)
+        self.num_programs = -(-self.hidden.numel() // SUM_BLOCK)
+        self.meetings = Meetings(self.hidden, self.num_programs, self.group)
+        if self.group.rank() > 0:
+            self.residual = None
+
+    def _embed(self) -> None:
+        self.meetings.restart()
+        self.part, self.addresses = self.meetings.take()
+        self._look_up(self.part)
+        self._end_branch()
+
+    def _end_branch(self) -> None:
+        sum_kernel[(self.num_programs,)](
+            self.addresses,
+            self.meetings.flags,
+            self.meetings.epochs,
+            self.hidden,
+            self.hidden.numel(),
+            RANK=self.group.rank(),
+            P=self.group.size(),
+            BLOCK=SUM_BLOCK,
+            num_warps=SUM_WARPS,
+            **linked(self.is_linked),
+        )
+        self.part, self.addresses = self.meetings.take()
+
+
+class LinkedManyRowsStep(DividedManyRowsStep):
+    """Sums by `sum_kernels.py`, together with the next norm."""
+
+    def __init__(self, *args: Any) -> None:
+        DividedStep.__init__(self, *args)
+        self.meetings = Meetings(self.normed, self.num_rows, self.group)
+
+    def _embed(self) -> None:
+        self.meetings.restart()
+        super()._embed()
+
+    def _end_branch(self) -> None:
+        """The next norm does it."""
+
+    def _add_norm(self, norm: Any, log: Tensor | None = None) -> None:
+        branch, D = self.to_add, self.config.hidden_size
+        assert branch is not None
+        self.to_add = None
+        _, addresses = self.meetings.take()
+        sum_norm_kernel[(self.num_rows,)](
+            self.hidden,
+            branch,
+            norm.weight,
+            self.normed,
+            addresses,
+            self.meetings.flags,
+            self.meetings.epochs,
+            self.hidden if log is None else log,
+            self.counters,
+            norm.eps,
+            self.num_tokens,
+            D=D,
+            PLACES=power_of_two(D),
+            PARTS=branch.shape[1],
+            HAS_LOG=log is not None,
+            RANK=self.group.rank(),
+            P=self.group.size(),
+            num_warps=8,
+            **linked(self.is_linked),
+        )
+
+
+def divided_step(is_few: bool, group: Any, *args: Any) -> DividedStep:
+    """A step of few rows or of many, with the fastest sums that there are; all processes make it
+    at once. See `DividedStep`."""
+    if uses_kernels(next(args[0].parameters()).device):
+        try:
+            return (LinkedFewRowsStep if is_few else LinkedManyRowsStep)(group, *args)
+        except SharedMemoryError:
+            pass
+    return (DividedFewRowsStep if is_few else DividedManyRowsStep)(group, *args)

@@ -16,7 +16,7 @@ from kimi_linear.decode.addresses import (
     PoolTable,
     padded,
 )
-from kimi_linear.decode.divided import DividedFewRowsStep, DividedManyRowsStep
+from kimi_linear.decode.divided import divided_step
 from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
 from kimi_linear.decode.packed import PackedManyRowsStep
@@ -27,7 +27,6 @@ from kimi_linear.ops.quantized import has_quantized
 
 PLAIN_KINDS = (FewRowsStep, ManyRowsStep)
 PACKED_KINDS = (PackedFewRowsStep, PackedManyRowsStep)
-DIVIDED_KINDS = (DividedFewRowsStep, DividedManyRowsStep)
 
 
 class StepKind(NamedTuple):
@@ -45,7 +44,7 @@ def decode_step(model: nn.Module, kind: StepKind, group: Any = None) -> DecodeSt
     few, many = PACKED_KINDS if has_quantized(model, PackedWeights) else PLAIN_KINDS
     is_few = kind.num_sequences * kind.num_tokens <= few.most_rows
     if group is not None:
-        return DIVIDED_KINDS[not is_few](group, model, *kind)
+        return divided_step(is_few, group, model, *kind)
     return (few if is_few else many)(model, *kind)
 
 

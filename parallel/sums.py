@@ -9,12 +9,17 @@ Shapes: P processes.
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kimi_linear.upstream.shared_memory import SUMMED_DTYPES, SharedMemory, SharedMemoryError
 
-USES_SHARED_MEMORY = True  # where it is there
+# How steps sum: where GPUs read each other's memory by `decode/sum_kernels.py` or by torch's
+# operator, else by the group.
+WAYS = ("kernels", "operator", "group")
+WAY = "kernels"
+SHARING_DEVICES = ("cuda",)
 
 
 class GroupSum:
@@ -49,6 +54,50 @@ class SharedSum:
     def run(self) -> None:
         """Sum; all processes have to."""
         self._memory.sum_into(self.total)
+
+
+class Meetings:
+    """Two places for a process' part, and flags, in memory that the others can read, see
+    `decode/sum_kernels.py`.
+
+    Args:
+        part: Of the shape, dtype and device of a process' part.
+        num_programs: Programs of a kernel that reads the parts.
+        group: The processes.
+
+    Attributes:
+        parts: Of this process, in turn.
+        addresses: int64 [2, P], where those of each process are.
+        flags: int64 [P], where those of each process are: int64 [P, programs].
+        epochs: int64 [programs], how often each program has met the others.
+
+    Raises:
+        SharedMemoryError: On every process, if one of them cannot.
+    """
+
+    def __init__(self, part: Tensor, num_programs: int, group: Any) -> None:
+        device, ranks = part.device, range(group.size())
+        self._memory = SharedMemory((2, *part.shape), part.dtype, device, group)
+        self._flags = SharedMemory((len(ranks), num_programs), torch.int64, device, group)
+        self._flags.own.zero_()
+        self.parts = list(self._memory.own)
+        self._seen = [(self._memory.of(rank), self._flags.of(rank)) for rank in ranks]
+        places = [[part.data_ptr() for part in parts] for parts, _ in self._seen]
+        self.addresses = torch.tensor(places, dtype=torch.int64, device=device).t().contiguous()
+        flags = [flags.data_ptr() for _, flags in self._seen]
+        self.flags = torch.tensor(flags, dtype=torch.int64, device=device)
+        self.epochs = torch.zeros(num_programs, dtype=torch.int64, device=device)
+        self._flags.settle()
+        self._next = 0
+
+    def restart(self) -> None:
+        """Begin with the first place again; all processes have read what is there."""
+        self._next = 0
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The next part to write, and where each process has its own of them: int64 [P]."""
+        place, self._next = self._next, 1 - self._next
+        return self.parts[place], self.addresses[place]
 
 
 class GroupGather:
@@ -86,9 +135,14 @@ class SharedGather:
         self._memory.gather_into(self.parts)
 
 
+def uses_kernels(device: torch.device) -> bool:
+    """Whether a step on this device tries `Meetings` first."""
+    return WAY == "kernels" and device.type in SHARING_DEVICES
+
+
 def make_sum(total: Tensor, group: Any) -> GroupSum | SharedSum:
     """The fastest one that there is for this tensor; all processes make it at once."""
-    if USES_SHARED_MEMORY and total.is_cuda and total.dtype in SUMMED_DTYPES:
+    if WAY != "group" and total.is_cuda and total.dtype in SUMMED_DTYPES:
         try:
             return SharedSum(total, group)
         except SharedMemoryError:
@@ -98,7 +152,7 @@ def make_sum(total: Tensor, group: Any) -> GroupSum | SharedSum:
 
 def make_gather(part: Tensor, group: Any) -> GroupGather | SharedGather:
     """The fastest one that there is for tensors like `part`; all processes make it at once."""
-    if USES_SHARED_MEMORY and part.is_cuda:
+    if WAY != "group" and part.is_cuda:
         try:
             return SharedGather(part, group)
         except SharedMemoryError:

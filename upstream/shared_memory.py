@@ -46,6 +46,7 @@ class SharedMemory:
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: Any
     ) -> None:
         self._name, self._shape, self._dtype = group.group_name, shape, dtype
+        self._group = group
         self._handle: Any = None
         if not can_share(device, group):
             raise SharedMemoryError("the GPUs cannot read each other's memory")
@@ -78,6 +79,10 @@ class SharedMemory:
         handle = self._handle
         find = getattr(handle, "get_remote_tensor", handle.get_buffer)
         return find(rank, self._shape, self._dtype)
+
+    def settle(self) -> None:
+        """Wait until all processes have written what they have written so far."""
+        _least([0], self.own.device, self._group)
 
 
 class SharedMemoryError(RuntimeError):
