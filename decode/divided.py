@@ -56,14 +56,12 @@ class DividedStep(DecodeStep):
             count,
             D=D,
             PLACES=power_of_two(D),
-            **linked(self.is_linked),
         )
 
     def _make_logits(self) -> None:
         self._project(self.head, self.norm, self.own_logits)
-        self.gather.run()
-        parts = self.gather.parts  # [P, B, V / P]
-        self.logits.unflatten(1, (parts.shape[0], -1)).copy_(parts.transpose(0, 1))
+        parts = self.logits.unflatten(1, (self.group.size(), -1))  # [B, P, V / P]
+        self.gather.run(parts.transpose(0, 1))
 
 
 class DividedFewRowsStep(DividedStep, FewRowsStep):
@@ -107,11 +105,11 @@ class DividedManyRowsStep(DividedStep, ManyRowsStep):
         self.to_add = self.sum.total
 
 
-class LinkedFewRowsStep(DividedFewRowsStep):
-    """Sums by `sum_kernels.py`."""
+class LinkedFewRowsStep(DividedStep, FewRowsStep):
+    """As `DividedFewRowsStep`, with sums by `sum_kernels.py`."""
 
     def __init__(self, *args: Any) -> None:
-        DividedStep.__init__(self, *args)
+        super().__init__(*args)
         self.num_programs = -(-self.hidden.numel() // SUM_BLOCK)
         self.meetings = Meetings(self.hidden, self.num_programs, self.group)
         if self.group.rank() > 0:
@@ -139,19 +137,18 @@ class LinkedFewRowsStep(DividedFewRowsStep):
         self.part, self.addresses = self.meetings.take()
 
 
-class LinkedManyRowsStep(DividedManyRowsStep):
-    """Sums by `sum_kernels.py`, together with the next norm."""
+class LinkedManyRowsStep(DividedStep, ManyRowsStep):
+    """Sums by `sum_kernels.py`, each with the next norm."""
 
     def __init__(self, *args: Any) -> None:
-        DividedStep.__init__(self, *args)
+        super().__init__(*args)
         self.meetings = Meetings(self.normed, self.num_rows, self.group)
 
     def _embed(self) -> None:
         self.meetings.restart()
-        super()._embed()
-
-    def _end_branch(self) -> None:
-        """The next norm does it."""
+        self.hidden.zero_()
+        self._look_up(self.branch_out[:, 0])
+        self.to_add = self.branch_out
 
     def _add_norm(self, norm: Any, log: Tensor | None = None) -> None:
         branch, D = self.to_add, self.config.hidden_size

@@ -101,7 +101,7 @@ class Meetings:
 
 
 class GroupGather:
-    """parts [P, ...] = the processes' parts, by the group's own means.
+    """The processes' parts, one behind the other, by the group's own means.
 
     Args:
         part: Of this process.
@@ -109,18 +109,18 @@ class GroupGather:
 
     Attributes:
         part: To be written before `run`.
-        parts: What `run` writes.
     """
 
     def __init__(self, part: Tensor, group: Any) -> None:
         self.part, self._group = part, group
-        self.parts = part.new_empty(group.size(), *part.shape)
+        self._parts = part.new_empty(group.size(), *part.shape)
 
-    def run(self) -> None:
-        """Gather; all processes have to."""
+    def run(self, out: Tensor) -> None:
+        """out [P, ...] = the parts in the order of the ranks; all processes have to."""
         # newer torch has another name for it
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(self.parts.flatten(0, 1), self.part, group=self._group)
+        gather(self._parts.flatten(0, 1), self.part, group=self._group)
+        out.copy_(self._parts)
 
 
 class SharedGather:
@@ -128,11 +128,11 @@ class SharedGather:
 
     def __init__(self, part: Tensor, group: Any) -> None:
         self._memory = SharedMemory(part.shape, part.dtype, part.device, group)
-        self.part, self.parts = self._memory.own, part.new_empty(group.size(), *part.shape)
+        self.part = self._memory.own
 
-    def run(self) -> None:
-        """Gather; all processes have to."""
-        self._memory.gather_into(self.parts)
+    def run(self, out: Tensor) -> None:
+        """out [P, ...] = the parts in the order of the ranks; all processes have to."""
+        self._memory.gather_into(out)
 
 
 def uses_kernels(device: torch.device) -> bool:

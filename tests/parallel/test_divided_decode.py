@@ -4,6 +4,8 @@ with two GPUs as CUDA graphs.
     TRITON_INTERPRET=1 python -m pytest tests/parallel/test_divided_decode.py
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,40 +109,46 @@ def steps_equal(ours: Any, plain: Any, num_rows: int, num_tokens: int = 1, mask:
     ours.decode_backend = plain.decode_backend = "auto"
 
 
+@contextmanager
+def two_models(way: str, folder: str, name: str) -> Iterator[tuple[Any, Any]]:
+    """The divided model, whose steps sum in this way, and the plain one."""
+    sums.WAY = way
+    ours = load(folder, name)
+    try:
+        yield ours, load(folder, name, is_divided=False)
+    finally:  # recordings of NCCL's sums keep its group from ending
+        graph.drop_recordings(ours)
+
+
 def kinds_of_steps(ours: Any) -> set[type]:
     return {type(recording._step) for recording in graph._decoders[ours]._steps.values()}
 
 
 @torch.no_grad()
 def equal_steps(way: str, folder: str, kinds: set[type]) -> None:
-    sums.WAY = way
-    ours, plain = load(folder, "model"), load(folder, "model", is_divided=False)
-    for num_rows in (1, 5):
-        steps_equal(ours, plain, num_rows)
-    assert kinds_of_steps(ours) == kinds
-    steps_equal(ours, plain, 1, num_tokens=3)
-    steps_equal(ours, plain, 2, num_tokens=4)
     mask = here(torch.ones(4, 7, dtype=torch.int64))
     mask[0, :4] = 0
-    steps_equal(ours, plain, 4, mask=mask)
-    graph.drop_recordings(ours)
+    with two_models(way, folder, "model") as models:
+        for num_rows in (1, 5):
+            steps_equal(*models, num_rows)
+        assert kinds_of_steps(models[0]) == kinds
+        steps_equal(*models, 1, num_tokens=3)
+        steps_equal(*models, 2, num_tokens=4)
+        steps_equal(*models, 4, mask=mask)
 
 
 @torch.no_grad()
 def equal_texts(way: str, folder: str) -> None:
     """Ids of plain `generate()`."""
-    sums.WAY = way
-    ours, plain = load(folder, "tied"), load(folder, "tied", is_divided=False)
-    assert ours.decode_backend == "auto"
     options: Any = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    for num_rows in (1, 4):
-        ids = here(token_ids(num_rows, 9))
-        options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 96}
-        texts = [model.generate(ids, **options)[:, 9:].tolist() for model in (ours, plain)]
-        for prompt, found, alone in zip(ids.tolist(), *texts, strict=True):
-            assert found == allowed(plain, prompt, found, alone)
-        assert graph.has_recording(ours, num_rows)
-    graph.drop_recordings(ours)
+    with two_models(way, folder, "tied") as models:
+        for num_rows in (1, 4):
+            ids = here(token_ids(num_rows, 9))
+            options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 96}
+            texts = [model.generate(ids, **options)[:, 9:].tolist() for model in models]
+            for prompt, found, alone in zip(ids.tolist(), *texts, strict=True):
+                assert found == allowed(models[1], prompt, found, alone)
+            assert graph.has_recording(models[0], num_rows)
 
 
 def sums_by_kernels(rank: int, world: int, folder: str) -> None:
@@ -160,16 +168,15 @@ def sums_by_the_group(rank: int, world: int, folder: str) -> None:
 @torch.no_grad()
 def changed_weights_are_seen(rank: int, world: int, folder: str) -> None:
     """In place, and in another place, in the middle of a text."""
-    ours, plain = load(folder, "model"), load(folder, "model", is_divided=False)
-    steps_equal(ours, plain, 1)
-    for model in (ours, plain):
-        model.model.layers[1].self_attn.o_proj.weight.mul_(-2)
-    steps_equal(ours, plain, 1)
-    for model in (ours, plain):
-        projection = model.model.layers[0].self_attn.o_proj
-        projection.weight = Parameter(projection.weight * -2)
-    steps_equal(ours, plain, 1)
-    graph.drop_recordings(ours)
+    with two_models("kernels", folder, "model") as models:
+        steps_equal(*models, 1)
+        for model in models:
+            model.model.layers[1].self_attn.o_proj.weight.mul_(-2)
+        steps_equal(*models, 1)
+        for model in models:
+            projection = model.model.layers[0].self_attn.o_proj
+            projection.weight = Parameter(projection.weight * -2)
+        steps_equal(*models, 1)
 
 
 @torch.no_grad()

@@ -111,9 +111,9 @@ class NotGathered:
     """In the place of a `SharedGather`."""
 
     def __init__(self, part: torch.Tensor, group: Any) -> None:
-        self.part, self.parts = part, torch.stack([part, part])
+        self.part = part
 
-    def run(self) -> None: ...
+    def run(self, out: torch.Tensor) -> None: ...
 
 
 @torch.no_grad()
