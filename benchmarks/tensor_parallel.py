@@ -27,7 +27,7 @@ from measuring.models import build, build_divided
 from torch import Tensor
 
 from kimi_linear import PRESETS, KimiLinearConfig
-from kimi_linear.decode.graph import drop_recordings, has_recording
+from kimi_linear.decode.graph import drop_recordings, has_recording, recorded_steps
 from kimi_linear.parallel import sums
 
 WARM_UP_TOKENS = 8
@@ -150,6 +150,10 @@ def main() -> None:
             found, text = decoding.figures(model, num_rows, count)
             if num_rows in alone:
                 found["same_tokens"] = same_tokens(text, alone[num_rows][:, : 1 + count])
+            steps = recorded_steps(model)[
+                -1:
+            ]  # where memory is not shared, the group sums after all
+            found["sums"] = [type(getattr(x, "sum", None) or x.meetings).__name__ for x in steps]
             tell({"case": f"{world} GPUs, {way}", **found})
         drop_recordings(model)
     dist.destroy_process_group()

@@ -46,6 +46,7 @@ from kimi_linear.decode.addresses import (
 )
 from kimi_linear.decode.obstacles import Part, Snapshot, call_obstacle, examine_part, model_obstacle
 from kimi_linear.decode.recording import Recording, StepKind
+from kimi_linear.decode.step import DecodeStep
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.ops.runtime import TritonError, power_of_two, triton
 from kimi_linear.parallel.own_part import is_divided
@@ -331,6 +332,12 @@ def drop_recordings(model: nn.Module) -> None:
     """Forget a model's recordings; the next call records anew. Those of NCCL's sums have to be gone
     before their group of processes is destroyed."""
     _decoders.pop(model, None)
+
+
+def recorded_steps(model: nn.Module) -> list[DecodeStep]:
+    """The steps of a model that ran as a graph, the last one last."""
+    decoder = _decoders.get(model)
+    return [] if decoder is None else [x.step for x in decoder._steps.values()]
 
 
 def has_recording(model: nn.Module, num_rows: int) -> bool:
