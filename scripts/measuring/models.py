@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.distributed import DistributedConfig
 
 from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.parallel.tensor import is_dtensor
+from kimi_linear.upstream.models import divided
 from measuring.packed import fill_packed, put_packed
 
 MODELS = ("ours", "native")
@@ -99,11 +99,9 @@ def build_divided(
 
     Each process draws one whole tensor at a time, and keeps its part.
     """
-    wanted = DistributedConfig(tp_size=num_processes)
-    wanted, _, meshes = KimiLinearForCausalLM.prepare_distribute_model(wanted)
     with torch.device("meta"):
         model = KimiLinearForCausalLM(config).to(dtype)
-    model = KimiLinearForCausalLM.maybe_distribute_model(model, wanted, meshes)
+    model = divided(model, num_processes)
     with torch.no_grad():
         for module_name, module in model.named_modules():
             for name, parameter in module._parameters.items():
