@@ -212,8 +212,12 @@ def changed_weights_are_seen(rank: int, world: int, folder: str) -> None:
 @torch.no_grad()
 def obstacles_are_named(rank: int, world: int, folder: str) -> None:
     """Found by one process, they hold for all."""
-    message = "embed_tokens.weight [101, 72] is divided unequally among 2 processes"
-    assert message in division_obstacle(load(folder, "odd_vocabulary"))
+    try:
+        reason = division_obstacle(load(folder, "odd_vocabulary"))
+    except ValueError as error:  # 5.17 does not divide it
+        assert "`lm_head` (101) must be divisible" in str(error)
+    else:
+        assert "embed_tokens.weight [101, 72] is divided unequally among 2 processes" in reason
     ours = load(folder, "model")
     ours.decode_backend, cache = "graph", KimiLinearCache(ours.config)
     ours(here(token_ids(1, 5)), cache=cache)
