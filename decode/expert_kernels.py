@@ -131,7 +131,8 @@ def experts_out_kernel(
     weights,  # float32 [B, TOP]
     down,  # [E, D, I]
     shared_down,  # [D, shared * I]
-    out,  # [B, D], added to
+    residual,  # [B, D], or anything without HAS_RESIDUAL
+    out,  # [B, D], to be written; may be the residual
     D: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     PLACES: tl.constexpr,  # I, or more, a power of two
@@ -139,9 +140,10 @@ def experts_out_kernel(
     TOP: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """Add the weighted outputs of a row's experts, and its shared experts', to the row.
+    """out = residual + weighted outputs of a row's experts + outputs of its shared experts.
 
     What was chosen is known: `experts_in_kernel`, before this one, starts it after its own wait.
     """
@@ -161,7 +163,9 @@ def experts_out_kernel(
         shared_w = tl.load(shared_down + n[:, None] * width + s[None, :], mask=both, other=0.0)
     wait(IS_LINKED)
     x += row * SLOTS * I
-    y = tl.load(out + row * D + n, mask=n < D, other=0.0).to(tl.float32)
+    y = tl.zeros([BLOCK], tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + row * D + n, mask=n < D, other=0.0).to(tl.float32)
     products = tl.zeros([BLOCK, PLACES], tl.float32)
     for slot in tl.static_range(TOP):
         a = tl.load(x + slot * I + i, mask=i < I, other=0.0).to(tl.float32)

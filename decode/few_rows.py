@@ -96,6 +96,8 @@ class FewRowsStep(DecodeStep):
 
     Attributes:
         most_rows: Beyond, `ManyRowsStep` is faster.
+        part: [B, D] float32, what branches write: the residual, if there is one, and their output.
+        residual: What they add that to.
     """
 
     most_rows = 3
@@ -103,6 +105,8 @@ class FewRowsStep(DecodeStep):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.part: Tensor = self.hidden
+        self.residual: Tensor | None = self.hidden
         self.dense_inner = self._empty(self.num_rows, self.config.intermediate_size)
         # of a layer with experts its router, else the second half of its MLP
         self.feed_forward = [
@@ -127,7 +131,7 @@ class FewRowsStep(DecodeStep):
         )
 
     def _add(self, projection: Any, x: Tensor) -> None:
-        projection.launch(x, self.hidden, residual=self.hidden)
+        projection.launch(x, self.part, residual=self.residual)
 
     def _project_gates(self, i: int) -> None:
         return None
@@ -165,6 +169,7 @@ class FewRowsStep(DecodeStep):
             down,
             down if shared is None else shared.down_proj.weight,
             self.hidden,
+            self.part,
             D=D,
             I=width,
             PLACES=power_of_two(width),
@@ -172,6 +177,7 @@ class FewRowsStep(DecodeStep):
             TOP=self.top,
             SLOTS=slots,
             BLOCK=OUT_BLOCK,
+            HAS_RESIDUAL=self.residual is not None,
             num_warps=OUT_WARPS,
             **linked(self.is_linked),
         )

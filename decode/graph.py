@@ -3,8 +3,9 @@
 A forward of up to `STEP_TOKENS` tokens per row behind a cache is answered by a `DecodeStep`,
 recorded as a CUDA graph once per model, number of rows and tokens, and with or without padding. The
 recording reads the cache's tensors through a table of addresses, so it serves every cache, and
-caches of other steps read and write the same tensors. What the step does not cover runs layer by
-layer.
+caches of other steps read and write the same tensors. Of a model that several processes have
+together (tensor parallelism) each records the step of its part (`divided.py`). What the step does
+not cover runs layer by layer.
 
 The switch is the model's attribute `decode_backend`: "auto" takes the graph where it can, "graph"
 raises where model or call have an obstacle, "eager" never takes it. Calls run layer by layer
@@ -43,10 +44,12 @@ from kimi_linear.decode.addresses import (
     is_kda,
     prepare,
 )
-from kimi_linear.decode.obstacles import Snapshot, call_obstacle, model_obstacle
+from kimi_linear.decode.obstacles import Part, Snapshot, call_obstacle, examine_part, model_obstacle
 from kimi_linear.decode.recording import Recording, StepKind
+from kimi_linear.decode.step import DecodeStep
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.ops.runtime import TritonError, power_of_two, triton
+from kimi_linear.parallel.own_part import is_divided
 
 logger = logging.get_logger(__name__)
 
@@ -152,6 +155,7 @@ class _Decoder:
         self.failure = ""
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
+        self._part: Part | None = None  # of a model that several processes have together
         self._obstacle = ""
         self._steps: OrderedDict[StepKind, Recording] = OrderedDict()
         self._tables: WeakKeyDictionary[Cache, AddressTable | None] = WeakKeyDictionary()
@@ -178,7 +182,11 @@ class _Decoder:
         before, self._snapshot = self._snapshot, Snapshot(model)
         if before is not None and before.recorded != self._snapshot.recorded:
             self._steps.clear()
-        self._obstacle = model_obstacle(model)
+        self._part, self._obstacle = None, ""
+        if is_divided(model):
+            self._part, self._obstacle = examine_part(model)
+        else:
+            self._obstacle = model_obstacle(model)
         return self._snapshot
 
     def step(
@@ -189,7 +197,7 @@ class _Decoder:
         kda: list[Any] = [layer for layer in cache.layers if is_kda(layer)]
         with self._lock:
             if kda and kda[0].is_stale and _can_catch_up(cache):
-                catch_up(model, cache)
+                catch_up(self._own(model).model, cache)
             if kda and kda[0].is_anchor_due(num_tokens):  # all their logs hold the same tokens
                 for layer in kda:
                     layer.move_anchor(num_tokens)
@@ -237,8 +245,13 @@ class _Decoder:
             pool.count(row, num_tokens)
         return logits[: len(rows)]
 
+    def _own(self, model: nn.Module) -> Part:
+        """What this process has of the model."""
+        return Part(model) if self._part is None else self._part
+
     def _record(self, model: nn.Module, kind: StepKind) -> Recording:
-        recording = self._steps[kind] = Recording(model, kind)
+        own = self._own(model)
+        recording = self._steps[kind] = Recording(own.model, kind, own.group)
         while len(self._steps) > MAX_STEPS:
             self._steps.popitem(last=False)
         return recording
@@ -313,6 +326,18 @@ def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) 
     except TritonError as error:  # sizes that do not fit the chip
         decoder.failure = f"its kernels cannot be built ({error})"
         return None
+
+
+def drop_recordings(model: nn.Module) -> None:
+    """Forget a model's recordings; the next call records anew. Those of NCCL's sums have to be gone
+    before their group of processes is destroyed."""
+    _decoders.pop(model, None)
+
+
+def recorded_steps(model: nn.Module) -> list[DecodeStep]:
+    """The steps of a model that ran as a graph, the last one last."""
+    decoder = _decoders.get(model)
+    return [] if decoder is None else [x.step for x in decoder._steps.values()]
 
 
 def has_recording(model: nn.Module, num_rows: int) -> bool:

@@ -2,7 +2,7 @@
 
 import gc
 from operator import getitem, methodcaller
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +10,9 @@ from transformers.activations import ACT2FN
 
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import SILU_MODULES, power_of_two, product_dtype, triton
+from kimi_linear.parallel.own_part import agreed, division_obstacle, own_part
+from kimi_linear.parallel.tensor import is_dtensor
+from kimi_linear.upstream.shared_memory import own_tensor
 
 MAX_ROWS = 256
 MAX_PAIRS = 2048  # of rows and experts
@@ -40,6 +43,8 @@ class Snapshot:
             if x is not None
         ]
         self._holders, self._names = zip(*places, strict=True)
+        # where a tensor is one of several processes
+        self._divided = [i for i, (own, name) in enumerate(places) if is_dtensor(own[name])]
         self._hooks = [own[x] for own in fields for x in ("_forward_hooks", "_forward_pre_hooks")]
         self._families = [own["_modules"] for own in fields if own["_modules"]]
         # the values of all these dicts; they never include the model itself
@@ -58,14 +63,38 @@ class Snapshot:
                 self._look(model) == self.recorded
                 and gc.get_referents(*self._families) == self._modules
             )
-        except KeyError:  # a tensor was taken out
+        except (KeyError, AttributeError):  # a tensor was taken out, or is not divided any more
             return False
 
     def _look(self, model: nn.Module) -> list[Any]:
         config = vars(model.config)  # its `getattr` takes ten times as long
         tensors: list[Any] = list(map(getitem, self._holders, self._names))
+        for i in self._divided:
+            tensors[i] = own_tensor(tensors[i])
         constants = [config[name] for name in CONSTANTS]
         return [*map(address, tensors), tensors[0].dtype, *constants]
+
+
+class Part(NamedTuple):
+    """What a process has of a model.
+
+    Attributes:
+        model: All of it, or the part of one that several processes have together.
+        group: Those processes.
+    """
+
+    model: nn.Module
+    group: Any = None
+
+
+def examine_part(model: nn.Module) -> tuple[Part | None, str]:
+    """This process' part of a model that several have together, and why it cannot decode by a
+    `DecodeStep`, or ""; all processes find an obstacle, or none does."""
+    if reason := division_obstacle(model):
+        return None, reason
+    part = Part(*own_part(model))
+    device = next(part.model.parameters()).device
+    return part, agreed(model_obstacle(part.model), part.group, device)
 
 
 def call_obstacle(model: nn.Module, num_rows: int) -> str:

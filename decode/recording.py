@@ -16,6 +16,7 @@ from kimi_linear.decode.addresses import (
     PoolTable,
     padded,
 )
+from kimi_linear.decode.divided import divided_step
 from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.many_rows import ManyRowsStep
 from kimi_linear.decode.packed import PackedManyRowsStep
@@ -38,30 +39,41 @@ class StepKind(NamedTuple):
     page_tokens: int = 0
 
 
-def decode_step(model: nn.Module, kind: StepKind) -> DecodeStep:
-    """The step of this kind."""
+def decode_step(model: nn.Module, kind: StepKind, group: Any = None) -> DecodeStep:
+    """The step of this kind; with a group, of a model that is one process' part of its model."""
     few, many = PACKED_KINDS if has_quantized(model, PackedWeights) else PLAIN_KINDS
     is_few = kind.num_sequences * kind.num_tokens <= few.most_rows
+    if group is not None:
+        return divided_step(is_few, group, model, *kind)
     return (few if is_few else many)(model, *kind)
 
 
 class Recording:
-    """A `DecodeStep` and its CUDA graph; on other devices it is launched each time."""
+    """A `DecodeStep` and its CUDA graph; on other devices it is launched each time.
 
-    def __init__(self, model: nn.Module, kind: StepKind) -> None:
+    Args:
+        model: All of a model, or a process' part of it.
+        kind: Of the step.
+        group: The processes, if it is a part.
+
+    Attributes:
+        step: What is recorded.
+    """
+
+    def __init__(self, model: nn.Module, kind: StepKind, group: Any = None) -> None:
         self._table: AddressTable | PoolTable | None = None
         self._counts: Counters | None = None  # that the device has
         self._stream: torch.cuda.Stream | None = None  # of the last run
         # made in inference mode, buffers could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
-            self._step = decode_step(model, kind)
-            if self._step.device.type == "cuda":
-                with torch.cuda.device(self._step.device):
+            self.step = decode_step(model, kind, group)
+            if self.step.device.type == "cuda":
+                with torch.cuda.device(self.step.device):
                     self._record()
 
     def _record(self) -> None:
         """Run once, on scratch memory, so that all kernels are compiled; then record."""
-        step = self._step
+        step = self.step
         scratch: list[Tensor] = []
         self._load_rows(_scratch_rows(step, scratch))
         stream = torch.cuda.Stream()
@@ -84,7 +96,7 @@ class Recording:
     ) -> Tensor:
         """Logits [B, T, vocab_size] behind a cache with these counts, the same of all rows; or
         [B, 4], those of each row of the step."""
-        step = self._step
+        step = self.step
         if step.device.type != "cuda":
             self._load(input_ids, attention_mask, table, counts)
             step.run()
@@ -99,7 +111,7 @@ class Recording:
             return self._logits()
 
     def _logits(self) -> Tensor:
-        return self._step.logits.unflatten(0, self._step.ids.shape).clone()
+        return self.step.logits.unflatten(0, self.step.ids.shape).clone()
 
     def _load(
         self,
@@ -109,7 +121,7 @@ class Recording:
         counts: Counters | Tensor,
     ) -> None:
         """Put a step's inputs where the kernels look for them."""
-        step = self._step
+        step = self.step
         if table is not self._table:
             self._load_rows(table.rows)
             self._table = table
@@ -123,7 +135,7 @@ class Recording:
 
     def _load_counts(self, counts: Counters) -> None:
         """Put what all rows have in common where it is not there yet."""
-        step = self._step
+        step = self.step
         for place, count in enumerate(counts[:-1]):
             if self._counts is None or self._counts[place] != count:
                 step.counters[:, place].fill_(count)
@@ -131,11 +143,11 @@ class Recording:
         self._counts = Counters(cached + step.num_tokens, logged + step.num_tokens, pending)
 
     def _load_rows(self, rows: list[list[int]]) -> None:
-        self._step.table.copy_(torch.tensor(rows, dtype=torch.int64))
+        self.step.table.copy_(torch.tensor(rows, dtype=torch.int64))
 
     def _load_mask(self, attention_mask: Tensor) -> None:
         """Copy the mask [B, S] to where the kernels look for it."""
-        step, tokens = self._step, attention_mask.shape[1]
+        step, tokens = self.step, attention_mask.shape[1]
         if step.real_tokens.shape[1] < tokens:
             with torch.inference_mode(False):
                 step.reserve_mask(2 * tokens)

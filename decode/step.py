@@ -220,18 +220,30 @@ class DecodeStep(ABC):
     # ------------------------------------------------------------------------------- the launches
     def run(self) -> None:
         """Launch the step. Nothing here waits for the device."""
-        self.hidden.copy_(F.embedding(self.ids.flatten(), self.embed.weight))
+        self._embed()
         for i, layer in enumerate(self.layers):
             if self.is_kda[i]:
                 self._kda(i)
             else:
                 self._latent(i)
+            self._end_branch()
             if layer.is_moe:
                 self._experts(i)
             else:
                 self._dense(i)
-        self._project(self.head, self.norm, self.logits)
+            self._end_branch()
+        self._make_logits()
         self.counters[:, :2] += self.num_tokens
+
+    def _embed(self) -> None:
+        """hidden = embeddings of the ids."""
+        self.hidden.copy_(F.embedding(self.ids.flatten(), self.embed.weight))
+
+    def _end_branch(self) -> None:  # noqa: B027  # one process has nothing to do
+        """What several processes do between two branches, see `divided.py`."""
+
+    def _make_logits(self) -> None:
+        self._project(self.head, self.norm, self.logits)
 
     def _kda(self, i: int) -> None:
         layer, table, proj = self.layers[i], self.table[i], self.inputs[i]

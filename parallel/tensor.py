@@ -118,6 +118,12 @@ def _local_parameters(module: nn.Module, replicated: Callable[[Tensor], Tensor])
             parameters[name] = x
 
 
+def is_of_plan(forward: Any) -> bool:
+    """Whether a style of a plan, of ours or of Transformers, has made a module's forward."""
+    source = getattr(forward, "__globals__", {}).get("__name__")
+    return source in (__name__, TensorParallelLayer.__module__)
+
+
 def is_dtensor(x: Any) -> bool:
     """Whether it is a tensor that several processes have together."""
     return dist.is_available() and isinstance(x, DTensor)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.distributed import DistributedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 
@@ -36,6 +37,13 @@ def is_quantized(model: Any) -> bool:
 def is_divided(model: Any) -> bool:
     """Whether `from_pretrained` divided the weights among processes."""
     return getattr(model, "_device_mesh", None) is not None
+
+
+def divided(model: Any, num_processes: int) -> Any:
+    """A model on the meta device, divided by its plan of tensor parallelism among the processes
+    that torchrun started, as `from_pretrained` does before the weights come."""
+    config, _, meshes = model.prepare_distribute_model(DistributedConfig(tp_size=num_processes))
+    return model.maybe_distribute_model(model, config, meshes)
 
 
 def mark_initialized(parameter: Tensor) -> None:

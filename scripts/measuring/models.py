@@ -15,6 +15,8 @@ from transformers.cache_utils import Cache
 from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
 from kimi_linear.ops.packed.weights import PackedWeights
+from kimi_linear.parallel.tensor import is_dtensor
+from kimi_linear.upstream.models import divided
 from measuring.packed import fill_packed, put_packed
 
 MODELS = ("ours", "native")
@@ -87,7 +89,49 @@ def build(
                 _fill(official_name, part)
         for buffer in model.buffers():
             buffer.zero_()
-    # a benchmark counts tokens: no text may end early
+    return _without_end(model)
+
+
+def build_divided(
+    config: KimiLinearConfig, num_processes: int, *, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """As `build`, with the same weights, divided among torchrun's processes (tensor parallelism).
+
+    Each process draws one whole tensor at a time, and keeps its part.
+    """
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(config).to(dtype)
+    model = divided(model, num_processes)
+    with torch.no_grad():
+        for module_name, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    for official_name, part in official_parts(f"{module_name}.{name}", made):
+                        _fill(official_name, part)
+                    module._parameters[name] = nn.Parameter(_part(made, parameter))
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.zeros_like(buffer, device=device)
+    return _without_end(model.eval())
+
+
+def _part(whole: Tensor, like: Any) -> Tensor:
+    """What a process has of `whole`, as the parameter in whose place it comes."""
+    if not is_dtensor(like):
+        return whole
+    from torch.distributed.tensor import DTensor
+
+    mesh, (place,) = like.device_mesh, like.placements
+    dim, pieces = place.dim % whole.ndim, getattr(place, "split_factor", 1)
+    cut = whole.unflatten(dim, (pieces, mesh.size(), -1)).select(dim + 1, mesh.get_local_rank())
+    options: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    part = cut.flatten(dim, dim + 1).clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(part, mesh, like.placements, **options)
+
+
+def _without_end(model: PreTrainedModel) -> PreTrainedModel:
+    """A benchmark counts tokens: no text may end early."""
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model

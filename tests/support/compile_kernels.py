@@ -4,13 +4,15 @@ Triton's interpreter runs what its compiler refuses, such as a name of two types
 own does this, since it takes the place of Triton's driver.
 """
 
+from typing import Any
+
 import torch
 import triton
 from compiling import Target, replace_kernels
 from decode_models import decode_model
 
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
-from kimi_linear.decode import delta_rule, few_rows, many_rows
+from kimi_linear.decode import delta_rule, divided, few_rows, many_rows
 from kimi_linear.decode import step as decode_steps
 from kimi_linear.decode.recording import StepKind, decode_step
 from kimi_linear.ops import gated_norm, gated_silu
@@ -18,6 +20,7 @@ from kimi_linear.ops.cross_entropy import kernels as loss_kernel
 from kimi_linear.ops.experts import choice_kernels, prefill_kernels, row_sums, sort
 from kimi_linear.ops.short_conv import prefill_kernels as conv_kernel
 from kimi_linear.ops.short_conv import training_kernels as conv_training_kernels
+from kimi_linear.parallel import sums
 
 KERNELS = {
     choice_kernels: ["_choose_experts", "_choice_backward"],
@@ -87,13 +90,46 @@ def real_sizes() -> KimiLinearForCausalLM:
     return model.to_empty(device="cpu")
 
 
+class SecondOfTwo:
+    """In the place of a group of processes."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 1
+
+
+class NotShared:
+    """In the place of a `SharedMemory`."""
+
+    def __init__(self, shape: Any, dtype: torch.dtype, device: torch.device, group: Any) -> None:
+        self.own = torch.zeros(*shape, dtype=dtype)
+
+    def of(self, rank: int) -> torch.Tensor:
+        return self.own
+
+    def settle(self) -> None: ...
+
+
+class NotGathered:
+    """In the place of a `SharedGather`."""
+
+    def __init__(self, part: torch.Tensor, group: Any) -> None:
+        self.part = part
+
+    def run(self, out: torch.Tensor) -> None: ...
+
+
 @torch.no_grad()
 def compile_decode_steps() -> None:
     """Few rows and more, with padding and without, of one token and of several, for both kinds of
     sizes."""
-    for module in (decode_steps, delta_rule, few_rows, many_rows):
+    for module in (decode_steps, delta_rule, divided, few_rows, many_rows):
         replace_kernels(module, [name for name in vars(module) if name.endswith("_kernel")])
     decode_steps.can_link = lambda device: True
+    sums.SHARING_DEVICES, sums.SharedMemory = ("cpu",), NotShared
+    divided.make_gather = NotGathered
     # a product that only CUDA has
     many_rows.ManyRowsStep._wide_product = lambda self, weight, out: None
     small = decode_model("cpu", num_shared_experts=2).to(torch.bfloat16)
@@ -103,6 +139,8 @@ def compile_decode_steps() -> None:
         for num_sequences in (1, 2):
             decode_step(model, StepKind(num_sequences, num_tokens=3)).run()
         decode_step(model, StepKind(2, is_pending=True, page_tokens=256)).run()
+        for num_rows in (1, 4):
+            decode_step(model, StepKind(num_rows), SecondOfTwo()).run()
 
 
 if __name__ == "__main__":

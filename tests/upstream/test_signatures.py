@@ -29,6 +29,7 @@ FUNCTIONS = {
     ],
     "core_model_loading:WeightRenaming.__init__": ["self", "source_patterns", "target_patterns"],
     "distributed.mixin:DistributedMixin.init_parallel_plans": ["self"],
+    "distributed.mixin:DistributedMixin.prepare_distribute_model": ["distributed_config"],
     "distributed.mixin:DistributedMixin.maybe_distribute_model": ["model", "distributed_config"],
     "distributed.mixin:DistributedMixin.gather_sharded_state_dict_for_save": [
         "self",
