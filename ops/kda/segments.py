@@ -50,6 +50,16 @@ class Segment(NamedTuple):
         else:
             out[0, self.tokens[self.valid]] = x[self.valid].to(out.dtype)
 
+    def put_chunks(self, out: Tensor, chunks: list[Tensor]) -> None:
+        """As `put`, of num_chunks tensors [R * H, C, V]."""
+        num_heads = out.shape[2]
+        chunks = [x.unflatten(0, (-1, num_heads)) for x in chunks]
+        if isinstance(self.tokens, slice) and self.valid is None:
+            for place, x in zip(self.by_chunk(out[self.rows, self.tokens]), chunks, strict=True):
+                place.copy_(x)
+        else:
+            self.put(out, torch.stack(chunks, dim=1).transpose(2, 3).flatten(1, 2))
+
     def by_chunk(self, x_RLH: Tensor) -> Tensor:
         """[R, L, H, ...] -> view [chunks, R, H, C, ...]."""
         x = x_RLH.unflatten(1, (self.num_chunks, self.chunk_size))
