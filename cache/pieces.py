@@ -1,9 +1,9 @@
 """The pieces in which KDA layers read a call.
 
-A call is one piece, but: a long one is cut for memory's sake; a padded one behind a cache that can
-be cropped is cut where the state becomes its anchor, which of plain rows is taken on the way; and
-after a crop, or when the log is full, what is left of the log is read again in front of the call's
-tokens.
+A call is one piece, but: a long one is cut for memory's sake, and on a CPU for its caches'; a
+padded one behind a cache that can be cropped is cut where the state becomes its anchor, which of
+plain rows is taken on the way; and after a crop, or when the log is full, what is left of the log
+is read again in front of the call's tokens.
 
 Shapes: B batch, T tokens of this call, S tokens of cache and call, D hidden size.
 """
@@ -13,16 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.layout import SequenceLayout, sequence_layout
-from kimi_linear.ops.kda.segments import CHUNK_SIZE
 from kimi_linear.ops.runtime import is_exporting
 
 # Tokens of all rows that a KDA layer reads at once where no graph is recorded: its intermediates
 # take 130 KB a token at the 48B model's sizes, and longer pieces are not faster.
 READ_TOKENS = 16384
+# On a CPU: elements of one [B, T, H * K] tensor, which its caches hold, and the fewest tokens of a
+# row, beside which its state is small.
+CPU_ELEMENTS = 1 << 20
+CPU_TOKENS = 256
+STEP = 64  # pieces are multiples of it
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,25 @@ class KDAPieces:
         return replace(self, parts=tuple(moved))
 
 
+def read_tokens(model: Any, shape: tuple[int, int], device: torch.device) -> int | None:
+    """Tokens of each row of [B, T] that KDA layers read at once; None: all, for a graph."""
+    if is_exporting() or torch.is_grad_enabled():
+        return None
+    B, T = shape
+    most = max(STEP, READ_TOKENS // B // STEP * STEP)
+    if device.type != "cpu" or torch.compiler.is_compiling() or T <= CPU_TOKENS:
+        return most
+    if any(type(p) is not nn.Parameter for p in model.parameters()):
+        return most  # quantised weights would be unpacked for every piece
+    linear = model.config.linear_attn_config
+    size = B * linear["num_heads"] * linear["head_dim"]
+    return min(most, max(CPU_TOKENS, CPU_ELEMENTS // size // STEP * STEP))
+
+
 def plan_pieces(
     shape: tuple[int, int],
     layout: SequenceLayout,
+    size: int | None,
     *,
     rollback_tokens: int = 0,
     num_logged: int | None = None,
@@ -75,6 +95,7 @@ def plan_pieces(
     Args:
         shape: B and T.
         layout: Padding and packing of the call's tokens.
+        size: Tokens of each row in a piece, see `read_tokens`.
         rollback_tokens: Trailing tokens that `crop` must be able to remove afterwards.
         num_logged: Tokens in the log; None without an anchor.
         is_stale: Whether the states hold tokens that were taken back.
@@ -85,7 +106,7 @@ def plan_pieces(
     moves = rollback_tokens > 0 and (num_logged is None or logged + T > 2 * rollback_tokens)
     replays = is_stale or (moves and num_logged is not None and rollback_tokens > T)
     if not moves and not replays:
-        return KDAPieces(tuple(_parts(Piece(0, T, layout), B)))
+        return KDAPieces(tuple(_parts(Piece(0, T, layout), size)))
     length = T + (logged if replays else 0)
 
     def piece(start: int, stop: int, anchor: int | None = None) -> list[Piece]:
@@ -96,7 +117,7 @@ def plan_pieces(
             first = mask.shape[1] - length
             mask = mask[:, first + start : first + stop]
         own = sequence_layout(B, stop - start, attention_mask=mask, device=device)
-        return _parts(Piece(start, stop, own, anchor), B)
+        return _parts(Piece(start, stop, own, anchor), size)
 
     cut = max(length - rollback_tokens, 0)
     if not moves:
@@ -106,11 +127,10 @@ def plan_pieces(
     return KDAPieces((*piece(0, cut, cut), *piece(cut, length)), replays)
 
 
-def _parts(piece: Piece, num_rows: int) -> list[Piece]:
-    """The piece, in several where its rows are plain and long and no graph is recorded."""
-    if is_exporting() or torch.is_grad_enabled() or not piece.layout.is_plain:
+def _parts(piece: Piece, size: int | None) -> list[Piece]:
+    """The piece, in several of at most `size` tokens where its rows are plain."""
+    if size is None or not piece.layout.is_plain:
         return [piece]
-    size = max(CHUNK_SIZE, READ_TOKENS // num_rows // CHUNK_SIZE * CHUNK_SIZE)
     parts, anchor = [], piece.anchor
     for start in range(piece.start, piece.stop, size):
         stop = min(start + size, piece.stop)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kimi_linear.cache.calls import cache_for_call
-from kimi_linear.cache.pieces import KDAPieces, Piece, plan_pieces
+from kimi_linear.cache.pieces import KDAPieces, Piece, plan_pieces, read_tokens
 from kimi_linear.cache.static import is_static_call, without_room
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.inputs.layout import (
@@ -103,7 +103,7 @@ class Planner:
             layout,
             cache,
             route,
-            _pieces(cache, layout, mask, (B, T), device),
+            _pieces(model, cache, layout, mask, (B, T), device),
             mask=_backend_mask(route, hidden_states, model.config, layout, mask, cache),
             real_tokens=real,
             own_real=None if real is None or layout.is_plain else real[:, -T:],
@@ -154,6 +154,7 @@ def _backend_mask(
 
 
 def _pieces(
+    model: Any,
     cache: Cache | None,
     layout: SequenceLayout,
     mask: Tensor | None,
@@ -163,13 +164,15 @@ def _pieces(
     """How KDA layers read the call; their caches all hold the same tokens."""
     layers: list[Any] = [] if cache is None else cache.layers
     layers = [layer for layer in layers if layer.kind == "linear_attention"]
+    size = read_tokens(model, shape, device)
     if not layers:
-        return plan_pieces(shape, layout)
+        return plan_pieces(shape, layout, size)
     # in a pipeline, another process has the first ones
     layer = next((layer for layer in layers if layer.num_rows is not None), layers[0])
     return plan_pieces(
         shape,
         layout,
+        size,
         rollback_tokens=layer.rollback.tokens,
         num_logged=layer.rollback.num_logged,
         is_stale=layer.is_stale,

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from kimi_linear.ops.fla.backend import norm_kernel, resolve_backend
 from kimi_linear.ops.launch import launch_directly
-from kimi_linear.ops.runtime import ceil_div, jit, needs_grad, power_of_two, tl, triton
+from kimi_linear.ops.runtime import ceil_div, jit, needs_grad, power_of_two, spare, tl, triton
 
 ROWS = 16  # at once
 STEPS = 8  # steps of a program of the backward pass, ROWS rows each
@@ -45,8 +45,12 @@ def gated_rms_norm(
             return _GatedNorm.apply(x.contiguous(), gate.contiguous(), weight, eps)
         return norm_kernel()(x, gate, weight, None, activation="sigmoid", eps=eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    normed = torch.nn.functional.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
-    return (normed * torch.sigmoid(gate.to(wide))).to(x.dtype)
+    x_wide, out = x.to(wide), torch.sigmoid(gate.to(wide))
+    size = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+    scale = torch.rsqrt(size * size / weight.shape[0] + eps)
+    for factor in (weight.to(wide), x_wide, scale):
+        out = torch.mul(out, factor, out=spare(out))
+    return out.to(x.dtype)
 
 
 class _GatedNorm(torch.autograd.Function):

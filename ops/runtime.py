@@ -66,6 +66,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def spare(x: Tensor) -> Tensor | None:
+    """x, as the place of the result that replaces it, where no graph is recorded; else None."""
+    return None if torch.is_grad_enabled() or is_traced() else x
+
+
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` is at work (grad, vmap, jvp), which our own
     `autograd.Function`s, made for one backward pass, do not take part in."""

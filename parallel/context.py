@@ -24,7 +24,7 @@ import torch.distributed as dist  # whose collectives of one tensor have new nam
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_linear.cache.pieces import plan_pieces
+from kimi_linear.cache.pieces import KDAPieces, Piece
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.checks import unless_all_real
 from kimi_linear.inputs.layout import SequenceLayout, check_attention_mask, sequence_layout
@@ -269,7 +269,7 @@ class ContextPlanner(Planner):
         _check(backend == "sdpa", f"attn_implementation={backend!r}", "'sdpa'")
         whole = sequence_layout(1, num_tokens, **boundaries, device=hidden_states.device)
         shard, layout = shard_layout(whole, num_tokens, self.group)
-        pieces = plan_pieces((1, hidden_states.shape[1]), layout)
+        pieces = KDAPieces((Piece(0, hidden_states.shape[1], layout),))
         return ContextPlan(layout, None, "sequences", pieces, shard=shard)
 
 

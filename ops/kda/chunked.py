@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from kimi_linear.ops.kda.recurrent import KDAInputs, l2norm, log_decay
 from kimi_linear.ops.kda.segments import Segment, plan_segments
-from kimi_linear.ops.runtime import compute_dtype, no_autocast
+from kimi_linear.ops.runtime import compute_dtype, no_autocast, spare
 
 
 def chunked_kda(x: KDAInputs, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
@@ -54,16 +54,14 @@ class _ChunkedKDA(torch.autograd.Function):
             state = None
             if states is not None and not (initial_state is None and segment.is_first):
                 state = states[segment.rows]
-                if keep and isinstance(segment.rows, slice):
-                    state = state.clone()
+            saved.append(state.clone() if keep and state is not None else None)
             picked = [segment.pick(x) for x in inputs[:5]]
             want = output_final_state or not segment.is_last
             with no_autocast(q.device):
-                piece, state_out = _run_segment((*picked, *inputs[5:]), state, segment, want)
-            segment.put(out, piece)
+                chunks, state_out = _run_segment((*picked, *inputs[5:]), state, segment, want)
+            segment.put_chunks(out, chunks)
             if states is not None and state_out is not None:
                 states[segment.rows] = state_out
-            saved.append(state if keep else None)
         ctx.save_for_backward(*inputs, *saved)
         ctx.segments, ctx.output_final_state = segments, output_final_state
         ctx.state_shape = None if states is None else states.shape
@@ -114,8 +112,9 @@ def _segment_grads(
     with no_autocast(grad_out.device):
         with torch.enable_grad():
             state = None if state is None else leaves[7]
-            out, state_out = _run_segment(leaves[:7], state, segment, grad_state is not None)
-        roots, grads = [out], [segment.pick(grad_out).to(out.dtype)]
+            roots, state_out = _run_segment(leaves[:7], state, segment, grad_state is not None)
+        wide = segment.by_chunk(segment.pick(grad_out)).to(roots[0].dtype)
+        grads = list(wide.flatten(1, 2).unbind())
         if state_out is not None and grad_state is not None:
             roots.append(state_out)
             grads.append(grad_state)
@@ -124,20 +123,25 @@ def _segment_grads(
 
 def _run_segment(
     inputs: Sequence[Tensor], state: Tensor | None, segment: Segment, want_state: bool
-) -> tuple[Tensor, Tensor | None]:
-    """q, k, v, g, beta [R, L, H, ...], A_log, dt_bias; state [R, H, K, V] or None for zero."""
+) -> tuple[list[Tensor], Tensor | None]:
+    """Each chunk's output [R H, C, V], and the state after them.
+
+    Takes q, k, v, g, beta [R, L, H, ...], A_log, dt_bias, and a state [R, H, K, V], or None for
+    zero, which is overwritten where no graph is recorded.
+    """
     q, k, v, g, beta, A_log, dt_bias = inputs
     dtype = compute_dtype(q)
-    (R, L, H, K), V = q.shape, v.shape[-1]
+    (R, _, H, K), V = q.shape, v.shape[-1]
     n, C = segment.num_chunks, segment.chunk_size
 
     qk = torch.stack((segment.by_chunk(q), segment.by_chunk(k)), dim=-2).to(dtype)
     scale = qk.new_tensor((K**-0.5, 1.0))[:, None]
-    qk = (l2norm(qk) * scale).view(n * R * H, C, 2, K)
-    gate = log_decay(g.to(dtype), A_log, dt_bias)
+    qk = l2norm(qk, scale, out=spare(qk)).view(n * R * H, C, 2, K)
+    gate = segment.by_chunk(g).to(dtype).contiguous().transpose(2, 3)
+    gate = log_decay(gate, A_log, dt_bias).transpose(2, 3)
     if segment.valid is not None:
-        gate = gate.masked_fill(~segment.valid[:, :, None, None], 0)
-    decay = segment.by_chunk(gate).reshape(n * R * H, C, K).exp()
+        gate = gate.masked_fill(~segment.by_chunk(segment.valid[:, :, None, None]), 0)
+    decay = torch.exp(gate, out=spare(gate)).view(n * R * H, C, K)
     beta_GC = segment.by_chunk(beta.to(dtype)).reshape(n * R * H, C).sigmoid()
     v_nGCV = segment.by_chunk(v.to(dtype)).reshape(n, R * H, C, V)
 
@@ -166,9 +170,12 @@ def _run_segment(
             v_new = solve @ (value - from_k)
             outputs.append(torch.baddbmm(from_q, score, v_new))
         if len(outputs) < n or want_state:
-            S = column @ v_new if S is None else torch.baddbmm(S * chunk_decay, column, v_new)
-    out = torch.stack(outputs).view(n, R, H, C, V).permute(1, 0, 3, 2, 4).reshape(R, L, H, V)
-    return out, (S.view(R, H, K, V) if want_state and S is not None else None)
+            if S is None:
+                S = column @ v_new
+            else:
+                S = torch.mul(S, chunk_decay, out=spare(S))
+                S = torch.baddbmm(S, column, v_new, out=spare(S))
+    return outputs, (S.view(R, H, K, V) if want_state and S is not None else None)
 
 
 def _intra_chunk(qk_GC2K: Tensor, decay_GCK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,13 +246,15 @@ class _IntraChunk(torch.autograd.Function):
 def _pair_blocks(
     qk_GC2K: Tensor, decay_GCK: Tensor, tape: list[tuple[Tensor, Tensor, Tensor]] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward of `_IntraChunk`; the tape takes each level's factors and decays."""
+    """Forward of `_IntraChunk`; the tape takes each level's factors and decays. Without one, the
+    rows overwrite qk."""
     G, C, _, K = qk_GC2K.shape
     scores = qk_GC2K.new_zeros(G, C, 2, C)
-    columns = qk_GC2K[:, :, 1].clone()
-    diagonal = (qk_GC2K[:, :, 0] * columns).sum(-1)
-    scores[:, :, 0].diagonal(dim1=1, dim2=2).copy_(diagonal)
-    rows = qk_GC2K * decay_GCK[:, :, None]
+    columns = qk_GC2K[:, :, 0] * qk_GC2K[:, :, 1]
+    scores[:, :, 0].diagonal(dim1=1, dim2=2).copy_(columns.sum(-1))
+    columns.copy_(qk_GC2K[:, :, 1])
+    spent = spare(qk_GC2K) if tape is None else None
+    rows = torch.mul(qk_GC2K, decay_GCK[:, :, None], out=spent)
     total = decay_GCK
     size = 1
     while size < C:

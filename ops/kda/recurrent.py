@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_linear.ops.runtime import compute_dtype, no_autocast
+from kimi_linear.ops.runtime import compute_dtype, no_autocast, spare
 
 L2NORM_EPS = 1e-6
 
@@ -77,10 +77,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch_size: int, num_tokens: int) -> No
             )
 
 
-def l2norm(x: Tensor) -> Tensor:
-    """x / sqrt(sum(x^2) + 1e-6) over the last axis."""
+def l2norm(x: Tensor, scale: Tensor | float = 1.0, out: Tensor | None = None) -> Tensor:
+    """scale * x / sqrt(sum(x^2) + 1e-6) over the last axis."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.rsqrt(norm * norm + L2NORM_EPS)
+    return torch.mul(x, torch.rsqrt(norm * norm + L2NORM_EPS) * scale, out=out)
 
 
 def log_decay(g: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
@@ -103,7 +103,8 @@ def log_decay(g: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     rate = A_log.to(g.dtype).reshape(num_heads, 1).exp()
     x = g + dt_bias.to(g.dtype).reshape(num_heads, head_dim)
     # Past the threshold softplus returns x: at the default, 20, that is wrong by 2e-9.
-    return -rate * F.softplus(x, threshold=40.0)
+    softplus = F.softplus(x, threshold=40.0)
+    return torch.mul(softplus, -rate, out=spare(softplus))
 
 
 def recurrent_kda(x: KDAInputs, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
@@ -156,6 +157,6 @@ def step_in_place(x: KDAInputs, state_BHKV: Tensor) -> Tensor:
 def _activated(x: KDAInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q and k normalised, q scaled; v; decay, and beta after its sigmoid; all wide."""
     dtype = compute_dtype(x.q)
-    q_BTHK = l2norm(x.q.to(dtype)) * x.q.shape[-1] ** -0.5
+    q_BTHK = l2norm(x.q.to(dtype), x.q.shape[-1] ** -0.5)
     decay_BTHK = log_decay(x.g.to(dtype), x.A_log, x.dt_bias).exp()
     return q_BTHK, l2norm(x.k.to(dtype)), x.v.to(dtype), decay_BTHK, x.beta.to(dtype).sigmoid()

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_linear.ops.runtime import is_exporting, power_of_two
+from kimi_linear.ops.runtime import ceil_div, is_exporting, power_of_two
 
-CHUNK_SIZE = 64
+CHUNK_SIZE = 32
+EXPORTED_CHUNK_SIZE = 64  # an exported program takes the lengths of as many chunks
 # Elements of one [R, L, H, K] tensor: it fits a CPU's caches and is large enough to hide dispatch.
 SEGMENT_ELEMENTS = 1 << 19
 
@@ -50,6 +51,16 @@ class Segment(NamedTuple):
         else:
             out[0, self.tokens[self.valid]] = x[self.valid].to(out.dtype)
 
+    def put_chunks(self, out: Tensor, chunks: list[Tensor]) -> None:
+        """As `put`, of num_chunks tensors [R * H, C, V]."""
+        num_heads = out.shape[2]
+        chunks = [x.unflatten(0, (-1, num_heads)) for x in chunks]
+        if isinstance(self.tokens, slice) and self.valid is None:
+            for place, x in zip(self.by_chunk(out[self.rows, self.tokens]), chunks, strict=True):
+                place.copy_(x)
+        else:
+            self.put(out, torch.stack(chunks, dim=1).transpose(2, 3).flatten(1, 2))
+
     def by_chunk(self, x_RLH: Tensor) -> Tensor:
         """[R, L, H, ...] -> view [chunks, R, H, C, ...]."""
         x = x_RLH.unflatten(1, (self.num_chunks, self.chunk_size))
@@ -77,10 +88,10 @@ def _plan_batch(B: int, T: int, max_tokens: int, device: torch.device) -> list[S
     """Segments of B sequences of T tokens: whole chunks first, then one padded remainder. For an
     exported program, whose sizes are symbols, all in one."""
     if is_exporting():
-        count = -(-T // CHUNK_SIZE)
-        real = torch.arange(count * CHUNK_SIZE, device=device) < T
-        tokens = slice(0, T)
-        return [Segment(slice(0, B), tokens, real[None], CHUNK_SIZE, count, True, True)]
+        size, tokens = EXPORTED_CHUNK_SIZE, slice(0, T)
+        count = ceil_div(T, size)
+        real = torch.arange(count * size, device=device) < T
+        return [Segment(slice(0, B), tokens, real[None], size, count, True, True)]
     segments = []
     whole = T - T % CHUNK_SIZE
     row_step = max(1, max_tokens // min(T, CHUNK_SIZE))

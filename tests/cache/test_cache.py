@@ -11,7 +11,9 @@ from transformers.cache_utils import Cache
 
 import kimi_linear.cache.latents as module
 from kimi_linear import KimiLinearBackbone, KimiLinearCache, KimiLinearConfig, presets
+from kimi_linear.cache import pieces
 from kimi_linear.cache.latents import LatentLayerCache
+from kimi_linear.layers.delta_attention import KimiLinearDeltaAttention
 
 pytestmark = pytest.mark.core
 
@@ -55,6 +57,34 @@ def test_memory_is_fixed_states_and_latents_and_at_most_one_block(hybrid):
         assert memory["rollback"] == 0
         above = memory["full_attention"] - (length + 3) * per_token
         assert 0 <= above <= module.BLOCK_TOKENS * per_token
+
+
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_pieces_on_a_cpu_equal_the_whole(hybrid, monkeypatch, with_cache):
+    """Logits, states and what `crop` goes back to, cut in the middle of a piece."""
+    attend, lengths = KimiLinearDeltaAttention.attend, set()
+
+    def noted(layer, hidden_states, *args, **kwargs):
+        lengths.add(hidden_states.shape[1])
+        return attend(layer, hidden_states, *args, **kwargs)
+
+    def logits():
+        if not with_cache:
+            with torch.no_grad():
+                return hybrid(token_ids(2, 300), use_cache=False).logits
+        cache = KimiLinearCache(hybrid.config, rollback_tokens=30)
+        parts = [read(hybrid, cache, token_ids(2, 300))]
+        cache.crop(-20)
+        return torch.cat([*parts, read(hybrid, cache, token_ids(2, 7, seed=2))], dim=1)
+
+    monkeypatch.setattr(KimiLinearDeltaAttention, "attend", noted)
+    expected = logits()
+    assert 300 in lengths
+    monkeypatch.setattr(pieces, "CPU_ELEMENTS", 1)
+    monkeypatch.setattr(pieces, "CPU_TOKENS", 128)
+    lengths.clear()
+    assert_close(logits(), expected, FLOAT32)
+    assert max(lengths) == 128
 
 
 def test_rollback_costs_what_its_module_says(hybrid):

@@ -21,7 +21,7 @@ from kimi_linear.ops.kda.recurrent import log_decay
 pytestmark = pytest.mark.kernels
 
 NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
-LENGTHS = (1, 15, 16, 17, 63, 64, 65, 1000)
+LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000)
 
 
 def make_inputs(

@@ -19,6 +19,7 @@ from few_bits_models import (
 from tolerance import assert_close
 from torch import nn
 
+from kimi_linear.cache.pieces import READ_TOKENS, read_tokens
 from kimi_linear.ops.packed.rounding import quantize
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.quantized import QuantizedTensor
@@ -53,6 +54,15 @@ def models(folder: Path) -> tuple[Any, Any]:
     """A packed model, and the same in full."""
     model = load_packed(folder, mixed())
     return model, in_full(model, folder)
+
+
+@torch.no_grad()
+def test_a_cpu_s_caches_do_not_cut_what_a_packed_model_reads(models):
+    """Every piece would unpack the weights again."""
+    (packed, full), call = models, (1, READ_TOKENS)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert read_tokens(packed, call, cpu) == read_tokens(full, call, gpu) == READ_TOKENS
+    assert read_tokens(full, call, cpu) < READ_TOKENS
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
