@@ -63,23 +63,6 @@ def as_16_bits(weights: Any) -> Any:
     )
 
 
-def library_linear(rows: float8.Float8Rows, weights: Any) -> Callable[[], Any]:
-    """The product of `float8_linear` by cuBLAS, which has it from CUDA 12.9 on, for Hopper: scales
-    of weights are [a multiple of 4 that holds the groups of a row, N / 128]."""
-    K, scaling = weights.shape[1], F.ScalingType
-    own = F.pad(weights.scales().float(), (0, -(K // 128) % 4)).t()
-    matrix = float8.weight_bytes(weights)[:, :K].t()
-    return lambda: F.scaled_mm(
-        rows.codes,
-        matrix,
-        rows.scale.t(),
-        scaling.BlockWise1x128,
-        own,
-        scaling.BlockWise128x128,
-        output_dtype=torch.bfloat16,
-    )
-
-
 class Lines:
     """Measures, and writes lines about one product of some rows."""
 
@@ -156,14 +139,14 @@ def measure_linear(record: Recorder, num_rows: int, sweep: bool, shape: tuple[in
     lines.line("fp8w", lambda: F.linear(x, wide), expected)
     rows = float8.quantize_rows(x)
     lines.line("quantise", lambda: float8.quantize_rows(x))
-    if num_outputs % 128 == 0 and hasattr(F, "scaled_mm"):
-        lines.line("cublas", library_linear(rows, weights), expected)
-    chosen = float8.LARGE_TILE
+    product = lambda: float8.float8_linear(rows, weights, x.dtype)  # noqa: E731
+    if float8.has_block_products(float8.architecture(x.device)):
+        lines.line("cublas", product, expected)
+    chosen, float8.USES_LIBRARY = float8.LARGE_TILE, False
     for tile in TILES if sweep else (chosen,):
         float8.LARGE_TILE = tile
-        run = lambda: float8.float8_linear(rows, weights, x.dtype)  # noqa: E731
-        lines.line("fp8", run, expected, tile=tile)
-    float8.LARGE_TILE = chosen
+        lines.line("fp8", product, expected, tile=tile)
+    float8.LARGE_TILE, float8.USES_LIBRARY = chosen, True
 
 
 @torch.no_grad()

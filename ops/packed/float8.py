@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.launch import driver, is_jit_function, launch_directly
+from kimi_linear.ops.packed.library import block_product, fits, has_block_products
 from kimi_linear.ops.packed.unpacking import DEVICES, HAS_KERNELS
 from kimi_linear.ops.runtime import ceil_div, is_traced, jit, tl
 from kimi_linear.schemes import FLOAT8_BLOCK, RUN
@@ -39,6 +40,8 @@ if tl is not None:
     BLOCK, RUN_, LARGEST = tl.constexpr(FLOAT8_BLOCK), tl.constexpr(RUN), tl.constexpr(448.0)
 # Whether hardware copies tiles where it can. Without, a linear layer takes half as long again.
 USES_DESCRIPTORS = True
+# Whether linear layers are multiplied by cuBLAS where it can.
+USES_LIBRARY = True
 QUANTIZED_ROWS = 16  # of a program that quantises
 # Rows, columns, halves (a program has as many tiles side by side), warps and stages of a tile: with
 # the shared memory of Hopper and data-centre Blackwell, and with that of others. Where rows of
@@ -117,6 +120,9 @@ def float8_linear(rows: Float8Rows, weights: Any, dtype: torch.dtype) -> Tensor:
         dtype: Of the result.
     """
     T, (N, K) = rows.codes.shape[0], weights.shape
+    is_there = USES_LIBRARY and has_block_products(architecture(weights.device))
+    if is_there and fits(T, weights, dtype):
+        return block_product(*rows, weight_bytes(weights), weights)
     out = torch.empty(T, N, dtype=dtype, device=rows.codes.device)
     tile_rows, columns, halves, num_warps, num_stages = _tile(weights, out.device)
     with torch.cuda.device_of(out):
