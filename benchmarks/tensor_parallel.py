@@ -143,16 +143,14 @@ def main() -> None:
         torch.cuda.empty_cache()
     tell({"case": f"{world} GPUs", "build_seconds": time.monotonic() - start})
     for way in args.ways:
-        model.decode_backend = "eager" if way == "layers" else "auto"
+        model.decode_backend = "eager" if way == "layers" else "graph"
         sums.WAY = way
         count = 8 if way == "layers" else args.new_tokens
         for num_rows in args.rows:
             found, text = decoding.figures(model, num_rows, count)
             if num_rows in alone:
                 found["same_tokens"] = same_tokens(text, alone[num_rows][:, : 1 + count])
-            steps = recorded_steps(model)[
-                -1:
-            ]  # where memory is not shared, the group sums after all
+            steps = recorded_steps(model)[-1:]  # without shared memory the group sums after all
             found["sums"] = [type(getattr(x, "sum", None) or x.meetings).__name__ for x in steps]
             tell({"case": f"{world} GPUs, {way}", **found})
         drop_recordings(model)

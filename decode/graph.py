@@ -8,7 +8,9 @@ together (tensor parallelism) each records the step of its part (`divided.py`). 
 not cover runs layer by layer.
 
 The switch is the model's attribute `decode_backend`: "auto" takes the graph where it can, "graph"
-raises where model or call have an obstacle, "eager" never takes it. Calls run layer by layer
+raises where model or call have an obstacle, "eager" never takes it. (Of several processes' model
+"auto" does not take it either, until trained weights have decoded on GPUs by it.) Calls run layer
+by layer
 
 - without a word, because they are no step: other arguments than ids, mask and cache, outputs that
   arguments or the configuration ask of layers, more tokens, an empty cache, gradients, a compiler
@@ -175,6 +177,8 @@ class _Decoder:
                 self._tables.setdefault(cache, None)
         if self._obstacle:
             return self._obstacle
+        if self._part is not None and model.decode_backend == "auto":
+            return "several processes have the model, which decode_backend='graph' records"
         return "a module has hooks" if snapshot.has_hooks else call_obstacle(model, num_rows)
 
     def _examine(self, model: nn.Module) -> Snapshot:

@@ -11,15 +11,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kimi_linear.ops.packed.float8 import Float8Rows, float8_linear, quantize_rows, takes_float8
+from kimi_linear.ops.packed.float8 import (
+    Float8Rows,
+    float8_linear,
+    quantize_rows,
+    takes_float8,
+    takes_library,
+)
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.quantized import quick_attributes
 from kimi_linear.ops.runtime import linear_weight, needs_grad, product_dtype
 
-# Rows and outputs from which a product in float8 is faster (H200). Quantising costs time by rows
-# and inputs, and saves it by rows, inputs and outputs: these must be many. With fewer rows,
-# launches take longer than products.
-MANY_ROWS, MANY_OUTPUTS = 2048, 4096
+# Rows and outputs from which a product in float8 is faster (H200), and outputs where cuBLAS makes
+# it of as many inputs. Quantising costs time by rows and inputs, and saves it by rows, inputs and
+# outputs: these must be many. With fewer rows, launches take longer than products.
+MANY_ROWS, MANY_OUTPUTS, LIBRARY_SIZE = 2048, 4096, 2048
 
 
 class LinearInput:
@@ -57,10 +63,18 @@ def _float8_weight(x: Tensor, linear: nn.Module) -> Any:
         return None
     is_taken = (
         x.shape[:-1].numel() >= MANY_ROWS
-        and weight.shape[0] >= MANY_OUTPUTS
         and x.device == weight.device
         and weight.dtype == x.dtype == product_dtype(x)
         and not needs_grad(x)
         and takes_float8(weight)
+        and _has_many_outputs(weight, x)
     )
     return weight if is_taken else None
+
+
+def _has_many_outputs(weight: Any, x: Tensor) -> bool:
+    if weight.shape[0] >= MANY_OUTPUTS:
+        return True
+    return min(weight.shape) >= LIBRARY_SIZE and takes_library(
+        x.shape[:-1].numel(), weight, x.dtype
+    )

@@ -87,6 +87,12 @@ def architecture(device: torch.device) -> int:
         return driver.active.get_current_target().arch
 
 
+def takes_library(num_rows: int, weights: Any, dtype: torch.dtype) -> bool:
+    """Whether cuBLAS multiplies rows by weights of which `takes_float8`; dtype: the result's."""
+    is_there = USES_LIBRARY and has_block_products(architecture(weights.device))
+    return is_there and fits(num_rows, weights, dtype)
+
+
 def quantize_rows(x: Tensor, places: Tensor | None = None) -> Float8Rows:
     """Quantise rows [T, K]; with places int64 [T, k], a row is written to each of its: [T k, K]."""
     (T, K), x = x.shape, x.contiguous()
@@ -120,8 +126,7 @@ def float8_linear(rows: Float8Rows, weights: Any, dtype: torch.dtype) -> Tensor:
         dtype: Of the result.
     """
     T, (N, K) = rows.codes.shape[0], weights.shape
-    is_there = USES_LIBRARY and has_block_products(architecture(weights.device))
-    if is_there and fits(T, weights, dtype):
+    if takes_library(T, weights, dtype):
         return block_product(*rows, weight_bytes(weights), weights)
     out = torch.empty(T, N, dtype=dtype, device=rows.codes.device)
     tile_rows, columns, halves, num_warps, num_stages = _tile(weights, out.device)
