@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--pointers", action="store_true", help="no hardware copies of tiles")
     args = parser.parse_args()
     float8.USES_DESCRIPTORS = not args.pointers
+    packed.FLOAT8_TOKENS = 0
     record, sweep = Recorder(args.record), args.tiles == "all"
     record.tell(setting())
     all_rows = [int(each) for each in args.rows.split(",")]
