@@ -224,7 +224,8 @@ def obstacles_are_named(rank: int, world: int, folder: str) -> None:
     for num_tokens in (5, 1):
         ours(here(token_ids(1, num_tokens)), cache=cache)
     assert not graph.recorded_steps(ours)  # which nobody has asked for
-    ours.decode_backend = "graph"
+    ours.decode_backend, cache = "graph", KimiLinearCache(ours.config)
+    ours(here(token_ids(1, 5)), cache=cache)
     if rank == 1:
         norm = ours.model.norm
         norm.weight = Parameter(norm.weight.double())
