@@ -157,7 +157,8 @@ class _Decoder:
         self.failure = ""
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
-        self._part: Part | None = None  # of a model that several processes have together
+        self._is_divided = False  # among several processes
+        self._part: Part | None = None  # of a divided model, once it was asked for
         self._obstacle = ""
         self._steps: OrderedDict[StepKind, Recording] = OrderedDict()
         self._tables: WeakKeyDictionary[Cache, AddressTable | None] = WeakKeyDictionary()
@@ -175,10 +176,12 @@ class _Decoder:
             if snapshot is None or cache not in self._tables or not snapshot.is_current(model):
                 snapshot = self._examine(model)
                 self._tables.setdefault(cache, None)
+            if self._is_divided and model.decode_backend == "auto":
+                return "several processes have the model, which decode_backend='graph' records"
+            if self._is_divided and self._part is None and not self._obstacle:
+                self._part, self._obstacle = examine_part(model)
         if self._obstacle:
             return self._obstacle
-        if self._part is not None and model.decode_backend == "auto":
-            return "several processes have the model, which decode_backend='graph' records"
         return "a module has hooks" if snapshot.has_hooks else call_obstacle(model, num_rows)
 
     def _examine(self, model: nn.Module) -> Snapshot:
@@ -186,11 +189,8 @@ class _Decoder:
         before, self._snapshot = self._snapshot, Snapshot(model)
         if before is not None and before.recorded != self._snapshot.recorded:
             self._steps.clear()
-        self._part, self._obstacle = None, ""
-        if is_divided(model):
-            self._part, self._obstacle = examine_part(model)
-        else:
-            self._obstacle = model_obstacle(model)
+        self._part, self._is_divided = None, is_divided(model)
+        self._obstacle = "" if self._is_divided else model_obstacle(model)
         return self._snapshot
 
     def step(

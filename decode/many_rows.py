@@ -21,8 +21,6 @@ from kimi_linear.ops.runtime import power_of_two
 SOME_ROWS = 64
 # rows up to which KDA's own kernels project its gates; beyond, they are a launch of their own
 OWN_GATES_ROWS = 8
-# rows up to which KDA's own kernels project its gates; beyond, they are a launch of their own
-OWN_GATES_ROWS = 8
 # rows up to which a router is read row by row, and up to which one launch takes it, which unlike
 # cuBLAS's is linked; outputs of a program of that
 ROUTER_VECTOR_ROWS, ROUTER_ROWS, ROUTER_BLOCK = 8, 64, 16

@@ -107,7 +107,8 @@ def texts_plan(
         _check_text(cache, f"cache[{i}]")
     num_places, device = hidden_states.shape[1], hidden_states.device
     ends = sequence_ends(cu_seq_lens, num_places, len(own)).cpu()
-    own_ends = ends.to(device, torch.int32, non_blocking=True)
+    with torch.inference_mode(False):  # with a version, by which FLA's form of it is found again
+        own_ends = ends.to(device, torch.int32, non_blocking=True)
     if device.type != "cpu":  # before a layer would wait for what is launched
         prepare_fla_layout(own_ends, ends)
     return TextsPlan(

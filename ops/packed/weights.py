@@ -14,7 +14,7 @@ from torch._prims_common import DeviceLikeType
 from kimi_linear.ops.packed.codes import PLANES, pack, unpack
 from kimi_linear.ops.packed.unpacking import can_unpack, unpack_on_gpu
 from kimi_linear.ops.quantized import QuantizedTensor, TransposedWeights
-from kimi_linear.ops.runtime import ceil_div, is_traced
+from kimi_linear.ops.runtime import ceil_div, is_traced, product_dtype
 from kimi_linear.schemes import Scheme
 
 aten = torch.ops.aten
@@ -153,7 +153,7 @@ class PackedWeights(QuantizedTensor):
         step = max(step, shared)
         if step >= num_outputs or is_traced():
             return super().linear(x, bias)
-        out = x.new_empty(*x.shape[:-1], num_outputs)
+        out = x.new_empty(*x.shape[:-1], num_outputs, dtype=product_dtype(x))
         for start in range(0, num_outputs, step):
             some = slice(start, start + step)
             out[..., some] = F.linear(x, self._outputs(some).dequantized())

@@ -67,6 +67,8 @@ def test_large_layers_are_written_out_in_parts(monkeypatch, scheme):
         torch.testing.assert_close(F.linear(x, packed, extra), wanted, rtol=2e-2, atol=0.5)
     step = 128 if scheme.rows == 128 else 130
     assert found == 2 * [step, step, 300 - 2 * step]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x.float(), packed).dtype == torch.bfloat16
 
 
 @by_scheme
