@@ -54,9 +54,12 @@ def test_drafts(device, monkeypatch):
     """Right ones and wrong ones, in a step with all texts."""
     monkeypatch.setattr(GroupDrafts, "_value", lambda self, rows, size, length: length)
     kinds, record = set(), recording.decode_step
-    monkeypatch.setattr(
-        recording, "decode_step", lambda model, kind: (kinds.add(kind), record(model, kind))[1]
-    )
+
+    def noted(model, kind, *group):
+        kinds.add(kind)
+        return record(model, kind, *group)
+
+    monkeypatch.setattr(recording, "decode_step", noted)
     outs, alone, processor = answers(
         decode_model(device), (3, 40, 9), 12, num_blocks=10, num_drafted=3
     )

@@ -63,9 +63,9 @@ def used(monkeypatch):
     """The kinds of steps that run from now on."""
     kinds, record = [], graph_module.Recording
 
-    def watched(own_model, kind):
+    def watched(own_model, kind, *group):
         kinds.append(kind)
-        return record(own_model, kind)
+        return record(own_model, kind, *group)
 
     monkeypatch.setattr(graph_module, "Recording", watched)
     return kinds
