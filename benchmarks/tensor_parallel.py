@@ -151,7 +151,7 @@ def main() -> None:
             if num_rows in alone:
                 found["same_tokens"] = same_tokens(text, alone[num_rows][:, : 1 + count])
             steps = recorded_steps(model)[-1:]  # without shared memory the group sums after all
-            found["sums"] = [type(getattr(x, "sum", None) or x.inboxes).__name__ for x in steps]
+            found["sums"] = [type(getattr(x, "sum", None) or x.meetings).__name__ for x in steps]
             tell({"case": f"{world} GPUs, {way}", **found})
         drop_recordings(model)
     dist.destroy_process_group()

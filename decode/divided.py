@@ -21,11 +21,11 @@ from kimi_linear.decode.projection_kernels import own_embedding_kernel
 from kimi_linear.decode.step import DecodeStep, linked
 from kimi_linear.decode.sum_kernels import sum_kernel, sum_norm_kernel
 from kimi_linear.ops.runtime import power_of_two
-from kimi_linear.parallel.sums import Inboxes, make_gather, make_sum, uses_kernels
+from kimi_linear.parallel.sums import Meetings, make_gather, make_sum, uses_kernels
 from kimi_linear.upstream.shared_memory import SharedMemoryError
 
 # numbers that a program of `sum_kernel` sums, and its warps
-SUM_BLOCK, SUM_WARPS = 512, 4
+SUM_BLOCK, SUM_WARPS = 1024, 4
 
 
 class DividedStep(DecodeStep):
@@ -110,23 +110,22 @@ class LinkedFewRowsStep(DividedStep, FewRowsStep):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        size = self.hidden.numel()
-        self.num_programs = -(-size // SUM_BLOCK)
-        self.inboxes = Inboxes(size, self.num_programs, self.device, self.group)
-        self.part = torch.empty_like(self.hidden)
+        self.num_programs = -(-self.hidden.numel() // SUM_BLOCK)
+        self.meetings = Meetings(self.hidden, self.num_programs, self.group)
         if self.group.rank() > 0:
             self.residual = None
 
     def _embed(self) -> None:
-        self.inboxes.restart()
+        self.meetings.restart()
+        self.part, self.addresses = self.meetings.take()
         self._look_up(self.part)
         self._end_branch()
 
     def _end_branch(self) -> None:
         sum_kernel[(self.num_programs,)](
-            self.part,
-            self.inboxes.take(),
-            self.inboxes.epochs,
+            self.addresses,
+            self.meetings.flags,
+            self.meetings.epochs,
             self.hidden,
             self.hidden.numel(),
             RANK=self.group.rank(),
@@ -135,6 +134,7 @@ class LinkedFewRowsStep(DividedStep, FewRowsStep):
             num_warps=SUM_WARPS,
             **linked(self.is_linked),
         )
+        self.part, self.addresses = self.meetings.take()
 
 
 class LinkedManyRowsStep(DividedStep, ManyRowsStep):
@@ -142,11 +142,10 @@ class LinkedManyRowsStep(DividedStep, ManyRowsStep):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        size = self.normed.numel()
-        self.inboxes = Inboxes(size, self.num_rows, self.device, self.group)
+        self.meetings = Meetings(self.normed, self.num_rows, self.group)
 
     def _embed(self) -> None:
-        self.inboxes.restart()
+        self.meetings.restart()
         self.hidden.zero_()
         self._look_up(self.branch_out[:, 0])
         self.to_add = self.branch_out
@@ -155,13 +154,15 @@ class LinkedManyRowsStep(DividedStep, ManyRowsStep):
         branch, D = self.to_add, self.config.hidden_size
         assert branch is not None
         self.to_add = None
+        _, addresses = self.meetings.take()
         sum_norm_kernel[(self.num_rows,)](
             self.hidden,
             branch,
             norm.weight,
             self.normed,
-            self.inboxes.take(),
-            self.inboxes.epochs,
+            addresses,
+            self.meetings.flags,
+            self.meetings.epochs,
             self.hidden if log is None else log,
             self.counters,
             norm.eps,

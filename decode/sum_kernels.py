@@ -1,11 +1,11 @@
-"""Triton kernels of a divided step: sums over GPUs that write to each other's memory, each with
-what stands around it, so that the chain of linked launches does not end at a sum.
+"""Triton kernels of a divided step: sums over GPUs that read each other's memory, each with what
+stands around it, so that the chain of linked launches does not end at a sum.
 
-Each process writes its part to the memory of all others, each number in a word with the number of
-the sum that it is for: who reads a word sees by that whether it has come, and nothing else has to
-be waited for. Parts are added up in the order of the ranks, which gives the same bits everywhere.
-Words are written to two places in turn: who has seen the others' words for the next sum knows that
-they have read those of the one before.
+Each process writes its part to memory that the others can read, raises a flag in the memory of
+each of them, waits for theirs, and adds all parts up in the order of the ranks, which gives the
+same bits everywhere. A program needs of the others the part of the program with its number only,
+and waits for no more. A part is written to two places in turn: who has seen the others' next flag
+knows that they have read the one before.
 
 See `projection_kernels.py`, also for IS_LINKED.
 
@@ -21,36 +21,27 @@ from kimi_linear.ops.runtime import jit, tl
 
 
 @jit
-def next_epoch(epochs, program):
-    """int64: the number of a program's sum, which it counts, in 31 bits."""
-    epoch = (tl.load(epochs + program) + 1) & 0x7FFFFFFF
-    tl.debug_barrier()  # all threads have read it
+def meet(flags, epochs, program, num_programs, RANK: tl.constexpr, P: tl.constexpr):
+    """Tell the other processes that this program's part is written; wait until theirs are."""
+    epoch = tl.load(epochs + program) + 1
+    tl.debug_barrier()  # all threads have read it, and written their part
     tl.store(epochs + program, epoch)
-    return epoch
-
-
-@jit
-def send(part, epoch, inboxes, like, i, inside, size, RANK: tl.constexpr, P: tl.constexpr):
-    """Write numbers float32 to where the other processes read this one's."""
-    word = (epoch << 32) | (part.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
-    for other in tl.static_range(1, P):
-        inbox = pointer_to(tl.load(inboxes + (RANK + other) % P), like)
-        tl.store(inbox + RANK * size + i, word, mask=inside)
-
-
-@jit
-def receive(inbox, epoch, i, inside):
-    """Another process' numbers float32, once they are there."""
-    word = tl.load(inbox + i, mask=inside, other=epoch << 32, volatile=True)
-    while tl.max(((word >> 32) != epoch).to(tl.int32)) != 0:
-        word = tl.load(inbox + i, mask=inside, other=epoch << 32, volatile=True)
-    return word.to(tl.int32).to(tl.float32, bitcast=True)
+    for i in tl.static_range(1, P):
+        other = (RANK + i) % P
+        flag = pointer_to(tl.load(flags + other), epochs) + RANK * num_programs + program
+        tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+    own = pointer_to(tl.load(flags + RANK), epochs) + program
+    for i in tl.static_range(1, P):
+        flag = own + (RANK + i) % P * num_programs
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        while seen < epoch:
+            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
 
 
 @jit
 def sum_kernel(
-    part,  # float32 [size], this process'
-    inboxes,  # int64 [P]: addresses of int64 [P, size], where each process reads the others' words
+    parts,  # int64 [P]: addresses of float32 [size]
+    flags,  # int64 [P]: addresses of int64 [P, programs]
     epochs,  # int64 [programs]
     out,  # float32 [size], to be written
     size,
@@ -59,21 +50,15 @@ def sum_kernel(
     BLOCK: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """out = sum of all processes' parts."""
+    """out = sum of all processes' parts, of which the kernels before have written this one's."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    inbox = pointer_to(tl.load(inboxes + RANK), epochs)
     wait(IS_LINKED)
-    epoch = next_epoch(epochs, tl.program_id(0))
-    own = tl.load(part + i, mask=inside, other=0.0)
-    send(own, epoch, inboxes, epochs, i, inside, size, RANK, P)
+    meet(flags, epochs, tl.program_id(0), tl.num_programs(0), RANK, P)
     y = tl.zeros([BLOCK], tl.float32)
     for p in tl.static_range(P):
-        if p == RANK:
-            y += own
-        else:
-            y += receive(inbox + p * size, epoch, i, inside)
-    tl.store(out + i, y, mask=inside)
+        part = pointer_to(tl.load(parts + p), out)
+        y += tl.load(part + i, mask=i < size, other=0.0, volatile=True)
+    tl.store(out + i, y, mask=i < size)
 
 
 @jit
@@ -82,7 +67,8 @@ def sum_norm_kernel(
     branch,  # [B, PARTS, D]
     norm,  # [D]
     out,  # [B, D], to be written
-    inboxes,  # int64 [P]: as in `sum_kernel`, of [P, B, D]
+    parts,  # int64 [P]: addresses of [B, D]
+    flags,  # int64 [P]: addresses of int64 [P, B]
     epochs,  # int64 [B]
     table,  # int64, columns of `KDAAddresses`; its log takes the normed rows
     counters,  # int64 [B / T, 4], columns of `Counters`
@@ -102,26 +88,22 @@ def sum_norm_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, PLACES)
-    inside, size, i = d < D, tl.num_programs(0) * D, row * D + d
-    inbox = pointer_to(tl.load(inboxes + RANK), epochs)
+    inside = d < D
     wait(IS_LINKED)
-    epoch = next_epoch(epochs, row)
     own = tl.zeros([PLACES], tl.float32)
-    for part in tl.static_range(PARTS):
-        numbers = tl.load(branch + (row * PARTS + part) * D + d, mask=inside, other=0.0)
-        own += numbers.to(tl.float32)
-    own = own.to(out.dtype.element_ty).to(tl.float32)
-    send(own, epoch, inboxes, epochs, i, inside, size, RANK, P)
-    x = tl.load(hidden + i, mask=inside, other=0.0)
+    for i in tl.static_range(PARTS):
+        part = tl.load(branch + (row * PARTS + i) * D + d, mask=inside, other=0.0)
+        own += part.to(tl.float32)
+    tl.store(pointer_to(tl.load(parts + RANK), out) + row * D + d, own, mask=inside)
+    meet(flags, epochs, row, tl.num_programs(0), RANK, P)
+    x = tl.load(hidden + row * D + d, mask=inside, other=0.0)
     for p in tl.static_range(P):
-        if p == RANK:
-            x += own
-        else:
-            x += receive(inbox + p * size, epoch, i, inside)
+        part = pointer_to(tl.load(parts + p), out) + row * D + d
+        x += tl.load(part, mask=inside, other=0.0, volatile=True).to(tl.float32)
     tl.debug_barrier()  # small rows are held by several threads, all of which must have read
-    tl.store(hidden + i, x, mask=inside)
+    tl.store(hidden + row * D + d, x, mask=inside)
     x *= norm_scale(tl.sum(x * x), D, eps)
     x *= tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + i, x, mask=inside)
+    tl.store(out + row * D + d, x, mask=inside)
     if HAS_LOG:
         log_normed(x, d, inside, row, num_tokens, table, counters, out, D)

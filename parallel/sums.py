@@ -1,7 +1,7 @@
 """Sums and gatherings over processes that a CUDA graph can record.
 
-On one host the GPUs write to or read from each other's memory, in one kernel. Elsewhere they are
-NCCL's, or gloo's, which are not recorded. Each class has buffers of its own, so that a
+On one host each GPU reads the parts of the others from their memory, in one kernel. Elsewhere they
+are NCCL's, or gloo's, which are not recorded. Each class has buffers of its own, so that a
 recording can repeat it: write `part`, call `run`, read the result.
 
 Shapes: P processes.
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kimi_linear.upstream.shared_memory import SUMMED_DTYPES, SharedMemory, SharedMemoryError
 
-# How steps sum: where GPUs share their memory by `decode/sum_kernels.py` or by torch's operator,
-# else by the group.
+# How steps sum: where GPUs read each other's memory by `decode/sum_kernels.py` or by torch's
+# operator, else by the group.
 WAYS = ("kernels", "operator", "group")
 WAY = "kernels"
 SHARING_DEVICES = ("cuda",)
@@ -56,43 +56,48 @@ class SharedSum:
         self._memory.sum_into(self.total)
 
 
-class Inboxes:
-    """Where each process reads the others' words, see `decode/sum_kernels.py`: two places, in
-    memory that the others write to.
+class Meetings:
+    """Two places for a process' part, and flags, in memory that the others can read, see
+    `decode/sum_kernels.py`.
 
     Args:
-        size: Numbers of a part.
-        num_programs: Programs of a kernel that sums parts.
-        device: Of the parts.
+        part: Of the shape, dtype and device of a process' part.
+        num_programs: Programs of a kernel that reads the parts.
         group: The processes.
 
     Attributes:
+        parts: Of this process, in turn.
         addresses: int64 [2, P], where those of each process are.
-        epochs: int64 [programs], the number of each program's last sum.
+        flags: int64 [P], where those of each process are: int64 [P, programs].
+        epochs: int64 [programs], how often each program has met the others.
 
     Raises:
         SharedMemoryError: On every process, if one of them cannot.
     """
 
-    def __init__(self, size: int, num_programs: int, device: torch.device, group: Any) -> None:
-        num_ranks = group.size()
-        self._memory = SharedMemory((2, num_ranks, size), torch.int64, device, group)
-        self._memory.own.zero_()
-        self._seen = [self._memory.of(rank) for rank in range(num_ranks)]
-        places = [[words.data_ptr() for words in seen] for seen in self._seen]
+    def __init__(self, part: Tensor, num_programs: int, group: Any) -> None:
+        device, ranks = part.device, range(group.size())
+        self._memory = SharedMemory((2, *part.shape), part.dtype, device, group)
+        self._flags = SharedMemory((len(ranks), num_programs), torch.int64, device, group)
+        self._flags.own.zero_()
+        self.parts = list(self._memory.own)
+        self._seen = [(self._memory.of(rank), self._flags.of(rank)) for rank in ranks]
+        places = [[part.data_ptr() for part in parts] for parts, _ in self._seen]
         self.addresses = torch.tensor(places, dtype=torch.int64, device=device).t().contiguous()
+        flags = [flags.data_ptr() for _, flags in self._seen]
+        self.flags = torch.tensor(flags, dtype=torch.int64, device=device)
         self.epochs = torch.zeros(num_programs, dtype=torch.int64, device=device)
-        self._memory.settle()
+        self._flags.settle()
         self._next = 0
 
     def restart(self) -> None:
         """Begin with the first place again; all processes have read what is there."""
         self._next = 0
 
-    def take(self) -> Tensor:
-        """int64 [P]: the next place of each process."""
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The next part to write, and where each process has its own of them: int64 [P]."""
         place, self._next = self._next, 1 - self._next
-        return self.addresses[place]
+        return self.parts[place], self.addresses[place]
 
 
 class GroupGather:
@@ -131,7 +136,7 @@ class SharedGather:
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Whether a step on this device tries `Inboxes` first."""
+    """Whether a step on this device tries `Meetings` first."""
     return WAY == "kernels" and device.type in SHARING_DEVICES
 
 
