@@ -121,7 +121,7 @@ class ManyRowsStep(DecodeStep):
         self.latents = self._empty(B, self.config.num_attention_heads, self.config.kv_lora_rank)
         self.gates = self._empty(B, 2 * linear["num_heads"] * linear["head_dim"])
         self.gate_projections = [
-            self._gate_projection(layer.self_attn) if is_kda else None
+            self._gate_projection(layer.self_attn) if is_kda and B > OWN_GATES_ROWS else None
             for layer, is_kda in zip(self.layers, self.is_kda, strict=True)
         ]
         self.routers = [
@@ -210,10 +210,9 @@ class ManyRowsStep(DecodeStep):
         self.to_add = self.branch_out
 
     def _project_gates(self, i: int) -> Tensor | None:
-        if self.num_rows <= OWN_GATES_ROWS:
-            return None
         projection = self.gate_projections[i]
-        assert projection is not None
+        if projection is None:
+            return None
         projection.launch(self.projected, self.gates)
         return self.gates
 
