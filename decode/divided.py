@@ -151,31 +151,12 @@ class LinkedManyRowsStep(DividedStep, ManyRowsStep):
         self.to_add = self.branch_out
 
     def _add_norm(self, norm: Any, log: Tensor | None = None) -> None:
-        branch, D = self.to_add, self.config.hidden_size
-        assert branch is not None
-        self.to_add = None
-        _, addresses = self.meetings.take()
-        sum_norm_kernel[(self.num_rows,)](
-            self.hidden,
-            branch,
-            norm.weight,
-            self.normed,
-            addresses,
-            self.meetings.flags,
-            self.meetings.epochs,
-            self.hidden if log is None else log,
-            self.counters,
-            norm.eps,
-            self.num_tokens,
-            D=D,
-            PLACES=power_of_two(D),
-            PARTS=branch.shape[1],
-            HAS_LOG=log is not None,
-            RANK=self.group.rank(),
-            P=self.group.size(),
-            num_warps=8,
-            **linked(self.is_linked),
-        )
+        assert self.to_add is not None
+        meetings = self.meetings
+        _, addresses = meetings.take()
+        others = addresses, meetings.flags, meetings.epochs
+        sizes = {"RANK": self.group.rank(), "P": self.group.size()}
+        self._launch_norm(sum_norm_kernel, others, norm, log, **sizes)
 
 
 def divided_step(is_few: bool, group: Any, *args: Any) -> DividedStep:
