@@ -51,7 +51,7 @@ from kimi_linear.decode.recording import Recording, StepKind
 from kimi_linear.decode.step import DecodeStep
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.ops.runtime import TritonError, power_of_two, triton
-from kimi_linear.parallel.own_part import is_divided
+from kimi_linear.parallel.own_part import has_divided_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -189,7 +189,7 @@ class _Decoder:
         before, self._snapshot = self._snapshot, Snapshot(model)
         if before is not None and before.recorded != self._snapshot.recorded:
             self._steps.clear()
-        self._part, self._is_divided = None, is_divided(model)
+        self._part, self._is_divided = None, has_divided_parameters(model)
         self._obstacle = "" if self._is_divided else model_obstacle(model)
         return self._snapshot
 

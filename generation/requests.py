@@ -33,7 +33,7 @@ from kimi_linear.generation.drafts import GroupDrafts
 from kimi_linear.generation.lookup import num_right
 from kimi_linear.generation.reading import Prefix, Reading, first_lengths, prompt_length
 from kimi_linear.generation.texts import OwnCaches, PooledTexts
-from kimi_linear.parallel.tensor import is_dtensor
+from kimi_linear.parallel.own_part import has_divided_parameters
 from kimi_linear.upstream.late_stop import LATE_DEVICE_TYPES
 from kimi_linear.upstream.models import is_divided
 from kimi_linear.upstream.requests import PAGE_SIZE, RequestStatus, drained
@@ -76,7 +76,7 @@ class RequestProcessor:
     inputs_and_outputs = None
 
     def __init__(self, model: Any, manager: Any) -> None:
-        if is_divided(model) or any(map(is_dtensor, model.parameters())):
+        if is_divided(model) or has_divided_parameters(model):
             raise ValueError(
                 "generate_batch() and continuous batching are not supported for a model that "
                 "several processes share (tp_size, ep_size, FSDP): each process must have all of it"

@@ -26,8 +26,8 @@ PLAN = {f"model.{name}": style for name, style in TP_PLAN.items()}
 PLAN |= {"lm_head": "colwise_gather_output"}
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Whether several processes have its parameters together."""
+def has_divided_parameters(model: nn.Module) -> bool:
+    """Whether several processes have its parameters together, by whatever divided them."""
     return any(map(is_dtensor, model.parameters()))
 
 
