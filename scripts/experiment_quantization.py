@@ -98,7 +98,7 @@ class Settings(RunSettings):
     weight_decay: float = setting(0.1, "of matrices", least=0)
     bias_rate: float = setting(1e-3, "step of the routers' correction biases", least=0)
     repeats: float = setting(
-        0.0, "share of rows that say a piece of text again and again", least=0, most=1
+        0.0, "how likely a row says a piece of text again and again", least=0, most=1
     )
     seed: int = setting(0, "of weights and batches", least=0)
     sections: Sequence[str] = setting(tuple(SECTIONS), "in this order", choices=SECTIONS)

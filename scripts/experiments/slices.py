@@ -1,7 +1,8 @@
 """A training by the clock in slices: each ends in time, and the next goes on from what it left.
 
 A folder on the machine holds the last slice's model and optimizer, or the trained model. Batches
-depend on the number of the step only, so that a slice sees what it would have seen.
+depend on the number of the step only, so that a slice sees what it would have seen. A row is read
+as one text, whatever files begin in it, so that one recording serves all of them.
 """
 
 import time
@@ -15,6 +16,7 @@ import torch
 from learning.optimizers import schedule_factor
 from measuring.report import say
 
+from experiments.recorded import RecordedGradients
 from experiments.sources import Sources
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.training.expert_loads import ExpertLoads
@@ -38,7 +40,7 @@ class Recipe:
         weight_decay: Of matrices.
         seed: Of weights and batches.
         bias_rate: Step of the routers' correction biases.
-        repeats: Share of each batch's rows that say a piece of text again and again.
+        repeats: How likely a row says a piece of text again and again.
     """
 
     seconds: float
@@ -114,11 +116,13 @@ class SlicedTraining:
         end = deadline - self.saving_seconds()
         self.model.train()
         loads = ExpertLoads(self.model)
-        self._update(loads, is_warm_up=True)
+        gradients = RecordedGradients(
+            lambda ids: self._gradients(ids, loads), self._batch(), self.optimizer.zero_grad
+        )
         begin = last = time.monotonic()
         losses: list[torch.Tensor] = []
         while self.progress < 1 and time.monotonic() < end:
-            losses.append(self._update(loads))
+            losses.append(self._update(gradients, loads))
             now = time.monotonic()
             self.seconds, last = self.seconds + now - last, now
             if now - begin > POINT_SECONDS or self.progress >= 1 or now > end:
@@ -136,32 +140,38 @@ class SlicedTraining:
             self._save()
         return self.progress >= 1
 
-    def _update(self, loads: ExpertLoads, is_warm_up: bool = False) -> torch.Tensor:
-        """One step and its loss; a warm-up, which compiles, changes nothing."""
+    def _batch(self) -> torch.Tensor:
+        """[B, T] int64 of the next step."""
         recipe = self.recipe
-        ids, positions = self.sources.rows(
-            recipe.rows, recipe.length, (recipe.seed << 32) + self.step, recipe.repeats
-        )
-        ids, positions = ids.to(self.device), positions.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            loss = self.model(
-                input_ids=ids, position_ids=positions, labels=ids, use_cache=False
-            ).loss
+        seed = (recipe.seed << 32) + self.step
+        ids, _ = self.sources.rows(recipe.rows, recipe.length, seed, recipe.repeats)
+        return ids.to(self.device)
+
+    def _gradients(self, ids: torch.Tensor, loads: ExpertLoads) -> tuple[torch.Tensor, ...]:
+        """Loss, the gradients' norm before they are clipped, and loads of experts."""
+        loads.reset()  # of a recording that was broken off
+        # without autocast's cache of cast weights, which a recording would read after it is gone
+        with torch.autocast(
+            self.device.type, torch.bfloat16, self.device.type == "cuda", cache_enabled=False
+        ):
+            loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        counts = loads.take()
-        if not is_warm_up:
-            self.step += 1
-            rate = recipe.learning_rate * schedule_factor("wsd", self.progress)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            if bool(norm.isfinite()):  # which waits for the device, and so the clock does
-                self.optimizer.step()
-                loads.update_biases(counts, recipe.bias_rate)
-            else:
-                say(f"step {self.step}: gradients are not finite, no update")
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss.detach(), norm, loads.take()
+
+    def _update(self, gradients: RecordedGradients, loads: ExpertLoads) -> torch.Tensor:
+        """One step and its loss."""
+        loss, norm, counts = gradients(self._batch())
+        self.step += 1
+        rate = self.recipe.learning_rate * schedule_factor("wsd", self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if bool(norm.isfinite()):  # which waits for the device, and so the clock does
+            self.optimizer.step()
+            loads.update_biases(counts, self.recipe.bias_rate)
+        else:
+            say(f"step {self.step}: gradients are not finite, no update")
+        return loss.clone()
 
     def _save(self) -> None:
         start = time.monotonic()

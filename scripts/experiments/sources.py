@@ -99,8 +99,8 @@ class Sources:
         self, count: int, length: int, seed: int, repeats: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Ids and positions [count, length] int64 of pieces from random places; positions restart
-        where a file begins. Of them, `repeats` say their beginning, 16 tokens to half of the row,
-        again and again, as one text: minutes of training on them make a model that copies."""
+        where a file begins. With probability `repeats` a row says its beginning, 16 tokens to half
+        of it, again and again, as one text: minutes of training make a model that copies."""
         generator = torch.Generator().manual_seed(seed)
         most = len(self.train) - length
         if most < 0:
@@ -109,14 +109,13 @@ class Sources:
             )
         starts = torch.randint(most + 1, (count, 1), generator=generator)
         places = torch.arange(length).repeat(count, 1)
-        num_repeating = round(repeats * count)
+        is_repeating = torch.rand(count, 1, generator=generator) < repeats
         ratio = torch.rand(count, 1, generator=generator)
         periods = 16 * (length / 32) ** ratio  # short ones, which are learned first, as often
-        places[:num_repeating] %= periods.long()[:num_repeating]
+        places = torch.where(is_repeating, places % periods.long(), places)
         ids = self.train[starts + places].long()
         positions = positions_of(ids, self.special["bos_token_id"])
-        positions[:num_repeating] = torch.arange(length)
-        return ids, positions
+        return ids, torch.where(is_repeating, torch.arange(length), positions)
 
 
 def positions_of(ids: Tensor, begin: int) -> Tensor:

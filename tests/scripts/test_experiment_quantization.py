@@ -13,6 +13,7 @@ from experiment_quantization import SECTIONS, Settings, everything
 from experiments import slices
 from experiments.calibrating import calibrate_model
 from experiments.judging import Judge, packed_model
+from experiments.recorded import RecordedGradients
 from experiments.slices import Recipe, SlicedTraining, load_trained, save_trained
 from experiments.sources import Sources, positions_of
 from measuring.forms import quantization
@@ -23,6 +24,7 @@ from texts.evaluation import bits_per_byte
 from kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.quantization.packing import check_places, packed_places
+from kimi_linear.training.expert_loads import ExpertLoads
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -101,11 +103,12 @@ def test_positions_restart_with_every_file(sources: Sources) -> None:
     assert rows.shape == positions.shape == (3, 40) and rows.dtype == torch.int64
     assert torch.equal(sources.rows(3, 40, seed=7)[0], rows)
     assert not torch.equal(sources.rows(3, 40, seed=8)[0], rows)
-    same, places = sources.rows(3, 40, seed=7, repeats=2 / 3)
-    assert torch.equal(same[2], rows[2]) and torch.equal(places[2], positions[2])
-    assert places[:2].tolist() == [list(range(40))] * 2
-    for row, whole in zip(same[:2], rows[:2], strict=True):
+    same, places = sources.rows(3, 40, seed=7, repeats=1.0)
+    assert places.tolist() == [list(range(40))] * 3
+    for row, whole in zip(same, rows, strict=True):
         assert any(torch.equal(row, whole[torch.arange(40) % n]) for n in range(16, 21))
+    rows, mixed = (sources.rows(64, 40, seed=7, repeats=each)[0] for each in (0.0, 0.25))
+    assert 4 < int((rows != mixed).any(dim=1).sum()) < 28
     with pytest.raises(ValueError, match="--length 100000 is not allowed"):
         sources.rows(1, 100_000, seed=0)
 
@@ -154,6 +157,36 @@ def test_slices_are_one_training(
     with pytest.raises(ValueError, match="--folder .* holds a training of other settings"):
         training(sources, tmp_path / "parts", learning_rate=2e-3)
     training(sources, tmp_path / "parts", seconds=99)  # which may change
+
+
+@pytest.mark.gpu
+def test_recorded_gradients_are_those_of_kernel_by_kernel(sources: Sources, tmp_path: Path) -> None:
+    """Over several batches, with an update between them."""
+    recipe = Recipe(1, 2, 64, learning_rate=1e-3, weight_decay=0.1, seed=3, bias_rate=1e-3)
+    made = SlicedTraining(config(sources), recipe, sources, tmp_path, torch.device("cuda"))
+    made.model.train()
+    loads = ExpertLoads(made.model)
+    recorded = RecordedGradients(
+        lambda ids: made._gradients(ids, loads), made._batch(), made.optimizer.zero_grad
+    )
+    assert not recorded.error
+    for _ in range(3):
+        ids = made._batch()
+        loss, norm, counts = (each.clone() for each in recorded(ids))
+        found = [None if p.grad is None else p.grad.clone() for p in made.model.parameters()]
+        plain = copy.deepcopy(made.model)
+        plain.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            expected = plain(input_ids=ids, labels=ids, use_cache=False).loss
+        expected.backward()
+        assert norm == pytest.approx(
+            float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)), rel=1e-2
+        )
+        assert loss == pytest.approx(float(expected), rel=1e-3) and int(counts.sum()) > 0
+        for grad, parameter in zip(found, plain.parameters(), strict=True):
+            if grad is not None:
+                assert grad.sub(parameter.grad).norm() <= 0.05 * parameter.grad.norm() + 1e-6
+        made._update(recorded, loads)
 
 
 def test_the_trained_model_comes_back(sources: Sources, tmp_path: Path) -> None:
