@@ -13,7 +13,7 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 
 from kimi_linear.decode.expert_kernels import gated
 from kimi_linear.decode.fixed_point_kernels import largest, store_fixed_point
-from kimi_linear.decode.fixed_product_kernels import fixed_product
+from kimi_linear.decode.fixed_product_kernels import early_codes, fixed_product
 from kimi_linear.decode.projection_kernels import wait, wait_first
 from kimi_linear.ops.runtime import jit, tl
 
@@ -75,6 +75,7 @@ def fixed_in_kernel(
     ZERO_WORDS: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,  # B, or more, a power of two up to 4
+    EARLY: tl.constexpr,  # blocks of codes that are read before the inputs are there
     FORM: tl.constexpr,
     SHARED_FORM: tl.constexpr,
     IS_LINKED: tl.constexpr,
@@ -102,8 +103,11 @@ def fixed_in_kernel(
                 tl.where(is_up, up_zero + group, gate_zero + group),
                 (NUM_SHARED * I + SHARED_FORM[5] - 1) // SHARED_FORM[5],
             )
+            early = early_codes(source, 0, BLOCKS, True, EARLY, SHARED_FORM)
             wait_first(IS_LINKED)
-            y = fixed_product(source, x, 0, num_rows, 0, BLOCKS, V, T, D, SHARED_FORM)
+            y = fixed_product(
+                source, early, x, 0, num_rows, 0, BLOCKS, V, T, D, SHARED_FORM, EARLY
+            )
             out = (shared_columns, shared_wide_columns, shared_halves, shared_unit)
             start = tl.program_id(1) * I
             _store_gated(y, start + first, start + I, out, 0, num_rows, NUM_SHARED * I, V, T)
@@ -120,7 +124,7 @@ def fixed_in_kernel(
         zero + expert * ZERO_WORDS * STRIDE + row // FORM[5],
         STRIDE,
     )
-    y = fixed_product(source, x, pair // TOP, num_rows, 0, BLOCKS, V, 1, D, FORM)
+    y = fixed_product(source, (), x, pair // TOP, num_rows, 0, BLOCKS, V, 1, D, FORM, 0)
     out = (out_columns, out_wide_columns, out_halves, out_unit)
     _store_gated(y, first, I, out, pair, 1, I, V, 1)
 
@@ -156,6 +160,7 @@ def fixed_out_kernel(
     ZERO_WORDS: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,  # B, or more, a power of two up to 4
+    EARLY: tl.constexpr,  # blocks of codes that are read before the inputs are there
     FORM: tl.constexpr,
     SHARED_FORM: tl.constexpr,
     IS_LINKED: tl.constexpr,
@@ -176,25 +181,17 @@ def fixed_out_kernel(
             ALL: tl.constexpr = (K + 255) // 256
             own = row * (ALL * (64 if SHARED_FORM[0] == 8 else 32))
             group = row // SHARED_FORM[5]
-            wait(IS_LINKED)
-            y = fixed_product(
-                (
-                    shared_low + own,
-                    shared_high + own,
-                    shared_scale + group,
-                    shared_zero + group,
-                    (D + SHARED_FORM[5] - 1) // SHARED_FORM[5],
-                ),
-                (shared_columns, shared_wide_columns, shared_halves, shared_unit),
-                0,
-                num_rows,
-                0,
-                ALL,
-                V,
-                T,
-                K,
-                SHARED_FORM,
+            source = (
+                shared_low + own,
+                shared_high + own,
+                shared_scale + group,
+                shared_zero + group,
+                (D + SHARED_FORM[5] - 1) // SHARED_FORM[5],
             )
+            early = early_codes(source, 0, ALL, True, EARLY, SHARED_FORM)
+            wait(IS_LINKED)
+            x = (shared_columns, shared_wide_columns, shared_halves, shared_unit)
+            y = fixed_product(source, early, x, 0, num_rows, 0, ALL, V, T, K, SHARED_FORM, EARLY)
             t = tl.arange(0, T)[None, :]
             target = out + (t * SLOTS + TOP).to(tl.int64) * D + n
             tl.store(target, y, mask=(n < D) & (t < num_rows))
@@ -203,24 +200,18 @@ def fixed_out_kernel(
     expert = tl.load(experts + pair, cache_modifier=".cg").to(tl.int64)
     own, group = expert * D + row, row // FORM[5]
     STRIDE: tl.constexpr = (D + FORM[5] - 1) // FORM[5]
+    source = (
+        low + own * WORDS,
+        high + own * WORDS,
+        scale + expert * SCALE_WORDS * STRIDE + group,
+        zero + expert * ZERO_WORDS * STRIDE + group,
+        STRIDE,
+    )
+    early = early_codes(source, 0, BLOCKS, True, EARLY, FORM)
     wait(IS_LINKED)
+    x = (columns, wide_columns, halves, unit)
     y = fixed_product(
-        (
-            low + own * WORDS,
-            high + own * WORDS,
-            scale + expert * SCALE_WORDS * STRIDE + group,
-            zero + expert * ZERO_WORDS * STRIDE + group,
-            STRIDE,
-        ),
-        (columns, wide_columns, halves, unit),
-        pair,
-        tl.num_programs(1),
-        0,
-        BLOCKS,
-        V,
-        1,
-        I,
-        FORM,
+        source, early, x, pair, tl.num_programs(1), 0, BLOCKS, V, 1, I, FORM, EARLY
     )
     slot = pair // TOP * SLOTS + pair % TOP
     y *= tl.load(weights + pair)

@@ -15,6 +15,8 @@ from kimi_linear.schemes import BLOCK, RUN
 
 # weights' rows of a tile, warps (of one or two tokens; of more, twice as many) and stages
 DENSE = (32, 2, 5)
+# blocks of a tile's codes that are read while the kernel before still runs
+EARLY = 1
 # programs that keep a GPU of about 130 multiprocessors busy, and blocks that each has at least
 PROGRAMS, MIN_BLOCKS = 528, 2
 
@@ -113,6 +115,7 @@ class FixedProjection(TiledProjection):
             T=tokens,
             IS_GATED=self.up is not None,
             HAS_PLAIN=self.has_plain,
+            EARLY=min(EARLY, ceil_div(ceil_div(self.size, BLOCK), splits)),
             FORM=form(self.packed, fixed_project_kernel),
             num_warps=num_warps if tokens <= 2 else 2 * num_warps,
             num_stages=num_stages,

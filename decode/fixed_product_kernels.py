@@ -212,41 +212,62 @@ def _less_zeros(sums, zeros, HAS_ZERO: tl.constexpr):
 
 
 @jit
-def _block_sums(
-    low,  # pointers [V] to rows' first bytes (3 bits: words), and
-    high,  # of 3 bits, to their high bits
-    columns,  # pointers [M] to tokens' columns and
-    halves,  # halves
+def block_codes(
+    weights,  # as `fixed_product` takes them
     block,
+    is_there,  # else nothing is read
+    FORM: tl.constexpr,
+):
+    """What memory holds of a block: bytes [V, 128] of both tiles (4 bits: one that holds both), or
+    words and high bits [V, 32]."""
+    low, high = weights[0], weights[1]
+    q = tl.arange(0, 32 if FORM[0] == 3 else 128)[None, :]
+    if FORM[0] == 3:
+        words = tl.load((low + block * 32)[:, None] + q, mask=is_there)
+        return words, tl.load((high + block * 32)[:, None] + q, mask=is_there)
+    code: tl.constexpr = tl.float8e4nv if FORM[2] else tl.int8
+    low = low.to(tl.pointer_type(code), bitcast=True)
+    if FORM[0] == 4:
+        both = tl.load((low + block * 128)[:, None] + q, mask=is_there)
+        return both, both
+    first = tl.load((low + block * 256)[:, None] + q, mask=is_there)
+    return first, tl.load((low + block * 256 + 128)[:, None] + q, mask=is_there)
+
+
+@jit
+def _block_inputs(columns, halves, block, M: tl.constexpr, FORM: tl.constexpr):
+    """Columns of both tiles of a block: [128, M], or of 3 bits [32, M]."""
+    first, second = block * 256, block * 256 + 128
+    if FORM[0] == 3:
+        return _runs_tile(halves, first, M, FORM), _runs_tile(halves, second, M, FORM)
+    else:
+        return _column_tile(columns, first), _column_tile(columns, second)
+
+
+@jit
+def _block_sums(
+    codes,  # of `block_codes`
+    inputs,  # of `_block_inputs`
     zeros,  # a pair of [V, M] for both tiles, with HAS_ZERO
-    V: tl.constexpr,
     M: tl.constexpr,
     FORM: tl.constexpr,
 ):
     """float32 [V, M] twice: products of both tiles of a block, by run."""
-    BITS: tl.constexpr = FORM[0]
     HAS_ZERO: tl.constexpr = FORM[3]
-    first, second, q = block * 256, block * 256 + 128, tl.arange(0, 128)[None, :]
-    if BITS == 3:
-        j = tl.arange(0, 32)[None, :]
-        words, upper = tl.load((low + block * 32)[:, None] + j), (high + block * 32)[:, None] + j
-        found = _upper_threes(words, tl.load(upper), FORM[6])
-        x, y = _runs_tile(halves, first, M, FORM), _runs_tile(halves, second, M, FORM)
+    x, y = inputs
+    if FORM[0] == 3:
+        found = _upper_threes(codes[0], codes[1], FORM[6])
         one = _sums_by_run(found[:4], x, HAS_ZERO, M, FORM)
         two = _sums_by_run(found[4:], y, HAS_ZERO, M, FORM)
+    elif FORM[2]:
+        one, two = tl.dot(codes[0].to(tl.float16), x), tl.dot(codes[1].to(tl.float16), y)
+        one, two = (one, one), (two, two)
     else:
-        if BITS == 4:
-            a, b = _upper_fours(tl.load((low + block * 128)[:, None] + q), FORM[6])
+        if FORM[0] == 4:
+            a, b = _upper_fours(codes[0], FORM[6])
         else:
-            a, b = tl.load((low + first)[:, None] + q), tl.load((low + second)[:, None] + q)
-        x, y = _column_tile(columns, first), _column_tile(columns, second)
-        if FORM[2]:
-            one, two = tl.dot(a.to(tl.float16), x), tl.dot(b.to(tl.float16), y)
-            one, two = (one, one), (two, two)
-        else:
-            if BITS == 8:
-                a, b = _signed_bytes(a, FORM[6]), _signed_bytes(b, FORM[6])
-            one, two = _sums(a, x, HAS_ZERO), _sums(b, y, HAS_ZERO)
+            a, b = _signed_bytes(codes[0], FORM[6]), _signed_bytes(codes[1], FORM[6])
+        one, two = _sums(a, x, HAS_ZERO), _sums(b, y, HAS_ZERO)
     return _less_zeros(one, zeros[0], HAS_ZERO), _less_zeros(two, zeros[1], HAS_ZERO)
 
 
@@ -274,9 +295,27 @@ def _unit_of(bits):
 
 
 @jit
+def early_codes(
+    weights,  # as `fixed_product` takes them
+    first,  # block, and
+    stop,  # the one behind the last
+    is_there,  # else nothing is read
+    EARLY: tl.constexpr,  # blocks
+    FORM: tl.constexpr,
+):
+    """A tuple of what memory holds of the first blocks: read before the inputs are there, while
+    other kernels leave the memory alone."""
+    found = ()
+    for i in tl.static_range(EARLY):
+        found = found + (block_codes(weights, tl.minimum(first + i, stop - 1), is_there, FORM),)
+    return found
+
+
+@jit
 def fixed_product(
     weights,  # pointers [V] to rows' first words, high bits (of 3 bits), words of scales and of
     # zeros, and the stride from one word of scales to the next
+    early,  # of `early_codes`
     x,  # int8 [B, 8, P], float16 [B, 4, P], int8 [B, 2, P] and float32 [B, R]
     token,  # the first of the tile
     num_tokens,  # B
@@ -286,9 +325,10 @@ def fixed_product(
     T: tl.constexpr,
     K: tl.constexpr,
     FORM: tl.constexpr,
+    EARLY: tl.constexpr,  # blocks that are there
 ):
     """float32 [V, T]: rows by tokens."""
-    low, high, scale, zero, stride = weights
+    scale, zero, stride = weights[2], weights[3], weights[4]
     M: tl.constexpr = _columns_of(T, FORM[2])
     EACH: tl.constexpr = 4 if FORM[2] else 8
     BLOCKS: tl.constexpr = (K + 255) // 256
@@ -297,25 +337,39 @@ def fixed_product(
     columns = (x[1] if FORM[2] else x[0]) + (which * EACH + c % EACH) * (BLOCKS * 256)
     halves = x[2] + (which * 2 + c % 2) * (BLOCKS * 256)
     unit = x[3] + which * (BLOCKS * 8)
-    if FORM[0] != 3:
-        code: tl.constexpr = tl.float8e4nv if FORM[2] else tl.int8
-        low = low.to(tl.pointer_type(code), bitcast=True)
     total = tl.zeros([V, M], tl.float32)
+    inputs = ()
+    for i in tl.static_range(EARLY):
+        block = tl.minimum(first + i, BLOCKS - 1)
+        inputs = inputs + (
+            (
+                _block_inputs(columns, halves, block, M, FORM),
+                _factors(scale, unit, block * 2, stride, M, K, FORM),
+                _factors(scale, unit, block * 2 + 1, stride, M, K, FORM),
+                _zeros(zero, block * 2, stride, M, K, FORM),
+                _zeros(zero, block * 2 + 1, stride, M, K, FORM),
+            ),
+        )
     # a block ahead: what is no operand of a product is not loaded ahead by the compiler
-    tile = tl.minimum(first, BLOCKS - 1) * 2
+    tile = tl.minimum(first + EARLY, BLOCKS - 1) * 2
     next_one = _factors(scale, unit, tile, stride, M, K, FORM)
     next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
-    for block in range(first, stop):
+    for block in range(first + EARLY, stop):
         tile = block * 2
         zeros = (
             _zeros(zero, tile, stride, M, K, FORM),
             _zeros(zero, tile + 1, stride, M, K, FORM),
         )
-        one, two = _block_sums(low, high, columns, halves, block, zeros, V, M, FORM)
+        own = _block_inputs(columns, halves, block, M, FORM)
+        one, two = _block_sums(block_codes(weights, block, True, FORM), own, zeros, M, FORM)
         total += one * next_one + two * next_two
         tile = tl.minimum(block + 1, BLOCKS - 1) * 2
         next_one = _factors(scale, unit, tile, stride, M, K, FORM)
         next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
+    for i in tl.static_range(EARLY):
+        own, by_one, by_two, zero_one, zero_two = inputs[i]
+        one, two = _block_sums(early[i], own, (zero_one, zero_two), M, FORM)
+        total += tl.where(first + i < stop, one * by_one + two * by_two, 0.0)
     if FORM[2]:
         total = tl.where((c < 4 * T)[None, :], total, 0.0)
     else:
@@ -348,6 +402,7 @@ def fixed_project_kernel(
     T: tl.constexpr,  # B, or more, a power of two up to 4
     IS_GATED: tl.constexpr,
     HAS_PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,  # blocks of codes that are read before the inputs are there
     FORM: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
@@ -364,7 +419,15 @@ def fixed_project_kernel(
     total = tl.zeros([V, T], tl.float32)
     for i in tl.static_range(2 if IS_GATED else 1):
         source = tile if i == 0 else ups + tl.program_id(0) * 8
-        low = pointer_to(tl.load(source), words) + row * WORDS
+        weights = (
+            pointer_to(tl.load(source), words) + row * WORDS,
+            pointer_to(tl.load(source + 1), uppers) + row * WORDS,
+            tl.load(source + 2).to(scales.dtype) + row // FORM[5],
+            tl.load(source + 3).to(zeros.dtype) + row // FORM[5],
+            tl.load(source + 4),
+        )
+        is_packed = not is_plain if HAS_PLAIN else True
+        early = early_codes(weights, first, stop, is_packed, EARLY, FORM)
         if i == 0:
             wait(IS_LINKED)
         y = tl.zeros([V, T], tl.float32)
@@ -377,15 +440,10 @@ def fixed_project_kernel(
                 one = (tl.arange(0, 8) % (8 // T) == 0)[None, :]
                 y = tl.sum(tl.reshape(tl.where(one, wide, 0.0), [V, T, 8 // T]), axis=2)
         if not is_plain:
-            weights = (
-                low,
-                pointer_to(tl.load(source + 1), uppers) + row * WORDS,
-                tl.load(source + 2).to(scales.dtype) + row // FORM[5],
-                tl.load(source + 3).to(zeros.dtype) + row // FORM[5],
-                tl.load(source + 4),
-            )
             inputs = (columns, wide_columns, halves, unit)
-            y = fixed_product(weights, inputs, 0, num_rows, first, stop, V, T, K, FORM)
+            y = fixed_product(
+                weights, early, inputs, 0, num_rows, first, stop, V, T, K, FORM, EARLY
+            )
         total = y if i == 0 else gated(total, y)
     n, t = tl.arange(0, V)[:, None], tl.arange(0, T)[None, :]
     target = out + t.to(tl.int64) * out_stride + tl.program_id(1) * split_stride

@@ -24,6 +24,8 @@ from kimi_linear.schemes import RUN
 # rows of a tile (gate and up in turn), warps and stages of both expert products
 EXPERTS_IN = (64, 4, 5)
 EXPERTS_OUT = (32, 2, 4)
+# blocks of codes that both read while the kernel before still runs
+EARLY_IN, EARLY_OUT = 1, 1
 
 
 class PackedFewRowsStep(PackedManyRowsStep):
@@ -126,6 +128,7 @@ class PackedFewRowsStep(PackedManyRowsStep):
             *planes(shared_up),
             self.num_rows,
             V=rows,
+            EARLY=EARLY_IN,
             FORM=form(gate_up, fixed_in_kernel),
             SHARED_FORM=form(shared_gate, fixed_in_kernel),
             num_warps=num_warps,
@@ -154,6 +157,7 @@ class PackedFewRowsStep(PackedManyRowsStep):
             self.num_rows,
             SLOTS=self.expert_parts.shape[1],
             V=rows,
+            EARLY=EARLY_OUT,
             FORM=form(down, fixed_out_kernel),
             SHARED_FORM=form(shared_down, fixed_out_kernel),
             num_warps=num_warps,
