@@ -105,9 +105,7 @@ def fixed_in_kernel(
             )
             early = early_codes(source, 0, BLOCKS, True, EARLY, SHARED_FORM)
             wait_first(IS_LINKED)
-            y = fixed_product(
-                source, early, x, 0, num_rows, 0, BLOCKS, V, T, D, SHARED_FORM, EARLY
-            )
+            y = fixed_product(source, early, x, 0, num_rows, 0, BLOCKS, V, T, D, SHARED_FORM, EARLY)
             out = (shared_columns, shared_wide_columns, shared_halves, shared_unit)
             start = tl.program_id(1) * I
             _store_gated(y, start + first, start + I, out, 0, num_rows, NUM_SHARED * I, V, T)
@@ -210,9 +208,7 @@ def fixed_out_kernel(
     early = early_codes(source, 0, BLOCKS, True, EARLY, FORM)
     wait(IS_LINKED)
     x = (columns, wide_columns, halves, unit)
-    y = fixed_product(
-        source, early, x, pair, tl.num_programs(1), 0, BLOCKS, V, 1, I, FORM, EARLY
-    )
+    y = fixed_product(source, early, x, pair, tl.num_programs(1), 0, BLOCKS, V, 1, I, FORM, EARLY)
     slot = pair // TOP * SLOTS + pair % TOP
     y *= tl.load(weights + pair)
     tl.store(out + slot.to(tl.int64) * D + n, y, mask=n < D)

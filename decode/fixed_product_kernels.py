@@ -223,15 +223,16 @@ def block_codes(
     low, high = weights[0], weights[1]
     q = tl.arange(0, 32 if FORM[0] == 3 else 128)[None, :]
     if FORM[0] == 3:
-        words = tl.load((low + block * 32)[:, None] + q, mask=is_there)
-        return words, tl.load((high + block * 32)[:, None] + q, mask=is_there)
-    code: tl.constexpr = tl.float8e4nv if FORM[2] else tl.int8
-    low = low.to(tl.pointer_type(code), bitcast=True)
-    if FORM[0] == 4:
-        both = tl.load((low + block * 128)[:, None] + q, mask=is_there)
-        return both, both
-    first = tl.load((low + block * 256)[:, None] + q, mask=is_there)
-    return first, tl.load((low + block * 256 + 128)[:, None] + q, mask=is_there)
+        one = tl.load((low + block * 32)[:, None] + q, mask=is_there)
+        two = tl.load((high + block * 32)[:, None] + q, mask=is_there)
+    else:
+        code: tl.constexpr = tl.float8e4nv if FORM[2] else tl.int8
+        low = low.to(tl.pointer_type(code), bitcast=True)
+        one = tl.load((low + block * (32 * FORM[0]))[:, None] + q, mask=is_there)
+        two = one
+        if FORM[0] == 8:
+            two = tl.load((low + block * 256 + 128)[:, None] + q, mask=is_there)
+    return one, two
 
 
 @jit
