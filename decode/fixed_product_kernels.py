@@ -368,9 +368,9 @@ def fixed_product(
         next_one = _factors(scale, unit, tile, stride, M, K, FORM)
         next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
     for i in tl.static_range(EARLY):
-        own, by_one, by_two, zero_one, zero_two = inputs[i]
-        one, two = _block_sums(early[i], own, (zero_one, zero_two), M, FORM)
-        total += tl.where(first + i < stop, one * by_one + two * by_two, 0.0)
+        own = inputs[i]
+        one, two = _block_sums(early[i], own[0], (own[3], own[4]), M, FORM)
+        total += tl.where(first + i < stop, one * own[1] + two * own[2], 0.0)
     if FORM[2]:
         total = tl.where((c < 4 * T)[None, :], total, 0.0)
     else:
