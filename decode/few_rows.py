@@ -15,7 +15,7 @@ from kimi_linear.decode.step import DecodeStep, linked, weight_tiles
 from kimi_linear.ops.runtime import power_of_two
 
 # bytes of weights that a program reads, and its warps
-TILE_BYTES, TILE_WARPS = 40 << 10, 4
+TILE_BYTES, TILE_WARPS = 32 << 10, 4
 # programs that keep a GPU of about 130 multiprocessors busy
 PROGRAMS = 128
 # bytes, or rows, of experts' weights that a program reads, and its warps

@@ -31,6 +31,7 @@ def _store_gated(
     T: tl.constexpr,
 ):
     """silu(gate) * up, written in fixed point."""
+    tl.static_assert(V % 64 == 0, "a run of outputs has a unit of its own, so one program's")
     gate, up = tl.split(tl.trans(tl.reshape(y, [V // 2, 2, T]), 0, 2, 1))
     n, t = first + tl.arange(0, V // 2), tl.arange(0, T)
     inside = (n < stop)[:, None] & (t < num_tokens)[None, :]

@@ -3,6 +3,8 @@
 Shapes: B rows, N outputs, K inputs, P inputs in whole blocks of 256.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,36 @@ from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
 from kimi_linear.schemes import BLOCK, RUN
 
-# weights' rows of a tile, warps (of one or two tokens; of more, twice as many) and stages
-DENSE = (32, 2, 5)
-# blocks of a tile's codes that are read while the kernel before still runs
-EARLY = 1
+
+@dataclass(frozen=True)
+class Tile:
+    """How the programs of a product read weights, by measurements of the whole step on an H200.
+
+    Attributes:
+        rows: Of the weights.
+        warps: For one or two tokens; for more, twice as many.
+        stages: Loads that are under way.
+        early: Blocks of codes that are read while the kernel before still runs, for one token; for
+            more, registers hold fewer.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    early: int
+
+    def options(self, tokens: int, blocks: int) -> dict[str, int]:
+        """Of a launch for so many tokens, whose programs read so many blocks each."""
+        is_few = tokens <= 2
+        return {
+            "V": self.rows,
+            "EARLY": min(self.early // tokens, blocks),
+            "num_warps": self.warps if is_few else 2 * self.warps,
+            "num_stages": self.stages,
+        }
+
+
+FLOAT8, INTEGERS = Tile(32, 2, 5, early=0), Tile(32, 2, 4, early=3)
 # programs that keep a GPU of about 130 multiprocessors busy, and blocks that each has at least
 PROGRAMS, MIN_BLOCKS = 528, 2
 
@@ -54,7 +82,7 @@ class TiledProjection:
         weights: At least one is packed.
         is_linked: See `linked`.
         up: A weight like a single one: out is silu(x @ weight^T) * (x @ up^T).
-        tile: Weights' rows of a tile, warps and stages.
+        rows: Of a tile.
         most_splits: Parts of the sum that programs may share, at most.
     """
 
@@ -63,16 +91,16 @@ class TiledProjection:
         weights: tuple[Tensor, ...],
         is_linked: bool,
         up: Tensor | None,
-        tile: tuple[int, int, int],
+        rows: int,
         most_splits: int,
     ) -> None:
-        self.weights, self.is_linked, self.up, self.tile = weights, is_linked, up, tile
+        self.weights, self.is_linked, self.up = weights, is_linked, up
         self.width = sum(weight.shape[0] for weight in weights)
         self.size = weights[0].shape[1]
         self.packed = next(each for each in weights if isinstance(each, PackedWeights))
         self.has_plain = not all(isinstance(each, PackedWeights) for each in weights)
-        self.tiles = packed_tiles(weights, tile[0])
-        self.up_tiles = self.tiles if up is None else packed_tiles((up,), tile[0])
+        self.tiles = packed_tiles(weights, rows)
+        self.up_tiles = self.tiles if up is None else packed_tiles((up,), rows)
         wanted = ceil_div(PROGRAMS, self.tiles.shape[0])
         most = ceil_div(self.size, BLOCK) // MIN_BLOCKS
         self.splits = max(1, min(wanted, most, most_splits))
@@ -89,15 +117,16 @@ class FixedProjection(TiledProjection):
         up: Tensor | None = None,
         most_splits: int = 1,
     ) -> None:
-        super().__init__(weights, is_linked, up, DENSE, most_splits)
-        self.x = x
+        packed = next(each for each in weights if isinstance(each, PackedWeights))
+        self.x, self.tile = x, FLOAT8 if packed.scheme.is_float else INTEGERS
+        super().__init__(weights, is_linked, up, self.tile.rows, most_splits)
 
     def launch(self, x: Tensor, out: Tensor) -> None:
         """out [B, width] = x [B, K] @ weights^T, or gated with `up`; x is what `self.x` holds.
         out [B, splits, width] gets parts of the sum."""
         splits = out.shape[1] if out.dim() == 3 else 1
-        rows, num_warps, num_stages = self.tile
         tokens = power_of_two(x.shape[0])
+        share = ceil_div(ceil_div(self.size, BLOCK), splits)
         fixed_project_kernel[(self.tiles.shape[0], splits)](
             x,
             *self.x.parts,
@@ -111,14 +140,11 @@ class FixedProjection(TiledProjection):
             out.stride(1) if splits > 1 else 0,
             K=self.size,
             SPLITS=splits,
-            V=rows,
             T=tokens,
             IS_GATED=self.up is not None,
             HAS_PLAIN=self.has_plain,
-            EARLY=min(EARLY, ceil_div(ceil_div(self.size, BLOCK), splits)),
             FORM=form(self.packed, fixed_project_kernel),
-            num_warps=num_warps if tokens <= 2 else 2 * num_warps,
-            num_stages=num_stages,
+            **self.tile.options(tokens, share),
             **linked(self.is_linked),
         )
 

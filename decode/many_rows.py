@@ -27,7 +27,6 @@ ROUTER_VECTOR_ROWS, ROUTER_ROWS, ROUTER_BLOCK = 8, 64, 16
 # rows and columns of a tile of experts' weights
 GROUPED_IN_BLOCK, GROUPED_IN_STEP = 32, 128
 GROUPED_OUT_BLOCK, GROUPED_OUT_STEP = 128, 64
-NORM_WARPS = 8
 
 
 class MatrixProjection:
@@ -201,7 +200,7 @@ class ManyRowsStep(DecodeStep):
             PLACES=power_of_two(D),
             PARTS=0 if parts is None else parts.shape[1],
             HAS_LOG=log is not None,
-            num_warps=NORM_WARPS,
+            num_warps=16,
             **sizes,
             **linked(self.is_linked),
         )

@@ -54,8 +54,8 @@ class PackedProjection(TiledProjection):
     ) -> None:
         self.num_rows = num_rows
         self.columns = min(MAX_COLUMNS, max(MIN_COLUMNS, power_of_two(num_rows)))
-        tile = MANY if self.columns > FEW_COLUMNS else DENSE
-        super().__init__(weights, is_linked, up, tile, MAX_SPLITS)
+        self.tile = MANY if self.columns > FEW_COLUMNS else DENSE
+        super().__init__(weights, is_linked, up, self.tile[0], MAX_SPLITS)
 
     def launch(self, x: Tensor, out: Tensor) -> None:
         """out [B, width] = x [B, K] @ weights^T, or gated with `up`; out [B, splits, width] gets

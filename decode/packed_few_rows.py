@@ -12,20 +12,20 @@ from torch import Tensor
 
 from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.fixed_expert_kernels import fixed_in_kernel, fixed_out_kernel
-from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection, can_multiply
+from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection, Tile, can_multiply
 from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
 from kimi_linear.decode.packed import MAX_SPLITS, PackedManyRowsStep, projection
 from kimi_linear.decode.step import linked
 from kimi_linear.ops.packed.unpacking import form, planes, words_by_matrix
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
-from kimi_linear.schemes import RUN
+from kimi_linear.schemes import BLOCK, RUN
 
-# rows of a tile (gate and up in turn), warps and stages of both expert products
-EXPERTS_IN = (64, 4, 5)
-EXPERTS_OUT = (32, 2, 4)
-# blocks of codes that both read while the kernel before still runs
-EARLY_IN, EARLY_OUT = 1, 1
+# Tiles of both expert products, by bits. The first product's hold gate and up in turn, and make
+# whole runs of outputs; early are its shared experts alone: what the router chose is known when all
+# before has ended.
+EXPERTS_IN = {3: Tile(64, 4, 5, early=0), 4: Tile(64, 4, 5, early=1), 8: Tile(64, 4, 4, early=2)}
+EXPERTS_OUT = {3: Tile(32, 2, 3, early=1), 4: Tile(32, 2, 4, early=1), 8: Tile(32, 2, 4, early=1)}
 
 
 class PackedFewRowsStep(PackedManyRowsStep):
@@ -117,8 +117,8 @@ class PackedFewRowsStep(PackedManyRowsStep):
         sizes: dict[str, Any],
     ) -> None:
         """silu(gate) * up of all pairs; `programs` for each tile of outputs."""
-        rows, num_warps, num_stages = EXPERTS_IN
-        fixed_in_kernel[(ceil_div(sizes["I"], rows // 2), programs)](
+        tile = EXPERTS_IN[gate_up.scheme.bits]
+        fixed_in_kernel[(ceil_div(sizes["I"], tile.rows // 2), programs)](
             *self.fixed.parts,
             self.experts,
             *planes(gate_up),
@@ -127,12 +127,9 @@ class PackedFewRowsStep(PackedManyRowsStep):
             *planes(shared_gate),
             *planes(shared_up),
             self.num_rows,
-            V=rows,
-            EARLY=EARLY_IN,
             FORM=form(gate_up, fixed_in_kernel),
             SHARED_FORM=form(shared_gate, fixed_in_kernel),
-            num_warps=num_warps,
-            num_stages=num_stages,
+            **tile.options(sizes["T"], ceil_div(sizes["D"], BLOCK)),
             **words_by_matrix(gate_up),
             **sizes,
         )
@@ -145,8 +142,8 @@ class PackedFewRowsStep(PackedManyRowsStep):
         sizes: dict[str, Any],
     ) -> None:
         """Weighted outputs of all pairs, side by side; `programs` for each tile of outputs."""
-        rows, num_warps, num_stages = EXPERTS_OUT
-        fixed_out_kernel[(ceil_div(sizes["D"], rows), programs)](
+        tile = EXPERTS_OUT[down.scheme.bits]
+        fixed_out_kernel[(ceil_div(sizes["D"], tile.rows), programs)](
             *self.inner.parts,
             *self.shared_inner.parts,
             self.experts,
@@ -156,12 +153,9 @@ class PackedFewRowsStep(PackedManyRowsStep):
             *planes(shared_down),
             self.num_rows,
             SLOTS=self.expert_parts.shape[1],
-            V=rows,
-            EARLY=EARLY_OUT,
             FORM=form(down, fixed_out_kernel),
             SHARED_FORM=form(shared_down, fixed_out_kernel),
-            num_warps=num_warps,
-            num_stages=num_stages,
+            **tile.options(sizes["T"], ceil_div(sizes["I"], BLOCK)),
             **words_by_matrix(down),
             **sizes,
         )

@@ -24,8 +24,8 @@ from kimi_linear.ops.runtime import linear_weight, needs_grad, product_dtype
 
 # Rows and outputs from which a product in float8 is faster (H200), and outputs where cuBLAS makes
 # it of as many inputs. Quantising costs time by rows and inputs, and saves it by rows, inputs and
-# outputs: these must be many. Rows: as in `ops/experts/packed.py`.
-MANY_ROWS, MANY_OUTPUTS, LIBRARY_SIZE = 12288, 4096, 2048
+# outputs: these must be many.
+MANY_ROWS, MANY_OUTPUTS, LIBRARY_SIZE = 2048, 4096, 2048
 
 
 class LinearInput:

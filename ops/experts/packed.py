@@ -25,10 +25,8 @@ from kimi_linear.ops.packed.float8 import quantize_rows, takes_float8
 from kimi_linear.ops.packed.unpacking import can_unpack
 from kimi_linear.ops.packed.weights import PackedWeights
 
-# Tokens from which activations are quantised. The products alone are faster from 256 tokens on, but
-# a whole prompt of 4,096 takes twice as long as without, for a reason not found yet; one of 32,768,
-# in pieces of 16,384 (`cache/pieces.py`), is faster (H200).
-FLOAT8_TOKENS = 12288
+# Tokens from which products of quantised activations are faster (H200).
+FLOAT8_TOKENS = 256
 # Rows by expert from which experts are written out.
 MANY_ROWS = 320
 # Bytes that are written out at once.
