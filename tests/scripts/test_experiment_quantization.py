@@ -159,33 +159,37 @@ def test_slices_are_one_training(
     training(sources, tmp_path / "parts", seconds=99)  # which may change
 
 
-@pytest.mark.gpu
-def test_recorded_gradients_are_those_of_kernel_by_kernel(sources: Sources, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_recorded_gradients_are_those_of_kernel_by_kernel(
+    sources: Sources, tmp_path: Path, device: str
+) -> None:
     """Over several batches, with an update between them."""
     recipe = Recipe(1, 2, 64, learning_rate=1e-3, weight_decay=0.1, seed=3, bias_rate=1e-3)
-    made = SlicedTraining(config(sources), recipe, sources, tmp_path, torch.device("cuda"))
+    made = SlicedTraining(config(sources), recipe, sources, tmp_path, torch.device(device))
     made.model.train()
     loads = ExpertLoads(made.model)
     recorded = RecordedGradients(
         lambda ids: made._gradients(ids, loads), made._batch(), made.optimizer.zero_grad
     )
     assert not recorded.error
+    is_cuda = torch.device(device).type == "cuda"
     for _ in range(3):
         ids = made._batch()
         loss, norm, counts = (each.clone() for each in recorded(ids))
-        found = [None if p.grad is None else p.grad.clone() for p in made.model.parameters()]
-        plain = copy.deepcopy(made.model)
-        plain.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        plain = KimiLinearForCausalLM(config(sources)).to(device).train()
+        plain.load_state_dict(made.model.state_dict())
+        with torch.autocast("cuda", torch.bfloat16, enabled=is_cuda):
             expected = plain(input_ids=ids, labels=ids, use_cache=False).loss
         expected.backward()
-        assert norm == pytest.approx(
-            float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)), rel=1e-2
-        )
-        assert loss == pytest.approx(float(expected), rel=1e-3) and int(counts.sum()) > 0
-        for grad, parameter in zip(found, plain.parameters(), strict=True):
-            if grad is not None:
-                assert grad.sub(parameter.grad).norm() <= 0.05 * parameter.grad.norm() + 1e-6
+        expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-3)
+        assert float(norm) == pytest.approx(float(expected_norm), rel=2e-2)
+        assert int(counts.sum()) > 0
+        total = torch.zeros((), device=device)
+        for ours, other in zip(made.model.parameters(), plain.parameters(), strict=True):
+            if other.grad is not None:
+                total += (ours.grad - other.grad).square().sum()
+        assert total.sqrt() <= 0.05
         made._update(recorded, loads)
 
 
