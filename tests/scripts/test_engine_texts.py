@@ -34,8 +34,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_lines(results: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     compare_engines.main([str(results["reference"]), str(results["other"])])
-    setting, line = map(json.loads, capsys.readouterr().out.splitlines())
-    assert setting["case"] == "setting"
+    reference, line = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (reference["case"], reference["engine"]) == ("reference", "ours-float32")
     assert line["engine"] == "ours-bfloat16"
     assert line["prompts"] == len(engine_texts.LENGTHS)
     assert line["tokens"] == sum(engine_texts.LENGTHS) - len(engine_texts.LENGTHS)
@@ -43,6 +43,23 @@ def test_lines(results: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> 
     assert line["of_tokens"] == NEW_TOKENS
     parted = [count for count in line["equal_tokens"] if count < NEW_TOKENS]
     assert len(parted) == len(line["gaps_where_they_part"])
+
+
+def test_lines_tell_where_each_result_is_from(
+    results: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not where they are compared."""
+    elsewhere, path = read(results["other"]), tmp_path / "elsewhere.json"
+    elsewhere["setting"] |= {"gpu": "another", "torch": "0.1", "commit": "unknown"}
+    path.write_text(json.dumps(elsewhere))
+    names = [str(results["reference"]), str(results["other"]), str(path)]
+    compare_engines.main([*names, "--commit", "abc"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for line, name in zip(lines, names, strict=True):
+        kept = read(Path(name))["setting"]
+        commit = "abc" if kept["commit"] == "unknown" else kept["commit"]
+        assert {key: line[key] for key in kept} == {**kept, "commit": commit}
+    assert lines[2]["commit"] == "abc"
 
 
 def test_a_result_equals_itself(results: dict[str, Path]) -> None:
@@ -61,6 +78,8 @@ def test_what_differs_is_said(results: dict[str, Path]) -> None:
     row["new_ids"][1] = second[0]
     line = compare_engines.compare(reference, other)
     assert line["max_difference"] == pytest.approx(0.5)
+    assert line["max_difference_at"] == [engine_texts.LENGTHS[2], 5]
+    assert line["median_difference"] == 0
     assert line["loss"] > line["loss_of_reference"]
     assert line["equal_tokens"][2] == 1
     likeliest = reference["prompts"][2]["new_top"][1][0]
