@@ -123,3 +123,31 @@ def test_figures_of_the_readme_are_recorded(row: str) -> None:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         written = {write(line) for line in lines if fields.items() <= line.items()}
         assert any(figure in cells for figure in written), (name, fields, written)
+
+
+FOLDERS_OF_ENGINES = {
+    "small-bf16": "16 bits",
+    "small-w4": "4 bits",
+    "small-w4-head": "4 bits and a packed head",
+}
+NAMES_OF_ENGINES = {"vllm": "vLLM", "ours-bfloat16": "this package in bfloat16"}
+
+
+def test_figures_of_other_engines_are_recorded() -> None:
+    text = (ROOT / "docs" / "engines.md").read_text()
+    file = ROOT / "benchmarks" / "results" / "engines_h200.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    runs = [line for line in lines if line["case"] == "engine"]
+    assert len(runs) == len(FOLDERS_OF_ENGINES) * len(NAMES_OF_ENGINES)
+    for run in runs:
+        cells = [
+            f"{FOLDERS_OF_ENGINES[run['folder']]}, {NAMES_OF_ENGINES[run['engine']]}",
+            f"{run['median_difference']:.4f}",
+            f"{run['mean_difference']:.4f}",
+            f"{run['rms_difference']:.3f}",
+            f"{run['max_difference']:.2f}",
+            str(sum(run["equal_tokens"])),
+        ]
+        assert f"| {' | '.join(cells)} |" in text, cells
+    widest = max(gap for run in runs for gap in run["gaps_where_they_part"])
+    assert f"up to {widest:.3f} nats" in text.replace("\n", " ")
