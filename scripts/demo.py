@@ -257,7 +257,7 @@ def _train(
     factor = LambdaLR(optimizer, lambda _: schedule_factor(settings.schedule, budget.progress()))
     trainer = Trainer(
         model=model,
-        args=_trainer_arguments(folder, settings, budget),
+        args=_trainer_arguments(folder, settings, model.config, budget),
         train_dataset=rows,
         data_collator=collate,
         optimizers=(optimizer, factor),
@@ -277,7 +277,9 @@ def _train(
     return {"losses": losses, "points": points, "summary": summary}
 
 
-def _trainer_arguments(folder: Path, settings: Settings, budget: Budget) -> TrainingArguments:
+def _trainer_arguments(
+    folder: Path, settings: Settings, config: KimiLinearConfig, budget: Budget
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
@@ -294,6 +296,7 @@ def _trainer_arguments(folder: Path, settings: Settings, budget: Budget) -> Trai
         max_grad_norm=1.0,
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
+        use_cache=config.use_cache,  # Trainer writes it to the configuration, which is saved
     )
 
 

@@ -206,7 +206,7 @@ def _make_trainer(
     )
     trainer = SafeTrainer(
         model=model,
-        args=_training_arguments(settings, steps, held_out is not None),
+        args=_training_arguments(settings, model.config, steps, held_out is not None),
         train_dataset=rows,
         eval_dataset=held_rows,
         data_collator=collate,
@@ -219,7 +219,9 @@ def _make_trainer(
     return trainer
 
 
-def _training_arguments(settings: Settings, steps: int, is_evaluated: bool) -> TrainingArguments:
+def _training_arguments(
+    settings: Settings, config: KimiLinearConfig, steps: int, is_evaluated: bool
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(settings.output),
         per_device_train_batch_size=settings.batch_size,
@@ -239,6 +241,7 @@ def _training_arguments(settings: Settings, steps: int, is_evaluated: bool) -> T
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         seed=settings.seed,
+        use_cache=config.use_cache,  # Trainer writes it to the configuration, which is saved
     )
 
 

@@ -147,7 +147,7 @@ def tensorboard(output: Path, checkpoint: str | None) -> TrainerCallback:
     return callback
 
 
-def trainer_arguments(settings: Settings) -> dict[str, Any]:
+def trainer_arguments(settings: Settings, config: Any) -> dict[str, Any]:
     """What the configurations of all three trainers take."""
     is_cuda = torch.cuda.is_available()
     return {
@@ -171,6 +171,7 @@ def trainer_arguments(settings: Settings) -> dict[str, Any]:
         "dataloader_pin_memory": is_cuda,
         "use_cpu": not is_cuda,
         "seed": settings.seed,
+        "use_cache": config.use_cache,  # Trainer writes it to the configuration, which is saved
     }
 
 
@@ -178,7 +179,7 @@ def make_trainer(
     settings: Settings, model: Any, tokenizer: Any, rows: Any, held_out: Any, rewards: list[Any]
 ) -> Any:
     """TRL's trainer of a recipe, with its model wrapped in adapters if the settings want them."""
-    common = trainer_arguments(settings)
+    common = trainer_arguments(settings, model.config)
     given: dict[str, Any] = {
         "model": model,
         "train_dataset": rows,

@@ -97,6 +97,7 @@ def test_saved_folder_has_code_weights_and_tokenizer(run: tuple[Path, dict[str, 
     folder = run[0] / "model"
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"].startswith("modeling_kimi_linear.")
+    assert config["use_cache"]  # Trainer would turn it off
     assert {"modeling_kimi_linear.py", "ops_kda.py", "tokenizer.json", "tiktoken.model"} <= {
         path.name for path in folder.iterdir()
     }

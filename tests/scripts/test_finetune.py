@@ -62,6 +62,7 @@ def test_sft_leaves_a_better_model_that_loads_and_its_curves(tuned: Path) -> Non
     model = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=False)
     assert isinstance(model, KimiLinearForCausalLM), type(model).__module__
     assert model.dtype == torch.float32
+    assert model.config.use_cache  # Trainer would turn it off
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     losses = [line["loss"] for line in logged(tuned)]
@@ -170,6 +171,7 @@ def test_sft_of_adapters_and_of_the_two_merged(start: Path, data: Path, tmp_path
         with adapted.disable_adapter():
             assert (adapted(ids).logits - merged(ids).logits).abs().max() > 1e-3
     assert len(AutoTokenizer.from_pretrained(folder / "merged")) == merged.config.vocab_size
+    assert merged.config.use_cache
 
 
 def test_sft_of_adapters_over_4_bits(start: Path, data: Path, tmp_path: Path) -> None:

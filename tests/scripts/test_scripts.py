@@ -77,6 +77,20 @@ def test_training_leaves_a_model_that_loads_and_its_figures(trained: Path) -> No
     assert (trained / "ops_kda.py").exists()
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_training_leaves_the_configuration_s_cache_as_it_was(
+    use_cache: bool, texts: Path, tmp_path: Path
+) -> None:
+    """Trainer turns it off, and a saved model that was called with ids gave no cache."""
+    config, folder = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps({**SMALL_FIELDS, "use_cache": use_cache}))
+    train.main(output=folder, **settings(texts, config, steps=1, save_every=1))
+    for path in (folder, folder / "checkpoint-1"):
+        model = KimiLinearForCausalLM.from_pretrained(path).eval()
+        assert model.config.use_cache is use_cache
+        assert (model(torch.arange(4)[None]).cache is not None) is use_cache
+
+
 def test_resumed_training_ends_where_the_uninterrupted_one_does(
     trained: Path, texts: Path, config: Path, tmp_path: Path
 ) -> None:
