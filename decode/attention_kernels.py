@@ -43,33 +43,43 @@ def _convolved(past, newest, new):
 
 
 @jit
-def kda_kernel(
-    x,  # [B, x_stride]: the projections q, k, v [H * K] each, f_a and g_a [K] each, b [H]
-    gates,  # [B, 2, H * K], f_b of f_a and g_b of g_a, with HAS_GATES
-    q_taps,  # [H * K, W]
-    k_taps,
-    v_taps,
-    f_b,  # [H * K, K]
-    A_log,  # float32 [H]
-    dt_bias,  # float32 [H * K]
-    table,  # int64, columns of `KDAAddresses`
-    out,  # float32 [B, H, K], to be written
-    x_stride,
+def _kept(conv, channel, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """Cached inputs [D, TAPS] that stay after this token's, each in the place before its own."""
+    j = tl.arange(0, TAPS)
+    place = conv + channel[:, None] * (WIDTH - 1) + j[None, :]
+    return tl.load(place + 1, mask=(j < WIDTH - 2)[None, :], other=0.0)
+
+
+@jit
+def _keep(conv, kept, new, channel, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """Write them down, and the token's own [D] behind them."""
+    j = tl.arange(0, TAPS)
+    kept = tl.where((j == WIDTH - 2)[None, :], new[:, None], kept)
+    place = conv + channel[:, None] * (WIDTH - 1) + j[None, :]
+    tl.store(place, kept, mask=(j < WIDTH - 1)[None, :])
+
+
+@jit
+def _delta_rule(
+    x,  # a row of it, else as in `kda_kernel`, like all others
+    gates,
+    weights,  # from q_taps to dt_bias
+    table,
+    row,
+    head,
+    value,  # [BLOCK]
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,  # WIDTH - 1, or more, a power of two
-    BLOCK: tl.constexpr,  # columns of the state of a program
+    TAPS: tl.constexpr,
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """The delta rule, a block of a head's values by program."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Take a token into the columns `value` of a head's state: what these give, float32 [BLOCK]."""
+    q_taps, k_taps, v_taps, f_b, A_log, dt_bias = weights
     i = tl.arange(0, K)
-    value = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     channel, value_channel = head * K + i, head * K + value
     inner: tl.constexpr = H * K
-    x += row * x_stride
     # everything that the kernels before this one do not write
     state = pointer_to(tl.load(table + RECURRENT_STATE), A_log) + (row * H + head) * K * K
     place = state + i[:, None] * K + value[None, :]
@@ -103,7 +113,39 @@ def kda_kernel(
     error = beta * (v - tl.sum(state_KV * k[:, None], axis=0))
     state_KV += k[:, None] * error[None, :]
     tl.store(place, state_KV)
-    tl.store(out + (row * H + head) * K + value, tl.sum(state_KV * q[:, None], axis=0))
+    return tl.sum(state_KV * q[:, None], axis=0)
+
+
+@jit
+def kda_kernel(
+    x,  # [B, x_stride]: the projections q, k, v [H * K] each, f_a and g_a [K] each, b [H]
+    gates,  # [B, 2, H * K], f_b of f_a and g_b of g_a, with HAS_GATES
+    q_taps,  # [H * K, W]
+    k_taps,
+    v_taps,
+    f_b,  # [H * K, K]
+    A_log,  # float32 [H]
+    dt_bias,  # float32 [H * K]
+    table,  # int64, columns of `KDAAddresses`
+    out,  # float32 [B, H, K], to be written
+    x_stride,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,  # WIDTH - 1, or more, a power of two
+    BLOCK: tl.constexpr,  # columns of the state of a program
+    HAS_GATES: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """The delta rule, a block of a head's values by program."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    value = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    weights = (q_taps, k_taps, v_taps, f_b, A_log, dt_bias)
+    x += row * x_stride
+    o = _delta_rule(
+        x, gates, weights, table, row, head, value, H, K, WIDTH, TAPS, HAS_GATES, IS_LINKED
+    )
+    tl.store(out + (row * H + head) * K + value, o)
 
 
 @jit
@@ -114,6 +156,17 @@ def gated_heads(o, gate, norm, eps, out, channel, fixed, row, K: tl.constexpr, F
     tl.store(out + channel, o)
     if FIXED > 0:
         store_row_fixed_point(o, channel, fixed, row, FIXED)
+
+
+@jit
+def _output_gate(x, gates, g_w, row, channel, H: tl.constexpr, HAS_GATES: tl.constexpr):
+    """float32 [K], of a head whose weights g_b are g_w [K, K], without HAS_GATES."""
+    K: tl.constexpr = channel.shape[0]
+    if HAS_GATES:
+        return tl.load(gates + (row * 2 + 1) * (H * K) + channel).to(tl.float32)
+    else:
+        g_a = tl.load(x + 3 * H * K + K + tl.arange(0, K)).to(tl.float32)
+        return tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
 
 
 @jit
@@ -142,29 +195,75 @@ def kda_out_kernel(
 ):
     """Gated norm of a head, and its channels' step of the convolutions' states."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, j = tl.arange(0, K), tl.arange(0, TAPS)
+    i = tl.arange(0, K)
     channel = head * K + i
     inner: tl.constexpr = H * K
     x += row * x_stride
     conv = pointer_to(tl.load(table + CONV_STATE), x) + row * 3 * inner * (WIDTH - 1)
     weight = tl.load(norm + i).to(tl.float32)
-    if not HAS_GATES:
-        g_w = tl.load(g_b + channel[:, None] * K + i[None, :])
+    g_w = weight if HAS_GATES else tl.load(g_b + channel[:, None] * K + i[None, :])
     wait(IS_LINKED)
     for kind in tl.static_range(3):
-        place = conv + (kind * inner + channel[:, None]) * (WIDTH - 1) + j[None, :]
-        # each cached input but the oldest moves to the place before it
-        new = tl.load(x + kind * inner + channel)
-        past = tl.load(place + 1, mask=(j < WIDTH - 2)[None, :], other=0.0)
+        own = conv + kind * inner * (WIDTH - 1)
+        kept = _kept(own, channel, WIDTH, TAPS)
         tl.debug_barrier()
-        past = tl.where((j == WIDTH - 2)[None, :], new[:, None], past)
-        tl.store(place, past, mask=(j < WIDTH - 1)[None, :])
+        _keep(own, kept, tl.load(x + kind * inner + channel), channel, WIDTH, TAPS)
     o = tl.load(mixed + (row * H + head) * K + i)
-    if HAS_GATES:
-        gate = tl.load(gates + (row * 2 + 1) * inner + channel).to(tl.float32)
-    else:
-        g_a = tl.load(x + 3 * inner + K + i).to(tl.float32)
-        gate = tl.sum(g_w.to(tl.float32) * g_a[None, :], axis=1)
+    gate = _output_gate(x, gates, g_w, row, channel, H, HAS_GATES)
+    fixed = (columns, wide_columns, halves, unit)
+    gated_heads(o, gate, weight, eps, out + row * out_stride, channel, fixed, row, K, FIXED)
+
+
+@jit
+def kda_head_kernel(
+    x,  # as in `kda_kernel`
+    gates,
+    q_taps,
+    k_taps,
+    v_taps,
+    f_b,
+    A_log,
+    dt_bias,
+    table,
+    g_b,  # as in `kda_out_kernel`
+    norm,
+    out,
+    columns,
+    wide_columns,
+    halves,
+    unit,
+    x_stride,
+    out_stride,
+    eps,
+    FIXED: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """Both kernels in one: a head by program, which has all that its norm needs."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, K)
+    channel = head * K + i
+    past: tl.constexpr = H * K * (WIDTH - 1)
+    x += row * x_stride
+    conv = pointer_to(tl.load(table + CONV_STATE), x) + row * 3 * past
+    weight = tl.load(norm + i).to(tl.float32)
+    g_w = weight if HAS_GATES else tl.load(g_b + channel[:, None] * K + i[None, :])
+    q_kept = _kept(conv, channel, WIDTH, TAPS)
+    k_kept = _kept(conv + past, channel, WIDTH, TAPS)
+    v_kept = _kept(conv + 2 * past, channel, WIDTH, TAPS)
+    weights = (q_taps, k_taps, v_taps, f_b, A_log, dt_bias)
+    o = _delta_rule(
+        x, gates, weights, table, row, head, i, H, K, WIDTH, TAPS, HAS_GATES, IS_LINKED
+    )
+    tl.debug_barrier()  # all have read what is written now
+    _keep(conv, q_kept, tl.load(x + channel), channel, WIDTH, TAPS)
+    _keep(conv + past, k_kept, tl.load(x + H * K + channel), channel, WIDTH, TAPS)
+    _keep(conv + 2 * past, v_kept, tl.load(x + 2 * H * K + channel), channel, WIDTH, TAPS)
+    gate = _output_gate(x, gates, g_w, row, channel, H, HAS_GATES)
     fixed = (columns, wide_columns, halves, unit)
     gated_heads(o, gate, weight, eps, out + row * out_stride, channel, fixed, row, K, FIXED)
 

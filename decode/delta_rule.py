@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kimi_linear.decode.attention_kernels import kda_kernel, kda_out_kernel
+from kimi_linear.decode.attention_kernels import kda_head_kernel, kda_kernel, kda_out_kernel
 from kimi_linear.decode.delta_rule_kernels import delta_rule_kernel, delta_rule_out_kernel
 from kimi_linear.ops.runtime import power_of_two
 
@@ -102,6 +102,44 @@ class OneToken:
 
     def _warps(self, head_size: int) -> int:
         return self.num_warps if head_size >= 128 else 4
+
+
+class WholeHead(OneToken):
+    """One token of each sequence, and a program for each of its heads: one launch."""
+
+    def launch(
+        self,
+        a: Any,
+        table: Tensor,
+        counters: Tensor,
+        projected: Tensor,
+        gates: Tensor | None,
+        mixed: Tensor,
+        out: Tensor,
+        fixed: tuple[tuple[Tensor, ...], int],
+    ) -> None:
+        H, K, width = a.num_heads, a.head_dim, a.q_conv1d.weight.shape[-1]
+        kda_head_kernel[(self.num_sequences, H)](
+            projected,
+            projected if gates is None else gates,
+            *_weights(a),
+            table,
+            a.g_b_proj.weight,
+            a.o_norm.weight,
+            out,
+            *fixed[0],
+            projected.stride(0),
+            out.stride(0),
+            a.o_norm.eps,
+            FIXED=fixed[1],
+            H=H,
+            K=K,
+            WIDTH=width,
+            TAPS=power_of_two(width - 1),
+            HAS_GATES=gates is not None,
+            num_warps=self._warps(K),
+            **self.options,
+        )
 
 
 class SeveralTokens(OneToken):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kimi_linear.decode.addresses import TABLE_COLUMNS, Counters
 from kimi_linear.decode.attention_kernels import absorb_kernel, attend_kernel, mix_kernel
-from kimi_linear.decode.delta_rule import OneToken, SeveralTokens
+from kimi_linear.decode.delta_rule import OneToken, SeveralTokens, WholeHead
 from kimi_linear.decode.expert_kernels import route_kernel
 from kimi_linear.ops.runtime import power_of_two
 
@@ -113,11 +113,11 @@ class DecodeStep(ABC):
         self.head = self._input_projection(lm_head.weight)
         self.logits = self._empty(num_rows, lm_head.weight.shape[0])
         launches = num_sequences, self.kda_block, self.kda_warps, linked(self.is_linked)
-        self.delta_rule = (
-            SeveralTokens(*launches, num_tokens=num_tokens)
-            if num_tokens > 1 or is_pending
-            else OneToken(*launches)
-        )
+        if num_tokens > 1 or is_pending:
+            self.delta_rule: OneToken = SeveralTokens(*launches, num_tokens=num_tokens)
+        else:
+            has_heads = self.kda_block >= config.linear_attn_config["head_dim"]
+            self.delta_rule = (WholeHead if has_heads else OneToken)(*launches)
         self._prepare_attention()
         if any(layer.is_moe for layer in self.layers):
             self._prepare_experts()
