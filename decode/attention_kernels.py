@@ -353,7 +353,7 @@ def attend_kernel(
     """Absorbed attention to a share of the cached latents, which lie in a prefix and a tail."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     R: tl.constexpr = L + P
-    wait(IS_LINKED)
+    # where the latents lie, which the kernels before this one do not change
     prefix_tokens = tl.load(table + PREFIX_TOKENS)
     sequence = row // num_tokens
     counters += sequence * COUNTERS
@@ -366,12 +366,13 @@ def attend_kernel(
     last = tl.minimum(first + share, blocks)
     h, m, p, t = tl.arange(0, HEADS), tl.arange(0, L), tl.arange(0, P), tl.arange(0, BLOCK)
     head = h < H
-    query += (row * H + h[None, :]) * R
-    q_m = tl.load(query + m[:, None], mask=head[None, :], other=0.0)
-    q_p = tl.load(query + L + p[:, None], mask=head[None, :], other=0.0)
     size: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
     prefix = tl.load(table + PREFIX) + cached_row * tl.load(table + PREFIX_STRIDE) * size
     tail = tl.load(table + TAIL) + cached_row * tl.load(table + TAIL_STRIDE) * size
+    wait(IS_LINKED)
+    query += (row * H + h[None, :]) * R
+    q_m = tl.load(query + m[:, None], mask=head[None, :], other=0.0)
+    q_p = tl.load(query + L + p[:, None], mask=head[None, :], other=0.0)
     largest = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     sums = tl.zeros([L, HEADS], tl.float32)
@@ -410,6 +411,22 @@ def attend_kernel(
 
 
 @jit
+def _share_weights(share, place, SPLITS: tl.constexpr, H: tl.constexpr):
+    """Largest score of some shares [G], and whether there are any tokens in them."""
+    inside = place < SPLITS
+    top = tl.load(share + place * 2 * H, mask=inside, other=-1e30)
+    return top, tl.load(share + place * 2 * H + H, mask=inside, other=0.0) > 0
+
+
+@jit
+def _joined(part, weights, top_of_all):
+    """float32 [L]: the sum of shares [G, L]; memory of those without tokens may hold anything."""
+    top, is_used = weights
+    part = tl.where(is_used[:, None], part * tl.exp2(top - top_of_all)[:, None], 0.0)
+    return tl.sum(part, axis=0)
+
+
+@jit
 def mix_kernel(
     mixed,  # float32 [B, SPLITS, H, L]
     weight,  # float32 [B, SPLITS, 2, H]
@@ -440,20 +457,19 @@ def mix_kernel(
         weights = tl.load(kv_b + (head * (N + V) + N + v[:, None]) * L + m[None, :])
     wait(IS_LINKED)
     share = weight + row * SPLITS * 2 * H + head
+    mixed += (row * SPLITS * H + head) * L
+    first_part = tl.load(mixed + g[:, None] * H * L + m[None, :], mask=(g < SPLITS)[:, None])
     top = tl.load(share + s * 2 * H, mask=s < SPLITS, other=-1e30)
     total = tl.load(share + s * 2 * H + H, mask=s < SPLITS, other=0.0)
+    first_weight = _share_weights(share, g, SPLITS, H)
     top_of_all = tl.max(top)
     whole = tl.sum(total * tl.exp2(top - top_of_all))
     used = tl.max(tl.where(total > 0, s + 1, 0))
-    latent = tl.zeros([L], tl.float32)
-    for start in range(0, used, GROUP):
+    latent = _joined(first_part, first_weight, top_of_all)
+    for start in range(GROUP, used, GROUP):
         place = start + g
-        there = place < used
-        own_top = tl.load(share + place * 2 * H, mask=there, other=-1e30)
-        there = there & (tl.load(share + place * 2 * H + H, mask=there, other=0.0) > 0)
-        part = mixed + ((row * SPLITS + place[:, None]) * H + head) * L + m[None, :]
-        part = tl.load(part, mask=there[:, None], other=0.0)
-        latent += tl.sum(part * tl.exp2(own_top - top_of_all)[:, None], axis=0)
+        part = tl.load(mixed + place[:, None] * H * L + m[None, :], mask=(place < used)[:, None])
+        latent += _joined(part, _share_weights(share, place, SPLITS, H), top_of_all)
     latent = latent / tl.maximum(whole, 1e-30)
     if HAS_VALUES:
         y = tl.sum(weights.to(tl.float32) * latent[None, :], axis=1)
