@@ -256,9 +256,7 @@ def kda_head_kernel(
     k_kept = _kept(conv + past, channel, WIDTH, TAPS)
     v_kept = _kept(conv + 2 * past, channel, WIDTH, TAPS)
     weights = (q_taps, k_taps, v_taps, f_b, A_log, dt_bias)
-    o = _delta_rule(
-        x, gates, weights, table, row, head, i, H, K, WIDTH, TAPS, HAS_GATES, IS_LINKED
-    )
+    o = _delta_rule(x, gates, weights, table, row, head, i, H, K, WIDTH, TAPS, HAS_GATES, IS_LINKED)
     tl.debug_barrier()  # all have read what is written now
     _keep(conv, q_kept, tl.load(x + channel), channel, WIDTH, TAPS)
     _keep(conv + past, k_kept, tl.load(x + H * K + channel), channel, WIDTH, TAPS)
