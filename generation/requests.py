@@ -6,9 +6,10 @@ of all texts that decode, at most `max_batch_tokens` tokens of prompts are read.
 the text that came last gives its own back and is read again later.
 
 The device chooses tokens and goes on with them; the host looks at each step's tokens while the next
-step runs. A text whose end it sees so has had one step too many, which nobody is told of. With
-drafts (`prompt_lookup_num_tokens`) it looks first: the next step goes on from what was right; so it
-does on a CPU, where nothing would run meanwhile.
+step runs. A text whose end it sees so has had steps too many, which nobody is told of. To launch a
+reading may take the host longer than it takes the device, so steps are queued before it. With
+drafts (`prompt_lookup_num_tokens`) the host looks first: the next step goes on from what was right;
+so it does on a CPU, where nothing would run meanwhile.
 
 Transformers' manager (`upstream/requests.py`) calls `prepare_next_batch`, `_generation_step` and
 `update_batch` in turn, from a thread of its own.
@@ -16,7 +17,7 @@ Transformers' manager (`upstream/requests.py`) calls `prepare_next_batch`, `_gen
 
 import itertools
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,6 +239,9 @@ class RequestProcessor:
         which texts that go on may have taken meanwhile. Whether there was something to read."""
         if self.reading is None:
             self.reading = self._next_reading()
+            if self.reading is not None and self.looks_late:
+                for _ in range(self.texts.steps_ahead):
+                    self._step(is_timed=False)
         reading = self.reading
         if reading is None:
             return False
@@ -410,6 +414,11 @@ class RequestProcessor:
         """More tokens of each text; then look at those that were chosen before, or at all."""
         if not self.looks_late:  # first tokens of texts that have just been read
             self._look(self.chosen)
+        is_running = self._step(is_timed=is_timed)
+        self._look(self.chosen[:-1] if is_running and self.looks_late else self.chosen)
+
+    def _step(self, *, is_timed: bool) -> bool:
+        """Make room for more tokens of each text and launch the step; whether there was any."""
         for row in self._unfinished():
             while row in self.active and not self.texts.grow([row], 1):
                 if self.chosen:  # texts may have ended
@@ -418,18 +427,19 @@ class RequestProcessor:
                     self._drop_prefix()
                 else:
                     self._set_back(next(reversed(self.active)))
-        rows, before = self._unfinished(), len(self.chosen)
-        if rows:
-            own = self._choose_drafts(rows)
-            if self.drafts is not None and is_timed:
-                self.drafts.start(len(rows), 1 + len(own[0]))
-            logits = self.texts.step(rows, self._next_ids(rows, own))
-            if logits is None:
-                self._look(self.chosen)
-                self._move()
-                return
-            self._choose(rows, own, logits)
-        self._look(self.chosen[:before] if self.looks_late else self.chosen)
+        rows = self._unfinished()
+        if not rows:
+            return False
+        own = self._choose_drafts(rows)
+        if self.drafts is not None and is_timed:
+            self.drafts.start(len(rows), 1 + len(own[0]))
+        logits = self.texts.step(rows, self._next_ids(rows, own))
+        if logits is None:
+            self._look(self.chosen)
+            self._move()
+            return False
+        self._choose(rows, own, logits)
+        return True
 
     @property
     def looks_late(self) -> bool:
@@ -455,12 +465,12 @@ class RequestProcessor:
 
     def _unfinished(self) -> list[int]:
         """Rows whose texts may have another token, counting those that the host has not seen."""
-        unseen = {id(state) for chosen in self.chosen for state in chosen.states}
+        unseen = Counter(id(state) for chosen in self.chosen for state in chosen.states)
         return [
             row
             for row, state in self.active.items()
             if state.max_new_tokens is None
-            or len(state.generated_tokens) + (id(state) in unseen) < state.max_new_tokens
+            or len(state.generated_tokens) + unseen[id(state)] < state.max_new_tokens
         ]
 
     def _move(self) -> None:

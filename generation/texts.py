@@ -16,7 +16,12 @@ class OwnCaches:
     Args:
         model: A `KimiLinearForCausalLM`.
         num_rows: Texts at a time, beside a prefix.
+
+    Attributes:
+        steps_ahead: How many a device is given to do while the host launches a reading.
     """
+
+    steps_ahead = 0
 
     def __init__(self, model: Any, num_rows: int) -> None:
         self.model, self.num_rows = model, num_rows
@@ -84,6 +89,8 @@ class PooledTexts:
         memory_share: Of the free memory, for rows and pages.
         rollback_tokens: See `TextPool`.
     """
+
+    steps_ahead = 2
 
     def __init__(
         self,
