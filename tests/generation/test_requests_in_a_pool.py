@@ -149,6 +149,34 @@ def test_the_host_looks_while_the_next_step_runs(end, num_steps, is_late, monkey
     assert seen == list(range(1 - is_late, len(steps) + 1 - is_late))
 
 
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_reading_is_launched_behind_steps(is_late, monkeypatch):
+    """The device has them to do while the host launches it; answers stay the same."""
+    if is_late:
+        look_late(monkeypatch, requests)
+    monkeypatch.setattr(requests, "PATIENCE_SECONDS", 0)
+    events = []
+    read = requests.Reading.read
+    monkeypatch.setattr(
+        requests.Reading, "read", lambda self: (events.append("read"), read(self))[1]
+    )
+
+    def step(model, pool, rows, ids):
+        events.append(len(rows))
+        return step_in_torch(model, pool, rows, ids)
+
+    pooled(monkeypatch, step)
+    pairs = [alone(0, n, seed=n) for n in (9, 30)]
+    outs = model_of().generate_batch(
+        [prompt for prompt, _ in pairs],
+        GenerationConfig(do_sample=False, eos_token_id=None, max_new_tokens=6),
+        ContinuousBatchingConfig(**{PAGE_SIZE: PAGE}, num_blocks=8, max_batch_tokens=9),
+    )
+    assert [out.generated_tokens for out in outs.values()] == [answer[:6] for _, answer in pairs]
+    longer = ["read"] * 4  # in pieces of 9 tokens
+    assert events[: 4 + 1 + 2 * is_late + 1] == [*longer, *[1] * (1 + 2 * is_late), "read"]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_requests(seed, monkeypatch):
     run(seed, monkeypatch)
