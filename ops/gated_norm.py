@@ -1,7 +1,7 @@
 """RMS norm over the head, times a sigmoid gate: what stands between KDA and its output projection.
 
-Source: arXiv 2510.26692, section 4 (output gate). FLA's fused kernel on a GPU, torch elsewhere. In
-training on a GPU two kernels of ours: FLA's Function takes the host two to three times as long.
+Source: arXiv 2510.26692, section 4 (output gate). Two kernels of ours on CUDA, since FLA's Function
+takes the host two to three times as long; FLA's on other devices that it knows, torch elsewhere.
 
 Shapes: H heads, V value size; leading dimensions are free. N rows: all dimensions but V.
 """
@@ -41,8 +41,10 @@ def gated_rms_norm(
         [..., H, V] in x's dtype.
     """
     if resolve_backend(x, backend) == "fla":
-        if x.is_cuda and triton is not None and needs_grad(x, gate, weight):
-            return _GatedNorm.apply(x.contiguous(), gate.contiguous(), weight, eps)
+        if x.is_cuda and triton is not None:
+            is_recorded = needs_grad(x, gate, weight)
+            launch: Any = _GatedNorm.apply if is_recorded else launch_gated_norm
+            return launch(x.contiguous(), gate.contiguous(), weight, eps)
         return norm_kernel()(x, gate, weight, None, activation="sigmoid", eps=eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide, out = x.to(wide), torch.sigmoid(gate.to(wide))
