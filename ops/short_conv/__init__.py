@@ -89,8 +89,9 @@ def convolved_projections(
     inputs = [read.through(projection) for projection in projections]
     taps = [convolution.weight for convolution in convolutions]
     state: Tensor | None
-    if last_inputs is None and has_kernels(*inputs, *taps):
-        outputs, state = convolve_three(inputs, taps, conv_state, cu_seqlens)
+    is_joint = last_inputs is None and has_kernels(*inputs, *taps)
+    if is_joint:
+        outputs, state = convolve_three(inputs, taps, conv_state, head_dim, cu_seqlens)
     else:
         outputs, state = _one_by_one(
             inputs, convolutions, conv_state, output_state, cu_seqlens, last_inputs
@@ -99,7 +100,7 @@ def convolved_projections(
     rest = [other(x) for other in others]
     state = state if output_state else None
     at_cut = _state_at(cut, inputs, taps, conv_state) if cut else None
-    return ConvolvedProjections(q, k, v, tuple(rest), state, False, at_cut)
+    return ConvolvedProjections(q, k, v, tuple(rest), state, is_joint, at_cut)
 
 
 def _state_at(

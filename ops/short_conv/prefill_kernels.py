@@ -1,10 +1,10 @@
 """Triton kernels of the three short convolutions of a KDA layer, where no graph is recorded.
 
-`short_convolution` three times (its torch path is the reference) in one launch, which writes the
-state after the last token on the way: at 4,096 tokens the launches of a layer take longer than its
-arithmetic.
+`short_convolution` three times and `l2norm` of q's and k's heads (their torch forms are the
+reference) in one launch, which writes the state after the last token on the way: at 4,096 tokens
+the launches of a layer take longer than its arithmetic.
 
-Shapes: B batch, T tokens, D channels, W taps, N packed sequences.
+Shapes: B batch, T tokens, H heads, K their size, D = H * K channels, W taps, N packed sequences.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -17,25 +17,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kimi_linear.ops.kda.recurrent import L2NORM_EPS
 from kimi_linear.ops.launch import launch_directly
-from kimi_linear.ops.runtime import ceil_div, jit, tl
+from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
 
-TOKENS, CHANNELS = 32, 128  # of a program
+TOKENS = 32  # of a program, and of one head
 
 
 def convolve_three(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     state: Tensor | None,
+    head_dim: int,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """SiLU of three causal depthwise convolutions, each over its own input.
+    """SiLU of three causal depthwise convolutions, each over its own input; the first two are
+    normalised by head.
 
     Args:
         inputs: three [B, T, D].
         weights: three [D, 1, W], oldest tap first.
         state: the W - 1 inputs before the first token, [B, 3, D, W - 1], or [N, ...]; None for
             zeros.
+        head_dim: K.
         cu_seqlens: [N + 1] int32, ends of packed sequences, with B = 1; some may be empty.
 
     Returns:
@@ -48,21 +52,29 @@ def convolve_three(
     outputs = [torch.empty_like(x) for x in inputs]
     after = inputs[0].new_empty(N, 3, D, W - 1)
     state = state if state is None else state.contiguous()
-    sizes = {"W": W, "TOKENS": TOKENS, "CHANNELS": CHANNELS}
+    sizes = {"EPS": L2NORM_EPS, "K": head_dim, "W": W, "TOKENS": TOKENS}
+    sizes["CHANNELS"] = power_of_two(head_dim)
     tensors = (*inputs, *weights, *outputs, state, after)
-    blocks, groups = ceil_div(T, TOKENS), ceil_div(D, CHANNELS)
+    blocks, heads = ceil_div(T, TOKENS), D // head_dim
     with torch.cuda.device_of(inputs[0]):
         if cu_seqlens is None:
-            _convolve[(blocks, groups, 3 * B)](*tensors, T, D, **sizes)
+            _convolve[(blocks, heads, 3 * B)](*tensors, T, D, **sizes)
         else:  # sequences have programs of their own, which write their states
-            _convolve_packed[(blocks + N, groups, 3)](*tensors, cu_seqlens, T, N, D, **sizes)
+            _convolve_packed[(blocks + N, heads, 3)](*tensors, cu_seqlens, T, N, D, **sizes)
     return outputs, after
 
 
 @jit
-def _last_input(x, state, token, channel, D, W: tl.constexpr):
+def _activated(total, which, EPS: tl.constexpr):
+    """SiLU of [tokens, channels], of a head; of q and k normalised."""
+    y = total * tl.sigmoid(total)
+    scale = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) + EPS)
+    return y * tl.where(which < 2, scale, 1.0)[:, None]
+
+
+@jit
+def _last_input(x, state, token, channel, inside, D, W: tl.constexpr):
     """The input at a token that may lie before the first one: in the state, or zeros."""
-    inside = channel < D
     value = tl.load(x + token.to(tl.int64) * D + channel, mask=inside & (token >= 0), other=0.0)
     if state is not None:
         place = state + channel * (W - 1) + token + W - 1
@@ -86,9 +98,11 @@ def _convolve(
     after,
     T,
     D,
+    EPS: tl.constexpr,
+    K: tl.constexpr,
     W: tl.constexpr,
     TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # K, or more, a power of two
 ):
     row = tl.program_id(2).to(tl.int64)
     which = row % 3
@@ -104,13 +118,14 @@ def _convolve(
     if state is not None:
         state += row * D * (W - 1)
     token = first + tl.arange(0, TOKENS)[:, None]
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    inside = (token < T) & (channel < D)
+    is_own = tl.arange(0, CHANNELS)[None, :] < K
+    channel = tl.program_id(1) * K + tl.arange(0, CHANNELS)[None, :]
+    inside = (token < T) & is_own
     own = tl.arange(0, TOKENS)[:, None] * D + channel  # from the program's first token
     start = first.to(tl.int64) * D
     total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
     for tap in tl.static_range(W):
-        factor = tl.load(weight + channel * W + tap, mask=channel < D, other=0.0)
+        factor = tl.load(weight + channel * W + tap, mask=is_own, other=0.0)
         source = token + (tap - W + 1)
         value = tl.load(x + start + own + (tap - W + 1) * D, mask=inside & (source >= 0), other=0.0)
         total += factor.to(tl.float32) * value.to(tl.float32)
@@ -119,14 +134,14 @@ def _convolve(
                 before = state + channel * (W - 1) + token + tap
                 old = tl.load(before, mask=inside & (source < 0), other=0.0)
                 total += factor.to(tl.float32) * old.to(tl.float32)
-    total = total * tl.sigmoid(total)
+    total = _activated(total, which, EPS)
     tl.store(out + start + own, total.to(out.dtype.element_ty), mask=inside)
     if first == 0:
         for column in tl.static_range(W - 1):
             place = row * D * (W - 1) + channel * (W - 1) + column
             offset = tl.full((1, CHANNELS), column - W + 1, dtype=tl.int32)
-            last = _last_input(x, state, T + offset, channel, D, W)
-            tl.store(after + place, last, mask=channel < D)
+            last = _last_input(x, state, T + offset, channel, is_own, D, W)
+            tl.store(after + place, last, mask=is_own)
 
 
 @jit
@@ -143,7 +158,7 @@ def _sequence_of(token, cu_seqlens, N):
 
 
 @jit
-def _write_state(x, state, after, cu_seqlens, sequence, which, channel, D, W: tl.constexpr):
+def _write_state(x, state, after, cu_seqlens, sequence, which, channel, is_own, D, W: tl.constexpr):
     """One convolution's state after a sequence."""
     start = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - start
@@ -153,8 +168,8 @@ def _write_state(x, state, after, cu_seqlens, sequence, which, channel, D, W: tl
         state += own
     for column in tl.static_range(W - 1):
         token = tl.full(channel.shape, column - W + 1, dtype=tl.int32) + length
-        value = _last_input(x, state, token, channel, D, W)
-        tl.store(after + own + channel * (W - 1) + column, value, mask=channel < D)
+        value = _last_input(x, state, token, channel, is_own, D, W)
+        tl.store(after + own + channel * (W - 1) + column, value, mask=is_own)
 
 
 @launch_directly
@@ -175,9 +190,11 @@ def _convolve_packed(
     T,
     N,
     D,
+    EPS: tl.constexpr,
+    K: tl.constexpr,
     W: tl.constexpr,
     TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # K, or more, a power of two
 ):
     which = tl.program_id(2)
     if which == 0:
@@ -186,14 +203,15 @@ def _convolve_packed(
         x, weight, out = x1, weight1, out1
     else:
         x, weight, out = x2, weight2, out2
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    is_own = tl.arange(0, CHANNELS)[None, :] < K
+    channel = tl.program_id(1) * K + tl.arange(0, CHANNELS)[None, :]
     blocks = (T + TOKENS - 1) // TOKENS
     if tl.program_id(0) >= blocks:
         ended = tl.program_id(0) - blocks
-        _write_state(x, state, after, cu_seqlens, ended, which, channel, D, W)
+        _write_state(x, state, after, cu_seqlens, ended, which, channel, is_own, D, W)
     else:
         token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
-        inside = (token < T) & (channel < D)
+        inside = (token < T) & is_own
         own = _sequence_of(tl.program_id(0) * TOKENS, cu_seqlens, N)
         last = _sequence_of(tl.program_id(0) * TOKENS + TOKENS - 1, cu_seqlens, N)
         sequence, start = token * 0 + own, token * 0 + tl.load(cu_seqlens + own)
@@ -204,7 +222,7 @@ def _convolve_packed(
         place = token.to(tl.int64) * D + channel
         total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
         for tap in tl.static_range(W):
-            factor = tl.load(weight + channel * W + tap, mask=channel < D, other=0.0)
+            factor = tl.load(weight + channel * W + tap, mask=is_own, other=0.0)
             source = token + (tap - W + 1)
             value = tl.load(
                 x + place + (tap - W + 1) * D, mask=inside & (source >= start), other=0.0
@@ -215,5 +233,5 @@ def _convolve_packed(
                 column = source - start + W - 1
                 old = tl.load(before + column, mask=inside & (source < start), other=0.0)
                 total += factor.to(tl.float32) * old.to(tl.float32)
-        total = total * tl.sigmoid(total)
+        total = _activated(total, which, EPS)
         tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

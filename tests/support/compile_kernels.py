@@ -54,12 +54,12 @@ def compile_all(dtype: torch.dtype) -> None:
             row_sums.launch_sum_of_rows(rows, experts, each)
         for state in (None, torch.zeros(1, 3, D, 3, dtype=dtype)):
             taps = [torch.zeros(D, 1, 4, dtype=dtype)] * 3
-            conv_kernel.convolve_three([x[None]] * 3, taps, state)
+            conv_kernel.convolve_three([x[None]] * 3, taps, state, D // 8)
             ends = torch.tensor([0, 2], dtype=torch.int32)
-            conv_kernel.convolve_three([x[None]] * 3, taps, state, ends)
+            conv_kernel.convolve_three([x[None]] * 3, taps, state, D // 8, ends)
         states = torch.zeros(3, 3, D, 3, dtype=dtype)
         ends = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
-        conv_kernel.convolve_three([x[None]] * 3, taps, states, ends)
+        conv_kernel.convolve_three([x[None]] * 3, taps, states, D // 8, ends)
         gated_silu.launch_gated_silu_backward(both, inner)
         sort.launch_sort_pairs(experts, E)
         heads, weight = torch.zeros(2, 3, D // 8, dtype=dtype), torch.zeros(D // 8, dtype=dtype)
