@@ -3,6 +3,7 @@
 Shapes: B rows, N outputs, K inputs, P inputs in whole blocks of 256.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from kimi_linear.decode.step import linked
 from kimi_linear.ops.packed.unpacking import form, planes
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.ops.runtime import ceil_div, power_of_two
-from kimi_linear.schemes import BLOCK, RUN
+from kimi_linear.schemes import BLOCK, RUN, Scheme
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,31 @@ def can_multiply(weights: PackedWeights) -> bool:
 
 
 class FixedPoint:
-    """Rows of inputs as integers of 16 bits.
+    """Rows of inputs as integers of 16 bits, as weights of some schemes want them.
+
+    Args:
+        num_rows: B.
+        num_inputs: K.
+        schemes: Of the weights.
+        device: Where.
 
     Attributes:
         size: P.
         parts: Columns int8 [B, 8, P] and float16 [B, 4, P], halves int8 [B, 2, P], unit float32
-            [B, P / 32], see `store_fixed_point`.
+            [B, P / 32], see `store_fixed_point`; None for those that no scheme wants.
     """
 
-    def __init__(self, num_rows: int, num_inputs: int, device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, num_inputs: int, schemes: Iterable[Scheme], device: torch.device
+    ) -> None:
         self.size = ceil_div(num_inputs, BLOCK) * BLOCK
+        wanted = {1 if each.is_float else 2 if each.bits == 3 else 0 for each in schemes}
         sizes = (8, torch.int8), (4, torch.float16), (2, torch.int8)
         columns = (
             torch.zeros(num_rows, each, self.size, dtype=dtype, device=device)
-            for each, dtype in sizes
+            if i in wanted
+            else None
+            for i, (each, dtype) in enumerate(sizes)
         )
         self.parts = *columns, torch.zeros(num_rows, self.size // RUN, device=device)
 

@@ -5,7 +5,7 @@ the largest one beside them is 32,512, as a high and a low half of 8 bits.
 `halves` has them in their order, for weights of 3 bits; `columns` as four runs of 32 inputs lie
 side by side in a tile of 128 bytes (`ops/packed/codes.py`), each run in columns of its own, which
 are 0 in the places of the other three. Nothing is ever written there. `wide_columns` are the same
-numbers in float16, unhalved, for weights in float8.
+numbers in float16, unhalved, for weights in float8. What no weight wants is None.
 
 Shapes: B rows (one token each), T of them at once, D hidden size, P inputs in whole blocks of 256,
 R = P / 32.
@@ -50,13 +50,16 @@ def store_fixed_point(
     low = number - high * 256
     run = d // 32 % 4
     place = d // 128 * 128 + d % 32 * 4 + run
-    column = (row * 4)[None, :] * P + (P * run + place)[:, None]
-    tl.store(wide_columns + column, x.to(tl.float16), mask=inside)
+    if wide_columns is not None:
+        column = (row * 4)[None, :] * P + (P * run + place)[:, None]
+        tl.store(wide_columns + column, x.to(tl.float16), mask=inside)
     for half in tl.static_range(2):
         value = (high if half == 0 else low).to(tl.int8)
-        column = (row * 8 + half)[None, :] * P + (2 * P * run + place)[:, None]
-        tl.store(columns + column, value, mask=inside)
-        tl.store(halves + (row * 2 + half)[None, :] * P + d[:, None], value, mask=inside)
+        if columns is not None:
+            column = (row * 8 + half)[None, :] * P + (2 * P * run + place)[:, None]
+            tl.store(columns + column, value, mask=inside)
+        if halves is not None:
+            tl.store(halves + (row * 2 + half)[None, :] * P + d[:, None], value, mask=inside)
     is_first = (d % 32 == 0)[:, None] & inside
     target = unit + row[None, :] * (P // 32) + (d // 32)[:, None]
     tl.store(target, tl.broadcast_to(size[None, :], x.shape), mask=is_first)

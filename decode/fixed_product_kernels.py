@@ -335,8 +335,12 @@ def fixed_product(
     BLOCKS: tl.constexpr = (K + 255) // 256
     c = tl.arange(0, M)
     which = tl.minimum(token + tl.minimum(c // EACH, T - 1), num_tokens - 1).to(tl.int64)
-    columns = (x[1] if FORM[2] else x[0]) + (which * EACH + c % EACH) * (BLOCKS * 256)
-    halves = x[2] + (which * 2 + c % 2) * (BLOCKS * 256)
+    columns = x[0]  # of 3 bits, nothing reads them
+    halves = x[2]
+    if FORM[0] == 3:
+        halves += (which * 2 + c % 2) * (BLOCKS * 256)
+    else:
+        columns = (x[1] if FORM[2] else x[0]) + (which * EACH + c % EACH) * (BLOCKS * 256)
     unit = x[3] + which * (BLOCKS * 8)
     total = tl.zeros([V, M], tl.float32)
     inputs = ()

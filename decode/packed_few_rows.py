@@ -8,7 +8,7 @@ Shapes: B rows, K inputs, P inputs in whole blocks of 256, I expert width.
 import functools
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.fixed_expert_kernels import fixed_in_kernel, fixed_out_kernel
@@ -42,10 +42,20 @@ class PackedFewRowsStep(PackedManyRowsStep):
     _absorb = FewRowsStep._absorb
     _mix = FewRowsStep._mix
 
+    def __init__(self, model: nn.Module, *args: Any) -> None:
+        weights = (each for each in model.parameters() if isinstance(each, PackedWeights))
+        self.schemes = {(each.shape[-1], each.scheme) for each in weights}
+        super().__init__(model, *args)
+
+    def _fixed_point(self, num_rows: int, size: int) -> FixedPoint:
+        """For all weights of so many inputs."""
+        schemes = (scheme for inputs, scheme in self.schemes if inputs == size)
+        return FixedPoint(num_rows, size, schemes, self.device)
+
     @functools.cached_property
     def fixed(self) -> FixedPoint:
         """What `normed` holds, in fixed point."""
-        return FixedPoint(self.num_rows, self.config.hidden_size, self.device)
+        return self._fixed_point(self.num_rows, self.config.hidden_size)
 
     @functools.cached_property
     def fixed_outputs(self) -> dict[int, FixedPoint]:
@@ -67,7 +77,7 @@ class PackedFewRowsStep(PackedManyRowsStep):
             return self._projection(weight)
         size = weight.shape[1]
         if size not in self.fixed_outputs:
-            self.fixed_outputs[size] = FixedPoint(self.num_rows, size, self.device)
+            self.fixed_outputs[size] = self._fixed_point(self.num_rows, size)
         fixed = self.fixed_outputs[size]
         return projection((weight,), self.num_rows, self.is_linked, None, fixed, MAX_SPLITS)
 
@@ -169,9 +179,9 @@ class PackedFewRowsStep(PackedManyRowsStep):
     def _prepare_experts(self) -> None:
         super()._prepare_experts()
         width = self.config.moe_intermediate_size
-        self.inner = FixedPoint(self.num_rows * self.top, width, self.device)
+        self.inner = self._fixed_point(self.num_rows * self.top, width)
         shared_width = max(1, self.num_shared) * width
-        self.shared_inner = FixedPoint(self.num_rows, shared_width, self.device)
+        self.shared_inner = self._fixed_point(self.num_rows, shared_width)
 
     def _joined_shared(self, i: int) -> tuple[PackedWeights, ...] | None:
         """Gate, up and down of shared experts that the experts' launches take too."""

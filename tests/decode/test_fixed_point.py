@@ -29,7 +29,7 @@ def many_splits(monkeypatch):
 def written(x, weight=None):
     """The norm of rows [B, D], by the kernel, and in fixed point."""
     num_rows, size = x.shape
-    fixed = FixedPoint(num_rows, size, x.device)
+    fixed = FixedPoint(num_rows, size, SCHEMES.values(), x.device)
     out = torch.empty_like(x)
     counters = torch.zeros(num_rows, 4, dtype=torch.int64, device=x.device)
     if weight is None:
