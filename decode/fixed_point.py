@@ -5,6 +5,7 @@ Shapes: B rows, N outputs, K inputs, P inputs in whole blocks of 256.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,8 @@ class FixedPoint:
             else None
             for i, (each, dtype) in enumerate(sizes)
         )
-        self.parts = *columns, torch.zeros(num_rows, self.size // RUN, device=device)
+        unit = torch.zeros(num_rows, self.size // RUN, device=device)
+        self.parts: tuple[Any, ...] = *columns, unit
 
 
 class TiledProjection:

@@ -15,7 +15,7 @@ R = P / 32.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from kimi_linear.decode.projection_kernels import add_parts, log_normed, norm_scale, wait
+from kimi_linear.decode.projection_kernels import add_parts, log_normed, norm_scale, summed, wait
 from kimi_linear.ops.runtime import jit, tl
 
 
@@ -74,6 +74,27 @@ def store_row_fixed_point(x, d, out, row, P: tl.constexpr):
 
 
 @jit
+def _store_normed(
+    x,  # float32 [places], the weighted row, less its scale
+    scale,
+    out,  # [B, D]
+    fixed,  # of `store_fixed_point`
+    row,
+    d,
+    inside,
+    D: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Write a normed row, also in fixed point: float32 [places]."""
+    size = tl.zeros([1], tl.float32) + largest(x, 0) * scale
+    x *= scale
+    tl.store(out + row * D + d, x, mask=inside)
+    place = tl.zeros([1], tl.int64) + row
+    store_fixed_point(x[:, None], size, d, inside[:, None], fixed, place, P)
+    return x
+
+
+@jit
 def add_norm_fixed_kernel(
     hidden,  # [B, D], added to
     parts,  # [B, PARTS, D]
@@ -102,19 +123,72 @@ def add_norm_fixed_kernel(
     wait(IS_LINKED)
     x = add_parts(hidden, parts, row, d, inside, D, PARTS)
     scale = norm_scale(tl.sum(x * x), D, eps)
-    x *= weight
-    size = largest(x, 0) * scale
-    x *= scale
-    tl.store(out + row * D + d, x, mask=inside)
-    size = tl.zeros([1], tl.float32) + size
-    store_fixed_point(
-        x[:, None],
-        size,
-        d,
-        inside[:, None],
-        (columns, wide_columns, halves, unit),
-        tl.zeros([1], tl.int64) + row,
-        P,
-    )
+    fixed = (columns, wide_columns, halves, unit)
+    x = _store_normed(x * weight, scale, out, fixed, row, d, inside, D, P)
     if HAS_LOG:
         log_normed(x, d, inside, row, num_tokens, table, counters, out, D)
+
+
+@jit
+def add_norm_score_kernel(
+    hidden,  # [B, D]
+    parts,  # [B, PARTS, D]
+    norm,  # [D]
+    router,  # [E, D]
+    sums,  # [B, D], to be written, not `hidden`: other programs read that
+    out,  # [B, D], to be written
+    columns,  # int8 [B, 8, P] and
+    wide_columns,  # float16 [B, 4, P] and
+    halves,  # int8 [B, 2, P] and
+    unit,  # float32 [B, R], alike
+    logits,  # float32 [B, E], to be written
+    eps,
+    E,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    PLACES: tl.constexpr,  # D, or more, a power of two
+    LARGE: tl.constexpr,  # columns of the first part, a power of two
+    SMALL: tl.constexpr,  # the others, in a power of two of places; 0: none
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,  # B
+    BLOCK: tl.constexpr,
+    IS_LINKED: tl.constexpr,
+):
+    """sums = hidden + sum of parts; out = norm(sums), also in fixed point, a row by program; and in
+    other programs logits = norm(sums) @ router^T, a tile of `BLOCK` experts by program.
+    """
+    if tl.program_id(0) < ROWS:
+        row = tl.program_id(0).to(tl.int64)
+        i = tl.arange(0, PLACES)
+        inside = i < D
+        weight = tl.load(norm + i, mask=inside, other=0.0).to(tl.float32)
+        wait(IS_LINKED)
+        x = summed(hidden, parts, row, i, inside, D, PARTS)
+        tl.store(sums + row * D + i, x, mask=inside)
+        scale = norm_scale(tl.sum(x * x), D, eps)
+        fixed = (columns, wide_columns, halves, unit)
+        _store_normed(x * weight, scale, out, fixed, row, i, inside, D, P)
+        return
+    n = (tl.program_id(0) - ROWS) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, LARGE)
+    all_d = d < D
+    is_expert = (n < E)[:, None]
+    w = tl.load(router + n[:, None] * D + d[None, :], mask=is_expert, other=0.0)
+    norm_d = tl.load(norm + d).to(tl.float32)
+    if SMALL > 0:
+        e = LARGE + tl.arange(0, SMALL)
+        rest = e < D
+        w_e = tl.load(
+            router + n[:, None] * D + e[None, :], mask=is_expert & rest[None, :], other=0.0
+        )
+        norm_e = tl.load(norm + e, mask=rest, other=0.0).to(tl.float32)
+    wait(IS_LINKED)
+    for i in tl.static_range(ROWS):
+        x_d = summed(hidden, parts, i, d, all_d, D, PARTS)
+        square = tl.sum(x_d * x_d)
+        y = tl.sum(w.to(tl.float32) * (x_d * norm_d)[None, :], axis=1)
+        if SMALL > 0:
+            x_e = summed(hidden, parts, i, e, rest, D, PARTS)
+            square += tl.sum(x_e * x_e)
+            y += tl.sum(w_e.to(tl.float32) * (x_e * norm_e)[None, :], axis=1)
+        tl.store(logits + i * E + n, y * norm_scale(square, D, eps), mask=n < E)

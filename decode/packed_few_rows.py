@@ -8,12 +8,13 @@ Shapes: B rows, K inputs, P inputs in whole blocks of 256, I expert width.
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kimi_linear.decode.few_rows import FewRowsStep
+from kimi_linear.decode.few_rows import FewRowsStep, cut
 from kimi_linear.decode.fixed_expert_kernels import fixed_in_kernel, fixed_out_kernel
 from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection, Tile, can_multiply
-from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
+from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel, add_norm_score_kernel
 from kimi_linear.decode.packed import MAX_SPLITS, PackedManyRowsStep, projection
 from kimi_linear.decode.step import linked
 from kimi_linear.ops.packed.unpacking import form, planes, words_by_matrix
@@ -26,6 +27,8 @@ from kimi_linear.schemes import BLOCK, RUN
 # before has ended.
 EXPERTS_IN = {3: Tile(64, 4, 5, early=0), 4: Tile(64, 4, 5, early=1), 8: Tile(64, 4, 4, early=2)}
 EXPERTS_OUT = {3: Tile(32, 2, 3, early=1), 4: Tile(32, 2, 4, early=1), 8: Tile(32, 2, 4, early=1)}
+# experts that a program scores, and its warps
+SCORE_BLOCK, SCORE_WARPS = 4, 8
 
 
 class PackedFewRowsStep(PackedManyRowsStep):
@@ -34,9 +37,12 @@ class PackedFewRowsStep(PackedManyRowsStep):
 
     Attributes:
         most_rows: Beyond, `PackedManyRowsStep` is faster.
+        sums: [B, D] float32, the next `hidden`, which takes its place when it is written.
     """
 
     most_rows = 4
+    hidden: Tensor
+    sums: Tensor
     kda_block, kda_warps = FewRowsStep.kda_block, FewRowsStep.kda_warps
     _project_gates = FewRowsStep._project_gates
     _absorb = FewRowsStep._absorb
@@ -67,6 +73,38 @@ class PackedFewRowsStep(PackedManyRowsStep):
 
     def _gated_projection(self, gate: Tensor, up: Tensor) -> Any:
         return projection((gate,), self.num_rows, self.is_linked, up=up, fixed=self.fixed)
+
+    def _score_experts(self, i: int) -> None:
+        """With the norm before: a launch of its own would take as long. The router's programs add
+        up and norm for themselves, so the sums are not written to where they are read."""
+        layer, parts = self.layers[i], self.to_add
+        norm, router = layer.post_attention_layernorm, layer.block_sparse_moe.gate.weight
+        self.to_add = None
+        E, D = router.shape
+        large, small = cut(D)
+        add_norm_score_kernel[(self.num_rows + ceil_div(E, SCORE_BLOCK),)](
+            self.hidden,
+            self.hidden if parts is None else parts,
+            norm.weight,
+            router,
+            self.sums,
+            self.normed,
+            *self.fixed.parts,
+            self.router_logits,
+            norm.eps,
+            E,
+            D=D,
+            P=self.fixed.size,
+            PLACES=power_of_two(D),
+            LARGE=large,
+            SMALL=small,
+            PARTS=0 if parts is None else parts.shape[1],
+            ROWS=self.num_rows,
+            BLOCK=SCORE_BLOCK,
+            num_warps=SCORE_WARPS,
+            **linked(self.is_linked),
+        )
+        self.hidden, self.sums = self.sums, self.hidden
 
     def _add_norm(self, norm: Any, log: Tensor | None = None) -> None:
         self._launch_norm(add_norm_fixed_kernel, self.fixed.parts, norm, log, P=self.fixed.size)
@@ -178,6 +216,7 @@ class PackedFewRowsStep(PackedManyRowsStep):
 
     def _prepare_experts(self) -> None:
         super()._prepare_experts()
+        self.sums = torch.empty_like(self.hidden)
         width = self.config.moe_intermediate_size
         self.inner = self._fixed_point(self.num_rows * self.top, width)
         shared_width = max(1, self.num_shared) * width

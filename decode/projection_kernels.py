@@ -209,12 +209,19 @@ def project_many_kernel(
 
 
 @jit
-def add_parts(hidden, parts, row, d, inside, D: tl.constexpr, PARTS: tl.constexpr):
-    """float32 [places]: a row of hidden [B, D] after adding its parts [B, PARTS, D]."""
+def summed(hidden, parts, row, d, inside, D: tl.constexpr, PARTS: tl.constexpr):
+    """float32 [places]: a row of hidden [B, D] and its parts [B, PARTS, D]."""
     x = tl.load(hidden + row * D + d, mask=inside, other=0.0).to(tl.float32)
     for i in tl.static_range(PARTS):
         part = tl.load(parts + (row * PARTS + i) * D + d, mask=inside, other=0.0)
         x += part.to(tl.float32)
+    return x
+
+
+@jit
+def add_parts(hidden, parts, row, d, inside, D: tl.constexpr, PARTS: tl.constexpr):
+    """float32 [places]: a row of hidden [B, D] after adding its parts [B, PARTS, D]."""
+    x = summed(hidden, parts, row, d, inside, D, PARTS)
     if PARTS > 0:
         tl.debug_barrier()  # small rows are held by several threads, all of which must have read
         tl.store(hidden + row * D + d, x, mask=inside)

@@ -6,8 +6,9 @@ from decode_models import DEVICES, small_grids  # noqa: F401
 from packed_weights import SCHEMES, random_packed
 
 from kimi_linear.decode import fixed_point
+from kimi_linear.decode.few_rows import cut
 from kimi_linear.decode.fixed_point import FixedPoint, FixedProjection
-from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel
+from kimi_linear.decode.fixed_point_kernels import add_norm_fixed_kernel, add_norm_score_kernel
 from kimi_linear.ops.runtime import power_of_two
 from kimi_linear.schemes import Scheme
 
@@ -17,7 +18,7 @@ pytestmark = [
     pytest.mark.usefixtures("small_grids", "many_splits"),
     pytest.mark.parametrize("device", DEVICES),
 ]
-RUN = 32
+RUN, EVERY = 32, tuple(SCHEMES.values())
 
 
 @pytest.fixture
@@ -26,10 +27,10 @@ def many_splits(monkeypatch):
     monkeypatch.setattr(fixed_point, "MIN_BLOCKS", 1)
 
 
-def written(x, weight=None):
+def written(x, weight=None, schemes=EVERY):
     """The norm of rows [B, D], by the kernel, and in fixed point."""
     num_rows, size = x.shape
-    fixed = FixedPoint(num_rows, size, SCHEMES.values(), x.device)
+    fixed = FixedPoint(num_rows, size, schemes, x.device)
     out = torch.empty_like(x)
     counters = torch.zeros(num_rows, 4, dtype=torch.int64, device=x.device)
     if weight is None:
@@ -104,6 +105,60 @@ def test_rows_do_not_see_each_other(device):
     for mine, other in zip(alone.parts, both.parts, strict=True):
         assert torch.equal(mine[0], other[0])
     assert not numbers_of(both, 96)[1].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("3 bits", 2), ("8 bits a row", 0), ("float8 blocks", 1)]
+)
+def test_only_what_weights_want_is_written(name, kept, device):
+    x = torch.randn(2, 320, device=device)
+    every, own = written(x)[1], written(x, schemes=[SCHEMES[name]])[1]
+    for i, (mine, other) in enumerate(zip(own.parts, every.parts, strict=True)):
+        assert torch.equal(mine, other) if i in (kept, 3) else mine is None
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("size", "experts"), [(96, 5), (256, 8), (320, 9)])
+def test_a_router_norms_for_itself(size, experts, parts, device):
+    """Its logits, and all that the norm alone would have written."""
+    x, more = torch.randn(3, size, device=device), torch.randn(3, parts, size, device=device)
+    norm, router = torch.rand(size, device=device), torch.randn(experts, size, device=device)
+    sums, out = torch.empty_like(x), torch.empty_like(x)
+    logits = torch.full((3, experts), torch.nan, device=device)
+    fixed = FixedPoint(3, size, SCHEMES.values(), x.device)
+    large, small = cut(size)
+    before = x.clone()
+    add_norm_score_kernel[(3 + -(-experts // 4),)](
+        x,
+        more,
+        norm,
+        router,
+        sums,
+        out,
+        *fixed.parts,
+        logits,
+        1e-6,
+        experts,
+        D=size,
+        P=fixed.size,
+        PLACES=power_of_two(size),
+        LARGE=large,
+        SMALL=small,
+        PARTS=parts,
+        ROWS=3,
+        BLOCK=4,
+        num_warps=8,
+        IS_LINKED=False,
+    )
+    assert torch.equal(x, before)
+    torch.testing.assert_close(sums, x + more.sum(1))
+    alone, expected = written(sums, norm)
+    torch.testing.assert_close(out, alone)
+    wide = sums.double()
+    wide *= norm * (wide.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+    torch.testing.assert_close(logits.double(), wide @ router.double().T, rtol=1e-5, atol=1e-4)
+    found, other = numbers_of(fixed, size), numbers_of(expected, size)
+    torch.testing.assert_close(found, other, rtol=0, atol=2 * float(expected.parts[3].max()))
 
 
 def product(x, fixed, *weights, splits=1, up=None):

@@ -116,7 +116,12 @@ KERNELS: dict[str, tuple[dict[Any, list[str]], Callable[[Scheme, torch.dtype], A
     "decode, few rows": (
         {
             fixed_point: ["fixed_project_kernel"],
-            packed_few_rows: ["add_norm_fixed_kernel", "fixed_in_kernel", "fixed_out_kernel"],
+            packed_few_rows: [
+                "add_norm_fixed_kernel",
+                "add_norm_score_kernel",
+                "fixed_in_kernel",
+                "fixed_out_kernel",
+            ],
             delta_rule: ["kda_out_kernel", "delta_rule_out_kernel"],
             decode_steps: ["mix_kernel"],
         },
