@@ -1,9 +1,10 @@
-"""Where the time of many requests goes: readings, steps, and the host between them.
+"""Where the device's time goes with many requests: readings, what is admitted, steps, and the rest.
 
-The workload is that of `scripts/benchmark.py --measure requests`, once as it is and once with a
-wait for the device around every reading and step, so that each has its own time. A line of JSON for
-each run: seconds; of the second also all readings (texts, tokens, milliseconds), steps by their
-recorded rows (how many, milliseconds), and rows that decoded on average.
+The workload is that of `scripts/benchmark.py --measure requests`. On a GPU the parts are times
+between events of its queue, which nobody waits for meanwhile: the part of a reading has what the
+device waits for the host that launches it, too. A line of JSON: the figures of that measurement;
+seconds of all parts; all readings (texts, tokens, milliseconds), steps by their recorded rows (how
+many, milliseconds), and rows that decoded on average.
 
     python benchmarks/requests_parts.py --preset 48b-a3b --rows 64 \\
         --record benchmarks/results/requests_parts.jsonl
@@ -11,7 +12,7 @@ recorded rows (how many, milliseconds), and rows that decoded on average.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,37 +33,56 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLACES: Any = (PooledTexts, OwnCaches)
 
 
+class Mark:
+    """A place in what the device does."""
+
+    def __init__(self) -> None:
+        self.seconds, self._event = time.perf_counter(), None
+        if DEVICE.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def until(self, end: "Mark") -> float:
+        """Milliseconds to a later one."""
+        if self._event is None:
+            return 1e3 * (end.seconds - self.seconds)
+        return float(self._event.elapsed_time(end._event))
+
+
 class Parts:
-    """What readings and steps take, one by one."""
+    """What readings, admissions and steps take, each with its beginning and its end."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forget what ran so far."""
-        self.readings: list[list[float]] = []
-        self.steps: dict[int, list[float]] = defaultdict(list)
-        self.admitted = self.num_rows = 0.0
+        self.readings: list[tuple[int, int, Mark, Mark]] = []
+        self.admissions: list[tuple[Mark, Mark]] = []
+        self.steps: list[tuple[int, Mark, Mark]] = []
 
-    def timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
-        """Milliseconds of a call by itself, and what it returns."""
+    def figures(self, seconds: float) -> dict[str, Any]:
+        """All of it, in a run of so many seconds."""
         synchronise(DEVICE)
-        start = time.perf_counter()
-        out = call()
-        synchronise(DEVICE)
-        return 1e3 * (time.perf_counter() - start), out
-
-    def figures(self) -> dict[str, Any]:
-        steps = {rows: [len(ms), round(sum(ms) / len(ms), 3)] for rows, ms in self.steps.items()}
-        count = sum(map(len, self.steps.values()))
+        readings = [
+            (texts, count, round(start.until(end), 2)) for texts, count, start, end in self.readings
+        ]
+        by_rows: dict[int, list[float]] = defaultdict(list)
+        for rows, start, end in self.steps:
+            by_rows[power_of_two(rows)].append(start.until(end))
+        parts = {
+            "reading_seconds": sum(ms for _, _, ms in readings) / 1e3,
+            "admitting_seconds": sum(start.until(end) for start, end in self.admissions) / 1e3,
+            "step_seconds": sum(map(sum, by_rows.values())) / 1e3,
+        }
+        steps = {n: [len(ms), round(sum(ms) / len(ms), 3)] for n, ms in sorted(by_rows.items())}
         return {
-            "reading_seconds": sum(each[2] for each in self.readings) / 1e3,
-            "admitting_seconds": self.admitted / 1e3,
-            "step_seconds": sum(map(sum, self.steps.values())) / 1e3,
-            "steps": count,
-            "mean_rows": self.num_rows / max(1, count),
-            "steps_by_rows": dict(sorted(steps.items())),
-            "readings": self.readings,
+            **parts,
+            "other_seconds": seconds - sum(parts.values()),
+            "steps": len(self.steps),
+            "mean_rows": sum(rows for rows, _, _ in self.steps) / max(1, len(self.steps)),
+            "steps_by_rows": steps,
+            "readings": readings,
         }
 
 
@@ -73,23 +93,24 @@ def watched(parts: Parts) -> Iterator[None]:
     step = [place.step for place in PLACES]
 
     def timed_read(self: Any) -> None:
-        before = self._done
-        ms, _ = parts.timed(lambda: read(self))
-        parts.readings.append([len(self.texts), self._done - before, round(ms, 2)])
+        before, start = self._done, Mark()
+        read(self)
+        parts.readings.append((len(self.texts), self._done - before, start, Mark()))
 
     def timed_add(i: int) -> Any:
         def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-            ms, row = parts.timed(lambda: add[i](self, *args, **kwargs))
-            parts.admitted += ms
+            start = Mark()
+            row = add[i](self, *args, **kwargs)
+            parts.admissions.append((start, Mark()))
             return row
 
         return timed
 
     def timed_step(i: int) -> Any:
         def timed(self: Any, rows: list[int], ids: Any) -> Any:
-            ms, out = parts.timed(lambda: step[i](self, rows, ids))
-            parts.steps[power_of_two(len(rows))].append(ms)
-            parts.num_rows += len(rows)
+            start = Mark()
+            out = step[i](self, rows, ids)
+            parts.steps.append((len(rows), start, Mark()))
             return out
 
         return timed
@@ -122,19 +143,18 @@ def main() -> None:
     bench = Bench("ours", model, limits, Effort(repeats=1, new_tokens=32))
     workload = Workload(args.requests, (64, args.longest_prompt), (16, args.longest_answer))
     requests = Requests(bench, workload)
-    record.tell({"case": "as it is", **requests.requests(args.rows)})
-    parts, figures, answers = Parts(), [], requests._answers
+    parts, answers = Parts(), requests._answers
+    figures: dict[str, Any] = {}
 
     def answered(manager: Any, asked: list[Any]) -> None:
         parts.clear()
+        start = time.perf_counter()
         answers(manager, asked)
-        figures.append(parts.figures())
+        figures.update(parts.figures(time.perf_counter() - start))  # the workload's come last
 
     requests._answers = answered  # type: ignore[method-assign]
     with watched(parts):
-        found = requests.requests(args.rows)
-    # of the last call, which is the workload
-    record.tell({"case": "one by one", "seconds": found["seconds"], **figures[-1]})
+        record.tell({"case": "parts", **requests.requests(args.rows), **figures})
 
 
 if __name__ == "__main__":
