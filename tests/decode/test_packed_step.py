@@ -69,11 +69,11 @@ def test_steps_equal_the_layers(num_rows, way, device):
     assert type(step) is (PackedFewRowsStep if num_rows == 1 else PackedManyRowsStep)
 
 
-@pytest.mark.parametrize("num_rows", [3, 6])
+@pytest.mark.parametrize("num_rows", [1, 3, 6])
 @torch.no_grad()
 def test_sizes_of_several_tiles(num_rows, device):
-    """Blocks and tiles that are cut short, several of each."""
-    sizes = {"hidden_size": 328, "moe_intermediate_size": 160, "num_shared_experts": 2}
+    """Blocks and tiles that are cut short, several of each; one row reads first blocks early."""
+    sizes = {"hidden_size": 328, "moe_intermediate_size": 288, "num_shared_experts": 2}
     way = every_part(Scheme(4, None), Scheme(8, None))
     compare(packed_model(device, way, **sizes), num_rows)
 
