@@ -196,9 +196,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--commit", help="in the lines, where git is not there to ask")
     args = parser.parse_args()
+    form = args.quantize
+    most = (FewRowsStep if quantization(form) is None else PackedFewRowsStep).most_rows
+    if not 1 <= args.rows <= most:
+        parser.error(f"--rows {args.rows} is not allowed: the step of few rows has 1 to {most}")
     record = Recorder(args.record)
     config = KimiLinearConfig.from_preset("48b-a3b")
-    form = args.quantize
     model = build(
         "ours", config, device=DEVICE, dtype=torch.bfloat16, quantization=quantization(form)
     )

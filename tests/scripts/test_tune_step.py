@@ -7,6 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import tune_step
 from tune_step import GAIN, Constant, constants, tune
 
 from kimi_linear.decode.fixed_point import Tile
@@ -64,3 +65,13 @@ def test_faster_choices_stay_unless_their_logits_are_others():
     assert holder == {"warps": 8, "stages": 2}
     assert lines[-1] == {"event": "end", "ms": 0.9, "warps": 8, "stages": 2}
     assert any("out of shared memory" in line.get("error", "") for line in lines)
+
+
+@pytest.mark.parametrize(("form", "rows"), [("none", 4), ("48gb", 5), ("48gb", 0)])
+def test_rows_of_another_step_are_refused(form, rows, monkeypatch, capsys):
+    """It reads none of the constants: what differs is noise."""
+    monkeypatch.setattr(sys, "argv", ["tune_step.py", "--quantize", form, "--rows", str(rows)])
+    monkeypatch.delattr(tune_step, "build")
+    with pytest.raises(SystemExit):
+        tune_step.main()
+    assert f"--rows {rows} is not allowed" in capsys.readouterr().err
