@@ -38,8 +38,12 @@ STEPS, WARM_UP, REPEATS, PROMPT = 150, 8, 3, 512
 GAIN = 0.003
 # What logits may differ by, of their length: sums of another order choose another expert at times.
 TOLERANCE = 0.2
-TILES = {"rows": (32, 64, 128), "warps": (1, 2, 4, 8), "stages": (2, 3, 4, 5, 6)}
-TILES["early"] = (0, 1, 2, 3, 4)
+TILES = {
+    "rows": (32, 64, 128),
+    "warps": (1, 2, 4, 8),
+    "stages": (2, 3, 4, 5, 6),
+    "early": (0, 1, 2, 3, 4),
+}
 
 
 @dataclass(frozen=True)

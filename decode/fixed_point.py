@@ -36,7 +36,7 @@ class Tile:
     early: int
 
     def options(self, tokens: int, blocks: int) -> dict[str, int]:
-        """Of a launch for so many tokens, whose programs read so many blocks each."""
+        """Arguments of a launch for `tokens` tokens, whose programs read `blocks` blocks each."""
         is_few = tokens <= 2
         return {
             "V": self.rows,

@@ -212,7 +212,7 @@ def _less_zeros(sums, zeros, HAS_ZERO: tl.constexpr):
 
 
 @jit
-def block_codes(
+def _block_codes(
     weights,  # as `fixed_product` takes them
     block,
     is_there,  # else nothing is read
@@ -247,7 +247,7 @@ def _block_inputs(columns, halves, block, M: tl.constexpr, FORM: tl.constexpr):
 
 @jit
 def _block_sums(
-    codes,  # of `block_codes`
+    codes,  # of `_block_codes`
     inputs,  # of `_block_inputs`
     zeros,  # a pair of [V, M] for both tiles, with HAS_ZERO
     M: tl.constexpr,
@@ -308,7 +308,7 @@ def early_codes(
     other kernels leave the memory alone."""
     found = ()
     for i in tl.static_range(EARLY):
-        found = found + (block_codes(weights, tl.minimum(first + i, stop - 1), is_there, FORM),)
+        found = found + (_block_codes(weights, tl.minimum(first + i, stop - 1), is_there, FORM),)
     return found
 
 
@@ -366,7 +366,7 @@ def fixed_product(
             _zeros(zero, tile + 1, stride, M, K, FORM),
         )
         own = _block_inputs(columns, halves, block, M, FORM)
-        one, two = _block_sums(block_codes(weights, block, True, FORM), own, zeros, M, FORM)
+        one, two = _block_sums(_block_codes(weights, block, True, FORM), own, zeros, M, FORM)
         total += one * next_one + two * next_two
         tile = tl.minimum(block + 1, BLOCKS - 1) * 2
         next_one = _factors(scale, unit, tile, stride, M, K, FORM)
