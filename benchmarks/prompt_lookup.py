@@ -46,8 +46,15 @@ KINDS = ("copied", "edited", "new")
 
 
 def renamed(ids: list[int], is_name: Tensor) -> list[int]:
-    """Ids with the commonest name exchanged for the second commonest, and the other way round."""
-    (first, _), (second, _) = Counter(i for i in ids if is_name[i]).most_common(2)
+    """Ids with the commonest name exchanged for the second commonest, and the other way round.
+
+    Raises:
+        ValueError: If there are no two.
+    """
+    found = [name for name, _ in Counter(i for i in ids if is_name[i]).most_common(2)]
+    if len(found) < 2:
+        raise ValueError(f"{len(ids)} tokens of a file have {len(found)} names, and must have two")
+    first, second = found
     other = {first: second, second: first}
     return [other.get(i, i) for i in ids]
 
@@ -167,6 +174,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--drafts", type=int, default=15, help="prompt_lookup_num_tokens")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--commit", help="in the lines, where git is not there to ask")
     args = parser.parse_args()
     record = Recorder(args.record)
     sources = Sources(
@@ -175,7 +183,7 @@ def main() -> None:
     state = torch.load(args.folder / "trained.pt", map_location="cpu")
     config = KimiLinearConfig(**state["config"])
     model, state = load_trained(args.folder / "trained.pt", config, DEVICE)
-    record.tell(setting() | {k: v for k, v in state.items() if k != "config"})
+    record.tell(setting(args.commit) | {k: v for k, v in state.items() if k != "config"})
     run = Runs(model, args.new_tokens, args.drafts)
     is_name = names(config.vocab_size, sources)
     long_enough = [each for each in sources.held_out if len(each) > args.length][: args.files]
