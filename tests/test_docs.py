@@ -129,16 +129,22 @@ FOLDERS_OF_ENGINES = {
     "small-bf16": "16 bits",
     "small-w4": "4 bits",
     "small-w4-head": "4 bits and a packed head",
+    "small-exl3-4.0": "EXL3 at 4 bits",
 }
-NAMES_OF_ENGINES = {"vllm": "vLLM", "ours-bfloat16": "this package in bfloat16"}
+NAMES_OF_ENGINES = {
+    "vllm": "vLLM",
+    "ours-bfloat16": "this package in bfloat16",
+    "exllamav3": "exLlamaV3 in float16",
+}
 
 
-def test_figures_of_other_engines_are_recorded() -> None:
+@pytest.mark.parametrize(("name", "count"), [("engines", 6), ("engines_exllamav3", 5)])
+def test_figures_of_other_engines_are_recorded(name: str, count: int) -> None:
     text = (ROOT / "docs" / "engines.md").read_text()
-    file = ROOT / "benchmarks" / "results" / "engines_h200.jsonl"
+    file = ROOT / "benchmarks" / "results" / f"{name}_h200.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     runs = [line for line in lines if line["case"] == "engine"]
-    assert len(runs) == len(FOLDERS_OF_ENGINES) * len(NAMES_OF_ENGINES)
+    assert len(runs) == count
     for run in runs:
         cells = [
             f"{FOLDERS_OF_ENGINES[run['folder']]}, {NAMES_OF_ENGINES[run['engine']]}",
