@@ -124,7 +124,7 @@ def _opened(gate, place, inside):
 
 
 @launch_directly
-@jit
+@jit(counts=("num_rows",))
 def _gated_norm(x, gate, weight, out, num_rows, size, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -137,7 +137,7 @@ def _gated_norm(x, gate, weight, out, num_rows, size, eps, ROWS: tl.constexpr, B
 
 
 @launch_directly
-@jit
+@jit(counts=("num_rows",))
 def _gated_norm_backward(
     grad,
     x,

@@ -1,6 +1,7 @@
 """What every operation asks of its surroundings: triton, autocast, autograd, compilers, modules."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,9 +27,17 @@ SILU_MODULES = tuple(type(ACT2FN[name]) for name in ("silu", "swish"))
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def jit(function: Any) -> Any:
-    """`triton.jit`, or the function itself where there is no triton."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Any = None, /, *, counts: Sequence[str] = ()) -> Any:
+    """`triton.jit`, or the function itself where there is no triton.
+
+    Args:
+        counts: names of numbers that differ from call to call, such as those of tokens: without it,
+            1, multiples of 16 and all others have a kernel each, and a server compiles when a text
+            of a new kind of length comes.
+    """
+    if function is None:
+        return functools.partial(jit, counts=counts)
+    return function if triton is None else triton.jit(function, do_not_specialize=counts)
 
 
 def constexpr_function(function: Any) -> Any:

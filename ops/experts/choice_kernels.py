@@ -84,7 +84,7 @@ def launch_choice_backward(
 
 
 @launch_directly
-@jit
+@jit(counts=("num_tokens",))
 def _choose_experts(
     logits,
     bias,
@@ -127,7 +127,7 @@ def _choose_experts(
 
 
 @launch_directly
-@jit
+@jit(counts=("num_tokens",))
 def _choice_backward(
     logits,
     experts,

@@ -128,7 +128,7 @@ def _sizes(weights: Any, tile_rows: int) -> dict[str, int]:
 
 # --------------------------------------------------------------------------------------- kernels
 @launch_directly
-@jit
+@jit(counts=("num_pairs",))
 def _float8_gate_up(
     x,  # float8 [P, 128 blocks of D]
     x_scale,  # [blocks of D, P]
@@ -178,7 +178,7 @@ def _float8_gate_up(
 
 
 @launch_directly
-@jit
+@jit(counts=("num_pairs",))
 def _float8_down(
     inner,  # float8 [P, 128 blocks of I]
     inner_scale,  # [blocks of I, P]

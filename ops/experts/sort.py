@@ -80,7 +80,7 @@ def _own_experts(experts, num_pairs, num_experts, PAIRS: tl.constexpr):
 
 
 @launch_directly
-@jit
+@jit(counts=("num_pairs",))
 def _count_pairs(experts, counts, num_pairs, num_experts, PAIRS: tl.constexpr, BINS: tl.constexpr):
     _, expert = _own_experts(experts, num_pairs, num_experts, PAIRS)
     number = tl.arange(0, BINS)
@@ -89,7 +89,7 @@ def _count_pairs(experts, counts, num_pairs, num_experts, PAIRS: tl.constexpr, B
 
 
 @launch_directly
-@jit
+@jit(counts=("num_pairs",))
 def _place_pairs(
     experts,
     begins,

@@ -282,7 +282,7 @@ def store_columns(target, total, is_row, column, N: tl.constexpr):
 
 
 @launch_directly
-@jit
+@jit(counts=("num_rows",))
 def _quantize_rows(
     x,  # [T, K]
     places,  # [T, COPIES]
@@ -311,7 +311,7 @@ def _quantize_rows(
 
 
 @launch_directly
-@jit
+@jit(counts=("num_rows",))
 def _float8_linear(
     x,  # float8 [T, 128 B]
     x_scale,  # [B, T]

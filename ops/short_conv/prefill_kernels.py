@@ -83,7 +83,7 @@ def _last_input(x, state, token, channel, inside, D, W: tl.constexpr):
 
 
 @launch_directly
-@jit
+@jit(counts=("T",))
 def _convolve(
     x0,
     x1,
@@ -173,7 +173,7 @@ def _write_state(x, state, after, cu_seqlens, sequence, which, channel, is_own, 
 
 
 @launch_directly
-@jit
+@jit(counts=("T", "N"))
 def _convolve_packed(
     x0,
     x1,

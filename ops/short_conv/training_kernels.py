@@ -125,7 +125,7 @@ def _row(x, token, num_tokens, stride, channel, K):
 
 
 @launch_directly
-@jit
+@jit(counts=("num_tokens",))
 def _convolve_columns(
     y,
     taps,
@@ -173,7 +173,7 @@ def _convolve_columns(
 
 
 @launch_directly
-@jit
+@jit(counts=("num_tokens",))
 def _convolve_columns_backward(
     grad0,
     grad1,
