@@ -18,6 +18,7 @@ Transformers' manager (`upstream/requests.py`) calls `prepare_next_batch`, `_gen
 import itertools
 import time
 from collections import Counter, OrderedDict, deque
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,6 +190,8 @@ class RequestProcessor:
 
     def fail_all_requests(self, error: Exception) -> None:
         """End all requests with an error, but for those that the last step has ended."""
+        with suppress(RuntimeError):  # of the device, if it is that which has failed
+            self._look(self.chosen)
         self.update_batch()
         states = [*self.active.values(), *self.waiting]
         self._end_all()

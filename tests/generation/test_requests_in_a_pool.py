@@ -177,6 +177,34 @@ def test_a_reading_is_launched_behind_steps(is_late, monkeypatch):
     assert events[: 4 + 1 + 2 * is_late + 1] == [*longer, *[1] * (1 + 2 * is_late), "read"]
 
 
+@pytest.mark.parametrize("is_late", [True, False])
+def test_what_was_chosen_before_an_error_is_told(is_late, monkeypatch):
+    """A request that the device has answered does not fail, though the host has not looked yet."""
+    if is_late:
+        look_late(monkeypatch, requests)
+    steps = []
+
+    def step(model, pool, rows, ids):
+        steps.append(rows)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError("no room for a recording")
+        return step_in_torch(model, pool, rows, ids)
+
+    pooled(monkeypatch, step)
+    pairs = [alone(0, n, seed=n) for n in (9, 30)]
+    settings = ContinuousBatchingConfig(**{PAGE_SIZE: PAGE}, num_blocks=8)
+    manager = model_of().init_continuous_batching(GenerationConfig(do_sample=False), settings)
+    for (prompt, _), count in zip(pairs, (2, 9), strict=True):
+        manager.add_request(prompt, request_id=f"{count} tokens", max_new_tokens=count)
+    manager.start()
+    found = {out.request_id: out for out in (manager.get_result(timeout=20) for _ in pairs)}
+    manager.stop(block=True)
+    assert found["2 tokens"].error is None
+    assert found["2 tokens"].generated_tokens == pairs[0][1][:2]
+    assert found["9 tokens"].error == "no room for a recording"
+    assert found["9 tokens"].generated_tokens == pairs[1][1][:2]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_requests(seed, monkeypatch):
     run(seed, monkeypatch)
