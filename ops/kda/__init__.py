@@ -59,7 +59,8 @@ def kda_attention(
             allowed and hand their initial state through.
         state_out: tensor like the final state, which may be `initial_state` itself: the final state
             is written to it and returned. Ignored where a graph is recorded.
-        is_normalised: q and k have an L2 norm of 1 already; FLA's kernels then skip it.
+        is_normalised: the L2 norm of q and k is done: a second one would make small heads, which
+            the eps leaves shorter than 1, longer.
         backend: "auto", "fla" or "torch", see `resolve_backend`.
 
     Returns:
@@ -69,16 +70,17 @@ def kda_attention(
     Raises:
         ValueError: for shapes that do not fit, a wrong cu_seqlens, or a backend that cannot run.
     """
-    x = KDAInputs(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens).checked()
+    sources = q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
+    x = KDAInputs(*sources, is_normalised).checked()
     chosen = resolve_backend(q, backend, head_dims=(q.shape[-1], v.shape[-1]))
     if is_transformed():
         return recurrent_kda(x, output_final_state)
-    is_recorded = needs_grad(*x)
+    is_recorded = needs_grad(*x.tensors)
     if is_recorded:
         state_out = None
     is_step = q.shape[1] == 1 and cu_seqlens is None and not is_recorded
     if chosen == "fla" and q.shape[1] > 0:
-        out, state = fla_kda(x, output_final_state, is_normalised)
+        out, state = fla_kda(x, output_final_state)
     elif is_step and can_step_in_place(state_out, x):
         return step_in_place(x, state_out), state_out
     elif is_step:

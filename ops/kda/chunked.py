@@ -25,7 +25,8 @@ def chunked_kda(x: KDAInputs, output_final_state: bool) -> tuple[Tensor, Tensor 
     state per segment.
     """
     segments = plan_segments(x.q, x.cu_seqlens, max(x.q.shape[-1], x.v.shape[-1]))
-    return _ChunkedKDA.apply(output_final_state, segments, x.num_sequences, x.initial_state, *x[:7])
+    options = x.is_normalised, output_final_state, segments, x.num_sequences
+    return _ChunkedKDA.apply(*options, x.initial_state, *x[:7])
 
 
 class _ChunkedKDA(torch.autograd.Function):
@@ -34,6 +35,7 @@ class _ChunkedKDA(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        is_normalised: bool,
         output_final_state: bool,
         segments: list[Segment],
         num_sequences: int,
@@ -58,12 +60,15 @@ class _ChunkedKDA(torch.autograd.Function):
             picked = [segment.pick(x) for x in inputs[:5]]
             want = output_final_state or not segment.is_last
             with no_autocast(q.device):
-                chunks, state_out = _run_segment((*picked, *inputs[5:]), state, segment, want)
+                chunks, state_out = _run_segment(
+                    (*picked, *inputs[5:]), is_normalised, state, segment, want
+                )
             segment.put_chunks(out, chunks)
             if states is not None and state_out is not None:
                 states[segment.rows] = state_out
         ctx.save_for_backward(*inputs, *saved)
         ctx.segments, ctx.output_final_state = segments, output_final_state
+        ctx.is_normalised = is_normalised
         ctx.state_shape = None if states is None else states.shape
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         return out, (states if output_final_state else None)
@@ -84,7 +89,7 @@ class _ChunkedKDA(torch.autograd.Function):
             grad_state = None
             if grad_states is not None and (ctx.output_final_state or not segment.is_last):
                 grad_state = grad_states[segment.rows]
-            found = _segment_grads(inputs, state, segment, grad_out, grad_state)
+            found = _segment_grads(inputs, ctx.is_normalised, state, segment, grad_out, grad_state)
             for grad, piece in zip(grads[:5], found[:5], strict=True):
                 segment.put(grad, piece)
             grads[5] += found[5]
@@ -94,11 +99,12 @@ class _ChunkedKDA(torch.autograd.Function):
         grad_initial = None
         if grad_states is not None and ctx.initial_dtype is not None:
             grad_initial = grad_states.to(ctx.initial_dtype)
-        return None, None, None, grad_initial, *grads
+        return None, None, None, None, grad_initial, *grads
 
 
 def _segment_grads(
     inputs: Sequence[Tensor],
+    is_normalised: bool,
     state: Tensor | None,
     segment: Segment,
     grad_out: Tensor,
@@ -112,7 +118,9 @@ def _segment_grads(
     with no_autocast(grad_out.device):
         with torch.enable_grad():
             state = None if state is None else leaves[7]
-            roots, state_out = _run_segment(leaves[:7], state, segment, grad_state is not None)
+            roots, state_out = _run_segment(
+                leaves[:7], is_normalised, state, segment, grad_state is not None
+            )
         wide = segment.by_chunk(segment.pick(grad_out)).to(roots[0].dtype)
         grads = list(wide.flatten(1, 2).unbind())
         if state_out is not None and grad_state is not None:
@@ -122,7 +130,11 @@ def _segment_grads(
 
 
 def _run_segment(
-    inputs: Sequence[Tensor], state: Tensor | None, segment: Segment, want_state: bool
+    inputs: Sequence[Tensor],
+    is_normalised: bool,
+    state: Tensor | None,
+    segment: Segment,
+    want_state: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Each chunk's output [R H, C, V], and the state after them.
 
@@ -136,7 +148,8 @@ def _run_segment(
 
     qk = torch.stack((segment.by_chunk(q), segment.by_chunk(k)), dim=-2).to(dtype)
     scale = qk.new_tensor((K**-0.5, 1.0))[:, None]
-    qk = l2norm(qk, scale, out=spare(qk)).view(n * R * H, C, 2, K)
+    scaled = torch.mul if is_normalised else l2norm
+    qk = scaled(qk, scale, out=spare(qk)).view(n * R * H, C, 2, K)
     gate = segment.by_chunk(g).to(dtype).contiguous().transpose(2, 3)
     gate = log_decay(gate, A_log, dt_bias).transpose(2, 3)
     if segment.valid is not None:

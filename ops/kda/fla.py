@@ -15,13 +15,11 @@ from kimi_linear.ops.runtime import needs_grad
 RECURRENT_TOKENS = 64
 
 
-def fla_kda(
-    x: KDAInputs, output_final_state: bool, is_normalised: bool
-) -> tuple[Tensor, Tensor | None]:
+def fla_kda(x: KDAInputs, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """`kda_attention` by FLA: its recurrence for short calls without a graph, else its chunks."""
     chunk_kda, fused_recurrent_kda, _ = kda_kernels()
     assert chunk_kda is not None and fused_recurrent_kda is not None
-    is_recorded = needs_grad(*x)
+    is_recorded = needs_grad(*x.tensors)
     is_short = x.q.shape[1] <= RECURRENT_TOKENS and not is_recorded
     kernel = fused_recurrent_kda if is_short else chunk_kda
     layout = None if x.cu_seqlens is None else fla_layout(x.cu_seqlens)
@@ -44,7 +42,7 @@ def fla_kda(
         scale=x.q.shape[-1] ** -0.5,
         initial_state=state,
         output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=not is_normalised,
+        use_qk_l2norm_in_kernel=not x.is_normalised,
         use_gate_in_kernel=True,
         use_beta_sigmoid_in_kernel=not is_recorded,
         cu_seqlens=None if layout is None else layout.filled_ends,

@@ -29,6 +29,12 @@ class KDAInputs(NamedTuple):
     dt_bias: Tensor
     initial_state: Tensor | None
     cu_seqlens: Tensor | None
+    is_normalised: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the flag."""
+        return self[:-1]
 
     @property
     def num_sequences(self) -> int:
@@ -157,6 +163,7 @@ def step_in_place(x: KDAInputs, state_BHKV: Tensor) -> Tensor:
 def _activated(x: KDAInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q and k normalised, q scaled; v; decay, and beta after its sigmoid; all wide."""
     dtype = compute_dtype(x.q)
-    q_BTHK = l2norm(x.q.to(dtype), x.q.shape[-1] ** -0.5)
+    scaled = torch.mul if x.is_normalised else l2norm
+    q_BTHK, k_BTHK = scaled(x.q.to(dtype), x.q.shape[-1] ** -0.5), scaled(x.k.to(dtype), 1.0)
     decay_BTHK = log_decay(x.g.to(dtype), x.A_log, x.dt_bias).exp()
-    return q_BTHK, l2norm(x.k.to(dtype)), x.v.to(dtype), decay_BTHK, x.beta.to(dtype).sigmoid()
+    return q_BTHK, k_BTHK, x.v.to(dtype), decay_BTHK, x.beta.to(dtype).sigmoid()

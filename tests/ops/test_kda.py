@@ -16,7 +16,7 @@ from kimi_linear.ops.fla import backend as fla_backend
 from kimi_linear.ops.fla.backend import resolve_backend
 from kimi_linear.ops.kda import fla as kda_fla
 from kimi_linear.ops.kda import kda_attention, segments
-from kimi_linear.ops.kda.recurrent import log_decay
+from kimi_linear.ops.kda.recurrent import l2norm, log_decay
 
 pytestmark = pytest.mark.kernels
 
@@ -107,6 +107,28 @@ def test_formula(function, T):
     assert_all_close(
         run_with_grads(function, inputs), run_with_grads(formula, inputs), torch.float64
     )
+
+
+@pytest.mark.parametrize("T", [1, 5, 17])
+def test_heads_are_normalised_once(T):
+    """A second norm would make short ones longer, which the first leaves shorter than 1."""
+    inputs = make_inputs(T=T)
+    for name in ("q", "k"):
+        inputs[name] *= 1e-3
+
+    def normalised_before(q, k, *others, **kwargs):
+        return kda_attention(l2norm(q), l2norm(k), *others, is_normalised=True, **kwargs)
+
+    assert_all_close(
+        run_with_grads(normalised_before, inputs), run_with_grads(formula, inputs), torch.float64
+    )
+    with torch.no_grad():
+        found = [
+            run(function, inputs, state_out=torch.empty_like(inputs["initial_state"]))
+            for function in (normalised_before, kda_attention)
+        ]
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected, torch.float64)
 
 
 @pytest.mark.parametrize("T", LENGTHS)
