@@ -177,6 +177,28 @@ def test_a_reading_is_launched_behind_steps(is_late, monkeypatch):
     assert events[: 4 + 1 + 2 * is_late + 1] == [*longer, *[1] * (1 + 2 * is_late), "read"]
 
 
+def test_an_end_behind_a_reading_costs_three_steps(monkeypatch):
+    """Two that were queued before it, and the one that the host looks behind."""
+    look_late(monkeypatch, requests)
+    monkeypatch.setattr(requests, "PATIENCE_SECONDS", 0)
+    steps = []
+
+    def step(model, pool, rows, ids):
+        steps.append(len(rows))
+        return step_in_torch(model, pool, rows, ids)
+
+    pooled(monkeypatch, step)
+    (long, first), (short, second) = (alone(0, n, seed=n) for n in (30, 9))
+    assert first[1] not in first[:1] + second[:8]
+    outs = model_of().generate_batch(
+        [long, short],
+        GenerationConfig(do_sample=False, eos_token_id=first[1], max_new_tokens=8),
+        ContinuousBatchingConfig(**{PAGE_SIZE: PAGE}, num_blocks=8, max_batch_tokens=30),
+    )
+    assert [out.generated_tokens for out in outs.values()] == [first[:2], second[:8]]
+    assert steps == [1, 1, 1, 2, *[1] * 6]  # one that was needed, and three
+
+
 @pytest.mark.parametrize("is_late", [True, False])
 def test_what_was_chosen_before_an_error_is_told(is_late, monkeypatch):
     """A request that the device has answered does not fail, though the host has not looked yet."""
