@@ -1,7 +1,8 @@
 """RMS norm over the head, times a sigmoid gate: what stands between KDA and its output projection.
 
 Source: arXiv 2510.26692, section 4 (output gate). Two kernels of ours on CUDA, since FLA's Function
-takes the host two to three times as long; FLA's on other devices that it knows, torch elsewhere.
+takes the host two to three times as long; FLA's under compilers and on other devices that it knows,
+torch elsewhere.
 
 Shapes: H heads, V value size; leading dimensions are free. N rows: all dimensions but V.
 """
@@ -19,7 +20,16 @@ from torch.autograd.function import once_differentiable
 
 from kimi_linear.ops.fla.backend import norm_kernel, resolve_backend
 from kimi_linear.ops.launch import launch_directly
-from kimi_linear.ops.runtime import ceil_div, jit, needs_grad, power_of_two, spare, tl, triton
+from kimi_linear.ops.runtime import (
+    ceil_div,
+    is_traced,
+    jit,
+    needs_grad,
+    power_of_two,
+    spare,
+    tl,
+    triton,
+)
 
 ROWS = 16  # at once
 STEPS = 8  # steps of a program of the backward pass, ROWS rows each
@@ -41,7 +51,7 @@ def gated_rms_norm(
         [..., H, V] in x's dtype.
     """
     if resolve_backend(x, backend) == "fla":
-        if x.is_cuda and triton is not None:
+        if x.is_cuda and triton is not None and not is_traced():
             is_recorded = needs_grad(x, gate, weight)
             launch: Any = _GatedNorm.apply if is_recorded else launch_gated_norm
             return launch(x.contiguous(), gate.contiguous(), weight, eps)

@@ -1,4 +1,6 @@
-"""The gated norm's kernels of training beside torch in float64: on a GPU, or interpreted."""
+"""The gated norm's kernels beside torch in float64: on a GPU, or interpreted."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +52,21 @@ def test_no_rows():
     assert out.shape == x.shape
     dx, dweight = torch.autograd.grad(out.sum(), (x, weight))
     assert dx.shape == x.shape and not dweight.any()
+
+
+@pytest.mark.parametrize(
+    ("is_compiled", "is_recorded", "expected"),
+    [(False, False, "ours"), (True, False, "FLA's"), (True, True, "FLA's")],
+)
+def test_a_compiler_does_not_see_them(is_compiled, is_recorded, expected, monkeypatch):
+    """It cannot follow their launches."""
+    monkeypatch.setattr(gated_norm, "triton", object())
+    monkeypatch.setattr(gated_norm, "resolve_backend", lambda x, backend: "fla")
+    monkeypatch.setattr(gated_norm, "norm_kernel", lambda: lambda *args, **kwargs: "FLA's")
+    monkeypatch.setattr(gated_norm, "launch_gated_norm", lambda *args: "ours")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiled)
+    x = SimpleNamespace(is_cuda=True, requires_grad=is_recorded, contiguous=lambda: x)
+    assert gated_rms_norm(x, x, x, EPS) == expected
 
 
 @pytest.mark.gpu
