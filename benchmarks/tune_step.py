@@ -26,7 +26,7 @@ from measuring.models import build, new_cache
 from torch import Tensor
 
 from kimi_linear import KimiLinearConfig
-from kimi_linear.decode import few_rows, fixed_point, packed_few_rows
+from kimi_linear.decode import few_rows, fixed_point, many_rows, packed_few_rows, step
 from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.fixed_point import Tile
 from kimi_linear.decode.graph import drop_recordings
@@ -90,30 +90,33 @@ def tile_constants(name: str, holder: Any, key: Any) -> Iterator[Constant]:
         yield Constant(f"{name}.{each.name}", (holder,), key, TILES[each.name], each.name)
 
 
+def numbers(module: Any, **values: tuple[int, ...]) -> Iterator[Constant]:
+    """Those of a module that have names of their own."""
+    for name, each in values.items():
+        yield Constant(name, (module,), name, each)
+
+
 def constants(form: str) -> list[Constant]:
     """Those that the step of few rows has, for weights held so."""
     steps = (FewRowsStep, PackedFewRowsStep)
     found = [
         Constant("kda_block", steps, "kda_block", (32, 64, 128)),
         Constant("kda_warps", steps, "kda_warps", (4, 8, 16)),
+        *numbers(step, ATTEND_TOKENS=(16, 32, 64), ATTEND_WARPS=(4, 8), SPLITS=(66, 132, 264)),
     ]
     weights = quantization(form)
     if weights is None:
-        found += [
-            Constant(name, (few_rows,), name, values)
-            for name, values in {
-                "TILE_BYTES": (24 << 10, 32 << 10, 40 << 10),
-                "IN_BYTES": (32 << 10, 40 << 10, 56 << 10),
-                "PROGRAMS": (96, 128, 264),
-            }.items()
-        ]
+        tile, inside = (24 << 10, 32 << 10, 40 << 10), (32 << 10, 40 << 10, 56 << 10)
+        found += numbers(few_rows, TILE_BYTES=tile, IN_BYTES=inside, PROGRAMS=(96, 128, 264))
         return found
+    found += numbers(many_rows, NORM_WARPS=(4, 8, 16))
+    found += numbers(packed_few_rows, SCORE_BLOCK=(2, 4, 8), SCORE_WARPS=(2, 4, 8))
     dense, experts = weights.schemes["attention"], weights.schemes["experts"]
     if dense is not None:
         key = "FLOAT8" if dense.is_float else "INTEGERS"
         found += tile_constants("dense", fixed_point, key)
-        found.append(Constant("most_splits", (packed_few_rows,), "MAX_SPLITS", (4, 8, 16)))
-        found.append(Constant("programs", (fixed_point,), "PROGRAMS", (264, 528, 792)))
+        found += numbers(packed_few_rows, MAX_SPLITS=(4, 8, 16))
+        found += numbers(fixed_point, PROGRAMS=(264, 528, 792))
     if experts is not None:
         found += tile_constants("experts in", packed_few_rows.EXPERTS_IN, experts.bits)
         found += tile_constants("experts out", packed_few_rows.EXPERTS_OUT, experts.bits)

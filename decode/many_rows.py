@@ -27,6 +27,8 @@ ROUTER_VECTOR_ROWS, ROUTER_ROWS, ROUTER_BLOCK = 8, 64, 16
 # rows and columns of a tile of experts' weights
 GROUPED_IN_BLOCK, GROUPED_IN_STEP = 32, 128
 GROUPED_OUT_BLOCK, GROUPED_OUT_STEP = 128, 64
+# of the norm between two branches
+NORM_WARPS = 16
 
 
 class MatrixProjection:
@@ -200,7 +202,7 @@ class ManyRowsStep(DecodeStep):
             PLACES=power_of_two(D),
             PARTS=0 if parts is None else parts.shape[1],
             HAS_LOG=log is not None,
-            num_warps=16,
+            num_warps=NORM_WARPS,
             **sizes,
             **linked(self.is_linked),
         )
