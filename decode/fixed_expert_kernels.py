@@ -13,7 +13,7 @@ from __future__ import annotations  # "tl.constexpr" means nothing where there i
 
 from kimi_linear.decode.expert_kernels import gated
 from kimi_linear.decode.fixed_point_kernels import largest, store_fixed_point
-from kimi_linear.decode.fixed_product_kernels import early_codes, fixed_product
+from kimi_linear.decode.fixed_product_kernels import first_reads, fixed_product
 from kimi_linear.decode.projection_kernels import wait, wait_first
 from kimi_linear.ops.runtime import jit, tl
 
@@ -77,6 +77,8 @@ def fixed_in_kernel(
     V: tl.constexpr,
     T: tl.constexpr,  # B, or more, a power of two up to 4
     EARLY: tl.constexpr,  # blocks of codes that are read before the inputs are there
+    AT_ONCE: tl.constexpr,  # blocks that a step of the loop multiplies by
+    PREFETCH: tl.constexpr,  # 1: the second cache reads scales meanwhile, 2: codes too
     FORM: tl.constexpr,
     SHARED_FORM: tl.constexpr,
     IS_LINKED: tl.constexpr,
@@ -104,9 +106,13 @@ def fixed_in_kernel(
                 tl.where(is_up, up_zero + group, gate_zero + group),
                 (NUM_SHARED * I + SHARED_FORM[5] - 1) // SHARED_FORM[5],
             )
-            early = early_codes(source, 0, BLOCKS, True, EARLY, SHARED_FORM)
+            reads = first_reads(
+                source, 0, BLOCKS, True, T, D, EARLY, AT_ONCE, BLOCKS, PREFETCH, SHARED_FORM
+            )
             wait_first(IS_LINKED)
-            y = fixed_product(source, early, x, 0, num_rows, 0, BLOCKS, V, T, D, SHARED_FORM, EARLY)
+            y = fixed_product(
+                source, reads, x, 0, num_rows, 0, BLOCKS, V, T, D, EARLY, AT_ONCE, SHARED_FORM
+            )
             out = (shared_columns, shared_wide_columns, shared_halves, shared_unit)
             start = tl.program_id(1) * I
             _store_gated(y, start + first, start + I, out, 0, num_rows, NUM_SHARED * I, V, T)
@@ -123,7 +129,8 @@ def fixed_in_kernel(
         zero + expert * ZERO_WORDS * STRIDE + row // FORM[5],
         STRIDE,
     )
-    y = fixed_product(source, (), x, pair // TOP, num_rows, 0, BLOCKS, V, 1, D, FORM, 0)
+    reads = first_reads(source, 0, BLOCKS, True, 1, D, 0, AT_ONCE, BLOCKS, PREFETCH, FORM)
+    y = fixed_product(source, reads, x, pair // TOP, num_rows, 0, BLOCKS, V, 1, D, 0, AT_ONCE, FORM)
     out = (out_columns, out_wide_columns, out_halves, out_unit)
     _store_gated(y, first, I, out, pair, 1, I, V, 1)
 
@@ -160,6 +167,8 @@ def fixed_out_kernel(
     V: tl.constexpr,
     T: tl.constexpr,  # B, or more, a power of two up to 4
     EARLY: tl.constexpr,  # blocks of codes that are read before the inputs are there
+    AT_ONCE: tl.constexpr,  # blocks that a step of the loop multiplies by
+    PREFETCH: tl.constexpr,  # 1: the second cache reads scales meanwhile, 2: codes too
     FORM: tl.constexpr,
     SHARED_FORM: tl.constexpr,
     IS_LINKED: tl.constexpr,
@@ -187,10 +196,14 @@ def fixed_out_kernel(
                 shared_zero + group,
                 (D + SHARED_FORM[5] - 1) // SHARED_FORM[5],
             )
-            early = early_codes(source, 0, ALL, True, EARLY, SHARED_FORM)
+            reads = first_reads(
+                source, 0, ALL, True, T, K, EARLY, AT_ONCE, ALL, PREFETCH, SHARED_FORM
+            )
             wait(IS_LINKED)
             x = (shared_columns, shared_wide_columns, shared_halves, shared_unit)
-            y = fixed_product(source, early, x, 0, num_rows, 0, ALL, V, T, K, SHARED_FORM, EARLY)
+            y = fixed_product(
+                source, reads, x, 0, num_rows, 0, ALL, V, T, K, EARLY, AT_ONCE, SHARED_FORM
+            )
             t = tl.arange(0, T)[None, :]
             target = out + (t * SLOTS + TOP).to(tl.int64) * D + n
             tl.store(target, y, mask=(n < D) & (t < num_rows))
@@ -206,10 +219,11 @@ def fixed_out_kernel(
         zero + expert * ZERO_WORDS * STRIDE + group,
         STRIDE,
     )
-    early = early_codes(source, 0, BLOCKS, True, EARLY, FORM)
+    reads = first_reads(source, 0, BLOCKS, True, 1, I, EARLY, AT_ONCE, BLOCKS, PREFETCH, FORM)
     wait(IS_LINKED)
     x = (columns, wide_columns, halves, unit)
-    y = fixed_product(source, early, x, pair, tl.num_programs(1), 0, BLOCKS, V, 1, I, FORM, EARLY)
+    pairs = tl.num_programs(1)
+    y = fixed_product(source, reads, x, pair, pairs, 0, BLOCKS, V, 1, I, EARLY, AT_ONCE, FORM)
     slot = pair // TOP * SLOTS + pair % TOP
     y *= tl.load(weights + pair)
     tl.store(out + slot.to(tl.int64) * D + n, y, mask=n < D)

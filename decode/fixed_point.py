@@ -28,12 +28,16 @@ class Tile:
         stages: Loads that are under way.
         early: Blocks of codes that are read while the kernel before still runs, for one token; for
             more, registers hold fewer.
+        at_once: Blocks that a step of the loop multiplies by.
+        prefetch: What the second cache reads before the inputs are there: 1 scales, 2 codes too.
     """
 
     rows: int
     warps: int
     stages: int
     early: int
+    at_once: int = 1
+    prefetch: int = 0
 
     def options(self, tokens: int, blocks: int) -> dict[str, int]:
         """Arguments of a launch for `tokens` tokens, whose programs read `blocks` blocks each."""
@@ -41,6 +45,8 @@ class Tile:
         return {
             "V": self.rows,
             "EARLY": min(self.early // tokens, blocks),
+            "AT_ONCE": self.at_once,
+            "PREFETCH": self.prefetch,
             "num_warps": self.warps if is_few else 2 * self.warps,
             "num_stages": self.stages,
         }

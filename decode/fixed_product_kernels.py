@@ -51,6 +51,7 @@ FOURS = constant(
 )
 THREES = constant(_threes_asm())
 THREES_OUT = constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r")
+PREFETCH_LINE = constant("{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }")
 
 
 @constexpr_function
@@ -72,25 +73,11 @@ def _is_shared(group):
 
 
 @jit
-def _factors(
-    scale,  # pointers [V] to the first groups' words of scales
-    unit,  # pointers [M] to the first runs' units
-    tile,  # of 128 inputs
-    stride,  # from one word of a row to the next
-    M: tl.constexpr,
-    K: tl.constexpr,
-    FORM: tl.constexpr,
-):
-    """What a tile's sums are multiplied by: float32 [V, M], in units of x."""
-    units = tl.load(unit + tile * 4 + _run_of(M, FORM))[None, :]
-    return _of_groups(scale, tile, stride, FORM[4], M, K, FORM).to(tl.float32) * units
-
-
-@jit
 def _of_groups(
     numbers,  # pointers [V] to the first groups' words
     tile,  # of 128 inputs
     stride,  # from one word of a row to the next
+    is_there,  # else nothing is read
     dtype: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
@@ -104,11 +91,11 @@ def _of_groups(
     if _is_shared(FORM[1]):
         group = tl.minimum(tile * 128 // GROUP, GROUPS - 1)
         place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
-        return tl.load(numbers + place)[:, None]
+        return tl.load(numbers + place, mask=is_there)[:, None]
     else:
         group = tl.minimum((tile * 4 + _run_of(M, FORM)) * 32 // GROUP, GROUPS - 1)
         place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
-        return tl.load(numbers[:, None] + place[None, :])
+        return tl.load(numbers[:, None] + place[None, :], mask=is_there)
 
 
 @jit
@@ -273,20 +260,9 @@ def _block_sums(
 
 
 @jit
-def _zeros(
-    zero,  # pointers [V] to the first groups' words of zeros
-    tile,
-    stride,
-    M: tl.constexpr,
-    K: tl.constexpr,
-    FORM: tl.constexpr,
-):
-    """Zeros of a tile, in units of values: float32 [V, M] or [V, 1]; without zeros nothing."""
-    if FORM[3]:
-        found = _of_groups(zero, tile, stride, tl.int16, M, K, FORM).to(tl.float32)
-        return (found - (1 << (FORM[0] - 1))) * _unit_of(FORM[0])
-    else:
-        return 0.0
+def _of_zeros(codes, FORM: tl.constexpr):
+    """What codes of zeros mean, in units of values: float32."""
+    return (codes.to(tl.float32) - (1 << (FORM[0] - 1))) * _unit_of(FORM[0])
 
 
 @constexpr_function
@@ -296,27 +272,142 @@ def _unit_of(bits):
 
 
 @jit
-def early_codes(
+def _block_scales(
+    weights,  # as `fixed_product` takes them
+    first,  # block
+    stop,  # the one behind the last, beyond which it is the last one's again
+    is_there,  # else nothing is read
+    COUNT: tl.constexpr,  # blocks
+    M: tl.constexpr,
+    K: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """A tuple: of each tile, two a block, the scales, and with zeros also these."""
+    found = ()
+    for i in tl.static_range(2 * COUNT):
+        tile = tl.minimum(first + i // 2, stop - 1) * 2 + i % 2
+        scales = _of_groups(weights[2], tile, weights[4], is_there, FORM[4], M, K, FORM)
+        found = found + (scales,)
+        if FORM[3]:
+            zeros = _of_groups(weights[3], tile, weights[4], is_there, tl.int16, M, K, FORM)
+            found = found + (zeros,)
+    return found
+
+
+@jit
+def _block_units(unit, first, stop, COUNT: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr):
+    """A tuple: of each tile, two a block, the units of x [M]; from pointers [M] to a row's."""
+    found = ()
+    for i in tl.static_range(2 * COUNT):
+        tile = tl.minimum(first + i // 2, stop - 1) * 2 + i % 2
+        found = found + (tl.load(unit + tile * 4 + _run_of(M, FORM)),)
+    return found
+
+
+@jit
+def _scaled_sums(
+    codes,  # of `_block_codes`
+    inputs,  # of `_block_inputs`
+    scales,  # of `_block_scales`, those of
+    units,  # `_block_units`
+    i: tl.constexpr,  # the block among them
+    M: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """float32 [V, M]: products of a block, by run."""
+    if FORM[3]:
+        zeros = (_of_zeros(scales[4 * i + 1], FORM), _of_zeros(scales[4 * i + 3], FORM))
+        first, second = scales[4 * i], scales[4 * i + 2]
+    else:
+        zeros = (0.0, 0.0)
+        first, second = scales[2 * i], scales[2 * i + 1]
+    one, two = _block_sums(codes, inputs, zeros, M, FORM)
+    one *= first.to(tl.float32) * units[2 * i][None, :]
+    return one + two * (second.to(tl.float32) * units[2 * i + 1][None, :])
+
+
+@jit
+def _prefetch(address):
+    """Have the second cache read the lines of 128 bytes at these addresses."""
+    tl.inline_asm_elementwise(
+        PREFETCH_LINE, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
+def _prefetch_blocks(
     weights,  # as `fixed_product` takes them
     first,  # block, and
     stop,  # the one behind the last
     is_there,  # else nothing is read
-    EARLY: tl.constexpr,  # blocks
+    K: tl.constexpr,
+    FROM: tl.constexpr,  # blocks that are read otherwise
+    BLOCKS: tl.constexpr,  # at most
+    PREFETCH: tl.constexpr,  # 1: scales alone, 2: codes too
     FORM: tl.constexpr,
 ):
-    """A tuple of what memory holds of the first blocks: read before the inputs are there, while
-    other kernels leave the memory alone."""
-    found = ()
+    """Have the second cache read what is behind the first blocks, which takes no registers."""
+    WORDS: tl.constexpr = 64 if FORM[0] == 8 else 32
+    GROUP: tl.constexpr = K if FORM[1] == 0 else FORM[1]
+    PER_WORD: tl.constexpr = 1 if tl.float32 == FORM[4] else 2
+    if FORM[6]:
+        if is_there:
+            for i in tl.static_range(FROM, BLOCKS):
+                block = tl.minimum(first + i, stop - 1)
+                if FORM[1] > 0:
+                    for part in tl.static_range((256 // GROUP + PER_WORD - 1) // PER_WORD):
+                        word = block * 256 // GROUP // PER_WORD + part
+                        _prefetch(weights[2] + word * weights[4])
+                if PREFETCH > 1:
+                    place = weights[0] + block * WORDS
+                    if FORM[0] == 8:
+                        _prefetch(place[:, None] + (tl.arange(0, 2) * 32)[None, :])
+                    else:
+                        _prefetch(place)
+
+
+@jit
+def first_reads(
+    weights,  # as `fixed_product` takes them
+    first,  # block, and
+    stop,  # the one behind the last
+    is_there,  # else nothing is read
+    T: tl.constexpr,
+    K: tl.constexpr,
+    EARLY: tl.constexpr,  # blocks
+    AT_ONCE: tl.constexpr,  # of `fixed_product`
+    BLOCKS: tl.constexpr,  # in all, at most
+    PREFETCH: tl.constexpr,  # of `_prefetch_blocks`, or 0
+    FORM: tl.constexpr,
+):
+    """What may be read before the inputs are there, while other kernels leave the memory alone: a
+    tuple of what memory holds of the first blocks, their scales, and the next blocks' scales."""
+    M: tl.constexpr = _columns_of(T, FORM[2])
+    codes = ()
     for i in tl.static_range(EARLY):
-        found = found + (_block_codes(weights, tl.minimum(first + i, stop - 1), is_there, FORM),)
-    return found
+        codes = codes + (_block_codes(weights, tl.minimum(first + i, stop - 1), is_there, FORM),)
+    own = _block_scales(weights, first, stop, is_there, EARLY, M, K, FORM)
+    following = _block_scales(weights, first + EARLY, stop, is_there, AT_ONCE, M, K, FORM)
+    if PREFETCH > 0:
+        _prefetch_blocks(
+            weights,
+            first,
+            stop,
+            is_there,
+            K,
+            EARLY + (AT_ONCE if PREFETCH == 1 else 0),
+            BLOCKS,
+            PREFETCH,
+            FORM,
+        )
+    return codes, own, following
 
 
 @jit
 def fixed_product(
     weights,  # pointers [V] to rows' first words, high bits (of 3 bits), words of scales and of
     # zeros, and the stride from one word of scales to the next
-    early,  # of `early_codes`
+    reads,  # of `first_reads`
     x,  # int8 [B, 8, P], float16 [B, 4, P], int8 [B, 2, P] and float32 [B, R]
     token,  # the first of the tile
     num_tokens,  # B
@@ -325,11 +416,16 @@ def fixed_product(
     V: tl.constexpr,
     T: tl.constexpr,
     K: tl.constexpr,
-    FORM: tl.constexpr,
     EARLY: tl.constexpr,  # blocks that are there
+    AT_ONCE: tl.constexpr,  # blocks that a step of the loop multiplies by
+    FORM: tl.constexpr,
 ):
-    """float32 [V, T]: rows by tokens."""
-    scale, zero, stride = weights[2], weights[3], weights[4]
+    """float32 [V, T]: rows by tokens.
+
+    What is no operand of a product is not loaded ahead by the compiler, and a step of the loop
+    takes as long as such a load: so it has several blocks, and reads the next ones' scales.
+    """
+    codes, own_scales, scales = reads
     M: tl.constexpr = _columns_of(T, FORM[2])
     EACH: tl.constexpr = 4 if FORM[2] else 8
     BLOCKS: tl.constexpr = (K + 255) // 256
@@ -346,35 +442,21 @@ def fixed_product(
     inputs = ()
     for i in tl.static_range(EARLY):
         block = tl.minimum(first + i, BLOCKS - 1)
-        inputs = inputs + (
-            (
-                _block_inputs(columns, halves, block, M, FORM),
-                _factors(scale, unit, block * 2, stride, M, K, FORM),
-                _factors(scale, unit, block * 2 + 1, stride, M, K, FORM),
-                _zeros(zero, block * 2, stride, M, K, FORM),
-                _zeros(zero, block * 2 + 1, stride, M, K, FORM),
-            ),
-        )
-    # a block ahead: what is no operand of a product is not loaded ahead by the compiler
-    tile = tl.minimum(first + EARLY, BLOCKS - 1) * 2
-    next_one = _factors(scale, unit, tile, stride, M, K, FORM)
-    next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
-    for block in range(first + EARLY, stop):
-        tile = block * 2
-        zeros = (
-            _zeros(zero, tile, stride, M, K, FORM),
-            _zeros(zero, tile + 1, stride, M, K, FORM),
-        )
-        own = _block_inputs(columns, halves, block, M, FORM)
-        one, two = _block_sums(_block_codes(weights, block, True, FORM), own, zeros, M, FORM)
-        total += one * next_one + two * next_two
-        tile = tl.minimum(block + 1, BLOCKS - 1) * 2
-        next_one = _factors(scale, unit, tile, stride, M, K, FORM)
-        next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
+        inputs = inputs + (_block_inputs(columns, halves, block, M, FORM),)
+    own_units = _block_units(unit, first, stop, EARLY, M, FORM)
+    units = _block_units(unit, first + EARLY, stop, AT_ONCE, M, FORM)
+    for start in range(first + EARLY, stop, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            block = tl.minimum(start + i, stop - 1)
+            found = _block_codes(weights, block, True, FORM)
+            own = _block_inputs(columns, halves, block, M, FORM)
+            part = _scaled_sums(found, own, scales, units, i, M, FORM)
+            total += tl.where(start + i < stop, part, 0.0) if AT_ONCE > 1 else part
+        scales = _block_scales(weights, start + AT_ONCE, stop, True, AT_ONCE, M, K, FORM)
+        units = _block_units(unit, start + AT_ONCE, stop, AT_ONCE, M, FORM)
     for i in tl.static_range(EARLY):
-        own = inputs[i]
-        one, two = _block_sums(early[i], own[0], (own[3], own[4]), M, FORM)
-        total += tl.where(first + i < stop, one * own[1] + two * own[2], 0.0)
+        part = _scaled_sums(codes[i], inputs[i], own_scales, own_units, i, M, FORM)
+        total += tl.where(first + i < stop, part, 0.0)
     if FORM[2]:
         total = tl.where((c < 4 * T)[None, :], total, 0.0)
     else:
@@ -408,6 +490,8 @@ def fixed_project_kernel(
     IS_GATED: tl.constexpr,
     HAS_PLAIN: tl.constexpr,
     EARLY: tl.constexpr,  # blocks of codes that are read before the inputs are there
+    AT_ONCE: tl.constexpr,  # blocks that a step of the loop multiplies by
+    PREFETCH: tl.constexpr,  # 1: the second cache reads scales meanwhile, 2: codes too
     FORM: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
@@ -432,7 +516,9 @@ def fixed_project_kernel(
             tl.load(source + 4),
         )
         is_packed = not is_plain if HAS_PLAIN else True
-        early = early_codes(weights, first, stop, is_packed, EARLY, FORM)
+        reads = first_reads(
+            weights, first, stop, is_packed, T, K, EARLY, AT_ONCE, SHARE, PREFETCH, FORM
+        )
         if i == 0:
             wait(IS_LINKED)
         y = tl.zeros([V, T], tl.float32)
@@ -447,7 +533,7 @@ def fixed_project_kernel(
         if not is_plain:
             inputs = (columns, wide_columns, halves, unit)
             y = fixed_product(
-                weights, early, inputs, 0, num_rows, first, stop, V, T, K, FORM, EARLY
+                weights, reads, inputs, 0, num_rows, first, stop, V, T, K, EARLY, AT_ONCE, FORM
             )
         total = y if i == 0 else gated(total, y)
     n, t = tl.arange(0, V)[:, None], tl.arange(0, T)[None, :]
