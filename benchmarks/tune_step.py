@@ -15,7 +15,7 @@ tokens, on the 48B model's shape with random weights.
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from torch import Tensor
 from kimi_linear import KimiLinearConfig
 from kimi_linear.decode import few_rows, fixed_point, many_rows, packed_few_rows, step
 from kimi_linear.decode.few_rows import FewRowsStep
-from kimi_linear.decode.fixed_point import Tile
 from kimi_linear.decode.graph import drop_recordings
 from kimi_linear.decode.packed_few_rows import PackedFewRowsStep
 
@@ -41,9 +40,12 @@ TOLERANCE = 0.2
 TILES = {
     "rows": (32, 64, 128),
     "warps": (1, 2, 4, 8),
-    "stages": (2, 3, 4, 5, 6),
+    # together: both take memory for what is under way
+    "stages at_once": (
+        *((stages, 1) for stages in (3, 4, 5, 6)),
+        *((stages, count) for count in (2, 3, 5) for stages in (2, 3)),
+    ),
     "early": (0, 1, 2, 3, 4),
-    "at_once": (1, 2, 3, 4, 5),
     "prefetch": (0, 1, 2),
 }
 
@@ -57,7 +59,8 @@ class Constant:
         holders: Modules, classes or dictionaries that have it, all alike.
         key: Its name there.
         values: To try.
-        field: Of a `Tile`, which is tried alone; empty: all of it is one value.
+        field: Of a `Tile`, which is tried alone, or several, tried together; empty: all of it is
+            one value.
     """
 
     name: str
@@ -74,11 +77,14 @@ class Constant:
     @property
     def value(self) -> Any:
         """What it is now."""
-        return getattr(self._whole, self.field) if self.field else self._whole
+        found = tuple(getattr(self._whole, each) for each in self.field.split())
+        return self._whole if not found else found if len(found) > 1 else found[0]
 
     def set(self, value: Any) -> None:
         """Change it, for steps that are recorded from now on."""
-        whole = replace(self._whole, **{self.field: value}) if self.field else value
+        names = self.field.split()
+        values = dict(zip(names, value if len(names) > 1 else [value], strict=False))
+        whole = replace(self._whole, **values) if names else value
         for holder in self.holders:
             if isinstance(holder, dict):
                 holder[self.key] = whole
@@ -88,8 +94,8 @@ class Constant:
 
 def tile_constants(name: str, holder: Any, key: Any) -> Iterator[Constant]:
     """Those of a `Tile`."""
-    for each in fields(Tile):
-        yield Constant(f"{name}.{each.name}", (holder,), key, TILES[each.name], each.name)
+    for each, values in TILES.items():
+        yield Constant(f"{name}.{each}", (holder,), key, values, each)
 
 
 def numbers(module: Any, **values: tuple[int, ...]) -> Iterator[Constant]:

@@ -1,5 +1,7 @@
 """Inputs in fixed point, and packed weights by them, against the same sums in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from decode_models import DEVICES, small_grids  # noqa: F401
@@ -183,6 +185,16 @@ MORE = {
     "8 bits, groups across tiles": Scheme(8, 96),
     "float8 a row": Scheme(8, None, is_float=True),
 }
+
+
+@pytest.mark.parametrize(("at_once", "early"), [(2, 0), (2, 1), (3, 0)])
+@pytest.mark.parametrize("name", [*SCHEMES, *MORE])
+def test_blocks_at_once(name, at_once, early, device, monkeypatch):
+    """Three blocks: also where the last step of the loop has fewer."""
+    for tile in ("FLOAT8", "INTEGERS"):
+        change = {"at_once": at_once, "early": early}
+        monkeypatch.setattr(fixed_point, tile, replace(getattr(fixed_point, tile), **change))
+    test_products(1, name, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
