@@ -3,7 +3,9 @@ expert's rows meet its own matrices, with what stands around them inside.
 
 `gate_up` takes the tokens' rows by expert and ends with the gated SiLU; `down` puts its rows back
 in the pairs' order. On an H200 both together, at 16 to 1,024 rows an expert, are faster than
-`torch._grouped_mm` alone, and nothing is gathered, split or scattered through memory.
+`torch._grouped_mm` alone, and nothing is gathered, split or scattered through memory. Where half a
+tile holds an expert's last rows, half a tile is multiplied: an eighth of the time less at 128 rows
+an expert.
 
 Shapes: T tokens, D hidden size, I expert width, E experts, k experts of one token, P = T * k pairs
 of a token and one of its experts, sorted by expert.
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.experts.tiles import find_tile, tiles_of
+from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
 
 try:
@@ -107,6 +110,7 @@ def _tile(num_experts: int, sizes: tuple[int, int, int]) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": columns, "SUMMANDS": summands, "EXPERTS": experts, **LAUNCH}
 
 
+@launch_directly
 @jit
 def _gate_up(
     x,
@@ -132,6 +136,28 @@ def _gate_up(
     if expert >= E:
         return
     column = tl.program_id(0) % across * COLUMNS
+    tile = expert, first, end, column
+    if end - first > ROWS // 2:
+        _gate_up_tile(x, order, matrices, out, tile, K, D, I, ROWS, COLUMNS, SUMMANDS)
+    else:
+        _gate_up_tile(x, order, matrices, out, tile, K, D, I, ROWS // 2, COLUMNS, SUMMANDS)
+
+
+@jit
+def _gate_up_tile(
+    x,
+    order,
+    matrices,
+    out,
+    tile,  # expert, its first row and the end of its rows, first column
+    K: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMANDS: tl.constexpr,
+):
+    expert, first, end, column = tile
     row = first + tl.arange(0, ROWS)
     token = tl.load(order + row, mask=row < end, other=0) // K
     summand = tl.arange(0, SUMMANDS)
@@ -155,6 +181,7 @@ def _gate_up(
     )
 
 
+@launch_directly
 @jit
 def _down(
     inner,
@@ -179,6 +206,27 @@ def _down(
     if expert >= E:
         return
     column = tl.program_id(0) % across * COLUMNS
+    tile = expert, first, end, column
+    if end - first > ROWS // 2:
+        _down_tile(inner, order, matrices, out, tile, D, I, ROWS, COLUMNS, SUMMANDS)
+    else:
+        _down_tile(inner, order, matrices, out, tile, D, I, ROWS // 2, COLUMNS, SUMMANDS)
+
+
+@jit
+def _down_tile(
+    inner,
+    order,
+    matrices,
+    out,
+    tile,  # expert, its first row and the end of its rows, first column
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUMMANDS: tl.constexpr,
+):
+    expert, first, end, column = tile
     row = first + tl.arange(0, ROWS)
     summand = tl.arange(0, SUMMANDS)
     rows = inner + tl.minimum(row, end - 1).to(tl.int64)[:, None] * I + summand[None, :]

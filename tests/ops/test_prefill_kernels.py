@@ -26,6 +26,8 @@ from kimi_linear.ops.short_conv.prefill_kernels import convolve_three
 from kimi_linear.schemes import Scheme
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
+# on a GPU, the last ones have experts with more rows than half a tile, and than a tile
+SIZES = [(1, 64, 40), (50, 40, 64), (90, 72, 136), (230, 72, 136)]
 
 
 @pytest.mark.skipif(triton is None, reason="needs triton")
@@ -49,7 +51,7 @@ def test_weighted_sum_leaves_out_experts_of_other_ranks(dtype):
 
 @with_kernels
 @pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
-@pytest.mark.parametrize(("tokens", "hidden", "width"), [(1, 64, 40), (50, 40, 64), (90, 72, 136)])
+@pytest.mark.parametrize(("tokens", "hidden", "width"), SIZES)
 def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
     if IS_INTERPRETED:
         monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
@@ -68,6 +70,25 @@ def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
     expected = reference_down(expected_inner, order, ends, down_weight)
     written = (experts < 6).flatten()
     assert_close(pairs[written], expected[written], dtype)
+
+
+@with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
+def test_last_rows_that_half_a_tile_holds(monkeypatch, dtype):
+    """And one more, and those of a whole tile."""
+    rows = 16 if IS_INTERPRETED else prefill_kernels.GATE_UP_TILE[0]
+    if IS_INTERPRETED:
+        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (rows, 32, 16))
+        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (rows, 32, 16))
+    counts = [rows // 2, rows // 2 + 1, 0, rows, rows + 1]
+    experts = torch.arange(5).repeat_interleave(torch.tensor(counts))[:, None].to(DEVICE)
+    experts = experts[torch.randperm(len(experts)).to(DEVICE)]
+    x, up, down = (draw(*s, dtype=dtype) for s in ((len(experts), 40), (5, 64, 40), (5, 40, 32)))
+    order, ends, *_ = sort_pairs(experts, 5)
+    expected = reference_gate_up(x, order, ends, up, 1)
+    assert_close(prefill_kernels.gate_up(x, order, ends, up, 1), expected, dtype)
+    pairs = prefill_kernels.down(expected, order, ends, down)
+    assert_close(pairs, reference_down(expected, order, ends, down), dtype)
 
 
 @with_kernels
