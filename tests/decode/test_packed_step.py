@@ -3,7 +3,16 @@
 import pytest
 import torch
 from builders import TWO_LAYERS, token_ids
-from decode_models import DEVICES, check, decode_model, finish, prepared, small_grids  # noqa: F401
+from decode_models import (  # noqa: F401
+    DEVICES,
+    check,
+    check_logits,
+    choices,
+    decode_model,
+    finish,
+    prepared,
+    small_grids,
+)
 from packed_models import every_part
 from torch import nn
 
@@ -56,7 +65,9 @@ def compare(model, num_rows, excess=EXCESS):
     step.ids.copy_(ids)
     step.run()
     is_few = num_rows <= PackedFewRowsStep.most_rows
-    check(step.logits, model(ids, cache=other).logits[:, 0], excess=excess if is_few else 1)
+    with choices(model) as margins:
+        expected = model(ids, cache=other).logits
+    check_logits(step.logits[:, None], expected, margins, excess=excess if is_few else 1)
     return step
 
 

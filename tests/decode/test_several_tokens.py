@@ -3,7 +3,16 @@
 import pytest
 import torch
 from builders import token_ids
-from decode_models import DEVICES, allowed, check, decode_model, prepared, small_grids  # noqa: F401
+from decode_models import (  # noqa: F401
+    DEVICES,
+    allowed,
+    check,
+    check_logits,
+    choices,
+    decode_model,
+    prepared,
+    small_grids,
+)
 from late_devices import look_late
 
 from kimi_linear import KimiLinearCache
@@ -40,10 +49,10 @@ class Both:
     def read(self, num_tokens, **kwargs):
         self.seed += 1
         ids = token_ids(self.num_rows, num_tokens, seed=self.seed)
-        own, other = (
-            call(self.model, name, ids, self.caches[name], **kwargs) for name in ("graph", "eager")
-        )
-        check(own, other, f"call {self.seed}")
+        own = call(self.model, "graph", ids, self.caches["graph"], **kwargs)
+        with choices(self.model) as margins:
+            other = call(self.model, "eager", ids, self.caches["eager"], **kwargs)
+        check_logits(own, other, margins, f"call {self.seed}")
         return own
 
     def crop(self, count):

@@ -8,6 +8,8 @@ be asked for before triton is imported:
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from kimi_linear import KimiLinearCache, KimiLinearForCausalLM
 from kimi_linear.decode import few_rows, fixed_point, obstacles, step
 from kimi_linear.decode.addresses import prepare
 from kimi_linear.decode.recording import StepKind, decode_step
+from kimi_linear.layers.moe import KimiLinearRouter
 
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -69,6 +72,48 @@ def check(actual, expected, name="", excess=1):
         assert_kernel_close(actual, expected, torch.bfloat16, name)
     else:
         assert_close(actual, expected, torch.float32, name, excess)
+
+
+# Scores of experts that 16 bits cannot tell apart: where the last one that is chosen leads the
+# first one that is not by less, each of two ways may choose another.
+UNSURE = 0.005
+
+
+@contextmanager
+def choices(model: Any) -> Iterator[list[torch.Tensor]]:
+    """A list that takes, of each router that a call runs, by how much each token [N] prefers the
+    experts that are chosen."""
+    margins: list[torch.Tensor] = []
+
+    def note(router, _, found):
+        logits, _, experts = found
+        scores = logits.float().sigmoid() + router.e_score_correction_bias.float()
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts.long(), True)
+        least = scores.masked_fill(~chosen, torch.inf).amin(-1)
+        margins.append((least - scores.masked_fill(chosen, -torch.inf).amax(-1)).abs())
+
+    hooks = [
+        module.register_forward_hook(note)
+        for module in model.modules()
+        if isinstance(module, KimiLinearRouter)
+    ]
+    try:
+        yield margins
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_logits(actual, expected, margins, name="", excess=1):
+    """`check` of logits [B, T, V] of the last T tokens, on a GPU without those whose choices of
+    `choices` are unsure, unless all are."""
+    clear = torch.ones(actual.shape[:2], dtype=torch.bool, device=actual.device)
+    if margins:
+        num_rows, num_tokens = clear.shape
+        margin = torch.stack(margins).amin(0).view(num_rows, -1)[:, -num_tokens:]
+        if actual.is_cuda and (margin > UNSURE).any():
+            clear = margin > UNSURE
+    check(actual[clear], expected[clear], name, excess)
 
 
 def allowed(model, prompt, found, alone):
