@@ -26,6 +26,7 @@ Shapes: B rows, T new tokens of each, S tokens of cache and call.
 
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -228,16 +229,12 @@ class _Decoder:
         their pages have room for them. The number of rows is rounded up, so that few steps are
         recorded. None if the model has an obstacle by now."""
         size, num_tokens = power_of_two(len(rows)), ids.shape[1]
-        spare = size - len(rows)
+        spare, kind = size - len(rows), _pool_kind(pool, size, num_tokens)
         counts = [Counters(pool.lengths[row], pending=pool.pending[row], row=row) for row in rows]
         counts += [Counters(row=pool.num_rows)] * spare
         places = torch.tensor(counts, dtype=torch.int64)
-        kind = StepKind(size, num_tokens=num_tokens, is_pending=True, page_tokens=pool.page_tokens)
         with self._lock:
-            snapshot = self._snapshot
-            if snapshot is None or not snapshot.is_current(model):
-                snapshot = self._examine(model)
-            if self.failure or self._obstacle or snapshot.has_hooks:
+            if not self._is_ready(model):
                 return None
             table = self._pool_tables.get(pool)
             if table is None:
@@ -248,6 +245,22 @@ class _Decoder:
         for row in rows:
             pool.count(row, num_tokens)
         return logits[: len(rows)]
+
+    def record_pool(self, model: nn.Module, pool: TextPool, num_rows: int) -> None:
+        """Record the step of one token of so many of its texts."""
+        kind = _pool_kind(pool, power_of_two(num_rows))
+        with self._lock:
+            if self._is_ready(model):
+                if kind not in self._steps:
+                    self._record(model, kind)
+                self._steps.move_to_end(kind)
+
+    def _is_ready(self, model: nn.Module) -> bool:
+        """Whether the model, as it is now, has no obstacle to steps of a pool."""
+        snapshot = self._snapshot
+        if snapshot is None or not snapshot.is_current(model):
+            snapshot = self._examine(model)
+        return not (self.failure or self._obstacle or snapshot.has_hooks)
 
     def _own(self, model: nn.Module) -> Part:
         """What this process has of the model."""
@@ -263,6 +276,10 @@ class _Decoder:
     def has_recorded(self, num_rows: int) -> bool:
         """Whether steps of `num_rows` rows without padding ran as a graph."""
         return StepKind(num_rows) in self._steps
+
+
+def _pool_kind(pool: TextPool, size: int, num_tokens: int = 1) -> StepKind:
+    return StepKind(size, num_tokens=num_tokens, is_pending=True, page_tokens=pool.page_tokens)
 
 
 def _can_catch_up(cache: Cache) -> bool:
@@ -330,6 +347,16 @@ def decode_pool(model: nn.Module, pool: TextPool, rows: list[int], ids: Tensor) 
     except TritonError as error:  # sizes that do not fit the chip
         decoder.failure = f"its kernels cannot be built ({error})"
         return None
+
+
+def record_pool(model: nn.Module, pool: TextPool, num_rows: int) -> None:
+    """Record what `decode_pool` replays for one token of `num_rows` texts, which wait for compilers
+    otherwise; nothing where that finds an obstacle. Arguments as there."""
+    if call_obstacle(model, 1):
+        return
+    decoder = _decoders.get(model) or _decoders.setdefault(model, _Decoder())
+    with suppress(TritonError):  # a step of so many rows may never come
+        decoder.record_pool(model, pool, num_rows)
 
 
 def drop_recordings(model: nn.Module) -> None:

@@ -58,6 +58,9 @@ TURN_SECONDS, MAX_TURN_SECONDS = 0.004, 2.0
 PREFIX_TOKENS, PREFIX_REQUESTS = 256, 32
 # Prompts of one call, at most: each has states of its own while it is read.
 READ_TEXTS = 32
+# Tokens of texts that are read before the first request: alone, of one length and of several; a
+# short one and a long one.
+WARM_UP_TEXTS = (40,), (65, 65), (65, 130), (2200,)
 # Of the free memory of a GPU, for states and latents.
 MEMORY_SHARE = 0.8
 
@@ -205,8 +208,19 @@ class RequestProcessor:
     def _handle_request_error(self, error: Exception, state: Any) -> None:
         self.outputs.fail_and_deliver(state, error)
 
+    @torch.no_grad()
     def warmup(self, model: Any) -> None:
-        """Nothing: steps are recorded when they first run."""
+        """Record the steps of one token of all numbers of rows, and compile most of what reads
+        prompts. Steps with drafts, and those of a model that has changed, are recorded when they
+        first run."""
+        try:
+            self.texts.warm_up()
+            if model.device.type == "cuda":
+                for lengths in WARM_UP_TEXTS:
+                    Reading(model, [[0] * count for count in lengths], self.read_tokens).read()
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            logger.warning(f"there is no memory to warm up all that requests may need: {error}")
 
     # ------------------------------------------------------------------------------------ prompts
     def _check(self, state: Any) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kimi_linear.cache.pool import TextPool
-from kimi_linear.decode.graph import decode_pool
+from kimi_linear.decode.graph import decode_pool, record_pool
+from kimi_linear.ops.runtime import power_of_two
 
 
 class OwnCaches:
@@ -26,6 +27,13 @@ class OwnCaches:
     def __init__(self, model: Any, num_rows: int) -> None:
         self.model, self.num_rows = model, num_rows
         self.caches: dict[int, Any] = {}
+
+    def warm_up(self) -> None:
+        """Do before the first step what would keep texts waiting later.
+
+        Raises:
+            torch.OutOfMemoryError: Once all that there is memory for is done.
+        """
 
     def most_tokens(self) -> float:
         """The longest text that can be held."""
@@ -121,6 +129,17 @@ class PooledTexts:
             page_tokens=page_tokens,
             rollback_tokens=rollback_tokens,
         )
+
+    def warm_up(self) -> None:
+        size, lacking = power_of_two(self.num_rows), None
+        while size and self.made_for == (self.model.dtype, self.model.device):
+            try:
+                record_pool(self.model, self.pool, size)
+            except torch.OutOfMemoryError as error:
+                lacking = error
+            size //= 2
+        if lacking is not None:
+            raise lacking
 
     def most_tokens(self) -> float:
         return self.pool.num_pages * self.pool.page_tokens

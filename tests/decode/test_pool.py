@@ -8,6 +8,7 @@ from decode_models import DEVICES, check, decode_model, small_grids  # noqa: F40
 from kimi_linear import KimiLinearCache
 from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode import graph
+from kimi_linear.ops.runtime import TritonError
 
 pytestmark = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.usefixtures("small_grids")]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -190,6 +191,42 @@ def test_neighbours_do_not_matter(device):
         rows, ids = rows[:2], ids[:2]
         results.append(graph.decode_pool(model, texts.pool, rows, ids)[0])
     assert torch.equal(*results)
+
+
+@each_device
+@torch.no_grad()
+def test_steps_are_recorded_before_texts_are_there(device, monkeypatch):
+    model = decode_model(device)
+    texts = Texts(model, num_rows=3)
+    for num_rows in (1, 3, 2, 1):
+        graph.record_pool(model, texts.pool, num_rows)
+    kinds = [(step.num_rows, step.num_tokens) for step in graph.recorded_steps(model)]
+    assert kinds == [(4, 1), (2, 1), (1, 1)]
+    monkeypatch.setattr(graph, "Recording", None)
+    for num_tokens in (5, PAGE, 3):
+        texts.add(num_tokens)
+        texts.step()
+
+
+@each_device
+@torch.no_grad()
+def test_what_cannot_be_recorded_beforehand_is_no_obstacle(device, monkeypatch):
+    """Until such a step comes: few texts may be all there ever are."""
+    model, record = decode_model(device), graph.Recording
+    texts = Texts(model)
+
+    def failing(model, kind, *group):
+        if kind.num_sequences > 2:
+            raise TritonError
+        return record(model, kind, *group)
+
+    monkeypatch.setattr(graph, "Recording", failing)
+    graph.record_pool(model, texts.pool, 4)
+    texts.add(5), texts.add(3)
+    texts.step()
+    model.config.num_hidden_layers -= 1  # an early exit, which no step has
+    graph.record_pool(model, texts.pool, 1)
+    assert [step.num_rows for step in graph.recorded_steps(model)] == [2]
 
 
 @torch.no_grad()

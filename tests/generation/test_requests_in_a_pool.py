@@ -40,6 +40,7 @@ def pooled(monkeypatch, step=step_in_torch):
     )
     monkeypatch.setattr(requests, "pool_obstacle", lambda *args: "")
     monkeypatch.setattr(texts, "decode_pool", step)
+    monkeypatch.setattr(texts, "record_pool", lambda *args: None)
     return processors
 
 
@@ -112,6 +113,30 @@ def test_memory_that_a_pool_takes(free, num_rows, monkeypatch):
     if free:
         assert free / 2 - page < taken <= free / 2
     assert pool.num_rows == num_rows + 1
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_a_warm_up_records_what_a_pool_replays(has_memory, monkeypatch):
+    """Where there is no memory for some of it, requests are answered all the same."""
+    recorded, processors = [], pooled(monkeypatch)
+
+    def record(*args):
+        recorded.append(args)
+        if not has_memory and args[2] > 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(texts, "record_pool", record)
+    model, greedy = model_of(), GenerationConfig(do_sample=False, eos_token_id=None)
+    settings = ContinuousBatchingConfig(max_requests_per_batch=5, num_blocks=9)
+    ids, answer = alone(0, 9, seed=0)
+    for does_warm_up in (False, True):
+        with model.continuous_batching_context_manager(
+            greedy, continuous_batching_config=settings, warmup=does_warm_up
+        ) as manager:
+            manager.add_request(ids, max_new_tokens=24)
+            assert manager.get_result(timeout=60).generated_tokens == answer
+    pool = processors[1].texts.pool
+    assert recorded == [(model, pool, size) for size in (8, 4, 2, 1)]
 
 
 @pytest.mark.parametrize("is_late", [True, False])
