@@ -9,7 +9,7 @@ not cover runs layer by layer.
 
 The switch is the model's attribute `decode_backend`: "auto" takes the graph where it can, "graph"
 raises where model or call have an obstacle, "eager" never takes it. (Of several processes' model
-"auto" does not take it either, until trained weights have decoded on GPUs by it.) Calls run layer
+"auto" does not take it either: one that cannot would wait for others that do.) Calls run layer
 by layer
 
 - without a word, because they are no step: other arguments than ids, mask and cache, outputs that
