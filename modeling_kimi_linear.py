@@ -16,7 +16,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.decode.graph import DecodeBackend, try_decode
+from kimi_linear.decode.graph import DecodeBackend, try_decode, try_prompt
 from kimi_linear.generation.mixin import KimiLinearGenerationMixin
 from kimi_linear.inputs.checks import check_backbone_arguments, one_source
 from kimi_linear.inputs.layout import check_attention_mask
@@ -283,6 +283,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         }
         others = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
         logits = try_decode(self, inputs, others)
+        if logits is None:
+            logits = try_prompt(self, inputs, others)
         if logits is not None:
             return KimiLinearCausalLMOutput(logits=logits, cache=cache)
         kwargs.pop("skip_logits", None)
