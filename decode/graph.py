@@ -57,6 +57,7 @@ from kimi_linear.decode.step import DecodeStep
 from kimi_linear.inputs.checks import check_columns, unless_all_real
 from kimi_linear.ops.runtime import TritonError, power_of_two, triton
 from kimi_linear.parallel.own_part import has_divided_parameters
+from kimi_linear.upstream.interfaces import attention_backend
 
 logger = logging.get_logger(__name__)
 
@@ -160,6 +161,8 @@ def _is_prompt(model: Any, input_ids: Any, cache: Any, given: dict[str, Any]) ->
     if given["use_cache"] is False or not _asks_for_logits(given):
         return False
     if model.training or torch.is_grad_enabled() or model.decode_backend == "eager":
+        return False
+    if attention_backend(model.config) != "sdpa" or not model.model.planner.has_all_tokens:
         return False
     if any(getattr(model.config, name, False) for name in LAYER_OUTPUTS):
         return False

@@ -110,7 +110,11 @@ def with_zeros(ids):
 
 @each_device
 @pytest.mark.parametrize(
-    "case", ["two rows", "padding", "packed", "cropped", "few", "many", "used", "eager", "training"]
+    "case",
+    [
+        *("two rows", "padding", "packed", "cropped", "few", "many", "used", "eager", "training"),
+        "another attention",
+    ],
 )
 def test_what_the_layers_read(case, device, sizes, monkeypatch):
     model = decode_model(device)
@@ -122,6 +126,8 @@ def test_what_the_layers_read(case, device, sizes, monkeypatch):
         more = {"position_ids": (torch.arange(40) % 30)[None].to(model.device)}
     backend = "eager" if case == "eager" else "auto"
     model.train(case == "training")
+    if case == "another attention":
+        model.set_attn_implementation("eager")
     for _ in range(3):
         cache = empty(model, rollback_tokens=8 if case == "cropped" else 0)
         if case == "used":
