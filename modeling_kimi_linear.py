@@ -210,8 +210,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # "auto": a few tokens per row run as one recorded graph where they can; "graph" raises where
-    # they cannot; "eager" runs layer by layer. See `decode/graph.py`.
+    # "auto": a few tokens per row run as one recorded graph where they can, and so do prompts of
+    # one row; "graph" raises where the former cannot; "eager" runs layer by layer. See
+    # `decode/graph.py`.
     decode_backend: DecodeBackend = "auto"
     # "auto": the loss of training comes without logits where possible; they are made when something
     # reads them. "fused" raises where that is not possible; "logits": always from logits. See
