@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from kimi_linear.cache.pieces import KDAPieces
@@ -159,7 +159,7 @@ class RecordedPrompts:
         self._prompts.clear()
         self._has_failed, self._pool = False, None
 
-    def takes(self, model: nn.Module, num_tokens: int) -> bool:
+    def takes(self, model: Any, num_tokens: int) -> bool:
         """Whether a text of so many tokens has a recording, or gets one if nothing stands against
         it; otherwise it is noted that such a text came."""
         size = recorded_tokens(num_tokens)
@@ -170,7 +170,7 @@ class RecordedPrompts:
             return False
         return not self._has_failed and _has_memory(model.device) and not _waits(model)
 
-    def read(self, model: nn.Module, input_ids: Tensor, cache: Any) -> Tensor | None:
+    def read(self, model: Any, input_ids: Tensor, cache: Any) -> Tensor | None:
         """See `RecordedPrompt.read`; None if this text is to be read layer by layer."""
         size, device = recorded_tokens(input_ids.shape[1]), input_ids.device
         prompt = self._prompts.get(size) or self._recorded(model, size)
@@ -185,7 +185,7 @@ class RecordedPrompts:
             self._stream = stream
             return prompt.read(input_ids, cache)
 
-    def _recorded(self, model: nn.Module, size: int) -> RecordedPrompt | None:
+    def _recorded(self, model: Any, size: int) -> RecordedPrompt | None:
         """A new one; None, once and for all, if that fails, of whatever kind the error is: the
         layers can read the text."""
         if self._pool is None and model.device.type == "cuda":
