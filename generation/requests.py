@@ -21,6 +21,7 @@ from collections import Counter, OrderedDict, deque
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -61,6 +62,9 @@ READ_TEXTS = 32
 # Tokens of texts that are read before the first request: alone, of one length and of several; a
 # short one and a long one.
 WARM_UP_TEXTS = (40,), (65, 65), (65, 130), (2200,)
+WARM_UP_DEVICES = ("cuda",)
+# Models that have read them: what they compiled serves the next managers too.
+_warm_models: WeakSet[Any] = WeakSet()
 # Of the free memory of a GPU, for states and latents.
 MEMORY_SHARE = 0.8
 
@@ -215,9 +219,10 @@ class RequestProcessor:
         first run."""
         try:
             self.texts.warm_up()
-            if model.device.type == "cuda":
+            if model.device.type in WARM_UP_DEVICES and model not in _warm_models:
                 for lengths in WARM_UP_TEXTS:
                     Reading(model, [[0] * count for count in lengths], self.read_tokens).read()
+                _warm_models.add(model)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             logger.warning(f"there is no memory to warm up all that requests may need: {error}")

@@ -139,6 +139,23 @@ def test_a_warm_up_records_what_a_pool_replays(has_memory, monkeypatch):
     assert recorded == [(model, pool, size) for size in (8, 4, 2, 1)]
 
 
+def test_a_model_reads_once_to_warm_up(monkeypatch):
+    """And is left as it was: the next managers find all compiled."""
+    model, read, begin = tiny_model(), [], requests.Reading.__init__
+
+    def counted(self, own, texts, *args):
+        read.append([len(text) for text in texts])
+        begin(self, own, texts, *args)
+
+    monkeypatch.setattr(requests.Reading, "__init__", counted)
+    monkeypatch.setattr(requests, "WARM_UP_DEVICES", ("cpu",))
+    monkeypatch.setattr(requests, "WARM_UP_TEXTS", ((5,), (9, 3)))
+    for _ in range(2):
+        with model.continuous_batching_context_manager(GenerationConfig(do_sample=False)):
+            pass
+    assert read == [[5], [9, 3]]
+
+
 @pytest.mark.parametrize("is_late", [True, False])
 @pytest.mark.parametrize(("end", "num_steps"), [(None, 9), (4, 5)], ids=["full", "early"])
 def test_the_host_looks_while_the_next_step_runs(end, num_steps, is_late, monkeypatch):
