@@ -30,6 +30,14 @@ pytestmark = [pytest.mark.kernels, pytest.mark.interpreted]
 SIZES = [(1, 64, 40), (50, 40, 64), (90, 72, 136), (230, 72, 136)]
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Under the interpreter, which runs program by program: of the products of plain experts."""
+    if IS_INTERPRETED:
+        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
+        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (16, 32, 16))
+
+
 @pytest.mark.skipif(triton is None, reason="needs triton")
 @pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
 def test_all_compile_for_hopper(tmp_path):
@@ -50,12 +58,10 @@ def test_weighted_sum_leaves_out_experts_of_other_ranks(dtype):
 
 
 @with_kernels
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
 @pytest.mark.parametrize(("tokens", "hidden", "width"), SIZES)
-def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
-    if IS_INTERPRETED:
-        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
-        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (16, 32, 16))
+def test_products_by_expert(tokens, hidden, width, dtype):
     x = draw(tokens, hidden, dtype=dtype)
     up_weight = draw(6, 2 * width, hidden, dtype=dtype) * hidden**-0.5
     down_weight = draw(6, hidden, width, dtype=dtype) * width**-0.5
@@ -73,13 +79,11 @@ def test_products_by_expert(monkeypatch, tokens, hidden, width, dtype):
 
 
 @with_kernels
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
-def test_last_rows_that_half_a_tile_holds(monkeypatch, dtype):
+def test_last_rows_that_half_a_tile_holds(dtype):
     """And one more, and those of a whole tile."""
-    rows = 16 if IS_INTERPRETED else prefill_kernels.GATE_UP_TILE[0]
-    if IS_INTERPRETED:
-        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (rows, 32, 16))
-        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (rows, 32, 16))
+    rows = prefill_kernels.GATE_UP_TILE[0]
     counts = [rows // 2, rows // 2 + 1, 0, rows, rows + 1]
     experts = torch.arange(5).repeat_interleave(torch.tensor(counts))[:, None].to(DEVICE)
     experts = experts[torch.randperm(len(experts)).to(DEVICE)]
@@ -92,11 +96,9 @@ def test_last_rows_that_half_a_tile_holds(monkeypatch, dtype):
 
 
 @with_kernels
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
-def test_products_of_some_experts_at_a_time(monkeypatch, dtype):
-    if IS_INTERPRETED:
-        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
-        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (16, 32, 16))
+def test_products_of_some_experts_at_a_time(dtype):
     x, up, down = (draw(*s, dtype=dtype) for s in ((50, 40), (6, 128, 40), (6, 40, 64)))
     experts = torch.rand(50, 8, device=DEVICE).topk(3, dim=-1).indices
     order, ends, *_ = sort_pairs(experts, 6)
@@ -118,14 +120,13 @@ PACKED = {
 
 
 @with_kernels
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32] if IS_INTERPRETED else DTYPES[1:])
 @pytest.mark.parametrize("scheme", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("is_written_out", [False, True])
 def test_products_by_packed_experts(monkeypatch, is_written_out, scheme, dtype):
     if IS_INTERPRETED:
         monkeypatch.setattr(packed_kernels, "TILE", (32, 32, 4, 2))
-        monkeypatch.setattr(prefill_kernels, "GATE_UP_TILE", (16, 32, 16))
-        monkeypatch.setattr(prefill_kernels, "DOWN_TILE", (16, 32, 16))
     if is_written_out:
         monkeypatch.setattr(packed, "MANY_ROWS", 0)
         monkeypatch.setattr(packed, "UNPACKED_BYTES", 1 << 15)
