@@ -136,7 +136,7 @@ class PooledTexts:
             try:
                 record_pool(self.model, self.pool, size)
             except torch.OutOfMemoryError as error:
-                lacking = error
+                lacking = error.with_traceback(None)  # whose frames hold memory
             size //= 2
         if lacking is not None:
             raise lacking

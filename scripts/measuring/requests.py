@@ -111,8 +111,7 @@ class Requests:
                 raise RuntimeError("the manager's thread has ended")
 
     def _warm_up(self, manager: Any, rows: int) -> None:
-        """Readings of texts of the same length and of others, and what the manager's own warm-up
-        leaves out."""
+        """Steps of all numbers of rows, and readings of texts of the same length and of others."""
         shortest, longest = self.workload.prompts
         lengths = [(shortest, 4 + i) for i in range(2 * rows)] + [(longest, 2)] * 2
         lengths += [(max(shortest, longest - 3 * i), 2) for i in range(12)]
