@@ -16,7 +16,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from kimi_linear.checkpoints.pretrained import KimiLinearPreTrainedModel
 from kimi_linear.configuration_kimi_linear import KimiLinearConfig
-from kimi_linear.decode.graph import DecodeBackend, try_decode
+from kimi_linear.decode.graph import DecodeBackend, try_decode, try_prompt
 from kimi_linear.generation.mixin import KimiLinearGenerationMixin
 from kimi_linear.inputs.checks import check_backbone_arguments, one_source
 from kimi_linear.inputs.layout import check_attention_mask
@@ -210,8 +210,9 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # "auto": a few tokens per row run as one recorded graph where they can; "graph" raises where
-    # they cannot; "eager" runs layer by layer. See `decode/graph.py`.
+    # "auto": a few tokens per row run as one recorded graph where they can, and so do prompts of
+    # one row; "graph" raises where the former cannot; "eager" runs layer by layer. See
+    # `decode/graph.py`.
     decode_backend: DecodeBackend = "auto"
     # "auto": the loss of training comes without logits where possible; they are made when something
     # reads them. "fused" raises where that is not possible; "logits": always from logits. See
@@ -283,6 +284,8 @@ class KimiLinearForCausalLM(KimiLinearPreTrainedModel, KimiLinearGenerationMixin
         }
         others = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
         logits = try_decode(self, inputs, others)
+        if logits is None:
+            logits = try_prompt(self, inputs, others)
         if logits is not None:
             return KimiLinearCausalLMOutput(logits=logits, cache=cache)
         kwargs.pop("skip_logits", None)

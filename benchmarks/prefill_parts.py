@@ -1,11 +1,12 @@
 """Where the time of a prompt goes: the device's kernels, its idle time, and the host's functions.
 
-One forward of a prompt of random ids without a cache before it, of the 48B model's shape with
-random weights, warm. Lines of JSON: the setting; "prompt", milliseconds from the call to the
-device's end, until the call returns (the host's part), of all kernels one after the other, and in
-which the device had nothing to do; "kernel", of each name the calls and milliseconds; "function",
-of the host's by the time that each takes itself, under Python's profiler, which makes all of them
-slower. Without a GPU there are no kernels, and the host's time has their work in it.
+One forward of a prompt of random ids into an empty cache, as in `generate()`, of the 48B model's
+shape with random weights, warm: by a recorded graph, or with --by-layers without one. Lines of
+JSON: the setting; "prompt", milliseconds from the call to the device's end, until the call returns
+(the host's part), of all kernels one after the other, and in which the device had nothing to do;
+"kernel", of each name the calls and milliseconds; "function", of the host's by the time that each
+takes itself, under Python's profiler, which makes all of them slower. Without a GPU there are no
+kernels, and the host's time has their work in it.
 
     python benchmarks/prefill_parts.py --preset 48b-a3b --tokens 4096 --quantize fp8 \\
         --record benchmarks/results/prefill_parts_h200.jsonl
@@ -24,7 +25,7 @@ import torch
 from common import ROOT, Recorder, make_parser, setting
 from measuring.device import synchronise
 from measuring.forms import NONE, quantization
-from measuring.models import build
+from measuring.models import build, new_cache
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--preset", default="2m", choices=PRESETS)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--quantize", default=NONE, metavar="FORM", help="of benchmark.py")
+    parser.add_argument("--by-layers", action="store_true", help="as calls without a graph")
     parser.add_argument("--most", type=int, default=40, help="lines of kernels, and of functions")
     parser.add_argument("--commit", help="in the lines, where git is not there to ask")
     args = parser.parse_args()
@@ -114,8 +116,11 @@ def main() -> None:
     model = build("ours", config, device=DEVICE, dtype=dtype, quantization=form).eval()
     ids = torch.randint(config.vocab_size, (1, args.tokens), device=DEVICE)
 
+    model.decode_backend = "eager" if args.by_layers else "auto"
+
     def call() -> Any:
-        return model(ids, use_cache=True, logits_to_keep=1)
+        cache = new_cache("ours", config, args.tokens, can_crop=False)
+        return model(ids, cache=cache, use_cache=True, logits_to_keep=1)
 
     for _ in range(WARM_UP):
         call()

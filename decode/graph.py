@@ -13,8 +13,8 @@ raises where model or call have an obstacle, "eager" never takes it. (Of several
 by layer
 
 - without a word, because they are no step: other arguments than ids, mask and cache, outputs that
-  arguments or the configuration ask of layers, more tokens, an empty cache, gradients, a compiler
-  at work (`try_decode`, `_is_step`);
+  arguments or the configuration ask of layers, more tokens, an empty cache (but for one row:
+  `prompts.py`), gradients, a compiler at work (`try_decode`, `_is_step`);
 - with one log line: what `obstacles.py` finds in the model and the call, hooks, kernels that cannot
   be built;
 - without a word, because this step cannot write in place: a padded new token; a cache of padded
@@ -37,6 +37,8 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from kimi_linear.cache.hybrid import prepare_cache
+from kimi_linear.cache.kda import KDALayerCache
+from kimi_linear.cache.latents import LatentLayerCache
 from kimi_linear.cache.pending import STEP_TOKENS
 from kimi_linear.cache.pool import TextPool
 from kimi_linear.decode.addresses import (
@@ -48,11 +50,13 @@ from kimi_linear.decode.addresses import (
     prepare,
 )
 from kimi_linear.decode.obstacles import Part, Snapshot, call_obstacle, examine_part, model_obstacle
+from kimi_linear.decode.prompts import MOST_TOKENS, RecordedPrompts
 from kimi_linear.decode.recording import Recording, StepKind
 from kimi_linear.decode.step import DecodeStep
 from kimi_linear.inputs.checks import check_columns, unless_all_real
-from kimi_linear.ops.runtime import TritonError, power_of_two, triton
+from kimi_linear.ops.runtime import TritonError, is_traced, power_of_two, triton
 from kimi_linear.parallel.own_part import has_divided_parameters
+from kimi_linear.upstream.interfaces import attention_backend
 
 logger = logging.get_logger(__name__)
 
@@ -125,6 +129,66 @@ def try_decode(model: nn.Module, inputs: dict[str, Any], others: dict[str, Any])
     return logits if logits is None else logits[:, -kept:]
 
 
+def try_prompt(model: nn.Module, inputs: dict[str, Any], others: dict[str, Any]) -> Tensor | None:
+    """Answer a text's first call by a recorded graph, see `prompts.py`; arguments and result as
+    those of `try_decode`. The cache takes the tokens in."""
+    input_ids, cache = inputs["input_ids"], inputs["cache"]
+    if not _is_prompt(model, input_ids, cache, {**inputs, **others}):
+        return None
+    cache = prepare_cache(cache, model.config)
+    decoder = _decoders.get(model) or _decoders.setdefault(model, _Decoder())
+    if not decoder.takes_prompt(model, input_ids.shape[1], cache):
+        return None
+    mask, positions = inputs["attention_mask"], inputs["position_ids"]
+    for given in (mask, positions):  # the layers say what is wrong with others
+        if given is not None and getattr(given, "shape", None) != input_ids.shape:
+            return None
+    begins = positions is not None and bool((positions.diff(dim=1) <= 0).any())
+    if begins or unless_all_real(mask) is not None:
+        return None
+    return decoder.read(model, input_ids, cache, others)
+
+
+def _is_prompt(model: Any, input_ids: Any, cache: Any, given: dict[str, Any]) -> bool:
+    """Whether a call has one row of ids, behind an empty cache of ours that cannot be cropped, and
+    asks for nothing but logits."""
+    if not isinstance(input_ids, Tensor) or cache is None or is_traced():
+        return False
+    if input_ids.ndim != 2 or len(input_ids) != 1 or input_ids.device != model.device:
+        return False
+    if not STEP_TOKENS < input_ids.shape[1] <= MOST_TOKENS or input_ids.is_floating_point():
+        return False
+    if given["use_cache"] is False or not _asks_for_logits(given):
+        return False
+    if model.training or torch.is_grad_enabled() or model.decode_backend not in ("auto", "graph"):
+        return False
+    if attention_backend(model.config) != "sdpa" or not model.model.planner.has_all_tokens:
+        return False
+    if any(getattr(model.config, name, False) for name in LAYER_OUTPUTS):
+        return False
+    if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    layers: list[Any] = getattr(cache, "layers", [])
+    return bool(layers) and all(map(_takes_prompt, layers))
+
+
+def _takes_prompt(layer: Any) -> bool:
+    if type(layer) not in (KDALayerCache, LatentLayerCache) or layer.num_tokens:
+        return False
+    is_left_out = layer.is_croppable if is_kda(layer) else layer.offload_latents
+    return not (is_left_out or layer.has_padding)
+
+
+def _asks_for_logits(given: dict[str, Any]) -> bool:
+    """Whether a call's arguments ask for nothing else, of its last tokens or of all."""
+    for name in given.keys() - STEP_ARGUMENTS:
+        x = given[name]
+        is_last_tokens = name == "logits_to_keep" and isinstance(x, int)
+        if x is not None and x is not False and not is_last_tokens:
+            return False
+    return True
+
+
 def _is_step(input_ids: Any, cache: Any, given: dict[str, Any]) -> bool:
     """Whether a call has a few token ids per row, behind a cache of ours that holds some, and asks
     for nothing but logits."""
@@ -132,11 +196,8 @@ def _is_step(input_ids: Any, cache: Any, given: dict[str, Any]) -> bool:
         return False
     if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= STEP_TOKENS or not len(input_ids):
         return False
-    for name in given.keys() - STEP_ARGUMENTS:
-        x = given[name]
-        is_last_tokens = name == "logits_to_keep" and isinstance(x, int)
-        if x is not None and x is not False and not is_last_tokens:
-            return False
+    if not _asks_for_logits(given):
+        return False
     layers = getattr(cache, "layers", None) or [None]
     return hasattr(layers[0], "step_tensors") and layers[0].num_tokens > 0
 
@@ -162,6 +223,7 @@ class _Decoder:
         self._part: Part | None = None  # of a divided model, once it was asked for
         self._obstacle = ""
         self._steps: OrderedDict[StepKind, Recording] = OrderedDict()
+        self._prompts = RecordedPrompts()
         self._tables: WeakKeyDictionary[Cache, AddressTable | None] = WeakKeyDictionary()
         self._pool_tables: WeakKeyDictionary[TextPool, PoolTable] = WeakKeyDictionary()
 
@@ -190,6 +252,7 @@ class _Decoder:
         before, self._snapshot = self._snapshot, Snapshot(model)
         if before is not None and before.recorded != self._snapshot.recorded:
             self._steps.clear()
+            self._prompts.clear()
         self._part, self._is_divided = None, has_divided_parameters(model)
         self._obstacle = "" if self._is_divided else model_obstacle(model)
         return self._snapshot
@@ -245,6 +308,22 @@ class _Decoder:
         for row in rows:
             pool.count(row, num_tokens)
         return logits[: len(rows)]
+
+    def takes_prompt(self, model: nn.Module, num_tokens: int, cache: Cache) -> bool:
+        """Whether a text of so many tokens may be read by a recording."""
+        with self._lock:
+            if not self._prompts.takes(model, num_tokens):
+                return False
+        return not (self.obstacle(model, 1, cache) or self._is_divided)
+
+    def read(
+        self, model: Any, input_ids: Tensor, cache: Any, others: dict[str, Any]
+    ) -> Tensor | None:
+        """Logits [1, T or `logits_to_keep`, vocab_size] of a text's first tokens; None: layer by
+        layer."""
+        with self._lock:
+            hidden = self._prompts.read(model, input_ids, cache)
+            return None if hidden is None else model.lm_head(hidden[:, -others["logits_to_keep"] :])
 
     def record_pool(self, model: nn.Module, pool: TextPool, num_rows: int) -> None:
         """Record the step of one token of so many of its texts."""

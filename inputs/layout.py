@@ -39,7 +39,7 @@ class SequenceLayout:
         num_places: B * T.
         order: [B, T] int64, each row's columns, real ones first; in place of `token_index` and
             `cu_seqlens` where a compiler traces the call, whose shapes cannot depend on values.
-        counts: [B] int64, real tokens of each row, with `order`.
+        counts: [B] int64, real tokens of each row, with `order`; alone, if each row has them first.
     """
 
     token_index: Tensor | None = None
@@ -54,7 +54,7 @@ class SequenceLayout:
     @property
     def is_plain(self) -> bool:
         """Whether each row is one sequence, all real."""
-        return self.cu_seqlens is None and self.order is None
+        return self.cu_seqlens is None and self.counts is None
 
     @property
     def is_packed(self) -> bool:
@@ -115,19 +115,19 @@ class SequenceLayout:
         return flat.reshape(batch_size, -1, *x.shape[2:])
 
     def is_behind(self, packed: Tensor) -> Tensor:
-        """[B, T] bool, of what `pack` returned with `order`: the padding behind the real tokens."""
+        """[B, T] bool, of what `pack` returned with `counts`: padding behind the real tokens."""
         assert self.counts is not None
         return torch.arange(packed.shape[1], device=packed.device) >= self.counts[:, None]
 
     def silenced(self, *raw: Tensor) -> tuple[Tensor, ...]:
         """Raw gates [B, T, ...] of KDA, as `pack` orders them, without effect at padding: no decay,
         and a beta of 0."""
-        if self.order is None:
+        if self.counts is None:
             return raw
         return tuple(x.masked_fill(_like(self.is_behind(x), x), SILENT) for x in raw)
 
     def last_inputs(self, x: Tensor, before: Tensor | None, count: int) -> Tensor:
-        """[B, D, count]: with `order`, the last real ones of `before` [B, D, count] (None: zeros)
+        """[B, D, count]: with `counts`, the last real ones of `before` [B, D, count] (None: zeros)
         and x [B, T, D]."""
         assert self.counts is not None
         x = x.transpose(1, 2)
@@ -140,7 +140,7 @@ class SequenceLayout:
         return {
             "cu_seqlens": self.cu_seqlens,
             "token_starts": lambda: self.token_starts,
-            "last_inputs": None if self.order is None else self.last_inputs,
+            "last_inputs": None if self.counts is None else self.last_inputs,
         }
 
     def initial_states(self, row_states: Tensor | None) -> Tensor | None:

@@ -26,6 +26,11 @@ def attention_backend(config: Any) -> str:
     return config._attn_implementation or ""
 
 
+def experts_backend(config: Any) -> str:
+    """What `experts_implementation` chose, alike."""
+    return getattr(config, "_experts_implementation", None) or ""
+
+
 def is_flash(config: Any) -> bool:
     """Whether that is one of Transformers' flash attentions."""
     return "flash" in attention_backend(config)
@@ -48,6 +53,7 @@ __all__ = [
     "can_return_tuple",
     "capture_outputs",
     "create_causal_mask",
+    "experts_backend",
     "init",
     "is_flash",
     "packed_sequence_mask_function",

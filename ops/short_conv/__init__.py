@@ -89,9 +89,11 @@ def convolved_projections(
     inputs = [read.through(projection) for projection in projections]
     taps = [convolution.weight for convolution in convolutions]
     state: Tensor | None
-    is_joint = last_inputs is None and has_kernels(*inputs, *taps)
+    is_joint = has_kernels(*inputs, *taps)
     if is_joint:
         outputs, state = convolve_three(inputs, taps, conv_state, head_dim, cu_seqlens)
+        if last_inputs is not None and output_state:
+            state = _states(last_inputs, inputs, taps, conv_state)
     else:
         outputs, state = _one_by_one(
             inputs, convolutions, conv_state, output_state, cu_seqlens, last_inputs
@@ -107,10 +109,19 @@ def _state_at(
     cut: int, inputs: Sequence[Tensor], taps: Sequence[Tensor], states: Tensor | None
 ) -> Tensor:
     """[B, 3, H * K, W - 1]: the last inputs of the three convolutions after `cut` tokens."""
+    return _states(convolution_state, [x[:, :cut] for x in inputs], taps, states)
+
+
+def _states(
+    last: Callable[[Tensor, Tensor | None, int], Tensor],
+    inputs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    states: Tensor | None,
+) -> Tensor:
+    """[B, 3, H * K, W - 1]: what `last` makes of each convolution's inputs and its old state."""
     before: Sequence[Tensor | None] = 3 * [None] if states is None else states.unbind(1)
     tails = [
-        convolution_state(x[:, :cut], old, tap.shape[2] - 1)
-        for x, old, tap in zip(inputs, before, taps, strict=True)
+        last(x, old, tap.shape[2] - 1) for x, old, tap in zip(inputs, before, taps, strict=True)
     ]
     return torch.stack(tails, dim=1)
 

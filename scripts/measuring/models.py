@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kimi_linear import KimiLinearCache, KimiLinearConfig, KimiLinearForCausalLM
+from kimi_linear.cache.kda import ROLLBACK_TOKENS
 from kimi_linear.configuration_quantization import KimiLinearQuantizationConfig
 from kimi_linear.ops.packed.weights import PackedWeights
 from kimi_linear.parallel.tensor import is_dtensor
@@ -148,11 +149,12 @@ def _to_empty(model: PreTrainedModel, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(buffer, device=device))
 
 
-def new_cache(kind: str, config: Any, reserve_tokens: int) -> Cache:
+def new_cache(kind: str, config: Any, reserve_tokens: int, *, can_crop: bool = True) -> Cache:
     """An empty cache: ours with room for so many tokens, as far as they are known beforehand."""
     if kind == "native":
         return DynamicCache(config=config)
-    return KimiLinearCache(config, reserve_tokens=reserve_tokens)
+    rollback_tokens = ROLLBACK_TOKENS if can_crop else 0
+    return KimiLinearCache(config, reserve_tokens=reserve_tokens, rollback_tokens=rollback_tokens)
 
 
 def _native_model(config: KimiLinearConfig, device: torch.device) -> PreTrainedModel:

@@ -10,6 +10,9 @@ from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import DynamicCache
 
 from kimi_linear.ops import short_conv
+from kimi_linear.ops.kda.recurrent import l2norm
+from kimi_linear.ops.runtime import is_traced
+from kimi_linear.ops.short_conv.convolution import short_convolution
 
 pytestmark = pytest.mark.core
 
@@ -146,14 +149,32 @@ def test_the_default_cache_is_a_dynamic_one(model):
 
 
 def test_kernels_do_not_read_padding_behind_the_real_tokens(monkeypatch):
-    """On a GPU without a graph of ours: their state would be that of the last columns."""
+    """On a GPU without a graph of ours: their state is that of the last columns, and not kept."""
+    taken = []
+
+    def is_taken(*tensors):
+        return len(tensors) == 6 and not is_traced()
+
+    def convolve(inputs, taps, state, head_dim, _):
+        before = 3 * [None] if state is None else state.unbind(1)
+        options = {"output_final_state": True, "backend": "torch"}
+        both = [
+            short_convolution(x, tap, initial_state=old, **options)
+            for x, tap, old in zip(inputs, taps, before, strict=True)
+        ]
+        taken.append(inputs[0].shape[1])
+        heads = [y.unflatten(-1, (-1, head_dim)) for y, _ in both]
+        normed = [*map(l2norm, heads[:2]), heads[2]]
+        return [y.flatten(-2) for y in normed], torch.stack([last for _, last in both], dim=1)
+
     own = tiny_model(**TWO_LAYERS)
     own.set_attn_implementation("eager")
     settings = {**COMMON, "attention_mask": torch.tensor(MASKS["left"])}
     expected = own.generate(IDS, **settings)
-    monkeypatch.setattr(short_conv, "has_kernels", lambda *tensors: len(tensors) == 6)
-    monkeypatch.setattr(short_conv, "convolve_three", lambda *args: pytest.fail("taken"))
+    monkeypatch.setattr(short_conv, "has_kernels", is_taken)
+    monkeypatch.setattr(short_conv, "convolve_three", convolve)
     assert own.generate(IDS, **settings, **static()).tolist() == expected.tolist()
+    assert taken
 
 
 def rows_of(cache, how):
