@@ -235,10 +235,11 @@ class _Decoder:
             return self.failure
         with self._lock:
             snapshot = self._snapshot
-            # a cache seen for the first time: look at the model, even if the snapshot is current
-            if snapshot is None or cache not in self._tables or not snapshot.is_current(model):
+            # a cache seen for the first time: look closely
+            look = Snapshot.is_current if cache in self._tables else Snapshot.is_same
+            if snapshot is None or not look(snapshot, model):
                 snapshot = self._examine(model)
-                self._tables.setdefault(cache, None)
+            self._tables.setdefault(cache, None)
             if self._is_divided and model.decode_backend == "auto":
                 return "several processes have the model, which decode_backend='graph' records"
             if self._is_divided and self._part is None and not self._obstacle:

@@ -26,15 +26,15 @@ address = methodcaller("data_ptr")
 
 
 class Snapshot:
-    """What a recording contains of a model. Checking whether it is current takes 60 us of
-    host time for the 48B model; walking the modules takes 2 ms.
+    """What a recording contains of a model. Checking whether it is current takes 60 us of host
+    time for the 48B model, whether all of it is the same 1 ms; to look for obstacles takes 10 ms.
 
     Attributes:
         recorded: Addresses of parameters and buffers, and the configuration's constants.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        fields = [vars(module) for module in model.modules()]
+        self._fields = fields = [vars(module) for module in model.modules()]
         places = [
             (own[kind], name)
             for own in fields
@@ -50,6 +50,7 @@ class Snapshot:
         # the values of all these dicts; they never include the model itself
         self._modules = gc.get_referents(*self._families)
         self.recorded = self._look(model)
+        self._kinds = self._look_closely()
 
     @property
     def has_hooks(self) -> bool:
@@ -65,6 +66,20 @@ class Snapshot:
             )
         except (KeyError, AttributeError):  # a tensor was taken out, or is not divided any more
             return False
+
+    def is_same(self, model: nn.Module) -> bool:
+        """Whether the model is current, and its modules and tensors are of the same kinds: the
+        obstacles are those that were found before."""
+        return self.is_current(model) and self._look_closely() == self._kinds
+
+    def _look_closely(self) -> list[Any]:
+        tensors: list[Any] = list(map(getitem, self._holders, self._names))
+        numbers = [
+            (len(own["_parameters"]), len(own["_buffers"]), "forward" in own)
+            for own in self._fields
+        ]
+        kinds = [(type(x), x.dtype, x.device, x.stride()) for x in tensors]
+        return [*map(type, self._modules), *numbers, *kinds]
 
     def _look(self, model: nn.Module) -> list[Any]:
         config = vars(model.config)  # its `getattr` takes ten times as long

@@ -31,6 +31,7 @@ from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.plan import ForwardPlan
 from kimi_linear.ops.experts.prefill import can_prefill
+from kimi_linear.ops.packed.library import block_scales
 from kimi_linear.ops.runtime import TritonError, ceil_div, power_of_two
 from kimi_linear.upstream.interfaces import experts_backend
 
@@ -95,6 +96,8 @@ class RecordedPrompt:
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     self._record(pool)
+        # what their scales were copied to is brought up to date before each replay
+        self.scaled = [x for x in model.parameters() if hasattr(x, "block_scales")]
 
     def _run(self) -> None:
         x = self.backbone.embed_tokens(self.ids)
@@ -129,6 +132,8 @@ class RecordedPrompt:
         """Read a text [1, T] into an empty cache: the hidden states [1, T, D], in memory that the
         next one overwrites."""
         num_tokens = input_ids.shape[1]
+        for each in self.scaled:
+            block_scales(each)
         self.ids[:, :num_tokens] = input_ids
         self.counts.fill_(num_tokens)
         if self._graph is None:

@@ -130,10 +130,15 @@ class SequenceLayout:
         """[B, D, count]: with `counts`, the last real ones of `before` [B, D, count] (None: zeros)
         and x [B, T, D]."""
         assert self.counts is not None
-        x = x.transpose(1, 2)
-        before = x.new_zeros(*x.shape[:2], count) if before is None else before.to(x.dtype)
-        places = self.counts[:, None, None] + torch.arange(count, device=x.device)
-        return torch.cat([before, x], dim=2).gather(2, places.expand(-1, x.shape[1], -1))
+        width = x.shape[2]
+        places = self.counts[:, None] + torch.arange(-count, 0, device=x.device)  # in x, or before
+        of_x = places.clamp(min=0)[..., None].expand(-1, -1, width)
+        found = x.gather(1, of_x).transpose(1, 2)
+        older: Tensor | int = 0
+        if before is not None:
+            of_before = (places + count).clamp(max=count - 1)[:, None].expand(-1, width, -1)
+            older = before.to(x.dtype).gather(2, of_before)
+        return torch.where((places < 0)[:, None], older, found)
 
     def conv_boundaries(self) -> dict[str, Any]:
         """What `ops/short_conv` is told of padding and packing."""

@@ -170,6 +170,27 @@ def test_a_recording_ends_with_its_weights(device):
     assert not snapshot.is_current(model)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.lm_head, "forward", model.lm_head.forward),
+        lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.zeros(1))),
+        lambda model: setattr(model.lm_head, "__class__", type("Other", (nn.Linear,), {})),
+        lambda model: model.model.norm.register_buffer("more", torch.zeros(1)),
+        lambda model: setattr(
+            model.model.embed_tokens.weight, "data", model.model.embed_tokens.weight.data.t()
+        ),
+    ],
+    ids=["forward", "bias", "class", "buffer", "stride"],
+)
+def test_what_a_new_cache_makes_it_notice(change, device):
+    model = packed_model(device, WAYS["plain, 8 bits"])
+    snapshot = Snapshot(model)
+    assert snapshot.is_same(model)
+    change(model)
+    assert snapshot.is_current(model) and not snapshot.is_same(model)
+
+
 @torch.no_grad()
 def test_caches_of_packed_models_take_turns_with_the_graph(device):
     model = packed_model(device, WAYS["float8"])

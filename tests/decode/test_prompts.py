@@ -10,6 +10,8 @@ from packed_models import every_part
 from kimi_linear import KimiLinearCache
 from kimi_linear.decode import graph, prompts
 from kimi_linear.decode.prompts import RecordedPrompt, recorded_tokens
+from kimi_linear.ops.packed.float8 import architecture
+from kimi_linear.ops.packed.library import has_block_products
 from kimi_linear.ops.runtime import TritonError
 from kimi_linear.quantization.packing import pack_rest
 from kimi_linear.schemes import Scheme
@@ -279,6 +281,26 @@ def test_packed_weights(schemes, sizes):
     for _ in range(3):
         compare(model, ids, read(model, ids)[0])
     assert sizes == [320]
+
+
+@pytest.mark.gpu
+def test_scales_that_were_written_to(sizes):
+    if not has_block_products(architecture(torch.device("cuda"))):
+        pytest.skip("this torch or GPU has no products of blocks")
+    widths = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128}
+    model = decode_model("cuda", **widths, num_shared_experts=2)
+    blocks = Scheme(8, 128, is_float=True, rows=128, activation_scheme="dynamic")
+    pack_rest(model, every_part(blocks, blocks))
+    ids = token_ids(1, 2048).cuda()
+    for _ in range(3):
+        before = read(model, ids)[0]
+    scaled = [x for x in model.parameters() if hasattr(x, "block_scales")]
+    assert scaled and sizes == [2048]
+    for each in scaled:
+        each.scale.mul_(0.5)
+    own, _ = read(model, ids)
+    compare(model, ids, own)
+    assert sizes == [2048] and (own - before).abs().max() > 0.1 * before.abs().max()
 
 
 @pytest.mark.gpu
