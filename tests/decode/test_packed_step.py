@@ -174,14 +174,14 @@ def test_a_recording_ends_with_its_weights(device):
     "change",
     [
         lambda model: setattr(model.lm_head, "forward", model.lm_head.forward),
-        lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.zeros(1))),
+        lambda model: model.lm_head.register_parameter("more", nn.Parameter(torch.zeros(1))),
         lambda model: setattr(model.lm_head, "__class__", type("Other", (nn.Linear,), {})),
         lambda model: model.model.norm.register_buffer("more", torch.zeros(1)),
         lambda model: setattr(
             model.model.embed_tokens.weight, "data", model.model.embed_tokens.weight.data.t()
         ),
     ],
-    ids=["forward", "bias", "class", "buffer", "stride"],
+    ids=["forward", "parameter", "class", "buffer", "stride"],
 )
 def test_what_a_new_cache_makes_it_notice(change, device):
     model = packed_model(device, WAYS["plain, 8 bits"])
