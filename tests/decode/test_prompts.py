@@ -10,6 +10,7 @@ from packed_models import every_part
 from kimi_linear import KimiLinearCache
 from kimi_linear.decode import graph, prompts
 from kimi_linear.decode.prompts import RecordedPrompt, recorded_tokens
+from kimi_linear.ops import projections
 from kimi_linear.ops.packed.float8 import architecture
 from kimi_linear.ops.packed.library import has_block_products
 from kimi_linear.ops.runtime import TritonError
@@ -284,9 +285,10 @@ def test_packed_weights(schemes, sizes):
 
 
 @pytest.mark.gpu
-def test_scales_that_were_written_to(sizes):
+def test_scales_that_were_written_to(sizes, monkeypatch):
     if not has_block_products(architecture(torch.device("cuda"))):
         pytest.skip("this torch or GPU has no products of blocks")
+    monkeypatch.setattr(projections, "LIBRARY_SIZE", 128)
     widths = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128}
     model = decode_model("cuda", **widths, num_shared_experts=2)
     blocks = Scheme(8, 128, is_float=True, rows=128, activation_scheme="dynamic")
