@@ -2,9 +2,10 @@
 the largest one beside them is 32,512, as a high and a low half of 8 bits.
 
 `fixed_product_kernels.py` multiplies by them, and says why they are written more than once:
-`halves` has them in their order, for weights of 3 bits; `columns` as four runs of 32 inputs lie
-side by side in a tile of 128 bytes (`ops/packed/codes.py`), each run in columns of its own, which
-are 0 in the places of the other three. Nothing is ever written there. `wide_columns` are the same
+`halves`, for weights of 3 bits, has the first and the second 128 inputs of a block of 256 in the
+lower and upper bytes of its words; `columns` has four runs of 32 inputs as they lie side by side in
+a tile of 128 bytes (`ops/packed/codes.py`), each run in columns of its own, which are 0 in the
+places of the other three. Nothing is ever written there. `wide_columns` are the same
 numbers in float16, unhalved, for weights in float8. What no weight wants is None.
 
 Shapes: B rows (one token each), T of them at once, D hidden size, P inputs in whole blocks of 256,
@@ -59,7 +60,8 @@ def store_fixed_point(
             column = (row * 8 + half)[None, :] * P + (2 * P * run + place)[:, None]
             tl.store(columns + column, value, mask=inside)
         if halves is not None:
-            tl.store(halves + (row * 2 + half)[None, :] * P + d[:, None], value, mask=inside)
+            own = d // 256 * 256 + d % 128 * 2 + d % 256 // 128
+            tl.store(halves + (row * 2 + half)[None, :] * P + own[:, None], value, mask=inside)
     is_first = (d % 32 == 0)[:, None] & inside
     target = unit + row[None, :] * (P // 32) + (d // 32)[:, None]
     tl.store(target, tl.broadcast_to(size[None, :], x.shape), mask=is_first)

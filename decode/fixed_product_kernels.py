@@ -7,8 +7,9 @@ float16, and so are their inputs.
 
 A tile of 128 bytes holds four runs of 32 inputs side by side (`ops/packed/codes.py`). Each run has
 columns of its own, since its scale may be its own: a token takes eight columns, a high and a low
-half by run, as many as the tensor cores multiply at once; of float8, four. Bytes of 3 bits hold
-more runs, which are taken apart into tiles of their own.
+half by run, as many as the tensor cores multiply at once; of float8, four. Words of 3 bits hold
+all eight runs of a block, which are taken apart into tiles of their own; their inputs come in words
+too, of the first four runs and the others.
 
 Values of 3 and 4 bits stand in the upper bits of a byte: they are 32 and 16 times what they mean.
 
@@ -49,6 +50,7 @@ EIGHTS = constant("xor.b32 $0, $1, 0x80808080;")
 FOURS = constant(
     f"{{ .reg .b32 t; shl.b32 t, $2, 4; lop3.b32 $0, t, {_FOUR} lop3.b32 $1, $2, {_FOUR} }}"
 )
+BYTES = constant("prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;")
 THREES = constant(_threes_asm())
 THREES_OUT = constant("=r,=r,=r,=r,=r,=r,=r,=r,r,r,r")
 
@@ -65,31 +67,38 @@ def _run_of(M: tl.constexpr, FORM: tl.constexpr):
     return tl.arange(0, M) % 4 if FORM[2] else tl.arange(0, M) % 8 // 2
 
 
-@constexpr_function
-def _is_shared(group):
-    """Whether all four runs of a tile share a scale; 0: a row does."""
-    return group % 128 == 0
-
-
 @jit
 def _factors(
     scale,  # pointers [V] to the first groups' words of scales
     unit,  # pointers [M] to the first runs' units
-    tile,  # of 128 inputs
+    block,
     stride,  # from one word of a row to the next
     M: tl.constexpr,
     K: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """What a tile's sums are multiplied by: float32 [V, M], in units of x."""
-    units = tl.load(unit + tile * 4 + _run_of(M, FORM))[None, :]
-    return _of_groups(scale, tile, stride, FORM[4], M, K, FORM).to(tl.float32) * units
+    """What both tiles' sums are multiplied by, in units of x: float32 [V, M] each."""
+    found = ()
+    for i in tl.static_range(2):
+        tile = block * 2 + i
+        units = tl.load(unit + tile * 4 + _run_of(M, FORM))[None, :]
+        numbers = _of_groups(scale, tile, stride, FORM[4], M, K, FORM)
+        found = found + (numbers.to(tl.float32) * units,)
+    return found
+
+
+@jit
+def _halves_of(numbers, word, stride, dtype: tl.constexpr, GROUPS: tl.constexpr):
+    """Scales or zeros of the two groups in a word: [V, 1] each."""
+    both = tl.load(numbers + tl.minimum(word, (GROUPS - 1) // 2) * stride)
+    one, two = (both & 0xFFFF).to(tl.int16), (both >> 16).to(tl.int16)
+    return one.to(dtype, bitcast=True)[:, None], two.to(dtype, bitcast=True)[:, None]
 
 
 @jit
 def _of_groups(
     numbers,  # pointers [V] to the first groups' words
-    tile,  # of 128 inputs
+    tile,
     stride,  # from one word of a row to the next
     dtype: tl.constexpr,
     M: tl.constexpr,
@@ -97,16 +106,27 @@ def _of_groups(
     FORM: tl.constexpr,
 ):
     """Scales or zeros of a tile's runs: [V, M], or [V, 1] where all share one."""
-    numbers = numbers.to(tl.pointer_type(dtype), bitcast=True)
     GROUP: tl.constexpr = K if FORM[1] == 0 else FORM[1]
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     PER_WORD: tl.constexpr = 1 if tl.float32 == dtype else 2
-    if _is_shared(FORM[1]):
+    run = _run_of(M, FORM)
+    if FORM[1] % 128 == 0:  # all runs of a tile; 0: of a row
+        numbers = numbers.to(tl.pointer_type(dtype), bitcast=True)
         group = tl.minimum(tile * 128 // GROUP, GROUPS - 1)
         place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
         return tl.load(numbers + place)[:, None]
+    elif PER_WORD == 2 and 64 % GROUP == 0:
+        # whole words, whose rows are those of the products: nothing moves between threads
+        one, two = _halves_of(numbers, tile * (64 // GROUP), stride, dtype, GROUPS)
+        if GROUP == 64:
+            return tl.where((run < 2)[None, :], one, two)
+        else:
+            three, four = _halves_of(numbers, tile * 2 + 1, stride, dtype, GROUPS)
+            one = tl.where((run == 0)[None, :], one, two)
+            return tl.where((run < 2)[None, :], one, tl.where((run == 2)[None, :], three, four))
     else:
-        group = tl.minimum((tile * 4 + _run_of(M, FORM)) * 32 // GROUP, GROUPS - 1)
+        numbers = numbers.to(tl.pointer_type(dtype), bitcast=True)
+        group = tl.minimum((tile * 4 + run) * 32 // GROUP, GROUPS - 1)
         place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
         return tl.load(numbers[:, None] + place[None, :])
 
@@ -118,10 +138,17 @@ def _column_tile(columns, first):
 
 
 @jit
-def _runs_tile(halves, first, M: tl.constexpr, FORM: tl.constexpr):
-    """int8 [32, M]: four runs side by side, from pointers [M] to halves."""
-    start = first + _run_of(M, FORM) * 32
-    return tl.load((halves + start)[None, :] + tl.arange(0, 32)[:, None])
+def _run_tiles(halves, block, M: tl.constexpr, FORM: tl.constexpr):
+    """int8 [32, M] twice: runs of both tiles side by side, from pointers [M] to halves, whose words
+    have both."""
+    halves = halves.to(tl.pointer_type(tl.int16), bitcast=True) + block * 128
+    words = tl.load((halves + _run_of(M, FORM) * 32)[None, :] + tl.arange(0, 32)[:, None])
+    if FORM[6]:
+        return tl.inline_asm_elementwise(
+            BYTES, "=r,=r,r,r", [words], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        return words.to(tl.int8), (words >> 8).to(tl.int8)
 
 
 @jit
@@ -238,55 +265,60 @@ def _block_codes(
 @jit
 def _block_inputs(columns, halves, block, M: tl.constexpr, FORM: tl.constexpr):
     """Columns of both tiles of a block: [128, M], or of 3 bits [32, M]."""
-    first, second = block * 256, block * 256 + 128
     if FORM[0] == 3:
-        return _runs_tile(halves, first, M, FORM), _runs_tile(halves, second, M, FORM)
+        return _run_tiles(halves, block, M, FORM)
     else:
-        return _column_tile(columns, first), _column_tile(columns, second)
+        return _column_tile(columns, block * 256), _column_tile(columns, block * 256 + 128)
 
 
 @jit
-def _block_sums(
+def _block_sum(
     codes,  # of `_block_codes`
     inputs,  # of `_block_inputs`
-    zeros,  # a pair of [V, M] for both tiles, with HAS_ZERO
+    zeros,  # of `_zeros`
+    factors,  # of `_factors`
     M: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """float32 [V, M] twice: products of both tiles of a block, by run."""
+    """float32 [V, M]: products of a block, by columns."""
     HAS_ZERO: tl.constexpr = FORM[3]
-    x, y = inputs
     if FORM[0] == 3:
         found = _upper_threes(codes[0], codes[1], FORM[6])
-        one = _sums_by_run(found[:4], x, HAS_ZERO, M, FORM)
-        two = _sums_by_run(found[4:], y, HAS_ZERO, M, FORM)
+        one = _sums_by_run(found[:4], inputs[0], HAS_ZERO, M, FORM)
+        two = _sums_by_run(found[4:], inputs[1], HAS_ZERO, M, FORM)
     elif FORM[2]:
-        one, two = tl.dot(codes[0].to(tl.float16), x), tl.dot(codes[1].to(tl.float16), y)
+        one = tl.dot(codes[0].to(tl.float16), inputs[0])
+        two = tl.dot(codes[1].to(tl.float16), inputs[1])
         one, two = (one, one), (two, two)
     else:
         if FORM[0] == 4:
             a, b = _upper_fours(codes[0], FORM[6])
         else:
             a, b = _signed_bytes(codes[0], FORM[6]), _signed_bytes(codes[1], FORM[6])
-        one, two = _sums(a, x, HAS_ZERO), _sums(b, y, HAS_ZERO)
-    return _less_zeros(one, zeros[0], HAS_ZERO), _less_zeros(two, zeros[1], HAS_ZERO)
+        one, two = _sums(a, inputs[0], HAS_ZERO), _sums(b, inputs[1], HAS_ZERO)
+    one = _less_zeros(one, zeros[0], HAS_ZERO) * factors[0]
+    return one + _less_zeros(two, zeros[1], HAS_ZERO) * factors[1]
 
 
 @jit
 def _zeros(
     zero,  # pointers [V] to the first groups' words of zeros
-    tile,
+    block,
     stride,
     M: tl.constexpr,
     K: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Zeros of a tile, in units of values: float32 [V, M] or [V, 1]; without zeros nothing."""
+    """Zeros of both tiles of a block, in units of values: float32 [V, M] or [V, 1]; without zeros
+    nothing."""
     if FORM[3]:
-        found = _of_groups(zero, tile, stride, tl.int16, M, K, FORM).to(tl.float32)
-        return (found - (1 << (FORM[0] - 1))) * _unit_of(FORM[0])
+        found = ()
+        for i in tl.static_range(2):
+            each = _of_groups(zero, block * 2 + i, stride, tl.int16, M, K, FORM).to(tl.float32)
+            found = found + ((each - (1 << (FORM[0] - 1))) * _unit_of(FORM[0]),)
+        return found
     else:
-        return 0.0
+        return 0.0, 0.0
 
 
 @constexpr_function
@@ -346,35 +378,23 @@ def fixed_product(
     inputs = ()
     for i in tl.static_range(EARLY):
         block = tl.minimum(first + i, BLOCKS - 1)
-        inputs = inputs + (
-            (
-                _block_inputs(columns, halves, block, M, FORM),
-                _factors(scale, unit, block * 2, stride, M, K, FORM),
-                _factors(scale, unit, block * 2 + 1, stride, M, K, FORM),
-                _zeros(zero, block * 2, stride, M, K, FORM),
-                _zeros(zero, block * 2 + 1, stride, M, K, FORM),
-            ),
-        )
-    # a block ahead: what is no operand of a product is not loaded ahead by the compiler
-    tile = tl.minimum(first + EARLY, BLOCKS - 1) * 2
-    next_one = _factors(scale, unit, tile, stride, M, K, FORM)
-    next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
-    for block in range(first + EARLY, stop):
-        tile = block * 2
-        zeros = (
-            _zeros(zero, tile, stride, M, K, FORM),
-            _zeros(zero, tile + 1, stride, M, K, FORM),
-        )
         own = _block_inputs(columns, halves, block, M, FORM)
-        one, two = _block_sums(_block_codes(weights, block, True, FORM), own, zeros, M, FORM)
-        total += one * next_one + two * next_two
-        tile = tl.minimum(block + 1, BLOCKS - 1) * 2
-        next_one = _factors(scale, unit, tile, stride, M, K, FORM)
-        next_two = _factors(scale, unit, tile + 1, stride, M, K, FORM)
+        zeros = _zeros(zero, block, stride, M, K, FORM)
+        inputs = inputs + ((own, zeros, _factors(scale, unit, block, stride, M, K, FORM)),)
+    # a block ahead: what is no operand of a product is not loaded ahead by the compiler
+    block = tl.minimum(first + EARLY, BLOCKS - 1)
+    factors = _factors(scale, unit, block, stride, M, K, FORM)
+    for block in range(first + EARLY, stop):
+        zeros = _zeros(zero, block, stride, M, K, FORM)
+        own = _block_inputs(columns, halves, block, M, FORM)
+        codes = _block_codes(weights, block, True, FORM)
+        total += _block_sum(codes, own, zeros, factors, M, FORM)
+        later = tl.minimum(block + 1, BLOCKS - 1)
+        factors = _factors(scale, unit, later, stride, M, K, FORM)
     for i in tl.static_range(EARLY):
         own = inputs[i]
-        one, two = _block_sums(early[i], own[0], (own[3], own[4]), M, FORM)
-        total += tl.where(first + i < stop, one * own[1] + two * own[2], 0.0)
+        part = _block_sum(early[i], own[0], own[1], own[2], M, FORM)
+        total += tl.where(first + i < stop, part, 0.0)
     if FORM[2]:
         total = tl.where((c < 4 * T)[None, :], total, 0.0)
     else:

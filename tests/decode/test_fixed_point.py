@@ -59,7 +59,8 @@ def written(x, weight=None, schemes=EVERY):
 def numbers_of(fixed, size):
     """float64 [B, size]: what the halves say."""
     _, _, halves, unit = fixed.parts
-    high, low = halves.double().unbind(1)
+    in_order = halves.unflatten(2, (-1, 128, 2)).transpose(3, 4).flatten(2)
+    high, low = in_order.double().unbind(1)
     return ((256 * high + low) * unit.double().repeat_interleave(RUN, dim=1))[:, :size]
 
 
