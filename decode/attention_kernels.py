@@ -63,10 +63,11 @@ def kda_kernel(
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """The delta rule, a block of a head's values by program."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """The delta rule, a block of a head's values by program; those of a state come in turn, so that
+    memory is read and written row by row."""
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, K)
-    value = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel, value_channel = head * K + i, head * K + value
     inner: tl.constexpr = H * K
     x += row * x_stride
@@ -141,7 +142,7 @@ def kda_out_kernel(
     IS_LINKED: tl.constexpr,
 ):
     """Gated norm of a head, and its channels' step of the convolutions' states."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
     i, j = tl.arange(0, K), tl.arange(0, TAPS)
     channel = head * K + i
     inner: tl.constexpr = H * K

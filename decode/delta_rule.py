@@ -58,7 +58,7 @@ class OneToken:
         sizes = {"H": H, "K": K, "WIDTH": width}
         sizes |= {"HAS_GATES": gates is not None, "num_warps": self._warps(K), **self.options}
         both = projected, projected if gates is None else gates
-        rule[(self.num_sequences, H, K // block)](
+        rule[(K // block, H, self.num_sequences)](
             *both,
             *_weights(a),
             table,
@@ -70,7 +70,7 @@ class OneToken:
             **self._places(width),
             **sizes,
         )
-        gated_norm[(out.shape[0], H)](
+        gated_norm[(H, out.shape[0])](
             *both,
             a.g_b_proj.weight,
             a.o_norm.weight,

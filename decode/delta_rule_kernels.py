@@ -94,10 +94,10 @@ def delta_rule_kernel(
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """The delta rule, a block of a head's values by program."""
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """The delta rule, a block of a head's values by program, as in `kda_kernel`."""
+    sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     i, token = tl.arange(0, K), tl.arange(0, TOKENS)
-    value = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel, value_channel = head * K + i, head * K + value
     inner: tl.constexpr = H * K
     first = sequence * num_tokens
@@ -171,7 +171,7 @@ def delta_rule_kernel(
         if is_noted:
             update = noted + ((cached + t) & (capacity - 1)) * 3 * inner
             tl.store(update + 2 * inner + value_channel, correction)
-            if tl.program_id(2) == 0:
+            if tl.program_id(0) == 0:
                 tl.store(update + channel, decay_t)
                 tl.store(update + inner + channel, k_t)
     if not is_noted:
@@ -220,7 +220,7 @@ def delta_rule_out_kernel(
 ):
     """Gated norm of a head of a row. Inputs that are pending are written down; the first row of a
     sequence moves the convolutions' states to where the recurrent state is now."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
     i, j = tl.arange(0, K), tl.arange(0, TAPS)
     channel = head * K + i
     inner: tl.constexpr = H * K
