@@ -24,21 +24,22 @@ PREFIX, PREFIX_TOKENS, PREFIX_STRIDE, TAIL, TAIL_STRIDE, *_ = table_columns(Late
 
 # ---------------------------------------------------------------------------- Kimi Delta Attention
 @jit
-def _window(state, taps, channel, WIDTH: tl.constexpr, TAPS: tl.constexpr):
-    """Cached inputs and taps of the channels, [D, TAPS] each, the newest tap [D] apart."""
-    j = tl.arange(0, TAPS)
-    there = (j < WIDTH - 1)[None, :]
-    place = state + channel[:, None] * (WIDTH - 1) + j[None, :]
-    past = tl.load(place, mask=there, other=0.0).to(tl.float32)
-    tap = tl.load(taps + channel[:, None] * WIDTH + j[None, :], mask=there, other=0.0)
-    newest = tl.load(taps + channel * WIDTH + WIDTH - 1).to(tl.float32)
-    return past * tap.to(tl.float32), newest
+def _earlier(state, taps, channel, WIDTH: tl.constexpr):
+    """What cached inputs add to the convolution of channels [D], and its newest tap [D].
+
+    Tap by tap: in tiles [D, W] the compiler would lay out the state of the rule as it does those.
+    """
+    y = tl.zeros(channel.shape, tl.float32)
+    for j in tl.static_range(WIDTH - 1):
+        x = tl.load(state + channel * (WIDTH - 1) + j).to(tl.float32)
+        y += x * tl.load(taps + channel * WIDTH + j).to(tl.float32)
+    return y, tl.load(taps + channel * WIDTH + WIDTH - 1).to(tl.float32)
 
 
 @jit
-def _convolved(past, newest, new):
+def _convolved(earlier, newest, new):
     """SiLU of the convolution."""
-    y = tl.sum(past, axis=1) + newest * new.to(tl.float32)
+    y = earlier + newest * new.to(tl.float32)
     return y * tl.sigmoid(y)
 
 
@@ -58,7 +59,6 @@ def kda_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,  # WIDTH - 1, or more, a power of two
     BLOCK: tl.constexpr,  # columns of the state of a program
     HAS_GATES: tl.constexpr,
     IS_LINKED: tl.constexpr,
@@ -77,11 +77,11 @@ def kda_kernel(
     state_KV = tl.load(place)
     conv = pointer_to(tl.load(table + CONV_STATE), x) + row * 3 * inner * (WIDTH - 1)
     past: tl.constexpr = inner * (WIDTH - 1)
-    q_past, q_tap = _window(conv, q_taps, channel, WIDTH, TAPS)
-    k_past, k_tap = _window(conv + past, k_taps, channel, WIDTH, TAPS)
-    v_past, v_tap = _window(conv + 2 * past, v_taps, value_channel, WIDTH, TAPS)
-    if not HAS_GATES:
-        f_w = tl.load(f_b + channel[:, None] * K + i[None, :])
+    q_past, q_tap = _earlier(conv, q_taps, channel, WIDTH)
+    k_past, k_tap = _earlier(conv + past, k_taps, channel, WIDTH)
+    v_past, v_tap = _earlier(conv + 2 * past, v_taps, value_channel, WIDTH)
+    if not HAS_GATES:  # summed by columns: by rows, the state would be laid out as this tile is
+        f_w = tl.load(f_b + channel[None, :] * K + i[:, None])
     A = tl.exp(tl.load(A_log + head))
     bias = tl.load(dt_bias + channel)
     wait(IS_LINKED)
@@ -92,7 +92,7 @@ def kda_kernel(
         f = tl.load(gates + row * 2 * inner + channel).to(tl.float32)
     else:
         f_a = tl.load(x + 3 * inner + i).to(tl.float32)
-        f = tl.sum(f_w.to(tl.float32) * f_a[None, :], axis=1)
+        f = tl.sum(f_w.to(tl.float32) * f_a[:, None], axis=0)
     f += bias
     softplus = tl.maximum(f, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(f)))
     decay = tl.exp(-A * softplus)
@@ -338,8 +338,8 @@ def mix_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s, m, g = tl.arange(0, PLACES), tl.arange(0, L), tl.arange(0, GROUP)
     v = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    if HAS_VALUES:
-        weights = tl.load(kv_b + (head * (N + V) + N + v[:, None]) * L + m[None, :])
+    if HAS_VALUES:  # by columns, as in `kda_kernel`
+        weights = tl.load(kv_b + (head * (N + V) + N + v[None, :]) * L + m[:, None])
     wait(IS_LINKED)
     share = weight + row * SPLITS * 2 * H + head
     top = tl.load(share + s * 2 * H, mask=s < SPLITS, other=-1e30)
@@ -358,7 +358,7 @@ def mix_kernel(
         latent += tl.sum(part * tl.exp2(own_top - top_of_all)[:, None], axis=0)
     latent = latent / tl.maximum(whole, 1e-30)
     if HAS_VALUES:
-        y = tl.sum(weights.to(tl.float32) * latent[None, :], axis=1)
+        y = tl.sum(weights.to(tl.float32) * latent[:, None], axis=0)
         tl.store(out + row * out_stride + head * V + v, y)
         if FIXED > 0:
             fixed = (columns, wide_columns, halves, unit)

@@ -67,7 +67,7 @@ class OneToken:
             projected.stride(0),
             *tokens,
             BLOCK=block,
-            **self._places(width),
+            **self._places(),
             **sizes,
         )
         gated_norm[(H, out.shape[0])](
@@ -96,9 +96,9 @@ class OneToken:
         """What only kernels of several tokens take: counters, and the number of tokens."""
         return (), ()
 
-    def _places(self, width: int) -> dict[str, int]:
-        """What the rule loads at once: cached inputs of a convolution, or tokens."""
-        return {"TAPS": power_of_two(width - 1)}
+    def _places(self) -> dict[str, int]:
+        """What the rule of several tokens loads at once."""
+        return {}
 
     def _warps(self, head_size: int) -> int:
         return self.num_warps if head_size >= 128 else 4
@@ -123,7 +123,7 @@ class SeveralTokens(OneToken):
     def _of_several(self, counters: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return (counters,), (self.num_tokens,)
 
-    def _places(self, width: int) -> dict[str, int]:
+    def _places(self) -> dict[str, int]:
         return {"TOKENS": power_of_two(self.num_tokens)}
 
 

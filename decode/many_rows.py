@@ -15,7 +15,8 @@ from kimi_linear.decode.expert_kernels import group_kernel, grouped_in_kernel, g
 from kimi_linear.decode.few_rows import VectorProjection
 from kimi_linear.decode.projection_kernels import add_norm_kernel, project_many_kernel
 from kimi_linear.decode.step import DecodeStep, linked, weight_tiles
-from kimi_linear.ops.runtime import power_of_two
+from kimi_linear.ops.chip import has_large_memory
+from kimi_linear.ops.runtime import ceil_div, power_of_two
 
 # rows up to which several weights are applied in one launch; beyond, cuBLAS takes one by one
 SOME_ROWS = 64
@@ -24,9 +25,9 @@ OWN_GATES_ROWS = 8
 # rows up to which a router is read row by row, and up to which one launch takes it, which unlike
 # cuBLAS's is linked; outputs of a program of that
 ROUTER_VECTOR_ROWS, ROUTER_ROWS, ROUTER_BLOCK = 8, 64, 16
-# rows and columns of a tile of experts' weights
-GROUPED_IN_BLOCK, GROUPED_IN_STEP = 32, 128
-GROUPED_OUT_BLOCK, GROUPED_OUT_STEP = 128, 64
+# outputs and inputs of a tile of experts' weights, of both products: with the shared memory of
+# Hopper, and with that of others
+LARGE_TILES, SMALL_TILES = ((64, 128), (128, 128)), ((32, 128), (128, 64))
 # of the norm between two branches
 NORM_WARPS = 16
 
@@ -281,19 +282,21 @@ class ManyRowsStep(DecodeStep):
             **linked(self.is_linked),
         }
         most = min(E, pairs)  # experts that can be chosen
-        grouped_in_kernel[(-(-width // GROUPED_IN_BLOCK), most)](
+        tiles = LARGE_TILES if has_large_memory(self.device) else SMALL_TILES
+        (in_block, in_step), (out_block, out_step) = tiles
+        grouped_in_kernel[(ceil_div(width, in_block), most)](
             self.normed,
             self.order,
             self.begin,
             self.active,
             experts.gate_up_proj,
             self.activations,
-            BLOCK=GROUPED_IN_BLOCK,
-            STEP=GROUPED_IN_STEP,
+            BLOCK=in_block,
+            STEP=in_step,
             **sizes,
         )
         parts = self.expert_parts
-        grouped_out_kernel[(-(-D // GROUPED_OUT_BLOCK), most)](
+        grouped_out_kernel[(ceil_div(D, out_block), most)](
             self.activations,
             self.order,
             self.begin,
@@ -302,8 +305,8 @@ class ManyRowsStep(DecodeStep):
             experts.down_proj,
             parts,
             PARTS=parts.shape[1],
-            BLOCK=GROUPED_OUT_BLOCK,
-            STEP=GROUPED_OUT_STEP,
+            BLOCK=out_block,
+            STEP=out_step,
             **sizes,
         )
         self._run_shared(i, parts)

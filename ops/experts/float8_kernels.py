@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_linear.ops.chip import has_large_memory
 from kimi_linear.ops.experts.tiles import find_tile, tiles_of
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.packed.float8 import (
@@ -25,7 +26,6 @@ from kimi_linear.ops.packed.float8 import (
     Float8Rows,
     add_blocks,
     has_descriptors,
-    has_large_memory,
     next_column,
     scales_form,
     store_columns,

@@ -15,13 +15,13 @@ Shapes: T rows, N outputs, K inputs, B = ceil(K / 128) blocks of a row.
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kimi_linear.ops.launch import driver, is_jit_function, launch_directly
+from kimi_linear.ops.chip import INTERPRETED, architecture, has_large_memory
+from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.packed.library import block_product, fits, has_block_products
 from kimi_linear.ops.packed.unpacking import DEVICES, HAS_KERNELS
 from kimi_linear.ops.runtime import ceil_div, is_traced, jit, tl
@@ -34,7 +34,6 @@ except ImportError:  # no triton, or an old one
 
 DTYPES = (torch.bfloat16, torch.float16)
 FIRST_ARCHITECTURE = 89  # with products of float8 numbers
-INTERPRETED = 0
 BLOCK, RUN_, LARGEST = FLOAT8_BLOCK, RUN, 448.0
 if tl is not None:
     BLOCK, RUN_, LARGEST = tl.constexpr(FLOAT8_BLOCK), tl.constexpr(RUN), tl.constexpr(448.0)
@@ -46,7 +45,6 @@ QUANTIZED_ROWS = 16  # of a program that quantises
 # Rows, columns, halves (a program has as many tiles side by side), warps and stages of a tile: with
 # the shared memory of Hopper and data-centre Blackwell, and with that of others. Where rows of
 # weights have scales of their own, sums of 256 columns leave no registers for them.
-LARGE_MEMORY = (90, 100, 103)
 LARGE_TILE = (128, 128, 2, 8, 4)
 ROW_SCALES_TILE = (64, 128, 1, 4, 3)
 SMALL_TILE = (64, 128, 1, 8, 2)
@@ -76,15 +74,6 @@ def takes_float8(weights: Any) -> bool:
         and torch.version.hip is None
         and (architecture(device) >= FIRST_ARCHITECTURE or architecture(device) == INTERPRETED)
     )
-
-
-@cache
-def architecture(device: torch.device) -> int:
-    """What kernels are compiled for: the GPU's compute capability, 90 for 9.0; or INTERPRETED."""
-    if not is_jit_function(to_float8):
-        return INTERPRETED
-    with torch.cuda.device(-1 if device.index is None else device.index):
-        return driver.active.get_current_target().arch
 
 
 def takes_library(num_rows: int, weights: Any, dtype: torch.dtype) -> bool:
@@ -190,11 +179,6 @@ def has_descriptors(device: torch.device) -> bool:
     if not USES_DESCRIPTORS or TensorDescriptor is None:
         return False
     return architecture(device) >= 90 or architecture(device) == INTERPRETED
-
-
-def has_large_memory(device: torch.device) -> bool:
-    """Whether a program has some 200 KB of shared memory."""
-    return architecture(device) in LARGE_MEMORY
 
 
 # --------------------------------------------------------------------------------------- kernels

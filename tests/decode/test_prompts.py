@@ -11,7 +11,7 @@ from kimi_linear import KimiLinearCache
 from kimi_linear.decode import graph, prompts
 from kimi_linear.decode.prompts import RecordedPrompt, recorded_tokens
 from kimi_linear.ops import projections
-from kimi_linear.ops.packed.float8 import architecture
+from kimi_linear.ops.chip import architecture
 from kimi_linear.ops.packed.library import has_block_products
 from kimi_linear.ops.runtime import TritonError
 from kimi_linear.quantization.packing import pack_rest

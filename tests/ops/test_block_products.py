@@ -5,6 +5,7 @@ import torch
 from float8_references import exact, in_full, relative
 from packed_weights import random_packed
 
+from kimi_linear.ops.chip import architecture
 from kimi_linear.ops.packed import float8, library
 from kimi_linear.schemes import Scheme
 
@@ -52,7 +53,7 @@ def test_scales_made_in_inference_mode_can_change():
 @pytest.mark.parametrize("shape", [(64, 256, 384), (4096, 4096, 2304), (2500, 2304, 9216)])
 def test_products_of_blocks(monkeypatch, shape):
     num_rows, num_outputs, num_inputs = shape
-    if not library.has_block_products(float8.architecture(torch.device("cuda"))):
+    if not library.has_block_products(architecture(torch.device("cuda"))):
         pytest.skip("needs a Hopper GPU and CUDA 12.9")
     weights, _ = random_packed(BLOCKS, (num_outputs, num_inputs), device="cuda")
     rows = float8.quantize_rows(torch.randn(num_rows, num_inputs, device="cuda").bfloat16())
