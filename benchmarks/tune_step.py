@@ -109,7 +109,7 @@ def constants(form: str) -> list[Constant]:
         tile, inside = (24 << 10, 32 << 10, 40 << 10), (32 << 10, 40 << 10, 56 << 10)
         found += numbers(few_rows, TILE_BYTES=tile, IN_BYTES=inside, PROGRAMS=(96, 128, 264))
         return found
-    found += numbers(many_rows, NORM_WARPS=(4, 8, 16))
+    found += numbers(many_rows, NORM_WARPS=(8, 16, 32))
     found += numbers(packed_few_rows, SCORE_BLOCK=(2, 4, 8), SCORE_WARPS=(2, 4, 8))
     dense, experts = weights.schemes["attention"], weights.schemes["experts"]
     if dense is not None:

@@ -21,7 +21,7 @@ from kimi_linear.ops.runtime import ceil_div, power_of_two
 # rows up to which several weights are applied in one launch; beyond, cuBLAS takes one by one
 SOME_ROWS = 64
 # rows up to which KDA's own kernels project its gates; beyond, they are a launch of their own
-OWN_GATES_ROWS = 8
+OWN_GATES_ROWS = 4
 # rows up to which a router is read row by row, and up to which one launch takes it, which unlike
 # cuBLAS's is linked; outputs of a program of that
 ROUTER_VECTOR_ROWS, ROUTER_ROWS, ROUTER_BLOCK = 8, 64, 16
@@ -29,7 +29,7 @@ ROUTER_VECTOR_ROWS, ROUTER_ROWS, ROUTER_BLOCK = 8, 64, 16
 # Hopper, and with that of others
 LARGE_TILES, SMALL_TILES = ((64, 128), (128, 128)), ((32, 128), (128, 64))
 # of the norm between two branches
-NORM_WARPS = 16
+NORM_WARPS = 32
 
 
 class MatrixProjection:

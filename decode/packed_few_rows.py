@@ -25,8 +25,8 @@ from kimi_linear.schemes import BLOCK, RUN
 # Tiles of both expert products, by bits. The first product's hold gate and up in turn, and make
 # whole runs of outputs; early are its shared experts alone: what the router chose is known when all
 # before has ended.
-EXPERTS_IN = {3: Tile(64, 4, 5, early=0), 4: Tile(64, 4, 5, early=1), 8: Tile(64, 4, 4, early=2)}
-EXPERTS_OUT = {3: Tile(32, 2, 3, early=1), 4: Tile(32, 2, 4, early=1), 8: Tile(32, 2, 4, early=1)}
+EXPERTS_IN = {3: Tile(64, 4, 5, early=0), 4: Tile(64, 4, 3, early=1), 8: Tile(64, 4, 3, early=2)}
+EXPERTS_OUT = {3: Tile(32, 2, 3, early=1), 4: Tile(32, 2, 4, early=1), 8: Tile(32, 2, 2, early=1)}
 # experts that a program scores, and its warps
 SCORE_BLOCK, SCORE_WARPS = 4, 8
 
