@@ -279,9 +279,7 @@ class _Decoder:
             counts = counters(cache.layers[0], kda)
             is_pending = num_tokens > 1 or any(x.pending.updates is not None for x in kda[:1])
             kind = StepKind(num_rows, attention_mask is not None, num_tokens, is_pending)
-            recording = self._steps.get(kind) or self._record(model, kind)
-            self._steps.move_to_end(kind)
-            logits = recording.run(input_ids, attention_mask, table, counts)
+            logits = self._recording(model, kind).run(input_ids, attention_mask, table, counts)
             for layer in cache.layers:
                 layer.count_step(num_tokens)
         return logits
@@ -303,9 +301,8 @@ class _Decoder:
             table = self._pool_tables.get(pool)
             if table is None:
                 table = self._pool_tables[pool] = PoolTable(pool)
-            recording = self._steps.get(kind) or self._record(model, kind)
-            self._steps.move_to_end(kind)
-            logits = recording.run(F.pad(ids, (0, 0, 0, spare)), None, table, places)
+            padded = F.pad(ids, (0, 0, 0, spare))
+            logits = self._recording(model, kind).run(padded, None, table, places)
         for row in rows:
             pool.count(row, num_tokens)
         return logits[: len(rows)]
@@ -331,9 +328,7 @@ class _Decoder:
         kind = _pool_kind(pool, power_of_two(num_rows))
         with self._lock:
             if self._is_ready(model):
-                if kind not in self._steps:
-                    self._record(model, kind)
-                self._steps.move_to_end(kind)
+                self._recording(model, kind)
 
     def _is_ready(self, model: nn.Module) -> bool:
         """Whether the model, as it is now, has no obstacle to steps of a pool."""
@@ -346,12 +341,16 @@ class _Decoder:
         """What this process has of the model."""
         return Part(model) if self._part is None else self._part
 
-    def _record(self, model: nn.Module, kind: StepKind) -> Recording:
-        own = self._own(model)
-        recording = self._steps[kind] = Recording(own.model, kind, own.group)
-        while len(self._steps) > MAX_STEPS:
-            self._steps.popitem(last=False)
-        return recording
+    def _recording(self, model: nn.Module, kind: StepKind) -> Recording:
+        """That of a kind of step, made if there is none; the one that was asked for last stays
+        longest."""
+        if kind not in self._steps:
+            own = self._own(model)
+            self._steps[kind] = Recording(own.model, kind, own.group)
+            while len(self._steps) > MAX_STEPS:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(kind)
+        return self._steps[kind]
 
     def has_recorded(self, num_rows: int) -> bool:
         """Whether steps of `num_rows` rows without padding ran as a graph."""
