@@ -13,13 +13,15 @@ raises where model or call have an obstacle, "eager" never takes it. (Of several
 by layer
 
 - without a word, because they are no step: other arguments than ids, mask and cache, outputs that
-  arguments or the configuration ask of layers, more tokens, an empty cache (but for one row:
-  `prompts.py`), gradients, a compiler at work (`try_decode`, `_is_step`);
+  arguments or the configuration ask of layers, more tokens, an empty cache, gradients, a compiler
+  at work (`try_decode`, `_is_step`);
 - with one log line: what `obstacles.py` finds in the model and the call, hooks, kernels that cannot
   be built;
 - without a word, because this step cannot write in place: a padded new token; a cache of padded
   texts whose tokens were taken back, whose log is full, or that is offloaded (the caches'
   `prepare_step`).
+
+A text's first call of one row is none of these: `prompts.py` has a graph of it (`try_prompt`).
 
 Shapes: B rows, T new tokens of each, S tokens of cache and call.
 """
@@ -137,7 +139,7 @@ def try_prompt(model: nn.Module, inputs: dict[str, Any], others: dict[str, Any])
         return None
     cache = prepare_cache(cache, model.config)
     decoder = _decoders.get(model) or _decoders.setdefault(model, _Decoder())
-    if not decoder.takes_prompt(model, input_ids.shape[1], cache):
+    if decoder.prompt_obstacle(model, cache):
         return None
     mask, positions = inputs["attention_mask"], inputs["position_ids"]
     for given in (mask, positions):  # the layers say what is wrong with others
@@ -156,7 +158,8 @@ def _is_prompt(model: Any, input_ids: Any, cache: Any, given: dict[str, Any]) ->
         return False
     if input_ids.ndim != 2 or len(input_ids) != 1 or input_ids.device != model.device:
         return False
-    if not STEP_TOKENS < input_ids.shape[1] <= MOST_TOKENS or input_ids.is_floating_point():
+    is_long = STEP_TOKENS < input_ids.shape[1] <= MOST_TOKENS
+    if not is_long or input_ids.dtype not in (torch.int64, torch.int32):
         return False
     if given["use_cache"] is False or not _asks_for_logits(given):
         return False
@@ -209,7 +212,7 @@ def _warn(input_ids: Tensor, reason: str) -> None:
 
 
 class _Decoder:
-    """The recordings of one model's steps, and what stands against them.
+    """The recordings of one model's steps and prompts, and what stands against them.
 
     Attributes:
         failure: Why it never works, once that is known.
@@ -307,12 +310,10 @@ class _Decoder:
             pool.count(row, num_tokens)
         return logits[: len(rows)]
 
-    def takes_prompt(self, model: nn.Module, num_tokens: int, cache: Cache) -> bool:
-        """Whether a text of so many tokens may be read by a recording."""
-        with self._lock:
-            if not self._prompts.takes(model, num_tokens):
-                return False
-        return not (self.obstacle(model, 1, cache) or self._is_divided)
+    def prompt_obstacle(self, model: nn.Module, cache: Cache) -> str:
+        """Why no text is read by a recording, or ""."""
+        reason = self.obstacle(model, 1, cache)
+        return reason or ("several processes have the model" if self._is_divided else "")
 
     def read(
         self, model: Any, input_ids: Tensor, cache: Any, others: dict[str, Any]

@@ -22,6 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList, *SILU_MODULES)
 # fields whose values a recording contains
 CONSTANTS = ("num_experts_per_token", "routed_scaling_factor", "moe_renormalize")
+HELD = ("_parameters", "_buffers", "_modules")
 address = methodcaller("data_ptr")
 
 
@@ -34,7 +35,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._fields = fields = [vars(module) for module in model.modules()]
+        fields = [vars(module) for module in model.modules()]
         places = [
             (own[kind], name)
             for own in fields
@@ -47,10 +48,12 @@ class Snapshot:
         self._divided = [i for i, (own, name) in enumerate(places) if is_dtensor(own[name])]
         self._hooks = [own[x] for own in fields for x in ("_forward_hooks", "_forward_pre_hooks")]
         self._families = [own["_modules"] for own in fields if own["_modules"]]
-        # the values of all these dicts; they never include the model itself
+        # the values of all these dicts; they never include the model itself, nor may other fields,
+        # which keep it if it has a `forward` of its own
         self._modules = gc.get_referents(*self._families)
+        self._fields = fields[1:]
         self.recorded = self._look(model)
-        self._kinds = self._look_closely()
+        self._kinds = self._look_closely(model)
 
     @property
     def has_hooks(self) -> bool:
@@ -70,16 +73,17 @@ class Snapshot:
     def is_same(self, model: nn.Module) -> bool:
         """Whether the model is current, and its modules and tensors are of the same kinds: the
         obstacles are those that were found before."""
-        return self.is_current(model) and self._look_closely() == self._kinds
+        return self.is_current(model) and self._look_closely(model) == self._kinds
 
-    def _look_closely(self) -> list[Any]:
+    def _look_closely(self, model: nn.Module) -> list[Any]:
         tensors: list[Any] = list(map(getitem, self._holders, self._names))
-        numbers = [
-            (len(own["_parameters"]), len(own["_buffers"]), "forward" in own)
-            for own in self._fields
+        held = [
+            sum(x is not None for kind in HELD for x in own[kind].values())
+            for own in (vars(model), *self._fields)
         ]
         kinds = [(type(x), x.dtype, x.device, x.stride()) for x in tensors]
-        return [*map(type, self._modules), *numbers, *kinds]
+        patched = ["forward" in own for own in self._fields]
+        return [*map(type, self._modules), *held, *kinds, *patched, config_obstacle(model.config)]
 
     def _look(self, model: nn.Module) -> list[Any]:
         config = vars(model.config)  # its `getattr` takes ten times as long

@@ -6,7 +6,8 @@ tokens, replays a CUDA graph that was recorded for its number of tokens, rounded
 behind the text gets no decay and a beta of 0 in KDA layers, and no token of the text attends to it.
 
 A recording holds memory of its own. So one is made when a size comes for the second time, and where
-a GPU has some memory left. All share a pool, from which each takes what the others do not hold.
+a GPU has some memory left. All share a pool, from which each takes what the others do not hold, and
+stay until the model changes or `drop_recordings`.
 
 With the model's `decode_backend` "eager" none is made. Calls run layer by layer without a word,
 with "graph" too, where a recording would not do: behind a cache that holds tokens or from which
@@ -30,8 +31,10 @@ from kimi_linear.cache.pieces import KDAPieces
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.layout import SequenceLayout
 from kimi_linear.layers.plan import ForwardPlan
+from kimi_linear.ops.experts.packed import FLOAT8_TOKENS
 from kimi_linear.ops.experts.prefill import can_prefill
 from kimi_linear.ops.packed.library import block_scales
+from kimi_linear.ops.projections import MANY_ROWS
 from kimi_linear.ops.runtime import TritonError, ceil_div, power_of_two
 from kimi_linear.upstream.interfaces import experts_backend
 
@@ -39,16 +42,24 @@ logger = logging.get_logger(__name__)
 
 # Longer texts keep a GPU busy for longer than the host needs.
 MOST_TOKENS = 4096
-# A recording is for a multiple of so many tokens, and a text has at most an eighth less.
+# A recording is for a multiple of this many tokens. From 512 on, its texts have at most an eighth
+# less.
 MULTIPLE = 64
+# From these numbers of tokens on, float8 weights are multiplied by float8 activations: no recording
+# is for more where a text has fewer.
+FLOAT8_LIMITS = (FLOAT8_TOKENS, MANY_ROWS)
 # Of a GPU's memory, what is left when one is made.
 FREE_SHARE = 0.2
 
 
 def recorded_tokens(num_tokens: int) -> int:
-    """P: the tokens of the recording that a text of so many is read by."""
+    """P: the tokens of the recording that reads a text of T."""
     step = max(MULTIPLE, power_of_two(num_tokens) // 16)
-    return ceil_div(num_tokens, step) * step
+    size = ceil_div(num_tokens, step) * step
+    for limit in FLOAT8_LIMITS:
+        if num_tokens < limit <= size:
+            size = limit - 1
+    return size
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,12 @@ class RecordedPrompt:
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     self._record(pool)
-        # what their scales were copied to is brought up to date before each replay
-        self.scaled = [x for x in model.parameters() if hasattr(x, "block_scales")]
+        # weights whose scales were copied, what the recording reads, and the last copy
+        self._scaled = [
+            (x, block_scales(x), block_scales(x))
+            for x in model.parameters()
+            if hasattr(x, "block_scales")
+        ]
 
     def _run(self) -> None:
         x = self.backbone.embed_tokens(self.ids)
@@ -111,29 +126,36 @@ class RecordedPrompt:
         """Run once, so that all kernels are compiled and chosen; then record."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # left as it was found, if the recording fails
+        try:
+            with torch.cuda.stream(stream):  # left as it was found, if the recording fails
+                self._graph = self._captured(pool)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def _captured(self, pool: Any) -> torch.cuda.CUDAGraph:
+        self._run()
+        self.plan.states.clear()
+        self.plan.latents.clear()
+        torch.cuda.synchronize()
+        gc.collect()  # what is collected later must not be freed meanwhile
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        # other threads may allocate and wait meanwhile, which by default ends the recording
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
             self._run()
-            self.plan.states.clear()
-            self.plan.latents.clear()
-            torch.cuda.synchronize()
-            gc.collect()  # what is collected later must not be freed meanwhile
-            torch.cuda.empty_cache()
-            graph = torch.cuda.CUDAGraph()
-            # other threads may allocate and wait meanwhile, which by default ends the recording
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                self._run()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = graph
+        finally:
+            graph.capture_end()
+        return graph
 
     def read(self, input_ids: Tensor, cache: Any) -> Tensor:
         """Read a text [1, T] into an empty cache: the hidden states [1, T, D], in memory that the
         next one overwrites."""
         num_tokens = input_ids.shape[1]
-        for each in self.scaled:
-            block_scales(each)
+        for i, (each, own, last) in enumerate(self._scaled):
+            now = block_scales(each)
+            if now is not last:  # its scales were written to
+                self._scaled[i] = each, own.copy_(now), now
         self.ids[:, :num_tokens] = input_ids
         self.counts.fill_(num_tokens)
         if self._graph is None:
@@ -153,7 +175,7 @@ class RecordedPrompts:
     """Those of one model. Whoever calls it holds a lock."""
 
     def __init__(self) -> None:
-        # by P, of which there are 32; None for one that came once
+        # by P, one of 34 numbers; None where one text came
         self._prompts: dict[int, RecordedPrompt | None] = {}
         self._has_failed = False  # and is not tried again, until the model changes
         self._pool: Any = None
@@ -164,21 +186,13 @@ class RecordedPrompts:
         self._prompts.clear()
         self._has_failed, self._pool = False, None
 
-    def takes(self, model: Any, num_tokens: int) -> bool:
-        """Whether a text of so many tokens has a recording, or gets one if nothing stands against
-        it; otherwise it is noted that such a text came."""
-        size = recorded_tokens(num_tokens)
-        if self._prompts.get(size) is not None:
-            return True
-        if size not in self._prompts:
-            self._prompts[size] = None
-            return False
-        return not self._has_failed and _has_memory(model.device) and not _waits(model)
-
     def read(self, model: Any, input_ids: Tensor, cache: Any) -> Tensor | None:
-        """See `RecordedPrompt.read`; None if this text is to be read layer by layer."""
+        """See `RecordedPrompt.read`; None if the layers are to read this text."""
         size, device = recorded_tokens(input_ids.shape[1]), input_ids.device
-        prompt = self._prompts.get(size) or self._recorded(model, size)
+        if size not in self._prompts:  # the first text of this size
+            self._prompts[size] = None
+            return None
+        prompt = self._prompts[size] or self._recorded(model, size)
         if prompt is None:
             return None
         if device.type != "cuda":
@@ -191,8 +205,10 @@ class RecordedPrompts:
             return prompt.read(input_ids, cache)
 
     def _recorded(self, model: Any, size: int) -> RecordedPrompt | None:
-        """A new one; None, once and for all, if that fails, of whatever kind the error is: the
-        layers can read the text."""
+        """A new one. None where one would not do; and until the model changes if making one fails:
+        the layers can read the text."""
+        if self._has_failed or not _has_memory(model.device) or _waits(model):
+            return None
         if self._pool is None and model.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         try:

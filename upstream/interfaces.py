@@ -27,7 +27,7 @@ def attention_backend(config: Any) -> str:
 
 
 def experts_backend(config: Any) -> str:
-    """What `experts_implementation` chose, alike."""
+    """What `experts_implementation` chose; "" on a base class."""
     return getattr(config, "_experts_implementation", None) or ""
 
 

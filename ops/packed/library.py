@@ -61,15 +61,13 @@ def block_product(codes: Tensor, scale: Tensor, matrix: Tensor, weights: Any) ->
 
 def block_scales(weights: Any) -> Tensor:
     """Float32 scales [a multiple of 4 that holds B, N / 128] of which columns lie in memory; made
-    once, and again, in the same memory, for scales that were written to."""
+    once, and again for scales that were written to."""
     held, known = weights.scale, getattr(weights, "block_scales", None)
     key = held.data_ptr(), None if held.is_inference() else held._version
     if known is None or known[0] != key:
-        with torch.inference_mode(False), torch.no_grad():  # what is made is written to later
+        with torch.inference_mode(False), torch.no_grad():  # recordings write later ones to it
             wide = weights.scales().float()
-            padded = F.pad(wide, (0, -wide.shape[1] % MULTIPLE)).contiguous().t()
-            if known is not None and known[1].shape == padded.shape:  # recordings have its address
-                padded = known[1].copy_(padded)
-        weights.block_scales = known = key, padded
+            padded = F.pad(wide, (0, -wide.shape[1] % MULTIPLE)).contiguous()
+        known = weights.block_scales = key, padded.t()
     found: Tensor = known[1]
     return found

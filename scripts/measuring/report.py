@@ -119,7 +119,7 @@ def name_of(line: Line) -> str:
 
 def _figure(line: Line) -> str:
     if line["measure"] == "first-call":
-        return f"{line['first_call_seconds']:.1f} s, then {line['second_call_seconds']:.2f} s"
+        return f"{line['first_call_seconds']:.1f} s, then {line['third_call_seconds']:.2f} s"
     if line["measure"] == "memory":
         held = f"{_size(line['held_bytes'])} of weights"
         whole = line.get("process_bytes")

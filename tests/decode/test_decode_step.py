@@ -5,6 +5,7 @@ import torch
 from builders import token_ids
 from decode_models import DEVICES, check, decode_model, finish, prepared, small_grids  # noqa: F401
 
+from kimi_linear.decode import many_rows
 from kimi_linear.layers.planner import Planner
 
 pytestmark = [
@@ -93,6 +94,20 @@ def test_all_rows_on_one_expert(num_rows, device):
     step._experts(1)
     out = finish(step) - hidden
     assert set(step.experts.flatten().tolist()) == {1, 4}
+    check(out, layer.block_sparse_moe(layer.post_attention_layernorm(hidden)))
+
+
+@pytest.mark.parametrize("is_large", [True, False])
+@torch.no_grad()
+def test_experts_of_many_rows_in_tiles_of_both_sizes(is_large, device, monkeypatch):
+    monkeypatch.setattr(many_rows, "has_large_memory", lambda device: is_large)
+    model = decode_model(device)
+    layer = model.model.layers[1]
+    step, _ = prepared(model, 6)
+    hidden = step.hidden.clone().to(model.dtype)
+    step.hidden.copy_(hidden)
+    step._experts(1)
+    out = finish(step) - hidden
     check(out, layer.block_sparse_moe(layer.post_attention_layernorm(hidden)))
 
 

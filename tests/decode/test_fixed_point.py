@@ -177,8 +177,11 @@ def tolerance(scheme):
     return 1e-3 if scheme.is_float else 2e-6
 
 
-# Beside those of `packed_weights.py`: zeros of 3 and 8 bits, groups that end elsewhere than tiles.
+# Beside those of `packed_weights.py`: zeros of 3 and 8 bits and of two groups a tile, groups that end
+# elsewhere than tiles.
 MORE = {
+    "3 bits, zeros of two groups": Scheme(3, 64, is_symmetric=False),
+    "4 bits, zeros of two groups": Scheme(4, 64, is_symmetric=False),
     "3 bits, zeros": Scheme(3, 32, is_symmetric=False),
     "8 bits, zeros": Scheme(8, 256, is_symmetric=False),
     "8 bits, groups across tiles": Scheme(8, 96),
@@ -191,7 +194,7 @@ MORE = {
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_products(num_rows, name, scale_dtype, device):
     scheme = {**SCHEMES, **MORE}[name]
-    size = 576 if scheme.group == 96 else 768 if scheme.group == 256 else 640
+    size = {96: 576, 256: 768, 64: 448}.get(scheme.group, 640)
     x, fixed = written(torch.randn(num_rows, size, device=device))
     first, second = (
         random_packed(scheme, (rows, size), scale_dtype, device, factor=0.01)[0].to(torch.float32)

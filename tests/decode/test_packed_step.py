@@ -1,5 +1,9 @@
 """The decode step of packed models against the layers, which see the weights in full."""
 
+import gc
+import types
+import weakref
+
 import pytest
 import torch
 from builders import TWO_LAYERS, token_ids
@@ -174,14 +178,16 @@ def test_a_recording_ends_with_its_weights(device):
     "change",
     [
         lambda model: setattr(model.lm_head, "forward", model.lm_head.forward),
-        lambda model: model.lm_head.register_parameter("more", nn.Parameter(torch.zeros(1))),
+        lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.zeros(1))),
+        lambda model: model.lm_head.add_module("more", nn.Identity()),
+        lambda model: setattr(model.config, "hidden_act", "gelu"),
         lambda model: setattr(model.lm_head, "__class__", type("Other", (nn.Linear,), {})),
         lambda model: model.model.norm.register_buffer("more", torch.zeros(1)),
         lambda model: setattr(
             model.model.embed_tokens.weight, "data", model.model.embed_tokens.weight.data.t()
         ),
     ],
-    ids=["forward", "parameter", "class", "buffer", "stride"],
+    ids=["forward", "bias", "child", "activation", "class", "buffer", "stride"],
 )
 def test_what_a_new_cache_makes_it_notice(change, device):
     model = packed_model(device, WAYS["plain, 8 bits"])
@@ -189,6 +195,15 @@ def test_what_a_new_cache_makes_it_notice(change, device):
     assert snapshot.is_same(model)
     change(model)
     assert snapshot.is_current(model) and not snapshot.is_same(model)
+
+
+def test_a_snapshot_does_not_keep_its_model(device):
+    model = packed_model(device, WAYS["plain, 8 bits"])
+    model.forward = types.MethodType(type(model).forward, model)
+    snapshots, gone = weakref.WeakKeyDictionary({model: Snapshot(model)}), weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and not snapshots
 
 
 @torch.no_grad()
