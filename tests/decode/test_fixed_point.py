@@ -177,8 +177,8 @@ def tolerance(scheme):
     return 1e-3 if scheme.is_float else 2e-6
 
 
-# Beside those of `packed_weights.py`: zeros of 3 and 8 bits and of two groups a tile, groups that end
-# elsewhere than tiles.
+# Beside those of `packed_weights.py`: zeros of 3 and 8 bits, two groups a tile with zeros, groups
+# that end elsewhere than tiles.
 MORE = {
     "3 bits, zeros of two groups": Scheme(3, 64, is_symmetric=False),
     "4 bits, zeros of two groups": Scheme(4, 64, is_symmetric=False),
