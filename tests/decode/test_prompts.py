@@ -182,7 +182,8 @@ def test_what_the_layers_read(case, device, sizes, monkeypatch):
         if case == "gradients":
             model(ids, cache=cache, use_cache=True)
             continue
-        with torch.autocast(device, torch.bfloat16, enabled=case == "autocast"):
+        other = torch.float16 if device == "cuda" else torch.bfloat16  # than the weights'
+        with torch.autocast(device, other, enabled=case == "autocast"):
             read(model, ids, backend, cache, **more)
     assert not sizes
 
