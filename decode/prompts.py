@@ -1,6 +1,6 @@
 """Reading a prompt as one recorded graph.
 
-A prompt has some 1,400 kernels. To launch them takes the host as long as the GPU needs for some
+A prompt has some 1,200 kernels. To launch them takes the host as long as the GPU needs for some
 thousand tokens, whatever their number. So a text's first call, of one row and up to `MOST_TOKENS`
 tokens, replays a CUDA graph that was recorded for its number of tokens, rounded up: what stands
 behind the text gets no decay and a beta of 0 in KDA layers, and no token of the text attends to it.

@@ -43,7 +43,8 @@ Many requests, of different lengths:
 
 Draw what was measured, without measuring:
 
-    python scripts/benchmark.py --plot-from both.jsonl long.jsonl --plot speed.png
+    python scripts/benchmark.py --plot-from both.jsonl long.jsonl --plot speed.png \
+        --plot-limits limits.png
 
 The kinds of measurement:
 
@@ -102,6 +103,7 @@ from measuring.child import ChildError, run_child
 from measuring.device import collect_garbage, measure_rates
 from measuring.forms import NONE, bits_of, quantization
 from measuring.limits import Limits
+from measuring.limits_plot import plot_limits
 from measuring.long_text import LongText
 from measuring.memory import allocator_limit, default_chunk
 from measuring.models import build
@@ -346,9 +348,13 @@ def main(**options: Any) -> list[Line]:
         ValueError: For an option out of range.
     """
     settings = Settings(**options)
-    plot, output = settings.plot, settings.output
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"--plot {plot} is not allowed: it needs matplotlib, which is not there")
+    output = settings.output
+    plots = {"plot": plot_lines, "plot_limits": plot_limits}
+    wanted = {name: getattr(settings, name) for name in plots if getattr(settings, name)}
+    if wanted and importlib.util.find_spec("matplotlib") is None:
+        name, path = next(iter(wanted.items()))
+        option = f"--{name.replace('_', '-')} {path}"
+        raise ValueError(f"{option} is not allowed: it needs matplotlib, which is not there")
     if settings.plot_from:
         lines = read_lines([Path(path) for path in settings.plot_from])
     else:
@@ -356,9 +362,9 @@ def main(**options: Any) -> list[Line]:
         Run(settings, recorder).run(["python", *sys.argv])
         lines = recorder.lines
     say("\n" + table(lines))
-    if plot is not None:
-        plot_lines(lines, Path(plot))
-        say(f"\ndrawn: {plot}")
+    for name, path in wanted.items():
+        plots[name](lines, Path(path))
+        say(f"\ndrawn: {path}")
     return lines
 
 

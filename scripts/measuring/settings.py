@@ -79,6 +79,9 @@ class Settings:
     plot: str | os.PathLike[str] | None = setting(
         None, "draw speed and memory over context and batch", metavar="PNG"
     )
+    plot_limits: str | os.PathLike[str] | None = setting(
+        None, "also draw how near each figure is to its limit to this PNG", metavar="FILE"
+    )
     plot_from: Sequence[str | os.PathLike[str]] = setting((), flag=False)
     commit: str | None = setting(None, "what is measured, where git cannot tell")
 

@@ -8,6 +8,7 @@ import benchmark
 import commands
 import pytest
 import torch
+from measuring import limits_plot
 from measuring.bench import Bench, Effort, packed_lengths
 from measuring.child import ChildError, run_child
 from measuring.device import Rates
@@ -307,13 +308,39 @@ def test_the_file_is_drawn_without_measuring(
 ) -> None:
     folder, lines = run
     monkeypatch.setattr(benchmark.Run, "run", lambda *_: pytest.fail("measured"))
-    again = benchmark.main(plot_from=[folder / "lines.jsonl"], plot=tmp_path / "again.png")
+    plots = {"plot": tmp_path / "again.png", "plot_limits": tmp_path / "limits.png"}
+    again = benchmark.main(plot_from=[folder / "lines.jsonl"], **plots)
     assert again == lines
     assert (tmp_path / "again.png").read_bytes() == (folder / "speed.png").read_bytes()
-    assert (tmp_path / "again.png").read_bytes().startswith(PNG_SIGNATURE)
+    for plot in plots.values():
+        assert plot.read_bytes().startswith(PNG_SIGNATURE)
     said = capsys.readouterr()
     assert said.out == ""
     assert "of limit" in said.err and "decode" in said.err and "native" in said.err
+
+
+def test_limits_are_drawn_of_the_newest_line_of_each_case() -> None:
+    case = {"measure": "generate", "model": "ours", "preset": "48b-a3b", "tokens_per_second": 500.0}
+    lines: list[Any] = [
+        {"measure": "environment"},
+        {**case, "batch": 1, "fraction_of_limit": 0.5, "ms_per_token": 2.4},
+        {**case, "batch": 8, "fraction_of_limit": 0.6},
+        {**case, "batch": 1, "quantize": "24gb", "error": "RuntimeError: no"},
+        {**case, "batch": 1, "fraction_of_limit": 0.7, "ms_per_token": 2.0},
+        {**case, "batch": 1, "model": "native", "fraction_of_limit": 0.1},
+        {**case, "measure": "step", "tokens": 4, "ms": 5.4321, "fraction_of_limit": 0.4},
+    ]
+    drawn = [
+        (limits_plot.label_of(x), limits_plot.figure_of(x), x["fraction_of_limit"])
+        for x in limits_plot.newest(lines)
+    ]
+    assert drawn == [
+        ("16 bits, 1 row", "2.00 ms a token", 0.7),
+        ("16 bits, 8 rows", "500 tokens/s", 0.6),
+        ("16 bits, 4 tokens", "5.43 ms", 0.4),
+    ]
+    with pytest.raises(ValueError, match="--plot-limits x.png .*how near it is to its limit"):
+        limits_plot.plot_limits(lines[:1], Path("x.png"))
 
 
 def test_what_fails_is_a_line_and_the_run_goes_on(
