@@ -88,6 +88,15 @@ def _factors(
 
 
 @jit
+def _of_group(numbers, group, stride, dtype: tl.constexpr, GROUPS: tl.constexpr):
+    """Scales or zeros of these groups, a load for each."""
+    PER_WORD: tl.constexpr = 1 if tl.float32 == dtype else 2
+    group = tl.minimum(group, GROUPS - 1)
+    place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
+    return tl.load(numbers.to(tl.pointer_type(dtype), bitcast=True) + place)
+
+
+@jit
 def _halves_of(numbers, word, stride, dtype: tl.constexpr, GROUPS: tl.constexpr):
     """Scales or zeros of the two groups in a word: [V, 1] each."""
     both = tl.load(numbers + tl.minimum(word, (GROUPS - 1) // 2) * stride)
@@ -108,14 +117,10 @@ def _of_groups(
     """Scales or zeros of a tile's runs: [V, M], or [V, 1] where all share one."""
     GROUP: tl.constexpr = K if FORM[1] == 0 else FORM[1]
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    PER_WORD: tl.constexpr = 1 if tl.float32 == dtype else 2
     run = _run_of(M, FORM)
     if FORM[1] % 128 == 0:  # all runs of a tile; 0: of a row
-        numbers = numbers.to(tl.pointer_type(dtype), bitcast=True)
-        group = tl.minimum(tile * 128 // GROUP, GROUPS - 1)
-        place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
-        return tl.load(numbers + place)[:, None]
-    elif PER_WORD == 2 and 64 % GROUP == 0:
+        return _of_group(numbers, tile * 128 // GROUP, stride, dtype, GROUPS)[:, None]
+    elif dtype != tl.float32 and 64 % GROUP == 0:
         # whole words, whose rows are those of the products: nothing moves between threads
         one, two = _halves_of(numbers, tile * (64 // GROUP), stride, dtype, GROUPS)
         if GROUP == 64:
@@ -125,10 +130,8 @@ def _of_groups(
             one = tl.where((run == 0)[None, :], one, two)
             return tl.where((run < 2)[None, :], one, tl.where((run == 2)[None, :], three, four))
     else:
-        numbers = numbers.to(tl.pointer_type(dtype), bitcast=True)
-        group = tl.minimum((tile * 4 + run) * 32 // GROUP, GROUPS - 1)
-        place = group // PER_WORD * (stride * PER_WORD) + group % PER_WORD
-        return tl.load(numbers[:, None] + place[None, :])
+        group = ((tile * 4 + run) * 32 // GROUP)[None, :]
+        return _of_group(numbers[:, None], group, stride, dtype, GROUPS)
 
 
 @jit
