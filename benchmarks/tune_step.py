@@ -31,6 +31,7 @@ from kimi_linear.decode.few_rows import FewRowsStep
 from kimi_linear.decode.fixed_point import Tile
 from kimi_linear.decode.graph import drop_recordings
 from kimi_linear.decode.packed_few_rows import PackedFewRowsStep
+from kimi_linear.decode.step import DecodeStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, WARM_UP, REPEATS, PROMPT = 150, 8, 3, 512
@@ -98,10 +99,9 @@ def numbers(module: Any, **values: tuple[int, ...]) -> Iterator[Constant]:
 
 def constants(form: str) -> list[Constant]:
     """Those that the step of few rows has, for weights held so."""
-    steps = (FewRowsStep, PackedFewRowsStep)
     found = [
-        Constant("kda_block", steps, "kda_block", (32, 64, 128)),
-        Constant("kda_warps", steps, "kda_warps", (4, 8, 16)),
+        Constant("kda_block", (DecodeStep,), "kda_block", (32, 64, 128)),
+        Constant("kda_warps", (DecodeStep,), "kda_warps", (4, 8, 16)),
         *numbers(step, ATTEND_TOKENS=(16, 32, 64), ATTEND_WARPS=(4, 8), SPLITS=(66, 132, 264)),
     ]
     weights = quantization(form)

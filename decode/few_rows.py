@@ -101,7 +101,6 @@ class FewRowsStep(DecodeStep):
     """
 
     most_rows = 3
-    kda_block, kda_warps = 32, 4
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -112,8 +112,6 @@ class ManyRowsStep(DecodeStep):
         to_add: [B, parts, D], what the last branch adds; None if that is done.
     """
 
-    kda_block, kda_warps = 32, 4
-
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         B, D = self.num_rows, self.config.hidden_size

@@ -43,7 +43,6 @@ class PackedFewRowsStep(PackedManyRowsStep):
     most_rows = 4
     hidden: Tensor
     sums: Tensor
-    kda_block, kda_warps = FewRowsStep.kda_block, FewRowsStep.kda_warps
     _project_gates = FewRowsStep._project_gates
     _absorb = FewRowsStep._absorb
     _mix = FewRowsStep._mix

@@ -78,8 +78,7 @@ class DecodeStep(ABC):
     """
 
     # columns of a KDA state that a program has, and its warps
-    kda_block: int
-    kda_warps: int
+    kda_block, kda_warps = 32, 4
 
     def __init__(
         self,
