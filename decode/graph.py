@@ -148,7 +148,7 @@ def try_prompt(model: nn.Module, inputs: dict[str, Any], others: dict[str, Any])
     begins = positions is not None and bool((positions.diff(dim=1) <= 0).any())
     if begins or unless_all_real(mask) is not None:
         return None
-    return decoder.read(model, input_ids, cache, others)
+    return decoder.read(model, input_ids, cache, others["logits_to_keep"])
 
 
 def _is_prompt(model: Any, input_ids: Any, cache: Any, given: dict[str, Any]) -> bool:
@@ -315,14 +315,11 @@ class _Decoder:
         reason = self.obstacle(model, 1, cache)
         return reason or ("several processes have the model" if self._is_divided else "")
 
-    def read(
-        self, model: Any, input_ids: Tensor, cache: Any, others: dict[str, Any]
-    ) -> Tensor | None:
-        """Logits [1, T or `logits_to_keep`, vocab_size] of a text's first tokens; None: layer by
-        layer."""
+    def read(self, model: Any, input_ids: Tensor, cache: Any, kept: int) -> Tensor | None:
+        """Logits [1, T or `kept`, vocab_size] of a text's first tokens; None: layer by layer."""
         with self._lock:
             hidden = self._prompts.read(model, input_ids, cache)
-            return None if hidden is None else model.lm_head(hidden[:, -others["logits_to_keep"] :])
+            return None if hidden is None else model.lm_head(hidden[:, -kept:])
 
     def record_pool(self, model: nn.Module, pool: TextPool, num_rows: int) -> None:
         """Record the step of one token of so many of its texts."""
