@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from measuring.plot import short_number
-from measuring.report import Line
+from measuring.plot import LIMIT_COLOUR, short_number, styles_of
+from measuring.report import Line, name_of
 
 # What is drawn, in this order: title, and by which field a line's label tells its size.
 GROUPS = {
@@ -15,14 +15,7 @@ GROUPS = {
     "first-token": ("to the first token, in pieces", "context", "token"),
     "train": ("a training step", "tokens", "token"),
 }
-# A bar's colour by how weights are held; others are grey.
-COLOURS = {
-    None: "#2f5d9b",
-    "fp8": "#3f8f5b",
-    "48gb": "#d08a2e",
-    "24gb": "#7a5195",
-}
-GREY, PLAIN = "#777777", "16 bits"
+PLAIN = "16 bits"
 BAR, MARGIN = 0.24, 1.3  # inches
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
@@ -51,6 +44,7 @@ def plot_limits(lines: Sequence[Line], path: Path) -> None:
         figsize=(7.6, MARGIN + BAR * (len(cases) + 2 * len(titles))), layout="constrained"
     )
     FigureCanvasAgg(figure)
+    styles = styles_of(cases)
     sizes = [sum(line["measure"] == title for line in cases) + 0.6 for title in titles]
     panels = figure.subplots(
         len(titles), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": sizes}
@@ -59,7 +53,7 @@ def plot_limits(lines: Sequence[Line], path: Path) -> None:
         own = [line for line in cases if line["measure"] == title]
         shares = [100 * line["fraction_of_limit"] for line in own]
         places = range(len(own), 0, -1)
-        colours = [COLOURS.get(line.get("quantize"), GREY) for line in own]
+        colours = [styles[name_of(line)][0] for line in own]
         axes.barh(places, shares, color=colours, height=0.72)
         for place, share, line in zip(places, shares, own, strict=True):
             axes.text(share + 1, place, figure_of(line), va="center", fontsize=8, bbox=PAPER)
@@ -67,7 +61,7 @@ def plot_limits(lines: Sequence[Line], path: Path) -> None:
         axes.set_ylim(0.4, len(own) + 0.6)
         presets = ", ".join(dict.fromkeys(line["preset"] for line in own))
         axes.set_title(f"{GROUPS[title][0]}: {presets}", fontsize=9, loc="left")
-        axes.axvline(100, color=GREY, ls="--", lw=1)
+        axes.axvline(100, color=LIMIT_COLOUR, ls="--", lw=1)
         axes.grid(alpha=0.25, axis="x")
         axes.set_xlim(0, 118)
     panels[-1, 0].set_xlabel("of the limit: the device's bytes or operations, %")

@@ -50,7 +50,7 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     figure = Figure(figsize=(width, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
-    styles = _styles(lines)
+    styles = styles_of(lines)
     largest = max(line.get("peak_bytes_above_weights") or 0 for line in lines)
     unit, unit_name = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     for i, (measure, key, title, label) in enumerate(columns):
@@ -87,7 +87,7 @@ def _points(lines: Sequence[Line], measure: str, key: str) -> dict[str, list[Lin
     return found
 
 
-def _styles(lines: Sequence[Line]) -> Styles:
+def styles_of(lines: Sequence[Line]) -> Styles:
     """Of each model, and of each way to hold weights."""
     others = iter(FORM_STYLES * len(lines))
     styles = dict(STYLES)

@@ -80,7 +80,7 @@ class Settings:
         None, "draw speed and memory over context and batch", metavar="PNG"
     )
     plot_limits: str | os.PathLike[str] | None = setting(
-        None, "also draw how near each figure is to its limit to this PNG", metavar="FILE"
+        None, "draw how near each figure is to its limit", metavar="PNG"
     )
     plot_from: Sequence[str | os.PathLike[str]] = setting((), flag=False)
     commit: str | None = setting(None, "what is measured, where git cannot tell")
