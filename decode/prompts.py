@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from kimi_linear.cache.pending import STEP_TOKENS
 from kimi_linear.cache.pieces import KDAPieces
 from kimi_linear.cache.state import KDAState
 from kimi_linear.inputs.layout import SequenceLayout
@@ -60,6 +61,12 @@ def recorded_tokens(num_tokens: int) -> int:
         if num_tokens < limit <= size:
             size = limit - 1
     return size
+
+
+def least_tokens(size: int) -> int:
+    """T of the shortest text that a recording of P reads."""
+    shorter = range(size - 1, STEP_TOKENS, -1)
+    return 1 + next((n for n in shorter if recorded_tokens(n) != size), STEP_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ class RecordedPrompt:
         with torch.inference_mode(False), torch.no_grad():
             self.ids = torch.zeros(1, size, dtype=torch.int64, device=device)
             self.counts = torch.full((1,), size, dtype=torch.int64, device=device)
-            layout = SequenceLayout(num_places=size, counts=self.counts)
+            least = least_tokens(size)
+            layout = SequenceLayout(num_places=size, counts=self.counts, least=least)
             self.plan = PromptPlan(layout, None, "latents", KDAPieces(()))
             self.hidden: Tensor
             self._graph: torch.cuda.CUDAGraph | None = None
@@ -117,7 +125,7 @@ class RecordedPrompt:
     def _run(self) -> None:
         x = self.backbone.embed_tokens(self.ids)
         # what an earlier text has left behind this one might be NaN, which would spread
-        x = x.masked_fill(self.plan.layout.is_behind(x)[..., None], 0)
+        self.plan.layout.fill_behind(x, 0)
         for layer in self.backbone.layers:
             x = layer(x, plan=self.plan)
         self.hidden = self.backbone.norm(x)

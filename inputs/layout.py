@@ -40,6 +40,7 @@ class SequenceLayout:
         order: [B, T] int64, each row's columns, real ones first; in place of `token_index` and
             `cu_seqlens` where a compiler traces the call, whose shapes cannot depend on values.
         counts: [B] int64, real tokens of each row, with `order`; alone, if each row has them first.
+        least: With `counts` alone, how many tokens each row has at least.
     """
 
     token_index: Tensor | None = None
@@ -50,6 +51,7 @@ class SequenceLayout:
     num_places: int = 0
     order: Tensor | None = None
     counts: Tensor | None = None
+    least: int = 0
 
     @property
     def is_plain(self) -> bool:
@@ -121,10 +123,19 @@ class SequenceLayout:
 
     def silenced(self, *raw: Tensor) -> tuple[Tensor, ...]:
         """Raw gates [B, T, ...] of KDA, as `pack` orders them, without effect at padding: no decay,
-        and a beta of 0."""
+        and a beta of 0. With `least`, they are written to."""
         if self.counts is None:
             return raw
-        return tuple(x.masked_fill(_like(self.is_behind(x), x), SILENT) for x in raw)
+        if not self.least:
+            return tuple(x.masked_fill(_like(self.is_behind(x), x), SILENT) for x in raw)
+        for x in raw:
+            self.fill_behind(x, SILENT)
+        return raw
+
+    def fill_behind(self, x: Tensor, value: float) -> None:
+        """Write a value to [B, T, ...], as `pack` orders it, behind the real tokens."""
+        rest = x[:, self.least :]
+        rest.masked_fill_(_like(self.is_behind(x)[:, self.least :], rest), value)
 
     def last_inputs(self, x: Tensor, before: Tensor | None, count: int) -> Tensor:
         """[B, D, count]: with `counts`, the last real ones of `before` [B, D, count] (None: zeros)

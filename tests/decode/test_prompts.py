@@ -9,7 +9,7 @@ from packed_models import every_part
 
 from kimi_linear import KimiLinearCache
 from kimi_linear.decode import graph, prompts
-from kimi_linear.decode.prompts import RecordedPrompt, recorded_tokens
+from kimi_linear.decode.prompts import RecordedPrompt, least_tokens, recorded_tokens
 from kimi_linear.ops import projections
 from kimi_linear.ops.chip import architecture
 from kimi_linear.ops.packed.library import has_block_products
@@ -65,6 +65,8 @@ def test_texts_are_rounded_up_by_an_eighth_at_most():
     sizes = {n: recorded_tokens(n) for n in range(17, 4097)}
     assert all(n <= size <= max(n + 63, 1.125 * n) for n, size in sizes.items())
     assert len(set(sizes.values())) == 34
+    for size in set(sizes.values()):
+        assert least_tokens(size) == min(n for n in sizes if sizes[n] == size)
 
 
 @each_device
