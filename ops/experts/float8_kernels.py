@@ -60,7 +60,6 @@ def gate_up(rows: Float8Rows, ends: Tensor, weights: Any) -> Float8Rows:
     with torch.cuda.device_of(ends):
         _float8_gate_up[(tiles_of(P, E, tile_rows) * blocks,)](
             tiles_of_bytes(rows.codes, tile_rows),
-            tiles_of_bytes(rows.codes, tile_rows // 2),
             rows.scale,
             ends,
             tiles_of_bytes(weight_bytes(weights), FLOAT8_BLOCK),
@@ -73,7 +72,6 @@ def gate_up(rows: Float8Rows, ends: Tensor, weights: Any) -> Float8Rows:
             **_sizes(weights, tile_rows),
             SCALES=(*shared, is_single),
             HAS_DESCRIPTORS=has_descriptors(device),
-            CAN_HALVE=tile_rows > 64,
             num_warps=num_warps,
             num_stages=num_stages,
         )
@@ -132,8 +130,7 @@ def _sizes(weights: Any, tile_rows: int) -> dict[str, int]:
 @launch_directly
 @jit(counts=("num_pairs",))
 def _float8_gate_up(
-    x,  # float8 [P, 128 blocks of D], and
-    half_x,  # the same in tiles of half as many rows
+    x,  # float8 [P, 128 blocks of D]
     x_scale,  # [blocks of D, P]
     ends,  # [E]
     weights,  # float8 [E * 2 * I, bytes of a row]
@@ -149,46 +146,18 @@ def _float8_gate_up(
     SCALES: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr,
-    CAN_HALVE: tl.constexpr,
 ):
     across: tl.constexpr = (I + BLOCK - 1) // BLOCK
     expert, first, end = find_tile(ends, tl.program_id(0) // across, E, EXPERTS, ROWS)
     if expert >= E:
         return
-    tile = expert, first, end, tl.program_id(0) % across
-    matrix = weights, w_scale + expert.to(tl.int64) * SCALES_EACH
-    result = out, out_scale, num_pairs
-    if CAN_HALVE and end - first <= ROWS // 2:
-        _gate_up_tile(
-            half_x, x_scale, matrix, result, tile, D, I, SCALES, HAS_DESCRIPTORS, ROWS // 2
-        )
-    else:
-        _gate_up_tile(x, x_scale, matrix, result, tile, D, I, SCALES, HAS_DESCRIPTORS, ROWS)
-
-
-@jit
-def _gate_up_tile(
-    x,
-    x_scale,
-    matrix,  # weights and their scales
-    result,  # rows, their scales, P
-    tile,  # expert, its first row and the end of its rows, block of outputs
-    D: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    SCALES: tl.constexpr,
-    HAS_DESCRIPTORS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    across: tl.constexpr = (I + BLOCK - 1) // BLOCK
-    weights, w_scale = matrix
-    out, out_scale, num_pairs = result
-    expert, first, end, own_block = tile
+    own_block = tl.program_id(0) % across
     column = own_block * BLOCK
     row = first + tl.arange(0, ROWS)
     own_row = tl.minimum(row, end - 1)
     gate, up = add_blocks(
         (x, x_scale + own_row, num_pairs, first, own_row),
-        (weights, w_scale, expert * 2 * I, column, column + I),
+        (weights, w_scale + expert.to(tl.int64) * SCALES_EACH, expert * 2 * I, column, column + I),
         2 * I,
         D,
         SCALES,
