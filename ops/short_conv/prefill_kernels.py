@@ -7,7 +7,7 @@ the launches of a layer take longer than its arithmetic.
 Shapes: B batch, T tokens, H heads, K their size, D = H * K channels, W taps, N packed sequences.
 """
 
-# mypy: disable-error-code=no-untyped-def
+# mypy: disable-error-code="no-untyped-def,assignment"
 # (a kernel's arguments are Triton's)
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
@@ -21,7 +21,9 @@ from kimi_linear.ops.kda.recurrent import L2NORM_EPS
 from kimi_linear.ops.launch import launch_directly
 from kimi_linear.ops.runtime import ceil_div, jit, power_of_two, tl
 
-TOKENS = 32  # of a program, and of one head
+# Tokens of a block, of one head; blocks of a program, which loads its taps once for them; tokens of
+# a program where sequences are packed.
+TOKENS, BLOCKS, PACKED_TOKENS = 16, 4, 32
 
 
 def convolve_three(
@@ -52,14 +54,16 @@ def convolve_three(
     outputs = [torch.empty_like(x) for x in inputs]
     after = inputs[0].new_empty(N, 3, D, W - 1)
     state = state if state is None else state.contiguous()
-    sizes = {"EPS": L2NORM_EPS, "K": head_dim, "W": W, "TOKENS": TOKENS}
-    sizes["CHANNELS"] = power_of_two(head_dim)
+    sizes = {"EPS": L2NORM_EPS, "K": head_dim, "W": W, "CHANNELS": power_of_two(head_dim)}
     tensors = (*inputs, *weights, *outputs, state, after)
-    blocks, heads = ceil_div(T, TOKENS), D // head_dim
+    heads = D // head_dim
     with torch.cuda.device_of(inputs[0]):
         if cu_seqlens is None:
-            _convolve[(blocks, heads, 3 * B)](*tensors, T, D, **sizes)
+            programs = ceil_div(T, BLOCKS * TOKENS)
+            sizes |= {"TOKENS": TOKENS, "BLOCKS": BLOCKS}
+            _convolve[(programs, heads, 3 * B)](*tensors, T, D, **sizes)
         else:  # sequences have programs of their own, which write their states
+            blocks, sizes["TOKENS"] = ceil_div(T, PACKED_TOKENS), PACKED_TOKENS
             _convolve_packed[(blocks + N, heads, 3)](*tensors, cu_seqlens, T, N, D, **sizes)
     return outputs, after
 
@@ -102,6 +106,7 @@ def _convolve(
     K: tl.constexpr,
     W: tl.constexpr,
     TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of so many tokens, which a program takes in turn
     CHANNELS: tl.constexpr,  # K, or more, a power of two
 ):
     row = tl.program_id(2).to(tl.int64)
@@ -112,31 +117,36 @@ def _convolve(
         x, weight, out = x1, weight1, out1
     else:
         x, weight, out = x2, weight2, out2
-    first = tl.program_id(0) * TOKENS
     x += row // 3 * T * D
     out += row // 3 * T * D
     if state is not None:
         state += row * D * (W - 1)
-    token = first + tl.arange(0, TOKENS)[:, None]
     is_own = tl.arange(0, CHANNELS)[None, :] < K
     channel = tl.program_id(1) * K + tl.arange(0, CHANNELS)[None, :]
-    inside = (token < T) & is_own
-    own = tl.arange(0, TOKENS)[:, None] * D + channel  # from the program's first token
-    start = first.to(tl.int64) * D
-    total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
+    factors = ()
     for tap in tl.static_range(W):
         factor = tl.load(weight + channel * W + tap, mask=is_own, other=0.0)
-        source = token + (tap - W + 1)
-        value = tl.load(x + start + own + (tap - W + 1) * D, mask=inside & (source >= 0), other=0.0)
-        total += factor.to(tl.float32) * value.to(tl.float32)
-        if first == 0:
-            if state is not None:
-                before = state + channel * (W - 1) + token + tap
-                old = tl.load(before, mask=inside & (source < 0), other=0.0)
-                total += factor.to(tl.float32) * old.to(tl.float32)
-    total = _activated(total, which, EPS)
-    tl.store(out + start + own, total.to(out.dtype.element_ty), mask=inside)
-    if first == 0:
+        factors = factors + (factor.to(tl.float32),)
+    begin = tl.program_id(0) * BLOCKS * TOKENS
+    x_start, out_start = x + begin.to(tl.int64) * D, out + begin.to(tl.int64) * D
+    for block in tl.static_range(BLOCKS):
+        token = begin + block * TOKENS + tl.arange(0, TOKENS)[:, None]
+        own = (block * TOKENS + tl.arange(0, TOKENS)[:, None]) * D + channel
+        inside = (token < T) & is_own
+        total = tl.zeros((TOKENS, CHANNELS), dtype=tl.float32)
+        for tap in tl.static_range(W):
+            source = token + (tap - W + 1)
+            there = inside & (source >= 0)
+            value = tl.load(x_start + own + (tap - W + 1) * D, mask=there, other=0.0)
+            total += factors[tap] * value.to(tl.float32)
+            if block * TOKENS < W - 1 and state is not None:
+                if begin == 0:
+                    before = state + channel * (W - 1) + token + tap
+                    old = tl.load(before, mask=inside & (source < 0), other=0.0)
+                    total += factors[tap] * old.to(tl.float32)
+        total = _activated(total, which, EPS)
+        tl.store(out_start + own, total.to(out.dtype.element_ty), mask=inside)
+    if tl.program_id(0) == 0:
         for column in tl.static_range(W - 1):
             place = row * D * (W - 1) + channel * (W - 1) + column
             offset = tl.full((1, CHANNELS), column - W + 1, dtype=tl.int32)
