@@ -233,6 +233,43 @@ def absorb_kernel(
 
 
 @jit
+def _tokens(
+    table, cached_row, segments, in_prefix, start, like, R: tl.constexpr, PAGE: tl.constexpr
+):
+    """Where a row's latents from a token of the prefix, or of the tail, on lie."""
+    prefix, tail = segments
+    base = pointer_to(tl.where(in_prefix, prefix, tail), like)
+    if PAGE > 0:
+        return base + page_start(table, cached_row, start, PAGE) * R
+    return base + start * R
+
+
+@jit
+def _attend(latent, shared, seen, query, state, scaling, HAS_MASK: tl.constexpr):
+    """`state` (largest score, sum of weights, weighted sums of latents [L, HEADS]) with the tokens
+    of latent [T, L] and shared [P, T]; of those `seen` [T] alone with HAS_MASK.
+
+    Scores are turned around before their sum. In a chain of products, the compiler would give each
+    warp tokens of its own, of which there are too few, and all queries to read.
+    """
+    largest, total, sums = state
+    q_m, q_p = query
+    scores = tl.trans(tl.dot(latent, q_m)) + tl.trans(tl.dot(tl.trans(shared), q_p))
+    scores *= scaling
+    if HAS_MASK:
+        scores = tl.where(seen[None, :], scores, -1e30)
+    larger = tl.maximum(largest, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - larger[:, None])
+    if HAS_MASK:
+        weights = tl.where(seen[None, :], weights, 0.0)
+    shrink = tl.exp2(largest - larger)
+    total = total * shrink + tl.sum(weights, axis=1)
+    sums *= shrink[None, :]
+    sums = tl.dot(tl.trans(latent), tl.trans(weights.to(latent.dtype)), sums)
+    return larger, total, sums
+
+
+@jit
 def attend_kernel(
     query,  # [B, H, R]
     table,  # int64, columns of `LatentAddresses`
@@ -248,11 +285,16 @@ def attend_kernel(
     P: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,  # divides BLOCK
     PAGE: tl.constexpr,  # tokens of a page, a multiple of BLOCK; 0: the cache has no pages
     HAS_PADDING: tl.constexpr,
     IS_LINKED: tl.constexpr,
 ):
-    """Absorbed attention to a share of the cached latents, which lie in a prefix and a tail."""
+    """Absorbed attention to a share of the cached latents, which lie in a prefix and a tail.
+
+    Whole blocks of both come first, loaded without a mask, which would take registers that there
+    are not; then, in pieces, what is left of each.
+    """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     R: tl.constexpr = L + P
     wait(IS_LINKED)
@@ -261,54 +303,69 @@ def attend_kernel(
     counters += sequence * COUNTERS
     cached_row = tl.load(counters + ROW)
     tail_tokens = tl.load(counters + CACHED) + row % num_tokens + 1 - prefix_tokens
-    prefix_blocks = tl.cdiv(prefix_tokens, BLOCK)
-    blocks = prefix_blocks + tl.cdiv(tail_tokens, BLOCK)
-    share = tl.cdiv(blocks, SPLITS)
-    first = split * share
-    last = tl.minimum(first + share, blocks)
-    h, m, p, t = tl.arange(0, HEADS), tl.arange(0, L), tl.arange(0, P), tl.arange(0, BLOCK)
-    head = h < H
-    query += (row * H + h[None, :]) * R
-    q_m = tl.load(query + m[:, None], mask=head[None, :], other=0.0)
-    q_p = tl.load(query + L + p[:, None], mask=head[None, :], other=0.0)
     size: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
     prefix = tl.load(table + PREFIX) + cached_row * tl.load(table + PREFIX_STRIDE) * size
     tail = tl.load(table + TAIL) + cached_row * tl.load(table + TAIL_STRIDE) * size
-    largest = tl.full([HEADS], -1e30, tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    sums = tl.zeros([L, HEADS], tl.float32)
+    segments = prefix, tail
+    prefix_blocks = prefix_tokens // BLOCK
+    blocks = prefix_blocks + tail_tokens // BLOCK
+    share = tl.maximum(tl.cdiv(blocks, SPLITS), 1)
+    first, last = split * share, tl.minimum(split * share + share, blocks)
+    prefix_pieces = tl.cdiv(prefix_tokens % BLOCK, PIECE)
+    pieces = prefix_pieces + tl.cdiv(tail_tokens % BLOCK, PIECE)
+    # programs without blocks come first
+    first_piece = (split + SPLITS - tl.cdiv(blocks, share)) % SPLITS
+    h, m, p = tl.arange(0, HEADS), tl.arange(0, L), tl.arange(0, P)
+    head = h < H
+    place = row * SPLITS + split
+    weight += place * 2 * H
+    if (first >= last) & (first_piece >= pieces):
+        tl.store(weight + h, tl.full([HEADS], -1e30, tl.float32), mask=head)
+        tl.store(weight + H + h, tl.zeros([HEADS], tl.float32), mask=head)
+        return
+
+    is_real = tl.load(real).to(tl.pointer_type(tl.uint8)) + sequence * tl.load(real + 1)
+    own = query + (row * H + h[None, :]) * R
+    q_m = tl.load(own + m[:, None], mask=head[None, :], other=0.0)
+    q_p = tl.load(own + L + p[:, None], mask=head[None, :], other=0.0)
+    queries = q_m, q_p
+    state = (
+        tl.full([HEADS], -1e30, tl.float32),
+        tl.zeros([HEADS], tl.float32),
+        tl.zeros([L, HEADS], tl.float32),
+    )
+    t = tl.arange(0, BLOCK)
     for block in range(first, last):
         in_prefix = block < prefix_blocks
         start = tl.where(in_prefix, block, block - prefix_blocks) * BLOCK
+        base = _tokens(table, cached_row, segments, in_prefix, start, query, R, PAGE)
+        latent = tl.load(base + t[:, None] * R + m[None, :])
+        shared = tl.load(base + t[None, :] * R + L + p[:, None])
+        seen = t >= 0
+        if HAS_PADDING:
+            seen = tl.load(is_real + tl.where(in_prefix, 0, prefix_tokens) + start + t) != 0
+        state = _attend(latent, shared, seen, queries, state, scaling, HAS_PADDING)
+
+    t = tl.arange(0, PIECE)
+    for piece in range(first_piece, pieces, SPLITS):
+        in_prefix = piece < prefix_pieces
         tokens = tl.where(in_prefix, prefix_tokens, tail_tokens)
-        base = pointer_to(tl.where(in_prefix, prefix, tail), query)
-        if PAGE > 0:
-            base += page_start(table, cached_row, start, PAGE) * R
-        else:
-            base += start * R
+        start = tl.where(in_prefix, piece, piece - prefix_pieces) * PIECE
+        start += tokens // BLOCK * BLOCK
+        base = _tokens(table, cached_row, segments, in_prefix, start, query, R, PAGE)
         seen = start + t < tokens
         latent = tl.load(base + t[:, None] * R + m[None, :], mask=seen[:, None], other=0.0)
-        shared = tl.load(base + t[:, None] * R + L + p[None, :], mask=seen[:, None], other=0.0)
+        shared = tl.load(base + t[None, :] * R + L + p[:, None], mask=seen[None, :], other=0.0)
         if HAS_PADDING:
-            place = tl.where(in_prefix, 0, prefix_tokens) + start + t
-            mask = tl.load(real).to(tl.pointer_type(tl.uint8)) + sequence * tl.load(real + 1)
-            seen = seen & (tl.load(mask + place, mask=seen, other=0) != 0)
-        scores = tl.dot(latent, q_m)
-        scores = tl.dot(shared, q_p, scores)
-        scores = tl.where(seen[:, None], scores * scaling, -1e30)
-        larger = tl.maximum(largest, tl.max(scores, axis=0))
-        weights = tl.where(seen[:, None], tl.exp2(scores - larger[None, :]), 0.0)
-        shrink = tl.exp2(largest - larger)
-        total = total * shrink + tl.sum(weights, axis=0)
-        sums *= shrink[None, :]
-        sums = tl.dot(tl.trans(latent), weights.to(latent.dtype), sums)
-        largest = larger
-    place = row * SPLITS + split
-    if first < last:
-        out = mixed + (place * H + h[None, :]) * L + m[:, None]
-        tl.store(out, sums, mask=head[None, :])
-    tl.store(weight + place * 2 * H + h, largest, mask=head)
-    tl.store(weight + (place * 2 + 1) * H + h, total, mask=head)
+            token = tl.where(in_prefix, 0, prefix_tokens) + start + t
+            seen = seen & (tl.load(is_real + token, mask=seen, other=0) != 0)
+        state = _attend(latent, shared, seen, queries, state, scaling, True)
+
+    largest, total, sums = state
+    out = mixed + (place * H + h[None, :]) * L + m[:, None]
+    tl.store(out, sums, mask=head[None, :])
+    tl.store(weight + h, largest, mask=head)
+    tl.store(weight + H + h, total, mask=head)
 
 
 @jit
@@ -347,7 +404,7 @@ def mix_kernel(
     top_of_all = tl.max(top)
     whole = tl.sum(total * tl.exp2(top - top_of_all))
     used = tl.max(tl.where(total > 0, s + 1, 0))
-    latent = tl.zeros([L], tl.float32)
+    sums = tl.zeros([GROUP, L], tl.float32)
     for start in range(0, used, GROUP):
         place = start + g
         there = place < used
@@ -355,8 +412,8 @@ def mix_kernel(
         there = there & (tl.load(share + place * 2 * H + H, mask=there, other=0.0) > 0)
         part = mixed + ((row * SPLITS + place[:, None]) * H + head) * L + m[None, :]
         part = tl.load(part, mask=there[:, None], other=0.0)
-        latent += tl.sum(part * tl.exp2(own_top - top_of_all)[:, None], axis=0)
-    latent = latent / tl.maximum(whole, 1e-30)
+        sums += part * tl.exp2(own_top - top_of_all)[:, None]
+    latent = tl.sum(sums, axis=0) / tl.maximum(whole, 1e-30)
     if HAS_VALUES:
         y = tl.sum(weights.to(tl.float32) * latent[:, None], axis=0)
         tl.store(out + row * out_stride + head * V + v, y)

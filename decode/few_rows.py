@@ -21,6 +21,8 @@ PROGRAMS = 128
 # bytes, or rows, of experts' weights that a program reads, and its warps
 IN_BYTES, IN_WARPS = 40 << 10, 4
 OUT_BLOCK, OUT_WARPS = 4, 4
+# values of a head, of a program that joins shares; shares that it loads at once; its warps
+MIX_BLOCK, MIX_GROUP, MIX_WARPS = 64, 32, 8
 
 
 def cut(size: int) -> tuple[int, int]:
@@ -139,8 +141,8 @@ class FewRowsStep(DecodeStep):
         self._launch_absorb(a, table, has_queries=True)
 
     def _mix(self, i: int, out: Tensor) -> None:
-        block = min(32, self.layers[i].self_attn.value_dim)
-        self._launch_mix(i, out, block, has_values=True)
+        block = min(MIX_BLOCK, self.layers[i].self_attn.value_dim)
+        self._launch_mix(i, out, block, MIX_GROUP, MIX_WARPS, has_values=True)
 
     def _dense(self, i: int) -> None:
         mlp, norm = self.layers[i].mlp, self.layers[i].post_attention_layernorm

@@ -228,7 +228,7 @@ class ManyRowsStep(DecodeStep):
 
     def _mix(self, i: int, out: Tensor) -> None:
         a = self.layers[i].self_attn
-        self._launch_mix(i, self.latents, a.value_dim, has_values=False)
+        self._launch_mix(i, self.latents, a.value_dim, 16, 4, has_values=False)
         H = a.num_heads
         values = a.kv_b_proj.weight.unflatten(0, (H, -1))[:, a.key_dim :]  # [H, V, L]
         torch.bmm(

@@ -28,7 +28,7 @@ from kimi_linear.schemes import BLOCK, RUN
 EXPERTS_IN = {3: Tile(64, 4, 5, early=0), 4: Tile(64, 4, 3, early=1), 8: Tile(64, 4, 3, early=2)}
 EXPERTS_OUT = {3: Tile(32, 2, 3, early=1), 4: Tile(32, 2, 4, early=1), 8: Tile(32, 2, 2, early=1)}
 # experts that a program scores, and its warps
-SCORE_BLOCK, SCORE_WARPS = 4, 8
+SCORE_BLOCK, SCORE_WARPS = 8, 8
 
 
 class PackedFewRowsStep(PackedManyRowsStep):

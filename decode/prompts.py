@@ -93,7 +93,7 @@ class PromptPlan(ForwardPlan):
 
 
 class RecordedPrompt:
-    """The first call of texts of up to P tokens; on other devices than CUDA it is run each time.
+    """The first call of texts of `least_tokens(P)` to P tokens; recorded on CUDA alone.
 
     Args:
         model: A `KimiLinearForCausalLM`.

@@ -25,12 +25,17 @@ from kimi_linear.decode.addresses import TABLE_COLUMNS, Counters
 from kimi_linear.decode.attention_kernels import absorb_kernel, attend_kernel, mix_kernel
 from kimi_linear.decode.delta_rule import OneToken, SeveralTokens
 from kimi_linear.decode.expert_kernels import route_kernel
+from kimi_linear.ops.chip import has_large_memory
 from kimi_linear.ops.runtime import power_of_two
 
 LOG2_E = 1.4426950408889634
-# shares of a row's latents, and tokens that a program loads at once
-SPLITS = 264
-ATTEND_TOKENS, ATTEND_WARPS, ATTEND_STAGES = 32, 4, 3
+# programs of attention that an H200 runs at once, two on each of 132 multiprocessors; the most
+# waves of them, and how full waves have to be
+SPLITS, MOST_WAVES, FULL = 264, 3, 0.95
+# tokens that a program of attention loads at once, and of the last ones; stages; and warps, with
+# some 200 KB of shared memory and without, where a program has a multiprocessor for itself
+ATTEND_TOKENS, ATTEND_PIECE, ATTEND_STAGES = 32, 16, 3
+LARGE_ATTEND_WARPS, SMALL_ATTEND_WARPS = 4, 8
 
 
 def can_link(device: torch.device) -> bool:
@@ -41,6 +46,16 @@ def can_link(device: torch.device) -> bool:
 def linked(is_linked: bool) -> dict[str, bool]:
     """Arguments of a kernel that may start before the one before it has ended."""
     return {"IS_LINKED": True, "launch_pdl": True} if is_linked else {"IS_LINKED": False}
+
+
+def shares_of_rows(num_rows: int) -> int:
+    """How many shares of a row's latents fill the chip: those of the fewest waves of SPLITS
+    programs that are at least FULL full, or else of the fullest."""
+    full: dict[int, float] = {}
+    for waves in range(1, MOST_WAVES + 1):
+        shares = max(1, waves * SPLITS // num_rows)
+        full.setdefault(shares, shares * num_rows / (waves * SPLITS))
+    return next((n for n, part in full.items() if part >= FULL), max(full, key=lambda n: full[n]))
 
 
 def weight_tiles(weights: Any, block: int, x_columns: list[int] | None = None) -> Tensor:
@@ -155,7 +170,9 @@ class DecodeStep(ABC):
         self.kda_out = self._empty(B, linear["num_heads"] * linear["head_dim"], dtype=wide)
         self.mixed_heads = self._empty(B, max(proj.size for proj in self.outputs))
         self.query = self._empty(B, H, L + P)
-        self.splits = max(1, SPLITS // B)
+        self.splits = shares_of_rows(B)
+        is_large = has_large_memory(self.device)
+        self.attend_warps = LARGE_ATTEND_WARPS if is_large else SMALL_ATTEND_WARPS
         self.shares = self._empty(B, self.splits, H, L, dtype=wide)
         self.share_weights = self._empty(B, self.splits, 2, H, dtype=wide)
 
@@ -282,9 +299,10 @@ class DecodeStep(ABC):
             P=a.shared_key_dim,
             HEADS=max(16, power_of_two(a.num_heads)),
             BLOCK=ATTEND_TOKENS,
+            PIECE=ATTEND_PIECE,
             PAGE=self.page_tokens,
             HAS_PADDING=self.has_padding,
-            num_warps=ATTEND_WARPS,
+            num_warps=self.attend_warps,
             num_stages=ATTEND_STAGES,
             **linked(self.is_linked),
         )
@@ -319,7 +337,9 @@ class DecodeStep(ABC):
             **linked(self.is_linked),
         )
 
-    def _launch_mix(self, i: int, out: Tensor, block: int, has_values: bool) -> None:
+    def _launch_mix(
+        self, i: int, out: Tensor, block: int, group: int, num_warps: int, has_values: bool
+    ) -> None:
         """`mix_kernel`, a block of a head's values by program; without values, all its latents."""
         a = self.layers[i].self_attn
         fixed, places = self._fixed_output(i)
@@ -337,9 +357,10 @@ class DecodeStep(ABC):
             N=a.key_dim,
             V=a.value_dim,
             PLACES=power_of_two(self.splits),
-            GROUP=min(16, power_of_two(self.splits)),
+            GROUP=min(group, power_of_two(self.splits)),
             BLOCK=block,
             HAS_VALUES=has_values,
+            num_warps=num_warps,
             **linked(self.is_linked),
         )
 

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, H heads, K their size, D = H * K channels, W taps, N 
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
-# (a kernel's arguments are Triton's)
+# (a kernel's arguments and tuples are Triton's)
 
 from __future__ import annotations  # "tl.constexpr" means nothing where there is no triton
 

@@ -123,7 +123,7 @@ KERNELS: dict[str, tuple[dict[Any, list[str]], Callable[[Scheme, torch.dtype], A
                 "fixed_out_kernel",
             ],
             delta_rule: ["kda_out_kernel", "delta_rule_out_kernel"],
-            decode_steps: ["mix_kernel"],
+            decode_steps: ["attend_kernel", "mix_kernel"],
         },
         functools.partial(decode, FEW_ROWS),
     ),
