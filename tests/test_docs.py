@@ -94,8 +94,8 @@ FIGURES = {
     "behind 131,072": [
         ("native_h200", {"decode_at": 131072}, lambda line: f"{line['tpot_ms']:.0f}"),
         ("native_h200", {"decode_at": 1048576}, failure),
-        ("context_h200", {"measure": "decode", "context": 131072}, milliseconds),
-        ("context_h200", {"measure": "decode", "context": 1048576}, milliseconds),
+        ("long_contexts_h200", {"context": 131072, "rows": 1}, milliseconds),
+        ("long_contexts_h200", {"context": 1048576, "rows": 1}, milliseconds),
     ],
     "reading 4,096": [
         ("native_h200", {"prefill": 4096}, rounded_rate),
