@@ -12,15 +12,18 @@ context's length. A step reads as many bytes and does as much work as behind a r
 predicts means nothing. States have their full size after any text.
 
 On a CPU, to see that it runs; on one GPU that holds the 48B model's shape; on a smaller one with
-fewer experts, of which a token uses as many:
+fewer experts, of which a token uses as many; with weights in few bits too, which leave room for
+more rows:
 
     python scripts/experiment_decoding.py --preset 2m --contexts 64,256 --steps 8
     python scripts/experiment_decoding.py --preset 48b-a3b --time-limit 480 \\
         --output benchmarks/results/experiment_decoding.jsonl
     python scripts/experiment_decoding.py --preset 48b-a3b --experts 64 --time-limit 480
+    python scripts/experiment_decoding.py --preset 48b-a3b --models kimi --quantize none,48gb,24gb
 
 Lines: "decode", or with "error" what could not be measured. `ms_per_step` is one token for every
-row; `ms_per_token` is that divided by the rows.
+row; `ms_per_token` is that divided by the rows. `quantize` says how packed weights are held, as
+`benchmark.py --help` names it.
 """
 
 import statistics
@@ -32,10 +35,11 @@ from typing import Any
 import torch
 from experiments.runs import Lines, RunSettings
 from measuring.device import collect_garbage, measure_rates, synchronise
+from measuring.forms import ALLOWED, NONE, quantization
 from measuring.limits import Limits
 from measuring.models import build
 from measuring.report import say
-from options.settings import command_parser, run_main, setting
+from options.settings import command_parser, require, run_main, setting
 from torch import Tensor
 
 from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
@@ -59,11 +63,18 @@ class Settings(RunSettings):
     preset: str = setting("48b-a3b", "size, see presets.py", choices=PRESETS)
     experts: int | None = setting(None, "routed experts, in place of the preset's")
     models: Sequence[str] = setting(PATTERNS, choices=PATTERNS)
+    quantize: Sequence[str] = setting((NONE,), "weights, in this order: none, 48gb, 24gb, ...")
     contexts: Sequence[int] = setting(CONTEXTS, "such as 4k,128k,1m", least=32)
     steps: int = setting(64, "tokens of a run", least=1)
     repeats: int = setting(3, "runs of which the median counts", least=1)
     max_rows: int = setting(MAX_ROWS, "rows at most", least=1)
     spare_gigabytes: float = setting(4.0, "memory left alone when rows are counted", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.quantize) > 0, "quantize", self.quantize, ALLOWED)
+        for form in self.quantize:
+            quantization(form)  # says what is wrong with it
 
     def config(self, pattern: str) -> KimiLinearConfig:
         """The preset's, for "mla" with latent attention in every layer."""
@@ -81,16 +92,20 @@ class Subject:
 
     Args:
         settings: What is measured.
-        pattern: One of `PATTERNS`.
+        form: How its weights are held.
         limits: What the device allows.
         device: Where the model is.
     """
 
-    def __init__(
-        self, settings: Settings, pattern: str, limits: Limits, device: torch.device
-    ) -> None:
+    def __init__(self, settings: Settings, form: str, limits: Limits, device: torch.device) -> None:
         self.settings, self.limits, self.device = settings, limits, device
-        self.model: Any = build("ours", limits.config, device=device, dtype=limits.dtype)
+        self.model: Any = build(
+            "ours",
+            limits.config,
+            device=device,
+            dtype=limits.dtype,
+            quantization=quantization(form),
+        )
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.graph_error = ""
 
@@ -184,7 +199,8 @@ def _repeat_latents(layer: Any, size: int, context: int) -> None:
 
 
 def main(**options: Any) -> list[Any]:
-    """Measure both models at every context, for one row and for as many as fit.
+    """Measure the models, with each kind of weights, at every context, for one row and for as many
+    as fit.
 
     Args:
         **options: Fields of `Settings`.
@@ -198,45 +214,48 @@ def main(**options: Any) -> list[Any]:
     settings = Settings(**options)
     clock, where, lines = settings.start("decoding")
     configs = {pattern: settings.config(pattern) for pattern in settings.models}
+    subjects = [(pattern, form) for pattern in configs for form in settings.quantize]
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     rates = measure_rates(where, dtype)
     collect_garbage(where)
     rate_fields = {key: float(f"{value:.5g}") for key, value in vars(rates).items()}
     lines.begin(where, settings, **rate_fields)
-    for i, (pattern, config) in enumerate(configs.items()):
-        deadline = clock.share(len(configs) - i)
-        subject = Subject(settings, pattern, Limits.of(config, dtype, rates), where)
-        _measure(subject, pattern, deadline, lines)
+    for i, (pattern, form) in enumerate(subjects):
+        deadline = clock.share(len(subjects) - i)
+        limits = Limits.of(configs[pattern], dtype, rates, quantization(form))
+        subject = Subject(settings, form, limits, where)
+        names = {"model": pattern, "preset": settings.preset}
+        _measure(subject, names | ({} if form == NONE else {"quantize": form}), deadline, lines)
         del subject
         collect_garbage(where)
     return lines.lines
 
 
-def _measure(subject: Subject, pattern: str, deadline: float, lines: Lines) -> None:
+def _measure(subject: Subject, names: dict[str, str], deadline: float, lines: Lines) -> None:
     """One row at every context, then as many as fit."""
     sizes: dict[int, int] = {}
     for context in sorted(set(subject.settings.contexts)):
-        figures = _attempt(subject, pattern, context, 1, deadline, lines)
+        figures = _attempt(subject, names, context, 1, deadline, lines)
         if "error" not in figures:
             sizes[context] = sum(figures["cache_bytes"].values())
     for context, size in sorted(sizes.items(), reverse=True):
         rows = subject.rows_that_fit(size)
         while rows > 1:  # with one row it is measured already
-            figures = _attempt(subject, pattern, context, rows, deadline, lines)
+            figures = _attempt(subject, names, context, rows, deadline, lines)
             if "OutOfMemory" not in figures.get("error", ""):
                 break
             rows = rows * 3 // 4
 
 
 def _attempt(
-    subject: Subject, pattern: str, context: int, rows: int, deadline: float, lines: Lines
+    subject: Subject, names: dict[str, str], context: int, rows: int, deadline: float, lines: Lines
 ) -> dict[str, Any]:
     """Measure and tell one line; whatever goes wrong becomes its "error"."""
-    place = {"model": pattern, "preset": subject.settings.preset, "context": context, "rows": rows}
+    place: dict[str, Any] = {**names, "context": context, "rows": rows}
     start = time.monotonic()
     if start > deadline:
         return dict(lines.tell("decode", **place, error="not run: --time-limit is spent"))
-    say(f"{pattern}: {context} tokens, {rows} rows ...")
+    say(f"{' '.join(names.values())}: {context} tokens, {rows} rows ...")
     try:
         figures = subject.decode(context, rows)
     # any kind: what cannot be measured is a result, and the others are still wanted

@@ -42,6 +42,7 @@ STYLES = {
 COLOURS = 64  # of a small PNG
 CURVE_LENGTH = 1024  # of figure 4's lower row
 DECODING_NAMES = {"kimi": "Kimi Linear", "mla": "MLA in every layer"}
+FADED = 0.6  # packed weights, of what is drawn before them
 OPERATOR_NAMES = {
     "kda": "KDA",
     "dplr": "DPLR",
@@ -128,13 +129,28 @@ def plot_decays(lines: Sequence[Line], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _kind(line: Line) -> tuple[str, str]:
+    return line["model"], line.get("quantize", "")
+
+
+def _decoding_kinds(lines: Sequence[Line]) -> dict[tuple[str, str], float]:
+    """Models and how their weights are held, each with how strongly it is drawn."""
+    found = dict.fromkeys(_kind(line) for line in events(lines, "decode"))
+    kinds: dict[tuple[str, str], float] = {}
+    for model in DECODING_NAMES:
+        forms = [form for name, form in found if name == model]
+        kinds |= {(model, form): FADED**i for i, form in enumerate(forms)}
+    return kinds
+
+
 def plot_decoding(lines: Sequence[Line], path: Path) -> None:
     """Time per token of one row and of as many as fit, and the cache, over the context."""
     figure, ((time, batch, cache),) = new_figure(1, 3, 3.8, 3.2)
-    for model, name in DECODING_NAMES.items():
-        found = [x for x in events(lines, "decode") if x["model"] == model]
+    for (model, form), alpha in _decoding_kinds(lines).items():
+        found = [x for x in events(lines, "decode") if _kind(x) == (model, form)]
         colour, marker = STYLES[model]
-        style = {"color": colour, "marker": marker, "ms": 4, "label": name}
+        name = ", ".join(filter(None, (DECODING_NAMES[model], form)))
+        style = {"color": colour, "marker": marker, "ms": 4, "alpha": alpha, "label": name}
         one = sorted((x for x in found if x["rows"] == 1), key=lambda x: x["context"])
         most: dict[int, Line] = {}
         for line in sorted(found, key=lambda x: (x["context"], x["rows"])):
@@ -143,7 +159,7 @@ def plot_decoding(lines: Sequence[Line], path: Path) -> None:
             continue
         contexts = [x["context"] for x in one]
         time.plot(contexts, [x["ms_per_token"] for x in one], **style)
-        time.plot(contexts, [x["limit_ms"] for x in one], "--", color=colour, lw=1)
+        time.plot(contexts, [x["limit_ms"] for x in one], "--", color=colour, alpha=alpha, lw=1)
         batch.plot(list(most), [x["ms_per_token"] for x in most.values()], **style)
         cache.plot(contexts, [x["cache_bytes_needed"] / 1e9 for x in one], **style)
     for axes, title, unit in (

@@ -153,18 +153,22 @@ def _half_lives(layers: Sequence[Sequence[float]]) -> str:
 
 
 def decoding_table(lines: Sequence[Line]) -> str:
-    """Cache, one row, and as many rows as fit, by context."""
-    found: dict[tuple[int, str], list[Line]] = {}
+    """Cache, one row, and as many rows as fit, by context; then the same with packed weights."""
+    found: dict[tuple[str, int, str], list[Line]] = {}
     for line in events(lines, "decode"):
-        found.setdefault((line["context"], line["model"]), []).append(line)
+        key = line.get("quantize", ""), line["context"], line["model"]
+        found.setdefault(key, []).append(line)
+    forms = list(dict.fromkeys(form for form, _, _ in found))
     rows = []
-    for context in sorted({context for context, _ in found}):
-        pair = [found.get((context, model), []) for model in ("kimi", "mla")]
+    for form, context in sorted(
+        {key[:2] for key in found}, key=lambda place: (forms.index(place[0]), place[1])
+    ):
+        pair = [found.get((form, context, model), []) for model in ("kimi", "mla")]
         one = [next((x for x in side if x["rows"] == 1), None) for side in pair]
         most = [max(side, key=lambda x: x["rows"], default=None) for side in pair]
         rows.append(
             [
-                f"{context:,}",
+                f"{context:,}" + (f", {form}" if form else ""),
                 _pair(one, lambda x: x["cache_bytes_needed"] / 1e9, "{:.2f}"),
                 _pair(one, lambda x: x["ms_per_token"], "{:.2f}"),
                 _pair(one, lambda x: x["limit_ms"], "{:.2f}"),

@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"preset": "2m", "device": "cpu", "steps": 2, "repeats":
 def subject(pattern: str) -> Subject:
     settings = Settings(preset="2m", steps=2, repeats=1)
     limits = Limits.of(settings.config(pattern), torch.float32, Rates(1e10, 1e11))
-    return Subject(settings, pattern, limits, CPU)
+    return Subject(settings, "none", limits, CPU)
 
 
 def test_patterns_differ_in_attention_only() -> None:
@@ -85,6 +85,19 @@ def test_a_run_of_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert growth["mla"] == 4 * growth["kimi"]  # of four layers, one is MLA
 
 
+def test_packed_weights_beside_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment_decoding, "WARM_UP_STEPS", 1)
+    form = "experts=3/32"
+    lines = experiment_decoding.main(
+        **SMALL, contexts=(64,), models=("kimi",), quantize=("none", form), max_rows=1
+    )
+    plain, packed = (line for line in lines if line["event"] == "decode")
+    assert "quantize" not in plain and packed["quantize"] == form
+    assert "error" not in packed and packed["parameters"] == plain["parameters"]
+    assert packed["limit"]["weight_bytes"] < plain["limit"]["weight_bytes"]
+    assert packed["limit"]["latent_bytes"] == plain["limit"]["latent_bytes"]
+
+
 def test_failures_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Subject, context: int, rows: int) -> dict[str, Any]:
         raise torch.OutOfMemoryError("no room")
@@ -106,6 +119,8 @@ def test_time_limit() -> None:
         ({"models": ("gdn",)}, "--models 'gdn'"),
         ({"contexts": (8,)}, "--contexts"),
         ({"steps": 0}, "--steps 0"),
+        ({"quantize": ("2gb",)}, "--quantize '2gb' is not allowed"),
+        ({"quantize": ()}, "--quantize"),
         ({"spare_gigabytes": -1.0}, "--spare-gigabytes -1.0"),
     ],
 )

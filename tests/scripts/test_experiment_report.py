@@ -206,6 +206,12 @@ def test_decoding_table() -> None:
         "| 4.00, 12.00 (3.0) |"
     )
     assert short.startswith("| 4,096 | 0.03, - | 2.00, - |")
+    packed = decode("kimi", 4096, 1, 1.0) | {"quantize": "24gb"}
+    assert (
+        decoding_table([*LINES["decoding"], packed])
+        .splitlines()[-1]
+        .startswith("| 4,096, 24gb | 0.03, - | 1.00, - |")
+    )
 
 
 def test_other_tables() -> None:
