@@ -99,6 +99,17 @@ def place(file: str, line: int, name: str) -> str:
     return f"{short}:{line} {name}"
 
 
+def tell_parts(record: Recorder, case: str, call: Callable[[], Any], most: int) -> None:
+    """Warm up, and tell a call's times, its kernels and its functions."""
+    for _ in range(WARM_UP):
+        call()
+    times = wall(call)
+    device, lines = device_lines(call, most) if DEVICE.type == "cuda" else ({}, [])
+    record.tell({"case": case, **times, **device})
+    for line in lines + host_lines(call, most):
+        record.tell(line)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = make_parser(__doc__)
@@ -122,14 +133,8 @@ def main() -> None:
         cache = new_cache("ours", config, args.tokens, can_crop=False)
         return model(ids, cache=cache, use_cache=True, logits_to_keep=1)
 
-    for _ in range(WARM_UP):
-        call()
     record.tell(setting(args.commit) | {"quantize": args.quantize, "tokens": args.tokens})
-    times = wall(call)
-    device, most = device_lines(call, args.most) if DEVICE.type == "cuda" else ({}, [])
-    record.tell({"case": "prompt", **times, **device})
-    for line in most + host_lines(call, args.most):
-        record.tell(line)
+    tell_parts(record, "prompt", call, args.most)
 
 
 if __name__ == "__main__":
