@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils import logging
 
 from kimi_linear.ops.latent_attention.blocks import (
     MergedBlocks,
@@ -26,9 +25,8 @@ from kimi_linear.ops.latent_attention.blocks import (
     unseen_mask,
     wide_bmm,
 )
+from kimi_linear.ops.latent_attention.cudnn import cudnn_attention
 from kimi_linear.ops.runtime import needs_grad, power_of_two
-
-logger = logging.get_logger(__name__)
 
 # Tokens of a block of queries or keys, and where a fused kernel takes it.
 EXPANDED_TOKENS = 1024
@@ -39,11 +37,6 @@ FUSED_EXPANDED_TOKENS = 65536
 FUSED_KEYS_PER_QUERY, FUSED_FEWEST_KEYS = 4, 16384
 FUSED_MAX_HEAD_DIM = 256
 FUSED_DTYPES = (torch.float16, torch.bfloat16)  # on CUDA; a CPU's kernel takes float32 and 64 too
-# cuDNN makes a plan for every new shape, in 40 ms. Pairs of a query and a key token from which it
-# is worth its plan, and what tokens that attend to each other are padded to, to share plans.
-CUDNN_PAIRS, CUDNN_OWN_PAIRS = 1 << 26, 1 << 24
-CUDNN_OWN_MULTIPLE = 512
-_without_cudnn: set[tuple[int, int]] = set()  # sizes of keys and values that it refused
 
 
 def expanded_attention(
@@ -212,7 +205,7 @@ def _fused_on_cuda(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, T, V] in the query's dtype and log-sum-exp [B, H, T] of one block, by cuDNN or
     flash attention."""
-    found = _cudnn(query, key, value, scaling, is_causal)
+    found = cudnn_attention(query, key, value, scaling, is_causal)
     if found is not None:
         return found
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -225,39 +218,3 @@ def _of_one_size(*heads: Tensor) -> list[Tensor]:
     """Padded to one head size, a multiple of 8, as flash attention wants them."""
     size = -(-max(x.shape[-1] for x in heads) // 8) * 8
     return [F.pad(x, (0, size - x.shape[-1])) for x in heads]
-
-
-def _cudnn(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, is_causal: bool
-) -> tuple[Tensor, Tensor] | None:
-    """`_fused_on_cuda` by cuDNN; None where it is not worth a plan, or has none."""
-    B, H, T, K = query.shape
-    pairs = B * T * key.shape[2]
-    if (
-        pairs < (CUDNN_OWN_PAIRS if is_causal else CUDNN_PAIRS)
-        or K % 8 != 0
-        or value.shape[-1] % 8 != 0
-        or not torch.backends.cuda.cudnn_sdp_enabled()
-        or (K, value.shape[-1]) in _without_cudnn
-    ):
-        return None
-    if is_causal:  # nothing real sees what is padded behind it
-        query, key, value = (_more_tokens(x, -T % CUDNN_OWN_MULTIPLE) for x in (query, key, value))
-    try:
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, is_causal, False, scale=scaling
-        )[:2]
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        _without_cudnn.add((K, value.shape[-1]))
-        logger.warning_once(f"cuDNN has no attention for these heads, flash is used: {error}")
-        return None
-    return out[:, :, :T], lse.view(B, H, -1)[:, :, :T]
-
-
-def _more_tokens(x_BHnK: Tensor, count: int) -> Tensor:
-    """With zeros behind the tokens, which stay outside heads in memory."""
-    if count == 0:
-        return x_BHnK
-    return F.pad(x_BHnK.transpose(1, 2), (0, 0, 0, 0, 0, count)).transpose(1, 2)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from kimi_linear.ops.latent_attention.cudnn import cudnn_attention, trains_by_cudnn
+
 
 def eager_attention(
     module: nn.Module,
@@ -59,26 +61,32 @@ def attention_by_sequence(
         [1, T, H, V].
     """
     query, key, value = query_BTHK.transpose(1, 2), key_BHSK, value_BHSV
-    value_dim = value.shape[-1]
-    if value_dim < key.shape[-1]:  # flash attention wants one head size
-        value = F.pad(value, (0, key.shape[-1] - value_dim))
     sizes = [stop - start for start, stop in pairwise(ends)]
     lengths = [sizes[0] + key.shape[2] - query.shape[2], *sizes[1:]]
     parts = zip(query.split(sizes, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outputs = [_attention(*part, scaling, dropout) for part in parts if part[0].shape[2]]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+    """[B, H, T, V]: causal attention of the last T tokens to all S."""
+    if not dropout and trains_by_cudnn(query, key, value):
+        found = cudnn_attention(query, key, value, scaling, True)
+        if found is not None:
+            return found[0]
+    value_dim = value.shape[-1]
+    if value_dim < key.shape[-1]:  # flash attention wants one head size
+        value = F.pad(value, (0, key.shape[-1] - value_dim))
     kernels: AbstractContextManager[Any] = nullcontext()
     if query.is_cuda:  # all but cuDNN, which would make a plan for each length
         kernels = sdpa_kernel(
             [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         )
     with kernels:
-        outputs = [
-            F.scaled_dot_product_attention(
-                q, k, v, **_causal(q, k), dropout_p=dropout, scale=scaling
-            )
-            for q, k, v in parts
-            if q.shape[2]
-        ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)[..., :value_dim]
+        out = F.scaled_dot_product_attention(
+            query, key, value, **_causal(query, key), dropout_p=dropout, scale=scaling
+        )
+    return out[..., :value_dim]
 
 
 def _causal(query_BHTK: Tensor, key_BHSK: Tensor) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from kimi_linear.cache import pieces
 from kimi_linear.layers import latent_attention as latent_layer
 from kimi_linear.ops import gated_mlp
 from kimi_linear.ops.experts import prefill
-from kimi_linear.ops.latent_attention import expanded, latent_attention
+from kimi_linear.ops.latent_attention import cudnn, expanded, latent_attention, sdpa
+from kimi_linear.ops.latent_attention.sdpa import attention_by_sequence
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,15 +35,15 @@ def error(x, expected):
 @torch.no_grad()
 def test_cudnn_with_merged_blocks_equals_plain_softmax(monkeypatch, num_queries, num_keys, dtype):
     calls = []
-    cudnn = expanded._cudnn
+    by_cudnn = expanded.cudnn_attention
 
     def spy(*args):
-        calls.append(cudnn(*args))
+        calls.append(by_cudnn(*args))
         return calls[-1]
 
-    monkeypatch.setattr(expanded, "_cudnn", spy)
+    monkeypatch.setattr(expanded, "cudnn_attention", spy)
     for name in ("CUDNN_PAIRS", "CUDNN_OWN_PAIRS"):
-        monkeypatch.setattr(expanded, name, 1)
+        monkeypatch.setattr(cudnn, name, 1)
     monkeypatch.setattr(expanded, "EXPANDED_TOKENS", 1)
     monkeypatch.setattr(expanded, "FUSED_QUERY_TOKENS", B * 600)
     monkeypatch.setattr(expanded, "FUSED_EXPANDED_TOKENS", B * 400)
@@ -53,6 +54,33 @@ def test_cudnn_with_merged_blocks_equals_plain_softmax(monkeypatch, num_queries,
     assert len(calls) > 1
     assert all(call is not None for call in calls), "cuDNN was not used"
     assert_kernel_close(out, reference(query, latent, *halves, None), dtype)
+
+
+@pytest.mark.parametrize("ends", [[0, 700], [0, 513, 1024, 1100]])
+def test_cudnn_trains_each_sequence(monkeypatch, ends):
+    """Its gradients are no further from float64 than those of what it takes the place of."""
+    sizes = (192, 192, 128)
+    torch.manual_seed(0)
+    heads = [torch.randn(1, ends[-1], 4, size, device="cuda").bfloat16() for size in sizes]
+    out_grad = torch.randn(1, ends[-1], 4, 128, device="cuda").bfloat16()
+
+    def run(dtype):
+        q, k, v = (each.to(dtype).requires_grad_() for each in heads)
+        options = {"scaling": 192**-0.5}
+        out = attention_by_sequence(q, k.transpose(1, 2), v.transpose(1, 2), ends, **options)
+        return out, *torch.autograd.grad(out, (q, k, v), out_grad.to(dtype))
+
+    expected, flash = run(torch.float64), run(torch.bfloat16)
+    calls = []
+    by_cudnn = sdpa.cudnn_attention
+    monkeypatch.setattr(
+        sdpa, "cudnn_attention", lambda *args: calls.append(by_cudnn(*args)) or calls[-1]
+    )
+    monkeypatch.setattr(cudnn, "CUDNN_OWN_PAIRS", 1)
+    found = run(torch.bfloat16)
+    assert len(calls) == len(ends) - 1 and all(call is not None for call in calls)
+    for own, old, true in zip(found, flash, expected, strict=True):
+        assert error(own, true) <= EXCESS * error(old, true)
 
 
 def moe_model(dtype=torch.bfloat16, **fields):
