@@ -275,7 +275,7 @@ def attend_kernel(
     table,  # int64, columns of `LatentAddresses`
     counters,  # int64 [B / T, 4], columns of `Counters`; the step's own tokens are cached by now
     real,  # int64 [2]: address of uint8 [B / T, ..], 0 at padding, and its row stride
-    mixed,  # float32 [B, SPLITS, H, L], to be written
+    mixed,  # [B, SPLITS, H, L], means over a share's tokens, to be written
     weight,  # float32 [B, SPLITS, 2, H]: largest score and sum of weights, to be written
     scaling,  # of the scores, for powers of two
     num_tokens,  # T
@@ -363,14 +363,14 @@ def attend_kernel(
 
     largest, total, sums = state
     out = mixed + (place * H + h[None, :]) * L + m[:, None]
-    tl.store(out, sums, mask=head[None, :])
+    tl.store(out, sums * (1.0 / tl.maximum(total, 1e-30))[None, :], mask=head[None, :])
     tl.store(weight + h, largest, mask=head)
     tl.store(weight + H + h, total, mask=head)
 
 
 @jit
 def mix_kernel(
-    mixed,  # float32 [B, SPLITS, H, L]
+    mixed,  # [B, SPLITS, H, L]
     weight,  # float32 [B, SPLITS, 2, H]
     kv_b,  # [H, N + V, L]
     out,  # [B, out_stride], or without HAS_VALUES [B, H, L]
@@ -409,10 +409,11 @@ def mix_kernel(
         place = start + g
         there = place < used
         own_top = tl.load(share + place * 2 * H, mask=there, other=-1e30)
-        there = there & (tl.load(share + place * 2 * H + H, mask=there, other=0.0) > 0)
+        own_total = tl.load(share + place * 2 * H + H, mask=there, other=0.0)
+        there = there & (own_total > 0)
         part = mixed + ((row * SPLITS + place[:, None]) * H + head) * L + m[None, :]
         part = tl.load(part, mask=there[:, None], other=0.0)
-        sums += part * tl.exp2(own_top - top_of_all)[:, None]
+        sums += part.to(tl.float32) * (own_total * tl.exp2(own_top - top_of_all))[:, None]
     latent = tl.sum(sums, axis=0) / tl.maximum(whole, 1e-30)
     if HAS_VALUES:
         y = tl.sum(weights.to(tl.float32) * latent[:, None], axis=0)

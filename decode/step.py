@@ -173,7 +173,7 @@ class DecodeStep(ABC):
         self.splits = shares_of_rows(B)
         is_large = has_large_memory(self.device)
         self.attend_warps = LARGE_ATTEND_WARPS if is_large else SMALL_ATTEND_WARPS
-        self.shares = self._empty(B, self.splits, H, L, dtype=wide)
+        self.shares = self._empty(B, self.splits, H, L)
         self.share_weights = self._empty(B, self.splits, 2, H, dtype=wide)
 
     def _prepare_experts(self) -> None:

@@ -42,7 +42,7 @@ def attention(
 ) -> Tensor:
     """[B, H, L], by the kernels."""
     like = {"device": query.device, "dtype": torch.float32}
-    mixed = torch.full((B, shares, H, L), float("nan"), **like)
+    mixed = query.new_full((B, shares, H, L), float("nan"))
     weight = torch.full((B, shares, 2, H), float("nan"), **like)
     out = torch.empty(B, H, L, device=query.device, dtype=query.dtype)
     place = torch.tensor([real.data_ptr(), real.stride(0)], device=query.device)
