@@ -43,7 +43,7 @@ Many requests, of different lengths:
 
 Draw what was measured, without measuring:
 
-    python scripts/benchmark.py --plot-from both.jsonl long.jsonl --plot speed.png \
+    python scripts/benchmark.py --plot-from both.jsonl long.jsonl --plot speed.png \\
         --plot-limits limits.png
 
 The kinds of measurement:
