@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from common import Recorder, make_parser, setting
-from measuring.bench import packed_lengths
+from measuring.bench import packed_lengths, packed_step
 from measuring.models import MODELS, build
 from prefill_parts import DEVICE, tell_parts
 
@@ -47,19 +47,12 @@ def main() -> None:
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     model: Any = build(args.model, config, device=DEVICE, dtype=dtype)
     model = (with_adapters(model, args.lora) if args.lora else model).train()
-    lengths = packed_lengths(args.tokens)
     ids = torch.randint(config.vocab_size, (1, args.tokens), device=DEVICE)
-    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss.backward()
-
     record = Recorder(args.record)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     case = {"model": args.model, "tokens": args.tokens, "lora": args.lora, "trained": trained}
     record.tell(setting(args.commit) | case)
-    tell_parts(record, "step", step, args.most)
+    tell_parts(record, "step", packed_step(model, ids, packed_lengths(args.tokens)), args.most)
 
 
 if __name__ == "__main__":

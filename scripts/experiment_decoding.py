@@ -35,11 +35,11 @@ from typing import Any
 import torch
 from experiments.runs import Lines, RunSettings
 from measuring.device import collect_garbage, measure_rates, synchronise
-from measuring.forms import ALLOWED, NONE, quantization
+from measuring.forms import NONE, check_forms, quantization
 from measuring.limits import Limits
 from measuring.models import build
 from measuring.report import say
-from options.settings import command_parser, require, run_main, setting
+from options.settings import command_parser, run_main, setting
 from torch import Tensor
 
 from kimi_linear import PRESETS, KimiLinearCache, KimiLinearConfig
@@ -72,9 +72,7 @@ class Settings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.quantize) > 0, "quantize", self.quantize, ALLOWED)
-        for form in self.quantize:
-            quantization(form)  # says what is wrong with it
+        check_forms(self.quantize)
 
     def config(self, pattern: str) -> KimiLinearConfig:
         """The preset's, for "mla" with latent attention in every layer."""

@@ -8,7 +8,7 @@ them, which is the weights; on a CPU the same of the process's resident size (Li
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,16 +273,8 @@ class Bench:
         Memory holds the gradients too.
         """
         lengths = packed_lengths(num_tokens)
-        ids = self.random_ids(1, num_tokens)
-        positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(self.device)
         self.model.train()
-
-        def step() -> None:
-            self.model.zero_grad(set_to_none=True)
-            self.model(
-                input_ids=ids, position_ids=positions, labels=ids, use_cache=False
-            ).loss.backward()
-
+        step = packed_step(self.model, self.random_ids(1, num_tokens), lengths)
         step()
         self.model.zero_grad(set_to_none=True)
         with self.memory as memory:
@@ -297,6 +289,23 @@ class Bench:
             "limit": limit | {"tokens_per_second": 1e3 * num_tokens / limit["ms"]},
             "fraction_of_limit": limit["ms"] / (1e3 * seconds),
         }
+
+
+def packed_step(model: Any, ids: Tensor, lengths: Sequence[int]) -> Callable[[], None]:
+    """What runs a model forward, with the loss, and backward over one packed row.
+
+    Args:
+        model: In training mode.
+        ids: [1, T].
+        lengths: Of the row's sequences, T in all.
+    """
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(ids.device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss.backward()
+
+    return step
 
 
 def packed_lengths(num_tokens: int) -> list[int]:

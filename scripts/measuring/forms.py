@@ -14,6 +14,7 @@ scale, "/row" for a scale per row; behind that "z" for a zero of each group. Wit
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,17 @@ def quantization(form: str) -> KimiLinearQuantizationConfig | None:
         require(part in PARTS, "quantize", form, ALLOWED)
         parts[part] = _scheme(form, bits)
     return KimiLinearQuantizationConfig(**parts) if any(parts.values()) else None
+
+
+def check_forms(forms: Sequence[str]) -> None:
+    """Refuse what `--quantize` must not be.
+
+    Raises:
+        ValueError: For no form at all, or one that is not allowed.
+    """
+    require(len(forms) > 0, "quantize", forms, ALLOWED)
+    for form in forms:
+        quantization(form)
 
 
 def _scheme(form: str, text: str) -> Scheme | None:

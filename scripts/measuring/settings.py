@@ -9,7 +9,7 @@ from generating.loading import DTYPES
 from options.settings import check_settings, require, require_some, setting
 
 from kimi_linear import PRESETS
-from measuring.forms import ALLOWED, NONE, quantization
+from measuring.forms import NONE, check_forms
 from measuring.models import MODELS
 from measuring.requests import Workload
 
@@ -88,9 +88,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_settings(self)
         choose_device(self.device)
-        require(len(self.quantize) > 0, "quantize", self.quantize, ALLOWED)
-        for form in self.quantize:
-            quantization(form)  # says what is wrong with it
+        check_forms(self.quantize)
         for name in ("request_prompts", "request_answers"):
             numbers = getattr(self, name)
             is_range = len(numbers) == 2 and numbers[0] <= numbers[1]
