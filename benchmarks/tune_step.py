@@ -102,7 +102,8 @@ def constants(form: str) -> list[Constant]:
     found = [
         Constant("kda_block", (DecodeStep,), "kda_block", (32, 64, 128)),
         Constant("kda_warps", (DecodeStep,), "kda_warps", (4, 8, 16)),
-        *numbers(step, ATTEND_TOKENS=(16, 32, 64), ATTEND_STAGES=(2, 3), SPLITS=(66, 132, 264)),
+        *numbers(step, ATTEND_TOKENS=(16, 32, 64), LARGE_ATTEND_WARPS=(4, 8), ATTEND_STAGES=(2, 3)),
+        *numbers(step, SPLITS=(66, 132, 264)),
         *numbers(few_rows, MIX_BLOCK=(32, 64, 128), MIX_GROUP=(16, 32, 64), MIX_WARPS=(4, 8, 16)),
     ]
     weights = quantization(form)

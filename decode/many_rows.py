@@ -30,6 +30,8 @@ ROUTER_VECTOR_ROWS, ROUTER_ROWS, ROUTER_BLOCK = 8, 64, 16
 LARGE_TILES, SMALL_TILES = ((64, 128), (128, 128)), ((32, 128), (128, 64))
 # of the norm between two branches
 NORM_WARPS = 32
+# shares that a program of joined attention loads at once, and its warps
+MIX_GROUP, MIX_WARPS = 16, 4
 
 
 class MatrixProjection:
@@ -228,7 +230,7 @@ class ManyRowsStep(DecodeStep):
 
     def _mix(self, i: int, out: Tensor) -> None:
         a = self.layers[i].self_attn
-        self._launch_mix(i, self.latents, a.value_dim, 16, 4, has_values=False)
+        self._launch_mix(i, self.latents, a.value_dim, MIX_GROUP, MIX_WARPS, has_values=False)
         H = a.num_heads
         values = a.kv_b_proj.weight.unflatten(0, (H, -1))[:, a.key_dim :]  # [H, V, L]
         torch.bmm(
